@@ -1,0 +1,217 @@
+"""Reads a task's YAML: every key is known, typed and checked; the resolved copy goes beside the results.
+
+The tables below are the reference of all keys (`python config.py` prints them for the README).
+"""
+
+import difflib
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from utils import UserError
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Key:
+    """type: a type, a tuple of types or a nested table; default: REQUIRED or a value; help: one line."""
+
+    type: type | tuple | dict
+    default: object = REQUIRED
+    help: str = ""
+
+
+NUMBER = (float, int)
+PATHS = (str, list)
+
+OPTIMIZER = {
+    "opt": Key(str, "adamW", "any optimiser timm knows"),
+    "lr": Key(NUMBER, help="learning rate"),
+    "weight_decay": Key(NUMBER, 0.02, "not for biases and one-dimensional parameters"),
+    "eps": Key(NUMBER, 1e-8),
+    "betas": Key(list, [0.9, 0.999]),
+}
+SCHEDULE = {
+    "sched": Key(str, "cosine"),
+    "lr": Key(NUMBER, help="as optimizer.lr"),
+    "epochs": Key(int, help="length of the run"),
+    "min_lr": Key(NUMBER, 1e-5, "learning rate of the last epoch"),
+    "decay_rate": Key(NUMBER, 1, "kept for published configs; cosine does not use it"),
+    "warmup_lr": Key(NUMBER, 1e-5, "learning rate of the first step"),
+    "warmup_epochs": Key(int, 0, "warm-up steps inside epoch 0"),
+    "warmup_step_size": Key(int, 100, "iterations per warm-up step"),
+    "cooldown_epochs": Key(int, 0, "kept for published configs; cosine does not use it"),
+}
+VIT = {
+    "depth": Key(int, 12, "transformer blocks"),
+    "num_heads": Key(int, 12),
+    "patch_size": Key(int, 16, "pixels"),
+    "mlp_ratio": Key(NUMBER, 4),
+    "qkv_bias": Key(bool, True),
+    "norm_eps": Key(NUMBER, 1e-6),
+}
+MODEL = {
+    "image_res": Key(int, help="side of the square input in pixels"),
+    "vision_width": Key(int, 768, "width of the image encoder"),
+    "vit": Key(VIT, {}, "sizes of the image encoder"),
+    "bert_config": Key((str, dict), "configs/config_bert.json", "JSON file, or the same as a mapping"),
+    "embed_dim": Key(int, 256, "shared embedding of the contrast"),
+    "temp": Key(NUMBER, 0.07, "temperature at the start"),
+    "queue_size": Key(int, 65536, "momentum features kept for the contrast"),
+    "momentum": Key(NUMBER, 0.995, "of the momentum twins"),
+    "alpha": Key(NUMBER, 0.4, "weight of the momentum targets"),
+    "init": Key(str, "pretrained", "'pretrained' (image_encoder, text_encoder below) or 'scratch'"),
+    "image_encoder": Key(str, "deit_base_patch16_224", "initial ViT weights: timm name or local file"),
+    "text_encoder": Key(str, "bert-base-uncased", "tokenizer and initial BERT weights: hub name or folder"),
+}
+RELEASED_CODE_HELP = "true = as the published code does, false = as the paper says"
+SHARED = {
+    "optimizer": Key(OPTIMIZER),
+    "schedular": Key(SCHEDULE, help="learning-rate schedule; `scheduler` is accepted too"),
+    "num_workers": Key(int, 4, "data-loading processes per rank"),
+    "log_steps": Key(int, 50, "steps between two log lines"),
+}
+MAX_BAD = Key(NUMBER, 0.05, "a run stops when a larger share of an epoch's images cannot be read")
+RANDAUGMENT = {"num_ops": Key(int, 2), "magnitude": Key(int, 7, "0 to 10")}
+IMAGE_TOKENIZER = {
+    "kind": Key(str, "dalle", "dalle, flava or kmeans"),
+    "path": Key(str, "", "dalle: encoder.pkl; flava: hub name or folder; kmeans: codebook file, made when missing"),
+    "vocab_size": Key(int, 8192, "visual tokens"),
+}
+PRETRAIN = {
+    **MODEL,
+    **SHARED,
+    "train_file": Key(PATHS, help="annotation files"),
+    "batch_size": Key(int, 64, "per rank"),
+    "mlm_probability": Key(NUMBER, 0.15, "share of words masked"),
+    "max_tokens": Key(int, 25, "captions are cut to this many tokens"),
+    "num_masking_patches": Key(int, 75, "patches hidden from MIM, of (image_res / patch_size)²"),
+    "min_num_patches": Key(int, 16, "smallest block of hidden patches"),
+    "min_crop_scale": Key(NUMBER, 0.2, "smallest share of the image that a random crop keeps"),
+    "randaugment": Key(RANDAUGMENT, {}),
+    "image_tokenizer": Key(IMAGE_TOKENIZER, {}, "gives the MIM targets"),
+    "max_bad_fraction": MAX_BAD,
+    "released_code": Key(
+        {
+            "mlm_distill_over_sequence": Key(bool, False, "soft MLM targets over the sequence, not the vocabulary"),
+            "mim_independent_views": Key(bool, False, "the image tokenizer sees a crop of its own"),
+            "psl_padding": Key(bool, False, "[PAD] can become a keyword"),
+            "flip_captions": Key(bool, False, "flip images under captions that say left or right"),
+        },
+        {},
+        RELEASED_CODE_HELP,
+    ),
+}
+RETRIEVAL = {
+    **MODEL,
+    **SHARED,
+    "train_file": Key(PATHS, [], "annotation files of fine-tuning"),
+    "val_file": Key(str, "", "annotation file"),
+    "test_file": Key(str, help="annotation file"),
+    "image_root": Key(str, "", "folder that image paths are relative to; empty = the annotation file's"),
+    "batch_size_train": Key(int, 32, "per rank"),
+    "batch_size_test": Key(int, 64, "images or texts encoded at once"),
+    "k_test": Key(int, 256, "candidates re-ranked for each query"),
+    "warm_up": Key(bool, True, "alpha ramps from 0 in epoch 0"),
+    "vit_mask_token": Key(bool, False, "the image encoder has the mask token of pre-training"),
+    "optimizer": Key(OPTIMIZER, {"lr": 1e-5}),
+    "schedular": Key(SCHEDULE, {"lr": 1e-5, "epochs": 5}, "learning-rate schedule; `scheduler` is accepted too"),
+}
+
+
+def read_config(path: str, table: dict[str, Key], overrides: list[str] | None = None) -> dict:
+    """The checked config with defaults filled in.
+
+    overrides: "a.b=c" with c parsed as YAML. Raises UserError for a missing or broken file, an unknown key (with
+    the nearest valid name), a missing key, or a value of the wrong type.
+    """
+    try:
+        values = YAML(typ="safe").load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}; name a YAML file with --config") from error
+    except YAMLError as error:
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config {path} must hold `key: value` lines, found {type(values).__name__}")
+    for override in overrides or []:
+        _override(values, override)
+    if "scheduler" in values and "schedular" in table:
+        values["schedular"] = values.pop("scheduler")
+    return _check(values, table, path, "")
+
+
+def _override(values: dict, text: str) -> None:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise UserError(f"--overrides {text}: expected key=value, for example schedular.epochs=10")
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--overrides {text}: {parent} is a value, not a section")
+    try:
+        values[leaf] = YAML(typ="safe").load(value)
+    except YAMLError as error:
+        raise UserError(f"--overrides {text}: {value!r} is not valid YAML") from error
+
+
+def _check(values: dict, table: dict[str, Key], path: str, section: str) -> dict:
+    for name in values:
+        if name not in table:
+            near = difflib.get_close_matches(str(name), table, n=1)
+            hint = f"did you mean {section}{near[0]}?" if near else f"known keys: {', '.join(table)}"
+            raise UserError(f"config {path}: unknown key {section}{name}; {hint}")
+    missing = [section + name for name, key in table.items() if key.default is REQUIRED and name not in values]
+    if missing:
+        raise UserError(f"config {path}: missing {'key' if len(missing) == 1 else 'keys'} {', '.join(missing)}")
+    return {
+        name: _check_value(values.get(name, key.default), key.type, path, section + name)
+        for name, key in table.items()
+    }
+
+
+def _check_value(value: object, expected: type | tuple | dict, path: str, name: str) -> object:
+    if isinstance(expected, dict):
+        if not isinstance(value, dict):
+            raise UserError(f"config {path}: {name} must be a section of keys, found {value!r}")
+        return _check(value, expected, path, name + ".")
+    allowed = expected if isinstance(expected, tuple) else (expected,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        wanted = " or ".join(kind.__name__ for kind in allowed)
+        raise UserError(f"config {path}: {name} must be {wanted}, found {value!r}")
+    return value
+
+
+def save_config(config: dict, output_dir: str) -> None:
+    """Writes config.yaml with the git revision of the code as a comment."""
+    try:
+        where = Path(__file__).parent
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = "unknown"
+    with (Path(output_dir) / "config.yaml").open("w") as file:
+        file.write(f"# code revision: {revision}\n")
+        YAML(typ="safe", pure=True).dump(config, file)
+
+
+def describe(table: dict[str, Key], section: str = "") -> list[str]:
+    """Markdown table rows: key, default, meaning."""
+    rows = []
+    for name, key in table.items():
+        if isinstance(key.type, dict):
+            rows += describe(key.type, f"{section}{name}.")
+        else:
+            default = "required" if key.default is REQUIRED else f"`{key.default!r}`"
+            rows.append(f"| `{section}{name}` | {default} | {key.help} |")
+    return rows
+
+
+if __name__ == "__main__":
+    for title, table in (("Pretrain.py", PRETRAIN), ("retrieval", RETRIEVAL)):
+        print(f"\n{title}\n\n| key | default | meaning |\n| --- | --- | --- |", *describe(table), sep="\n")

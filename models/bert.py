@@ -1,0 +1,294 @@
+"""The single-stream encoder: one BERT whose layers serve every mode by arguments.
+
+    text          cross=None: cross-attention is skipped in every layer
+    multimodal    cross=bert.project(image_embeds): used in every layer
+    image input   inputs_embeds=image_embeds, cross=bert.project(text embeddings)
+
+Every layer is self-attention -> cross-attention -> feed-forward, post-norm as in BERT. Parameter names are the
+published ones. Shapes: B rows, T tokens of the own stream, S tokens of the other stream, D width, H heads,
+d = D / H.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import UserError
+
+PADDING_SCORE = -10000.0  # finite, so that a row of nothing but padding stays finite
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Sizes of the text encoder; the names are those of BERT's JSON configuration."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    encoder_width: int = 768  # width of the stream that cross-attention reads
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+
+    @classmethod
+    def read(cls, source: str | dict) -> "BertConfig":
+        """From a JSON file or a mapping; BERT keys that have no meaning here are passed over.
+
+        Raises UserError for a missing or broken file and for sizes that do not fit together.
+        """
+        if not isinstance(source, dict):
+            try:
+                source = json.loads(Path(source).read_text())
+            except (OSError, json.JSONDecodeError) as error:
+                raise UserError(f"bert_config {source} cannot be read as JSON: {error}") from error
+        if source.get("hidden_act", "gelu") != "gelu":
+            raise UserError(f"bert_config hidden_act is {source['hidden_act']!r}; only 'gelu' is supported")
+        known = {field.name for field in fields(cls)}
+        config = cls(**{key: value for key, value in source.items() if key in known})
+        if config.hidden_size % config.num_attention_heads:
+            raise UserError(
+                f"bert_config hidden_size {config.hidden_size} is not a multiple of "
+                f"num_attention_heads {config.num_attention_heads}"
+            )
+        return config
+
+
+@dataclass
+class CrossStates:
+    """The other stream's keys and values, projected once for every layer and shared by many rows.
+
+    keys_values: per layer (keys, values), each (B', H, S, d). A query batch of B = B' * n rows attends n by n
+    to them; `rows` picks other assignments. mask: additive, (B', 1, 1, S) or None.
+    """
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    mask: Tensor | None = None
+    index: Tensor | None = None
+
+    def rows(self, index: Tensor) -> "CrossStates":
+        """Row r of the query attends to stream index[r]; gathered layer by layer, after the projection."""
+        return CrossStates(self.keys_values, self.mask, index)
+
+    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        keys, values = self.keys_values[i]
+        if self.index is None:
+            return keys, values, self.mask
+        mask = None if self.mask is None else self.mask[self.index]
+        return keys[self.index], values[self.index], mask
+
+
+def padding_mask(attention_mask: Tensor, score: float = PADDING_SCORE) -> Tensor:
+    """attention_mask (B, S) with 1 = token, 0 = padding -> additive scores (B, 1, 1, S)."""
+    return (1.0 - attention_mask[:, None, None, :].float()) * score
+
+
+class Embeddings(nn.Module):
+    """Word + position -> LayerNorm -> dropout; no token types."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None])
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """input_ids (B, T) or inputs_embeds (B, T, D) -> (B, T, D)"""
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        length, limit = inputs_embeds.shape[1], self.position_embeddings.num_embeddings
+        if length > limit:
+            raise UserError(
+                f"a sequence of {length} tokens is longer than the {limit} positions of the text encoder; "
+                "truncate the text, lower image_res, or raise max_position_embeddings in bert_config"
+            )
+        return self.dropout(self.LayerNorm(inputs_embeds + self.position_embeddings.weight[:length]))
+
+
+class Projections(nn.Module):
+    def __init__(self, config: BertConfig, kv_width: int):
+        super().__init__()
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(kv_width, config.hidden_size)
+        self.value = nn.Linear(kv_width, config.hidden_size)
+
+
+class AddNorm(nn.Module):
+    """LayerNorm(residual + dropout(dense(x))), the end of every BERT sub-layer."""
+
+    def __init__(self, in_width: int, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(in_width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over keys and values that were projected beforehand."""
+
+    def __init__(self, config: BertConfig, kv_width: int):
+        super().__init__()
+        self.self = Projections(config, kv_width)
+        self.output = AddNorm(config.hidden_size, config)
+        self.num_heads = config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, d)
+
+    def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """states (B, S, kv_width) -> keys and values, each (B, H, S, d)."""
+        return self._heads(self.self.key(states)), self._heads(self.self.value(states))
+
+    def attention_map(self, hidden: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention probabilities, before dropout: hidden (B, T, D), keys (B, H, S, d) -> (B, H, T, S)"""
+        query = self._heads(self.self.query(hidden))
+        scores = query @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+        return (scores if mask is None else scores + mask).softmax(-1)
+
+    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """hidden (B, T, D); keys, values (B', H, S, d) with B a multiple of B' -> (B, T, D)
+
+        With B' < B every B / B' consecutive rows share one stream: they ride on it as one long query, so that
+        keys and values are never repeated in memory.
+        """
+        query = self.self.query(hidden)
+        if len(keys) != len(hidden):
+            query = query.view(len(keys), -1, query.shape[-1])  # (B', n * T, D)
+        dropout = self.dropout_prob if self.training else 0.0
+        mask = None if mask is None else mask.to(query.dtype)
+        context = F.scaled_dot_product_attention(self._heads(query), keys, values, mask, dropout)
+        return self.output(context.transpose(1, 2).reshape(hidden.shape), hidden)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.gelu(self.dense(hidden))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.attention = Attention(config, config.hidden_size)
+        self.crossattention = Attention(config, config.encoder_width)
+        self.intermediate = FeedForward(config)
+        self.output = AddNorm(config.intermediate_size, config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        cross: tuple[Tensor, Tensor, Tensor | None] | None,
+    ) -> Tensor:
+        hidden = self.attention(hidden, *self.attention.project(hidden), mask)
+        if cross is not None:
+            hidden = self.crossattention(hidden, *cross)
+        return self.output(self.intermediate(hidden), hidden)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+
+class BertModel(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
+
+    def project(self, states: Tensor, attention_mask: Tensor | None = None) -> CrossStates:
+        """The other stream as cross-attention reads it: states (B, S, encoder_width), attention_mask (B, S)."""
+        mask = None if attention_mask is None else padding_mask(attention_mask, torch.finfo(states.dtype).min)
+        return CrossStates([layer.crossattention.project(states) for layer in self.encoder.layer], mask)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross: CrossStates | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states (B, T, D) of tokens (B, T) or of another encoder's states (B, T, D).
+
+        attention_mask (B, T), None = no padding. Raises UserError when T exceeds the position table.
+        """
+        hidden = self.embeddings(input_ids, inputs_embeds)
+        mask = None if attention_mask is None else padding_mask(attention_mask)
+        for i, layer in enumerate(self.encoder.layer):
+            hidden = layer(hidden, mask, None if cross is None else cross.layer(i))
+        return hidden
+
+    def last_self_attention(self, input_ids: Tensor, attention_mask: Tensor, cross: CrossStates) -> Tensor:
+        """The last layer's self-attention map (B, H, T, T); nothing after it is computed."""
+        hidden, mask = self.embeddings(input_ids), padding_mask(attention_mask)
+        *lower, last = self.encoder.layer
+        for i, layer in enumerate(lower):
+            hidden = layer(hidden, mask, cross.layer(i))
+        keys, _ = last.attention.project(hidden)
+        return last.attention.attention_map(hidden, keys, mask)
+
+
+class PredictionTransform(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class PredictionHead(nn.Module):
+    """Dense, GELU, LayerNorm, then the word-embedding matrix as decoder with a bias of its own."""
+
+    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.transform = PredictionTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder.weight, self.decoder.bias = word_embeddings.weight, self.bias  # tied; both names are saved
+        nn.init.normal_(self.transform.dense.weight, std=config.initializer_range)
+        nn.init.zeros_(self.transform.dense.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> logits (..., V)"""
+        return self.decoder(self.transform.LayerNorm(F.gelu(self.transform.dense(hidden))))
+
+
+class BertForMaskedLM(nn.Module):
+    """BertModel as `bert` and the masked-LM head as `cls.predictions`."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.bert = BertModel(config)
+        self.cls = nn.ModuleDict({"predictions": PredictionHead(config, self.bert.embeddings.word_embeddings)})
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> vocabulary logits (..., V)"""
+        return self.cls["predictions"](hidden)

@@ -1,0 +1,42 @@
+"""Momentum twins and feature queues (MoCo, as ALBEF and SIMLA use them)."""
+
+import torch
+from torch import Tensor, nn
+
+
+def make_twin(module: nn.Module, twin: nn.Module) -> nn.Module:
+    """`twin` with the weights of `module` and without gradients."""
+    twin.load_state_dict(module.state_dict())
+    return twin.requires_grad_(False)
+
+
+@torch.no_grad()
+def update_twins(pairs: list[tuple[nn.Module, nn.Module]], momentum: float) -> None:
+    """twin <- momentum * twin + (1 - momentum) * online, over all (online, twin) pairs at once."""
+    online = [p for module, _ in pairs for p in module.parameters()]
+    twins = [p for _, twin in pairs for p in twin.parameters()]
+    torch._foreach_mul_(twins, momentum)
+    torch._foreach_add_(twins, online, alpha=1.0 - momentum)
+
+
+def new_queue(embed_dim: int, queue_size: int) -> Tensor:
+    """Normalised noise, (E, Q): what a queue holds before features have filled it."""
+    return nn.functional.normalize(torch.randn(embed_dim, queue_size), dim=0)
+
+
+@torch.no_grad()
+def enqueue(queue: Tensor, pointer: Tensor, entries: Tensor) -> None:
+    """Writes entries (n, E) into the columns of queue (E, Q) from `pointer` (1,) on, wrapping round.
+
+    Any n goes; of more than Q entries the last Q stay. The pointer is left to `advance`.
+    """
+    queue_size = queue.shape[1]
+    skipped = max(0, len(entries) - queue_size)
+    columns = (pointer + torch.arange(skipped, len(entries), device=queue.device)) % queue_size
+    queue[:, columns] = entries[skipped:].T.to(queue.dtype)
+
+
+@torch.no_grad()
+def advance(pointer: Tensor, num_entries: int, queue_size: int) -> None:
+    """Moves `pointer` (1,) on by `num_entries`, modulo the queue size."""
+    pointer.copy_((pointer + num_entries) % queue_size)
