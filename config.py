@@ -79,7 +79,9 @@ MAX_BAD = Key(NUMBER, 0.05, "a run stops when a larger share of an epoch's image
 RANDAUGMENT = {"num_ops": Key(int, 2), "magnitude": Key(int, 7, "0 to 10")}
 IMAGE_TOKENIZER = {
     "kind": Key(str, "dalle", "dalle, flava or kmeans"),
-    "path": Key(str, "", "dalle: encoder.pkl; flava: hub name or folder; kmeans: codebook file, made when missing"),
+    "path": Key(
+        str, "", "dalle: encoder.pkl; flava: hub name or folder; kmeans: codebook file, made when missing"
+    ),
     "vocab_size": Key(int, 8192, "visual tokens"),
 }
 PRETRAIN = {
@@ -97,7 +99,9 @@ PRETRAIN = {
     "max_bad_fraction": MAX_BAD,
     "released_code": Key(
         {
-            "mlm_distill_over_sequence": Key(bool, False, "soft MLM targets over the sequence, not the vocabulary"),
+            "mlm_distill_over_sequence": Key(
+                bool, False, "soft MLM targets over the sequence, not the vocabulary"
+            ),
             "mim_independent_views": Key(bool, False, "the image tokenizer sees a crop of its own"),
             "psl_padding": Key(bool, False, "[PAD] can become a keyword"),
             "flip_captions": Key(bool, False, "flip images under captions that say left or right"),
@@ -119,20 +123,24 @@ RETRIEVAL = {
     "warm_up": Key(bool, True, "alpha ramps from 0 in epoch 0"),
     "vit_mask_token": Key(bool, False, "the image encoder has the mask token of pre-training"),
     "optimizer": Key(OPTIMIZER, {"lr": 1e-5}),
-    "schedular": Key(SCHEDULE, {"lr": 1e-5, "epochs": 5}, "learning-rate schedule; `scheduler` is accepted too"),
+    "schedular": Key(
+        SCHEDULE, {"lr": 1e-5, "epochs": 5}, "learning-rate schedule; `scheduler` is accepted too"
+    ),
 }
 
 
 def read_config(path: str, table: dict[str, Key], overrides: list[str] | None = None) -> dict:
     """The checked config with defaults filled in.
 
-    overrides: "a.b=c" with c parsed as YAML. Raises UserError for a missing or broken file, an unknown key (with
-    the nearest valid name), a missing key, or a value of the wrong type.
+    overrides: "a.b=c" with c parsed as YAML. Raises UserError for a missing or broken file, an unknown key
+    (with the nearest valid name), a missing key, or a value of the wrong type.
     """
     try:
         values = YAML(typ="safe").load(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"config {path} cannot be read: {error.strerror}; name a YAML file with --config") from error
+        raise UserError(
+            f"config {path} cannot be read: {error.strerror}; name a YAML file with --config"
+        ) from error
     except YAMLError as error:
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -165,9 +173,13 @@ def _check(values: dict, table: dict[str, Key], path: str, section: str) -> dict
             near = difflib.get_close_matches(str(name), table, n=1)
             hint = f"did you mean {section}{near[0]}?" if near else f"known keys: {', '.join(table)}"
             raise UserError(f"config {path}: unknown key {section}{name}; {hint}")
-    missing = [section + name for name, key in table.items() if key.default is REQUIRED and name not in values]
+    missing = [
+        section + name for name, key in table.items() if key.default is REQUIRED and name not in values
+    ]
     if missing:
-        raise UserError(f"config {path}: missing {'key' if len(missing) == 1 else 'keys'} {', '.join(missing)}")
+        raise UserError(
+            f"config {path}: missing {'key' if len(missing) == 1 else 'keys'} {', '.join(missing)}"
+        )
     return {
         name: _check_value(values.get(name, key.default), key.type, path, section + name)
         for name, key in table.items()

@@ -4,7 +4,8 @@ import numpy as np
 
 
 def pessimistic_ranks(scores: np.ndarray, relevant: list[list[int]]) -> np.ndarray:
-    """Rank of each query's best-scored relevant candidate, 0 = first: scores (queries, candidates) -> (queries,)
+    """Rank of each query's best-scored relevant candidate, 0 = first: scores (queries, candidates) ->
+    (queries,)
 
     Ties count against the query: every irrelevant candidate with an equal score stands before it, so a model
     that gives everything the same score gets no credit and the result does not depend on a sort.
@@ -27,8 +28,9 @@ def retrieval_recall(
 ) -> dict[str, float]:
     """Recall@1/5/10 in percent, both ways.
 
-    scores_i2t (images, texts), scores_t2i (texts, images); img2txt: the captions of each image, any of which is
-    right; txt2img: the image of each caption -> txt_r1 ... (image -> text), img_r1 ... (text -> image), r_mean
+    scores_i2t (images, texts), scores_t2i (texts, images); img2txt: the captions of each image, any of which
+    is right; txt2img: the image of each caption -> txt_r1 ... (image -> text), img_r1 ... (text -> image),
+    r_mean
     """
     text_ranks = pessimistic_ranks(scores_i2t, img2txt)
     image_ranks = pessimistic_ranks(scores_t2i, [[image] for image in txt2img])

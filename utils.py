@@ -27,7 +27,8 @@ class UserError(Exception):
     """Something the user can mend: one clear sentence that names the file or key and the remedy."""
 
 
-# ---- processes -------------------------------------------------------------------------------------------------
+# ---- processes
+# -------------------------------------------------------------------------------------------------
 
 
 def world_size() -> int:
@@ -176,7 +177,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# ---- flags -----------------------------------------------------------------------------------------------------
+# ---- flags
+# -----------------------------------------------------------------------------------------------------
 
 
 def boolean(text: str) -> bool:
@@ -199,23 +201,36 @@ def script_arguments(description: str, config: str, output_dir: str) -> argparse
     parser.add_argument("--config", default=config, help="YAML file (default: %(default)s)")
     parser.add_argument("--output_dir", default=output_dir, help="where results go (default: %(default)s)")
     parser.add_argument("--checkpoint", default="", help="weights to start from")
-    add_flag(parser, "--resume", "continue the run that --checkpoint was saved by: optimiser, schedule, epoch")
+    add_flag(
+        parser, "--resume", "continue the run that --checkpoint was saved by: optimiser, schedule, epoch"
+    )
     add_flag(parser, "--evaluate", "no training")
     parser.add_argument("--text_encoder", default="", help="BERT name or folder; replaces the config's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--seed", default=42, type=int)
-    parser.add_argument("--world_size", default=1, type=int, help="read from the launcher; kept for old commands")
-    parser.add_argument("--dist_url", default="env://", help="where the processes meet (default: %(default)s)")
-    parser.add_argument("--distributed", nargs="?", const=True, default=True, type=boolean, help="as --world_size")
-    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="config values, a.b=c")
+    parser.add_argument(
+        "--world_size", default=1, type=int, help="read from the launcher; kept for old commands"
+    )
+    parser.add_argument(
+        "--dist_url", default="env://", help="where the processes meet (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--distributed", nargs="?", const=True, default=True, type=boolean, help="as --world_size"
+    )
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="config values, a.b=c"
+    )
     return parser
 
 
-# ---- log -------------------------------------------------------------------------------------------------------
+# ---- log
+# -------------------------------------------------------------------------------------------------------
 
 
 class MetricLog:
-    """Running means of named values, printed with progress and ETA; values stay tensors until they are read."""
+    """Running means of named values, printed with progress and ETA; values stay tensors until they are
+    read.
+    """
 
     def __init__(self):
         self.sums: dict[str, Tensor | float] = {}
@@ -250,7 +265,9 @@ def with_progress(
             seconds = (time.monotonic() - begin) / done
             eta = datetime.timedelta(seconds=int(seconds * (total - done)))
             memory = (
-                f"  max mem {torch.cuda.max_memory_allocated() >> 20} MiB" if torch.cuda.is_available() else ""
+                f"  max mem {torch.cuda.max_memory_allocated() >> 20} MiB"
+                if torch.cuda.is_available()
+                else ""
             )
             log.info(f"{header}  [{done}/{total}]  eta {eta}  {describe()}  {seconds:.3f} s/it{memory}")
 

@@ -4,9 +4,9 @@
     multimodal    cross=bert.project(image_embeds): used in every layer
     image input   inputs_embeds=image_embeds, cross=bert.project(text embeddings)
 
-Every layer is self-attention -> cross-attention -> feed-forward, post-norm as in BERT. Parameter names are the
-published ones. Shapes: B rows, T tokens of the own stream, S tokens of the other stream, D width, H heads,
-d = D / H.
+Every layer is self-attention -> cross-attention -> feed-forward, post-norm as in BERT. Parameter names are
+the published ones. Shapes: B rows, T tokens of the own stream, S tokens of the other stream, D width, H
+heads, d = D / H.
 """
 
 import json
@@ -226,7 +226,9 @@ class BertModel(nn.Module):
             nn.init.zeros_(module.weight[module.padding_idx])
 
     def project(self, states: Tensor, attention_mask: Tensor | None = None) -> CrossStates:
-        """The other stream as cross-attention reads it: states (B, S, encoder_width), attention_mask (B, S)."""
+        """The other stream as cross-attention reads it: states (B, S, encoder_width), attention_mask (B,
+        S).
+        """
         mask = None if attention_mask is None else padding_mask(attention_mask, torch.finfo(states.dtype).min)
         return CrossStates([layer.crossattention.project(states) for layer in self.encoder.layer], mask)
 
@@ -272,7 +274,10 @@ class PredictionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.transform = PredictionTransform(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.decoder.weight, self.decoder.bias = word_embeddings.weight, self.bias  # tied; both names are saved
+        self.decoder.weight, self.decoder.bias = (
+            word_embeddings.weight,
+            self.bias,
+        )  # tied; both names are saved
         nn.init.normal_(self.transform.dense.weight, std=config.initializer_range)
         nn.init.zeros_(self.transform.dense.bias)
 
@@ -287,7 +292,9 @@ class BertForMaskedLM(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.bert = BertModel(config)
-        self.cls = nn.ModuleDict({"predictions": PredictionHead(config, self.bert.embeddings.word_embeddings)})
+        self.cls = nn.ModuleDict(
+            {"predictions": PredictionHead(config, self.bert.embeddings.word_embeddings)}
+        )
 
     def predict(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> vocabulary logits (..., V)"""

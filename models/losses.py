@@ -1,7 +1,8 @@
 """The five losses of SIMLA as pure functions of tensors, and the random draws they need, each apart.
 
 B batch, Q queue, E shared embedding, T text tokens, V vocabulary, M masked places. Every distilled loss is
-(1 - alpha) * hard + alpha * soft, the soft targets being the momentum model's (ALBEF section 3.2, SIMLA section 3).
+(1 - alpha) * hard + alpha * soft, the soft targets being the momentum model's (ALBEF section 3.2, SIMLA
+section 3).
 """
 
 import torch
@@ -19,7 +20,8 @@ def mean_over(values: Tensor, count: Tensor) -> Tensor:
     return values.sum() / count.clamp(min=1)
 
 
-# ---- ITA: image-text alignment by contrast (paper eq. 1) -------------------------------------------------------
+# ---- ITA: image-text alignment by contrast (paper eq. 1)
+# -------------------------------------------------------
 
 
 def contrast_targets(similarity_m: Tensor, positives: Tensor, alpha: float) -> Tensor:
@@ -37,7 +39,8 @@ def ita_loss(sim_i2t: Tensor, sim_t2i: Tensor, target_i2t: Tensor, target_t2i: T
     return (i2t + t2i) / 2
 
 
-# ---- ITM: image-text matching on hard negatives (paper eq. 2) --------------------------------------------------
+# ---- ITM: image-text matching on hard negatives (paper eq. 2)
+# --------------------------------------------------
 
 
 def negative_weights(similarity: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +48,8 @@ def negative_weights(similarity: Tensor, excluded: Tensor) -> tuple[Tensor, Tens
 
     similarity (B, B) / temp; excluded (B, B) bool, True for entries of the same identity ->
     weights (B, B), unnormalised, 0 where excluded; has_negative (B,) bool. A row whose allowed weights all
-    underflow to 0 draws evenly among them; one that allows none gets dummy weights, to be left out of the loss.
+    underflow to 0 draws evenly among them; one that allows none gets dummy weights, to be left out of the
+    loss.
     """
     weights = similarity.float().softmax(-1).masked_fill(excluded, 0.0)
     has_negative = (~excluded).any(-1)
@@ -64,7 +68,8 @@ def itm_loss(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
     return mean_over(losses * counted, counted.sum())
 
 
-# ---- MLM: masked language modelling (paper eq. 3) --------------------------------------------------------------
+# ---- MLM: masked language modelling (paper eq. 3)
+# --------------------------------------------------------------
 
 
 def mlm_loss(logits: Tensor, labels: Tensor, logits_m: Tensor, alpha: float) -> Tensor:
@@ -86,7 +91,8 @@ def mlm_loss_over_sequence(logits: Tensor, labels: Tensor, logits_m: Tensor, alp
     return mean_over((1 - alpha) * hard + alpha * soft, predicted.sum())
 
 
-# ---- MIM: masked image modelling conditioned on the text (paper eq. 4) ------------------------------------------
+# ---- MIM: masked image modelling conditioned on the text (paper eq. 4)
+# ------------------------------------------
 
 
 def mim_loss(logits: Tensor, codes: Tensor, logits_m: Tensor, alpha: float) -> Tensor:
@@ -94,7 +100,8 @@ def mim_loss(logits: Tensor, codes: Tensor, logits_m: Tensor, alpha: float) -> T
     return mlm_loss(logits, codes, logits_m, alpha)
 
 
-# ---- PSL: pseudo-labelled keywords (paper eq. 5) ----------------------------------------------------------------
+# ---- PSL: pseudo-labelled keywords (paper eq. 5)
+# ----------------------------------------------------------------
 
 
 def keyword_votes(cls_attention: Tensor, attention_mask: Tensor | None, per_head: int = 4) -> Tensor:
@@ -115,7 +122,9 @@ def choose_keywords(votes: Tensor, num_keywords: int = 5) -> tuple[Tensor, Tenso
     return top.indices, top.values >= 0
 
 
-def keyword_targets(input_ids: Tensor, positions: Tensor, counted: Tensor, vocab_size: int, cls_id: int) -> Tensor:
+def keyword_targets(
+    input_ids: Tensor, positions: Tensor, counted: Tensor, vocab_size: int, cls_id: int
+) -> Tensor:
     """Multi-hot over the vocabulary, [CLS] cleared: ids (B, T), positions and counted (B, K) -> (B, V)"""
     target = torch.zeros(len(input_ids), vocab_size, device=input_ids.device)
     target.scatter_reduce_(1, input_ids.gather(1, positions), counted.to(target.dtype), reduce="amax")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from models import losses
 from models.bert import BertConfig, BertForMaskedLM
 from models.momentum import advance, enqueue, make_twin, new_queue, update_twins
-from models.vit import VisionTransformer
-from utils import all_gather_rows
+from models.vit import VisionTransformer, vit_sizes
+from utils import UserError, all_gather_rows
 
 
 @dataclass
@@ -41,6 +41,11 @@ class SIMLA(nn.Module):
         psl_padding: bool = False,
     ):
         super().__init__()
+        if vit["embed_dim"] != bert.hidden_size or bert.encoder_width != bert.hidden_size:
+            raise UserError(
+                f"vision_width ({vit['embed_dim']}), hidden_size ({bert.hidden_size}) and encoder_width "
+                f"({bert.encoder_width}) of bert_config must be equal: MIM runs image tokens through the text encoder"
+            )
         self.momentum = momentum
         self.cls_id = cls_id
         self.mlm_distill_over_sequence = mlm_distill_over_sequence
@@ -70,6 +75,28 @@ class SIMLA(nn.Module):
         self.register_buffer("text_queue", new_queue(embed_dim, queue_size))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
+        num_tokens = self.visual_encoder.pos_embed.shape[1]
+        if num_tokens > bert.max_position_embeddings:
+            raise UserError(
+                f"{num_tokens} image tokens exceed the {bert.max_position_embeddings} positions of the text encoder, "
+                "which MIM runs them through; lower image_res or raise max_position_embeddings in bert_config"
+            )
+
+    @classmethod
+    def from_config(cls, config: dict, cls_id: int) -> "SIMLA":
+        return cls(
+            vit_sizes(config),
+            BertConfig.read(config["bert_config"]),
+            config["embed_dim"],
+            config["queue_size"],
+            config["temp"],
+            config["momentum"],
+            config["image_tokenizer"]["vocab_size"],
+            cls_id,
+            config["released_code"]["mlm_distill_over_sequence"],
+            config["released_code"]["psl_padding"],
+        )
+
     def twins(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online, momentum) pairs."""
         names = ("visual_encoder", "vision_proj", "text_encoder", "text_proj", "mim_head", "concept_head")
@@ -94,9 +121,9 @@ class SIMLA(nn.Module):
     ) -> dict[str, Tensor]:
         """The five losses of one batch.
 
-        image (B, 3, R, R); text_ids, text_mask, mlm_ids, mlm_labels (B, T): the caption, its padding mask, the
-        caption with masked words, their ids (-100 elsewhere); patch_mask (B, N-1) bool: patches hidden from
-        MIM; visual_codes (B, N-1): their targets; alpha: weight of the momentum targets.
+        image (B, 3, R, R); text_ids, text_mask, mlm_ids, mlm_labels (B, T): the caption, its padding mask,
+        the caption with masked words, their ids (-100 elsewhere); patch_mask (B, N-1) bool: patches hidden
+        from MIM; visual_codes (B, N-1): their targets; alpha: weight of the momentum targets.
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
@@ -180,7 +207,8 @@ class SIMLA(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Matching and masked words in one multimodal pass of 4B rows over the same projected image keys.
 
-        Rows: true pairs; (text i, negative image); (negative text, image i); (text i with masked words, image i).
+        Rows: true pairs; (text i, negative image); (negative text, image i); (text i with masked words, image
+        i).
         """
         image_neg, text_neg, has_negative = negatives
         batch, own = len(text_ids), torch.arange(len(text_ids), device=text_ids.device)

@@ -1,9 +1,9 @@
 """Exact two-stage retrieval: contrast picks candidates, the multimodal encoder scores them (paper section 4).
 
 For each image the k most similar texts and for each text the k most similar images are scored by the matching
-head; every other entry of the two score matrices is -100. The score of a pair does not depend on the direction,
-so each pair is scored once; each image is projected to keys and values once and its texts ride on them as one
-long query; ranks share the images.
+head; every other entry of the two score matrices is -100. The score of a pair does not depend on the
+direction, so each pair is scored once; each image is projected to keys and values once for all its texts,
+which ride on them as one long query. A rank scores the images it holds.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from utils import all_gather_objects, rank, world_size
+from utils import all_gather_objects
 
 NOT_SCORED = -100.0
 
@@ -29,16 +29,11 @@ def candidate_pairs(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return for_images, for_texts
 
 
-def length_sorted_chunks(lengths: Tensor, chunk_size: int) -> Iterable[Tensor]:
-    """Positions of `lengths` (n,) in chunks of similar length, so that little is spent on padding."""
-    return lengths.argsort(stable=True).split(chunk_size)
-
-
 @torch.no_grad()
 def rerank(
     similarity: Tensor,
     k: int,
-    image_embeds: Callable[[int], Tensor],
+    image_embeds: dict[int, Tensor],
     text_ids: Tensor,
     text_mask: Tensor,
     match: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -47,35 +42,26 @@ def rerank(
 ) -> tuple[Tensor, Tensor]:
     """Score matrices of both directions, equal on all ranks.
 
-    similarity (images, texts) on every rank; image_embeds(i) -> (1, N, D); text_ids, text_mask (texts, T);
-    match(image_embeds, text_ids, text_mask) -> logits -> scores_i2t (images, texts), scores_t2i (texts, images)
+    similarity (images, texts) on every rank; image_embeds: image -> (1, N, D), this rank's images; text_ids,
+    text_mask (texts, T); match(image_embeds, text_ids, text_mask) -> logits -> scores_i2t (images, texts),
+    scores_t2i (texts, images), both on the CPU
     """
     for_images, for_texts = candidate_pairs(similarity, k)
     wanted = for_images | for_texts
     lengths = text_mask.sum(1)
+    own = sorted(image_embeds)
     scores = torch.zeros(similarity.shape)
-    own = _share(wanted.sum(1).tolist(), world_size())[rank()]
     for image in progress(own):
         texts = wanted[image].nonzero().squeeze(1)
-        embeds = image_embeds(image)
-        for chunk in length_sorted_chunks(lengths[texts], chunk_size):
-            rows = texts[chunk]
-            longest = int(lengths[rows].max())
-            logits = match(embeds, text_ids[rows, :longest], text_mask[rows, :longest])
+        texts = texts[
+            lengths[texts].argsort()
+        ]  # of similar length together, so that little is spent on padding
+        for rows in texts.split(chunk_size):
+            longest = int(lengths[rows[-1]])
+            logits = match(image_embeds[image], text_ids[rows, :longest], text_mask[rows, :longest])
             scores[image, rows.cpu()] = logits.float().cpu()
     for images, part in all_gather_objects((own, scores[own])):
         scores[images] = part
-    for_images, for_texts = for_images.cpu(), for_texts.cpu()
-    scores_i2t = scores.masked_fill(~for_images, NOT_SCORED)
-    scores_t2i = scores.masked_fill(~for_texts, NOT_SCORED).T.contiguous()
+    scores_i2t = scores.masked_fill(~for_images.cpu(), NOT_SCORED)
+    scores_t2i = scores.masked_fill(~for_texts.cpu(), NOT_SCORED).T.contiguous()
     return scores_i2t, scores_t2i
-
-
-def _share(costs: list[int], num_ranks: int) -> list[list[int]]:
-    """Splits the items over ranks so that each gets about the same cost; deterministic."""
-    loads, shares = [0] * num_ranks, [[] for _ in range(num_ranks)]
-    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(item)
-        loads[lightest] += costs[item]
-    return [sorted(share) for share in shares]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.bert import BertConfig, BertModel
 from models.momentum import make_twin, new_queue
-from models.vit import VisionTransformer
+from models.vit import VisionTransformer, vit_sizes
 
 
 class SIMLARetrieval(nn.Module):
@@ -42,6 +42,11 @@ class SIMLARetrieval(nn.Module):
         self.register_buffer("idx_queue", torch.full((1, queue_size), -100))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
+    @classmethod
+    def from_config(cls, config: dict) -> "SIMLARetrieval":
+        bert = BertConfig.read(config["bert_config"])
+        return cls(vit_sizes(config), bert, config["embed_dim"], config["queue_size"], config["temp"])
+
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, R, R) -> token states (B, N, D), unit-length features (B, E)"""
         image_embeds = self.visual_encoder(image)
@@ -55,7 +60,8 @@ class SIMLARetrieval(nn.Module):
     def match(self, image_embeds: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """The "match" logit of every text with its image.
 
-        image_embeds (I, N, D) of I images; text_ids, text_mask (I * n, T): n texts for each in turn -> (I * n,)
+        image_embeds (I, N, D) of I images; text_ids, text_mask (I * n, T): n texts for each in turn -> (I *
+        n,)
         """
         hidden = self.text_encoder(text_ids, text_mask, self.text_encoder.project(image_embeds))
         return self.itm_head(hidden[:, 0])[:, 1]

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from utils import UserError
 
 
+def vit_sizes(config: dict) -> dict:
+    """Keyword arguments of the image encoder from a task's config."""
+    return {"img_size": config["image_res"], "embed_dim": config["vision_width"], **config["vit"]}
+
+
 class VisionTransformer(TimmVisionTransformer):
     """ViT whose masked patches are replaced by a learned token before positions are added (BEiT).
 

@@ -50,7 +50,9 @@ def fill_model(model: torch.nn.Module, aliases: dict[str, str], salt: str = SALT
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
-                tensor.copy_(torch.from_numpy(np.asarray(fill(salt, aliases.get(name, name), tuple(tensor.shape)))))
+                tensor.copy_(
+                    torch.from_numpy(np.asarray(fill(salt, aliases.get(name, name), tuple(tensor.shape))))
+                )
 
 
 def golden_image(seed: int, shape: list[int]) -> torch.Tensor:

@@ -40,7 +40,9 @@ def check_digest(name, tensor, recorded):
     norm, *values = recorded
     actual = digest(tensor)
     assert actual[0] == pytest.approx(norm, rel=1e-3, abs=1e-6), name
-    if name.endswith("key.bias"):  # zero in theory, since softmax ignores a shift: both numbers are rounding noise
+    if name.endswith(
+        "key.bias"
+    ):  # zero in theory, since softmax ignores a shift: both numbers are rounding noise
         assert max(map(abs, actual)) < 1e-8, name
         return
     scale = norm / tensor.numel() ** 0.5 + 1e-6
@@ -125,8 +127,12 @@ def test_recorded_negative_weights_and_keywords(model, monkeypatch):
     spy("keyword_votes", "votes", lambda r: r)
     spy("choose_keywords", "positions", lambda r: r[0])
     forward(model, step["inputs"], recorded, 0.4)
-    torch.testing.assert_close(seen["weights"][0], torch.tensor(recorded["weights_t2i"]), rtol=5e-5, atol=1e-6)
-    torch.testing.assert_close(seen["weights"][1], torch.tensor(recorded["weights_i2t"]), rtol=5e-5, atol=1e-6)
+    torch.testing.assert_close(
+        seen["weights"][0], torch.tensor(recorded["weights_t2i"]), rtol=5e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        seen["weights"][1], torch.tensor(recorded["weights_i2t"]), rtol=5e-5, atol=1e-6
+    )
     assert seen["votes"][0].tolist() == recorded["concept"]["votes_per_position"]
     assert seen["positions"][0].tolist() == recorded["concept"]["chosen_positions"]
 
@@ -143,7 +149,9 @@ def test_three_steps(model, structure):
     check_queues(model, recorded["queues_after"])
     state = model.state_dict()
     for name, (norm, *values) in recorded["params_after"].items():
-        key_bias = name.endswith(("key.bias", "qkv.bias"))  # gradient 0 in theory: Adam steps on rounding noise
+        key_bias = name.endswith(
+            ("key.bias", "qkv.bias")
+        )  # gradient 0 in theory: Adam steps on rounding noise
         actual = digest(state[name])
         assert actual[1:] == pytest.approx(values, abs=3.1e-4 if key_bias else 2e-6), name
         assert actual[0] == pytest.approx(norm, rel=1e-2 if key_bias else 1e-5, abs=1e-6), name

@@ -1,0 +1,44 @@
+# make demo    the embedded data set, pre-training and zero-shot retrieval on this machine
+# make test    the tests
+# make lint    ruff
+# Each makes .venv first; `make demo PYTHON=python3 VENV=` uses the current interpreter's packages instead.
+# A smaller download for machines without a GPU: make demo INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+INDEX ?=
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed-$(1)
+endif
+
+.PHONY: demo test lint format clean
+
+demo: $(call READY,demo)
+	$(PY) demo.py
+
+test: $(call READY,test)
+	$(PY) -m pytest
+
+lint: $(call READY,test)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(call READY,test)
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+$(VENV)/.installed-%: requirements-%.txt requirements.txt
+	@echo "== installing $< into $(VENV) (PyTorch is a large download; a second call takes seconds)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip uv
+	$(VENV)/bin/python -m uv pip install --python $(VENV)/bin/python $(if $(INDEX),--extra-index-url $(INDEX)) -r $<
+	@touch $@
+
+clean:
+	rm -rf $(VENV) output data/demo

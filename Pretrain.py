@@ -1,0 +1,135 @@
+"""Pre-training of SIMLA on image-caption pairs with five losses (ITA, ITM, MLM, MIM, PSL).
+
+Data     JSON lists of {"image": path, "caption": text or list of texts}: `train_file` in the config
+Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env Pretrain.py \\
+             --config configs/Pretrain.yaml --output_dir output/Pretrain
+Expected 30 epochs on the 4 M images of the paper: about 7 days on 8 A100 as published
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import load_weights, resume, save_checkpoint
+from config import PRETRAIN, read_config, save_config
+from dataset.pretrain import code_views, pretrain_loader
+from dataset.text import build_tokenizer
+from engine import distribute, train_one_epoch
+from models.dvae import build_image_tokenizer, fit_kmeans_codebook
+from models.initial import load_initial_weights
+from models.pretrain import SIMLA
+from optim import create_optimizer
+from scheduler import create_scheduler
+from utils import UserError, append_log, barrier, is_main, log, run_script, script_arguments, start
+
+
+def losses(model: nn.Module, batch: dict, alpha: float, image_tokenizer: nn.Module) -> dict[str, Tensor]:
+    """The five losses, summed with weight 1. The visual codes are MIM's targets."""
+    visual_codes = image_tokenizer(batch["code_view"])  # (B, h * w)
+    return model(
+        batch["image"],
+        batch["text_ids"],
+        batch["text_mask"],
+        batch["mlm_ids"],
+        batch["mlm_labels"],
+        batch["patch_mask"],
+        visual_codes,
+        alpha,
+    )
+
+
+def make_image_tokenizer(config: dict, code_res: int, device: torch.device) -> nn.Module:
+    """The image tokenizer of the config; a k-means codebook that is not there yet is fitted on the main
+    rank.
+    """
+    settings = config["image_tokenizer"]
+    if settings["kind"] == "kmeans" and is_main() and not Path(settings["path"]).is_file():
+        log.info(
+            f"fitting {settings['vocab_size']} visual tokens on the training images -> {settings['path']}"
+        )
+        views = code_views(config["train_file"], code_res, num_images=2000)
+        fit_kmeans_codebook(settings["path"], views, settings["vocab_size"])
+    barrier()
+    return build_image_tokenizer(settings).to(device).eval()
+
+
+def main(args: argparse.Namespace, config: dict) -> None:
+    # start
+    device = start(args)
+    if is_main():
+        save_config(config, args.output_dir)
+
+    # data
+    grid_size = config["image_res"] // config["vit"]["patch_size"]
+    code_res = grid_size * 8  # the image tokenizer's stride is 8: one code for each patch
+    image_tokenizer = make_image_tokenizer(config, code_res, device)
+    tokenizer = build_tokenizer(config["text_encoder"])
+
+    # model
+    model = SIMLA.from_config(config, tokenizer.cls_token_id)
+    bert = model.text_encoder.bert.config
+    if len(tokenizer) > bert.vocab_size:
+        raise UserError(
+            f"the tokenizer of {config['text_encoder']} has {len(tokenizer)} words, bert_config's vocab_size is "
+            f"{bert.vocab_size}; raise vocab_size"
+        )
+    loader = pretrain_loader(config, tokenizer, code_res, grid_size, bert.max_position_embeddings, args.seed)
+    if not args.checkpoint:
+        load_initial_weights(model, config)
+    elif not args.resume:
+        log.info(load_weights(model, args.checkpoint, "Pretrain"))
+    ddp_model = distribute(model, device)
+    log.info(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
+
+    # optimiser and schedule
+    optimizer = create_optimizer(model, config["optimizer"])
+    schedule = create_scheduler(optimizer, config["schedular"], epoch_step="start")
+
+    # resume
+    first_epoch = resume(model, optimizer, schedule, args.checkpoint) if args.resume else 0
+
+    # train and save
+    for epoch in range(first_epoch, config["schedular"]["epochs"]):
+        stats = train_one_epoch(
+            ddp_model,
+            loader,
+            lambda model, batch, alpha: losses(model, batch, alpha, image_tokenizer),
+            optimizer,
+            schedule,
+            epoch,
+            device,
+            args.output_dir,
+            config["alpha"],
+            ramp_alpha=True,
+            log_steps=config["log_steps"],
+            max_bad_fraction=config["max_bad_fraction"],
+        )
+        append_log(
+            args.output_dir, {**{f"train_{name}": value for name, value in stats.items()}, "epoch": epoch}
+        )
+        if is_main():
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "lr_scheduler": schedule.state_dict(),
+                "config": config,
+                "epoch": epoch,
+            }
+            save_checkpoint(Path(args.output_dir) / f"checkpoint_{epoch:02d}.pth", state)
+        barrier()
+
+    # report
+    log.info(f"done: {args.output_dir}/checkpoint_{config['schedular']['epochs'] - 1:02d}.pth")
+
+
+def parse_and_run() -> None:
+    args = script_arguments(__doc__, "configs/Pretrain.yaml", "output/Pretrain").parse_args()
+    config = read_config(args.config, PRETRAIN, args.overrides)
+    config["text_encoder"] = args.text_encoder or config["text_encoder"]
+    main(args, config)
+
+
+if __name__ == "__main__":
+    run_script(parse_and_run)

@@ -1,0 +1,364 @@
+"""Checkpoints: reading published weights into any task's model, saving, resuming.
+
+A checkpoint is a plain dict {model, optimizer, lr_scheduler, config, epoch}; `model` has the published names.
+Which name of the file fills which name of the model is data: `ROWS`, one row per task and kind of checkpoint.
+Loading is strict with an account: what a row does not expect to be missing or left over stops the run.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from safe_load import safe_load
+from scheduler import WarmupCosine
+from utils import UserError
+
+POS_EMBEDS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
+POSITION_IDS = "embeddings.position_ids"  # constants, which some versions of transformers store
+
+
+# ---- the tables --------------------------------------------------------------------------------------------
+
+
+def _upper_half(layer: int, num_layers: int) -> int:
+    """The VQA decoder starts from the upper half of the text encoder's layers."""
+    return num_layers // 2 + layer
+
+
+def _upper_half_twice(layer: int, num_layers: int) -> int:
+    """The two-image encoder has each layer of the upper half twice in a row, one per image."""
+    return layer if layer < num_layers // 2 else num_layers // 2 + (layer - num_layers // 2) // 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a task reads a kind of checkpoint; all names are prefixes.
+
+    `renames`: (model prefix, prefix in the file, rule for the layer number or None), the first that fits.
+    `fresh`: model entries that may be absent from the file and stay as built.
+    `unused`: entries of the file that this task has no place for.
+    """
+
+    renames: tuple[tuple[str, str, Callable[[int, int], int] | None], ...] = ()
+    fresh: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    interpolate: bool = True
+
+    def name_in_file(self, name: str, num_layers: int) -> str:
+        for prefix, source, layer_rule in self.renames:
+            if name.startswith(prefix):
+                name = source + name.removeprefix(prefix)
+                number = re.search(r"(?<=\.layer\.)\d+", name)
+                if layer_rule and number:
+                    layer = layer_rule(int(number[0]), num_layers)
+                    name = f"{name[: number.start()]}{layer}{name[number.end() :]}"
+                return name
+        return name
+
+
+BERT = (("text_encoder.", "text_encoder.bert.", None), ("text_encoder_m.", "text_encoder_m.bert.", None))
+DECODER = (
+    ("text_decoder.", "text_encoder.", _upper_half),
+    ("text_decoder_m.", "text_encoder_m.", _upper_half),
+)
+MIM = ("mim_head", "concept_head", "visual_encoder.mask_token", "visual_encoder_m.mask_token")
+MLM = ("text_encoder.cls.", "text_encoder_m.cls.")
+QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
+PROJECTIONS = ("temp", "vision_proj", "text_proj")
+TWINS = ("visual_encoder_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.")
+
+RETRIEVAL_FROM_PRETRAIN = Row(BERT, fresh=("idx_queue",), unused=MIM + MLM)
+ROWS: dict[tuple[str, str], Row] = {
+    ("Pretrain", "pretrain"): Row(),
+    ("Retrieval", "pretrain"): RETRIEVAL_FROM_PRETRAIN,
+    ("Retrieval", "retrieval"): Row(),
+    ("Grounding", "pretrain"): RETRIEVAL_FROM_PRETRAIN,
+    ("Grounding", "retrieval"): Row(),
+    # Evaluation only: a model built without momentum twins and queues will do.
+    ("zero_shot_retrieval", "pretrain"): Row(BERT, fresh=("idx_queue",), unused=MIM + MLM + TWINS + QUEUES),
+    ("zero_shot_retrieval", "retrieval"): Row(fresh=("idx_queue",), unused=TWINS + QUEUES),
+    ("VQA", "pretrain"): Row(BERT + DECODER, unused=(*MIM, *QUEUES, *PROJECTIONS, "itm_head")),
+    ("VQA", "vqa"): Row(),
+    ("VE", "pretrain"): Row(
+        BERT, fresh=("cls_head",), unused=(*MIM, *MLM, *QUEUES, *PROJECTIONS, "itm_head")
+    ),
+    ("VE", "ve"): Row(),
+    ("Pretrain_NLVR", "pretrain"): Row(
+        (("text_encoder.", "text_encoder.bert.", _upper_half_twice),),
+        fresh=("ta_head", "text_encoder.embeddings.token_type_embeddings"),
+        unused=(*MIM, *MLM, *QUEUES, *TWINS, "itm_head"),
+    ),
+    ("Pretrain_NLVR", "pretrain_nlvr"): Row(),
+    ("NLVR", "pretrain_nlvr"): Row(
+        fresh=("cls_head", "visual_encoder_m.", "text_encoder_m."), unused=(*PROJECTIONS, "ta_head")
+    ),
+    ("NLVR", "nlvr"): Row(),
+}
+KINDS = (  # the first whose marker begins a name of the checkpoint
+    ("vqa", "text_decoder."),
+    ("pretrain_nlvr", "ta_head."),
+    ("nlvr", "text_encoder.embeddings.token_type_embeddings."),
+    ("ve", "cls_head."),
+    ("pretrain", "concept_head."),
+    ("retrieval", "itm_head."),
+)
+RESUME = Row(interpolate=False)
+
+
+# ---- loading -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadReport:
+    source: str
+    kind: str
+    loaded: dict[str, str] = field(default_factory=dict)  # model name -> name in the file
+    interpolated: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors from {self.source} ({self.kind} checkpoint)"]
+        for label in ("interpolated", "fresh", "unused"):
+            if names := getattr(self, label):
+                parts.append(f"{label}: {_some(names, 3)}")
+        return "; ".join(parts)
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
+def interpolate_pos_embed(pos_embed: Tensor, grid: int | tuple[int, int]) -> Tensor:
+    """(1, 1 + n, D) to another grid, (1, 1 + M, D): bicubic over the square of patches, [CLS] as it is.
+
+    `grid` is (rows, columns), or the number M of patches of a square. Raises UserError if n is no square.
+    """
+    rows, columns = (math.isqrt(grid), math.isqrt(grid)) if isinstance(grid, int) else grid
+    cls_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    if side * side != patches.shape[1] or (isinstance(grid, int) and rows * columns != grid):
+        raise UserError(
+            f"positions of {patches.shape[1]} patches cannot be resized to {grid}: not a square grid"
+        )
+    square = patches.transpose(1, 2).unflatten(2, (side, side)).float()  # (1, D, side, side)
+    resized = F.interpolate(square, size=(rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([cls_token, resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+def _layers(names: Iterable[str], part: str = "") -> set[int]:
+    """The text encoder's layers that have `part`."""
+    found = (re.match(rf"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.{part}", name) for name in names)
+    return {int(match[1]) for match in found if match}
+
+
+def _match(
+    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], row: Row, source: str, kind: str
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """As `map_state`, with a given row."""
+    num_layers = len(_layers(state))
+    report = LoadReport(source, kind)
+    tensors, missing, misshapen = {}, [], []
+    for name, shape in shapes.items():
+        name_in_file = row.name_in_file(name, num_layers)
+        value = state.get(name_in_file)
+        if value is None:
+            is_fresh = name.startswith(row.fresh) or name.endswith(POSITION_IDS)
+            (report.fresh if is_fresh else missing).append(name)
+            continue
+        report.loaded[name] = name_in_file
+        is_resizable = name in POS_EMBEDS and value.ndim == 3 and value.shape[::2] == tuple(shape)[::2]
+        if row.interpolate and is_resizable and value.shape[1] != shape[1]:
+            value = interpolate_pos_embed(value, shape[1] - 1)
+            report.interpolated.append(name)
+        if value.shape != tuple(shape):
+            misshapen.append(f"{name} ({tuple(value.shape)} in the file, {tuple(shape)} in the model)")
+        tensors[name] = value
+    used = set(report.loaded.values())
+    report.unused = [name for name in state if name not in used]
+    unexpected = [name for name in report.unused if not name.startswith(row.unused)]
+    unexpected = [name for name in unexpected if not name.endswith(POSITION_IDS)]
+    problems = (("missing", missing), ("of another shape", misshapen), ("not in the model", unexpected))
+    account = "; ".join(f"{label}: {_some(names)}" for label, names in problems if names)
+    if account:
+        raise UserError(
+            f"{source}, a {kind} checkpoint, does not fit the model; {account}. Use the image resolution, "
+            "queue size and BERT config it was made with, or another checkpoint"
+        )
+    return tensors, report
+
+
+def map_state(
+    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], task: str, source: str = "the checkpoint"
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The tensor of `state` for every name of `shapes` (the model's entries), and the account.
+
+    Raises UserError when the checkpoint is of a kind the task cannot start from, or does not fit its row.
+    """
+    cross = _layers(state, "crossattention")
+    if cross and 0 not in cross:
+        raise UserError(
+            f"{source} is an ALBEF checkpoint: its text encoder has cross-attention in the upper layers "
+            "only, SIMLA's in every layer. Use a SIMLA checkpoint, or pre-train without --checkpoint"
+        )
+    kinds = [kind for kind, marker in KINDS if any(name.startswith(marker) for name in state)]
+    if not kinds:
+        raise UserError(f"{source} is not a SIMLA checkpoint: it holds {_some(list(state), 4) or 'nothing'}")
+    if (task, kinds[0]) not in ROWS:
+        accepted = " or ".join(kind for row_task, kind in ROWS if row_task == task)
+        raise UserError(f"{source} is a {kinds[0]} checkpoint; {task} starts from a {accepted} checkpoint")
+    return _match(state, shapes, ROWS[task, kinds[0]], source, kinds[0])
+
+
+def _model_state(content: Any, source: str) -> dict[str, Tensor]:
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            f"{source} holds no model weights: expected a dict of tensors, alone or under 'model'"
+        )
+    return {name.removeprefix("module."): value for name, value in state.items()}  # saved from a DDP wrapper
+
+
+@torch.no_grad()
+def _copy_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
+    for name, value in tensors.items():
+        own[name].copy_(value)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def load_weights(model: nn.Module, path: str | Path, task: str) -> LoadReport:
+    """Copies the weights of the file into the model, in place. Raises UserError, the model then unchanged."""
+    tensors, report = map_state(_model_state(safe_load(path), str(path)), _shapes(model), task, str(path))
+    _copy_into(model, tensors)
+    return report
+
+
+# ---- saving and resuming -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` in one step, once it is complete and on the disk.
+
+    On failure the file that was there stays. Raises UserError when writing fails (disk full, no permission).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):  # torch's writer hides the system's error in its own
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise UserError(
+                f"{path} could not be written ({cause}); an earlier file of that name is unchanged. Free "
+                "some space or choose another folder"
+            ) from error
+        raise
+
+
+def _plain(value: Any, name: str) -> Any:
+    """The value in built-in types; a config's own kinds of numbers would not load without its package."""
+    if value is None or isinstance(value, Tensor | np.ndarray):
+        return value
+    if isinstance(value, dict):
+        return {_plain(key, name): _plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(_plain(item, f"{name}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    for kind in (bool, int, float, str, bytes):
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint takes tensors and plain values")
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Writes tensors and plain values, atomically. Raises UserError (disk full), TypeError (other values)."""
+    state = _plain(state, "state")
+    with atomic_write(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The dict of `save_checkpoint`, memory-mapped on the CPU. Raises UserError if it is none."""
+    checkpoint = safe_load(path)
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is not a training checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _optimizer_state(optimizer: Optimizer, saved: dict, source: str) -> dict:
+    """`saved` as this torch and this machine want it. Raises UserError when it belongs to another model."""
+    theirs = [len(group["params"]) for group in saved["param_groups"]]
+    ours = [len(group["params"]) for group in optimizer.param_groups]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    moments = [saved["state"].get(i, {}).get("exp_avg") for i in ids]
+    if theirs != ours or any(
+        moment is not None and moment.shape != param.shape
+        for moment, param in zip(moments, params, strict=True)
+    ):
+        raise UserError(
+            f"{source}: its optimiser belongs to another model (groups without and with decay have {theirs} "
+            f"parameters, here {ours}, or their shapes differ). Resume with the config of the run that wrote "
+            "it, or load the weights alone: --checkpoint without --resume"
+        )
+    state = {}
+    for i, param in zip(ids, params, strict=True):
+        if i in saved["state"]:
+            state[i] = {
+                key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value
+                for key, value in saved["state"][i].items()
+            }
+            if "step" in state[i]:  # torch before 1.12 saved plain ints
+                state[i]["step"] = torch.tensor(float(state[i]["step"]))
+    of_this_machine = ("foreach", "fused", "capturable", "differentiable")
+    groups = [
+        old | {key: new[key] for key in of_this_machine if key in new}
+        for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def resume(model: nn.Module, optimizer: Optimizer, scheduler: WarmupCosine, path: str | Path) -> int:
+    """Restores a run at the end of an epoch, our own or a published one; returns the epoch to go on with.
+
+    Raises UserError, before anything is changed, when the file belongs to another model or has weights only.
+    """
+    checkpoint = load_checkpoint(path)
+    absent = [key for key in ("model", "optimizer", "lr_scheduler", "epoch") if key not in checkpoint]
+    if absent:
+        raise UserError(
+            f"{path} cannot be resumed from, it has no {' and no '.join(absent)}; to start from its weights "
+            "use --checkpoint without --resume"
+        )
+    source = str(path)
+    tensors, _ = _match(_model_state(checkpoint, source), _shapes(model), RESUME, source, "training")
+    optimizer_state = _optimizer_state(optimizer, checkpoint["optimizer"], source)
+    _copy_into(model, tensors)
+    optimizer.load_state_dict(optimizer_state)
+    scheduler.load_state_dict(checkpoint["lr_scheduler"])
+    start_epoch = checkpoint["epoch"] + 1
+    scheduler.resume_at(start_epoch)
+    return start_epoch

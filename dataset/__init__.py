@@ -1,0 +1,83 @@
+"""Data sets yield dicts; loaders batch them. Every draw is a function of (seed, epoch, index), so a sample
+does not depend on the worker or rank that reads it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils import UserError, rank, world_size
+
+
+class EpochSampler(Sampler):
+    """This rank's share of a shuffled epoch, as (epoch, index); whole global batches only.
+
+    The epoch travels with the index, so that workers that live on between epochs know it.
+    """
+
+    def __init__(self, num_items: int, batch_size: int, seed: int):
+        global_batch = batch_size * world_size()
+        if num_items < global_batch:
+            raise UserError(
+                f"{num_items} training samples are fewer than one batch of {batch_size} on {world_size()} rank(s); "
+                "lower batch_size"
+            )
+        self.num_items, self.seed, self.epoch = num_items, seed, 0
+        self.length = num_items // global_batch * batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.num_items, generator=generator)
+        own = order[rank() : self.length * world_size() : world_size()]
+        return iter([(self.epoch, index) for index in own.tolist()])
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def train_loader(
+    dataset: Dataset, batch_size: int, seed: int, num_workers: int, collate: Callable, pin_memory: bool
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EpochSampler(len(dataset), batch_size, seed),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_start_worker,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        drop_last=True,
+    )
+
+
+def test_loader(
+    dataset: Dataset, batch_size: int, num_workers: int, collate: Callable | None = None
+) -> DataLoader:
+    """This rank's share of the items (every world_size-th), in order, none left out and none twice."""
+    share = range(rank(), len(dataset), world_size())
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=share,
+        num_workers=num_workers,
+        worker_init_fn=_start_worker,
+        collate_fn=collate,
+    )
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(0)  # the loader's processes are the parallelism
+
+
+def stop_at_unreadable(batches: Iterable[dict]) -> Iterator[dict]:
+    """Passes batches through; UserError naming the files of one that could not be made."""
+    for batch in batches:
+        if "unreadable" in batch:
+            raise UserError(batch["unreadable"])
+        yield batch

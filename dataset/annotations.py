@@ -1,0 +1,67 @@
+"""Reads annotation files: JSON lists of entries, checked field by field, with image paths made absolute."""
+
+import json
+import os
+from pathlib import Path
+
+from utils import UserError
+
+TEXT = (str,)
+TEXTS = (str, list)
+
+
+def read_annotations(files: str | list[str], fields: dict[str, tuple], image_root: str = "") -> list[dict]:
+    """The entries of all files, `image` being an absolute path.
+
+    fields: name -> accepted types, all required. An image path may be absolute, relative to `image_root`, or,
+    where that is empty, relative to the annotation file. Raises UserError, naming file and entry, for a
+    missing, truncated or empty file and for an entry that lacks a field or has one of another type.
+    """
+    entries = []
+    for name in [files] if isinstance(files, str) else files:
+        path = Path(os.path.expandvars(name)).expanduser()
+        root = Path(os.path.expandvars(image_root)).expanduser() if image_root else path.parent
+        for number, entry in enumerate(_read_list(path)):
+            _check_entry(entry, fields, path, number)
+            entries.append({**entry, "image": str((root / entry["image"]).absolute())})
+    if not entries:
+        raise UserError(f"no entries in {files}; an annotation file is a JSON list of {_example(fields)}")
+    return entries
+
+
+def _read_list(path: Path) -> list:
+    try:
+        entries = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"annotation file {path} cannot be read: {error.strerror}; check the config's paths"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"annotation file {path} is not valid JSON (truncated?): {error}") from error
+    if not isinstance(entries, list):
+        raise UserError(f"annotation file {path} must hold a JSON list, found {type(entries).__name__}")
+    return entries
+
+
+def _check_entry(entry: object, fields: dict[str, tuple], path: Path, number: int) -> None:
+    where = f"{path}: entry {number}"
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} must be an object {_example(fields)}, found {entry!r}"[:500])
+    for field, types in fields.items():
+        if field not in entry:
+            raise UserError(
+                f"{where} has no {field!r} (it has {', '.join(entry) or 'nothing'}); expected {_example(fields)}"
+            )
+        value = entry[field]
+        if not isinstance(value, types) or value == [] or (isinstance(value, list) and not _all_text(value)):
+            wanted = " or a list of ".join("text" if kind is str else "texts" for kind in types)
+            wanted = {TEXT: "text", TEXTS: "text or a non-empty list of texts"}.get(types, wanted)
+            raise UserError(f"{where}: {field!r} must be {wanted}, found {value!r}"[:500])
+
+
+def _all_text(values: list) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _example(fields: dict[str, tuple]) -> str:
+    return "{" + ", ".join(f'"{field}": ...' for field in fields) + "}"

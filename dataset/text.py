@@ -1,0 +1,133 @@
+"""Text: cleaning of captions and questions, the tokenizer, and the draw of masked words.
+
+Shapes: B texts, T tokens. One text is [CLS] and its word pieces, *without* the [SEP] BERT tokenizers add: the
+published checkpoints were trained that way.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from utils import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("simla")
+
+CLEANED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
+SIDE = re.compile(r"(?<![a-z])(left|right)(s|most|wards?|sides?|hand(s|ed|ers?)?)?(?![a-z])", re.IGNORECASE)
+SPECIAL_TOKENS = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
+
+
+def clean_caption(text: str, max_words: int = 30) -> str:
+    text = text.lower().translate(CLEANED).replace("<person>", "person")
+    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+    return _first_words(text, max_words)
+
+
+def clean_question(text: str, max_words: int = 50) -> str:
+    """Unlike `clean_caption`, keeps runs of white space (each empty word counts) and <person>."""
+    return _first_words(text.lower().translate(CLEANED).rstrip(" "), max_words)
+
+
+def _first_words(text: str, max_words: int) -> str:
+    return " ".join(text.split(" ")[:max_words])
+
+
+def names_side(text: str) -> bool:
+    """Whether the text says left or right, so that it would be wrong for the mirrored image."""
+    return SIDE.search(text) is not None
+
+
+def build_tokenizer(name_or_folder: str) -> "PreTrainedTokenizerBase":
+    """Uncased BERT WordPiece from a hub name, or a folder with vocab.txt or tokenizer.json."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertTokenizer  # here, because this import takes seconds
+
+    words, cause = {}, None
+    try:
+        tokenizer = BertTokenizer.from_pretrained(name_or_folder, do_lower_case=True)
+        words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    except Exception as error:  # of many types, by way of the network, the cache and the files
+        cause = error
+    # Where it finds no file, transformers 5 silently makes up a vocabulary of the special tokens alone.
+    if not words.keys() > SPECIAL_TOKENS:
+        raise UserError(
+            f"No BERT vocabulary for {name_or_folder!r}, neither as vocab.txt or tokenizer.json in a "
+            "folder of that name nor on the Hugging Face hub: pass --text_encoder FOLDER that holds the "
+            "vocab.txt of bert-base-uncased."
+        ) from cause
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A $B", special_tokens=[("[CLS]", tokenizer.cls_token_id)]
+    )
+    tokenizer.model_max_length = int(1e9)  # `tokenize` knows the limit, and says so in its own words
+    return tokenizer
+
+
+def tokenize(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    max_length: int | None = None,
+    padding: Literal["longest", "max_length"] = "longest",
+    position_limit: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """Texts -> input_ids, attention_mask, each (B, T) int64.
+
+    `max_length`: tokens to cut to, [CLS] included; None cuts nothing that fits the text encoder's
+    `position_limit` positions. `padding`: to the longest text of the batch, or to max_length.
+    """
+    if padding == "max_length" and max_length is None:
+        raise ValueError("padding to max_length needs a max_length")
+    rows = tokenizer(list(texts))["input_ids"] if len(texts) else []
+    longest = max(map(len, rows), default=0)
+    limit = min(max_length or position_limit, position_limit)
+    if longest > position_limit and limit == position_limit:
+        _warn_cut(position_limit)
+    width = limit if padding == "max_length" else min(longest, limit)
+
+    input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(rows):
+        kept = ids[:width]
+        input_ids[row, : len(kept)] = torch.tensor(kept)
+        attention_mask[row, : len(kept)] = 1
+    return input_ids, attention_mask
+
+
+@cache  # once per process
+def _warn_cut(position_limit: int) -> None:
+    logger.warning(
+        "Texts longer than the text encoder's %d positions are cut to that length.", position_limit
+    )
+
+
+def mask_tokens(
+    input_ids: Tensor,
+    *,
+    pad_id: int,
+    cls_id: int,
+    mask_id: int,
+    vocab_size: int,
+    probability: float = 0.15,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The draw of masked language modelling (BERT): masked ids and labels, each (B, T) like `input_ids`.
+
+    A share `probability` of the tokens, never padding or [CLS], is to be predicted (labels elsewhere: -100).
+    Of them 80% become [MASK], 10% a random token, 10% stay. Never waits for the device, on which `generator`
+    has to live too.
+    """
+    draw = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
+    words = torch.randint(vocab_size, input_ids.shape, generator=generator, device=input_ids.device)
+    draw = draw.masked_fill((input_ids == pad_id) | (input_ids == cls_id), 1.0)
+    # One draw decides all: below 80% of the probability [MASK], below 90% a random token, below 100% itself.
+    masked_ids = input_ids.where(draw >= 0.9 * probability, words)
+    masked_ids = masked_ids.masked_fill(draw < 0.8 * probability, mask_id)
+    return masked_ids, input_ids.masked_fill(draw >= probability, -100)

@@ -1,0 +1,108 @@
+"""The demo: embedded scenes, pre-training, zero-shot retrieval on held-out scenes; a table and two pictures.
+
+    make demo            (or: python demo.py [--output_dir output/demo])
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dataset.annotations import TEXT, read_annotations
+from dataset.demo import make_demo
+from plots import plot_gallery, plot_losses
+from utils import UserError, free_port, run_script
+
+CONFIGS = Path("configs/demo")
+DATA = Path("data/demo")
+METRICS = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean")
+
+
+def num_processes() -> int:
+    """One process for each GPU; without a GPU two on two cores or more."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return 2 if len(os.sched_getaffinity(0)) > 1 else 1
+
+
+def launch(script: str, *arguments: str) -> None:
+    """Runs a task script on all processes; UserError when it fails."""
+    command = [sys.executable, "-m", "torch.distributed.launch", f"--nproc_per_node={num_processes()}"]
+    command += [f"--master_port={free_port()}", "--use_env", script, *arguments]
+    print("\n$ python " + " ".join(command[1:]), flush=True)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning", **os.environ}
+    if subprocess.run(command, env=environment).returncode:
+        raise UserError(f"{script} failed; see its message above")
+
+
+def retrieval(output_dir: Path, *arguments: str) -> dict:
+    """Zero-shot retrieval on the test scenes -> the scores of result/retrieval.json."""
+    config = str(CONFIGS / "Retrieval.yaml")
+    launch("zero_shot_retrieval.py", "--evaluate", "--config", config, "--output_dir", str(output_dir), *arguments)
+    return json.loads((output_dir / "result" / "retrieval.json").read_text())
+
+
+def gallery(output_dir: Path, num_queries: int = 8, num_results: int = 5) -> None:
+    """The top pictures for the first caption of every so-manieth test scene, whatever the outcome."""
+    scores = torch.load(output_dir / "after" / "result" / "retrieval_scores.pt", weights_only=True)["scores_t2i"]
+    entries = read_annotations(str(DATA / "retrieval_test.json"), {"image": TEXT, "caption": (list,)})
+    first_text = [0]
+    for entry in entries:
+        first_text.append(first_text[-1] + len(entry["caption"]))
+    chosen = range(0, len(entries), len(entries) // num_queries)[:num_queries]
+    top = {image: scores[first_text[image]].topk(num_results).indices.tolist() for image in chosen}
+    plot_gallery(
+        [entries[image]["caption"][0] for image in chosen],
+        [[entries[found]["image"] for found in top[image]] for image in chosen],
+        [[found == image for found in top[image]] for image in chosen],
+        output_dir / "gallery.png",
+        f"Text queries, top {num_results} of {len(entries)} held-out scenes (green: the scene it was written for)",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", default="output/demo", type=Path)
+    parser.add_argument("--seed", default="42")
+    args = parser.parse_args()
+    out = args.output_dir
+    begin = time.monotonic()
+
+    make_demo(DATA, workers=len(os.sched_getaffinity(0)))
+    (out / "train_steps.jsonl").unlink(missing_ok=True)  # the curves are this run's alone
+    before = retrieval(out / "before", "--seed", args.seed)
+    codebook = f"image_tokenizer.path={out}/codebook.safetensors"
+    pretrain = ["--config", str(CONFIGS / "Pretrain.yaml"), "--output_dir", str(out), "--seed", args.seed]
+    launch("Pretrain.py", *pretrain, "--overrides", codebook)
+    last = max(out.glob("checkpoint_*.pth"), key=lambda path: path.stat().st_mtime)
+    after = retrieval(out / "after", "--checkpoint", str(last))
+    seconds = round(time.monotonic() - begin)
+
+    from config import PRETRAIN, read_config
+
+    plot_losses(out / "train_steps.jsonl", read_config(str(CONFIGS / "Pretrain.yaml"), PRETRAIN), out / "losses.png")
+    gallery(out)
+    chance = after["chance"]
+    print(f"\nzero-shot retrieval, {after['n']} held-out scenes, {after['num_texts']} texts, recall in %\n")
+    print(f"{'':10}{'chance':>8}{'before':>8}{'after':>8}")
+    for name in METRICS:
+        print(f"{name:10}{chance[name]:8.1f}{before[name]:8.1f}{after[name]:8.1f}")
+    scores = {name: after[name] for name in METRICS}
+    summary = {
+        "n": after["n"],
+        **scores,
+        "before": {name: before[name] for name in METRICS},
+        "chance": {name: chance[name] for name in METRICS},
+    }
+    text = json.dumps({"zero_shot_retrieval": summary, "seconds": seconds}, indent=1)
+    (out / "summary.json").write_text(text)
+    print(f"\n{seconds} s; {out}/summary.json, {out}/gallery.png, {out}/losses.png")
+
+
+if __name__ == "__main__":
+    run_script(main)

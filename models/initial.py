@@ -1,0 +1,100 @@
+"""Initial weights: DeiT for the image encoder through timm, BERT for the text encoder through
+transformers.
+"""
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from checkpoint import interpolate_pos_embed
+from models.bert import BertForMaskedLM
+from models.vit import VisionTransformer
+from utils import UserError, first_line, log
+
+OFFLINE_REMEDY = (
+    "Give a local file or folder, start from --checkpoint, or set `init: scratch` in the config to train from random "
+    "weights on purpose"
+)
+
+
+def load_initial_weights(model: nn.Module, config: dict) -> None:
+    """Fills both encoders as config `init` says and copies them to the momentum twins.
+
+    Raises UserError where the weights cannot be had: they are never left random unless `init: scratch` asks
+    for it.
+    """
+    if config["init"] == "scratch":
+        log.info("init: scratch - both encoders start from random weights")
+        return
+    if config["init"] != "pretrained":
+        raise UserError(f"config init is {config['init']!r}; expected 'pretrained' or 'scratch'")
+    load_vit(model.visual_encoder, config["image_encoder"])
+    load_bert(model.text_encoder, config["text_encoder"])
+    model.copy_twins()
+
+
+def load_vit(encoder: VisionTransformer, name: str) -> None:
+    """timm weights by model name (downloaded) or from a local .pth/.safetensors file of a timm ViT, positions
+    interpolated to this encoder's grid."""
+    try:
+        if Path(name).is_file():
+            state = timm.models.load_state_dict(name)
+        else:
+            state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # network, cache, hub and file errors have a dozen types
+        raise UserError(
+            f"image_encoder {name!r}: weights cannot be had from timm ({type(error).__name__}: {first_line(error)}). "
+            + OFFLINE_REMEDY
+        ) from error
+    state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], encoder.patch_embed.num_patches)
+    _copy(
+        encoder,
+        state,
+        f"image_encoder {name!r}",
+        missing={"mask_token"},
+        unexpected=("head.", "head_dist.", "dist_"),
+    )
+
+
+def load_bert(encoder: nn.Module, name: str) -> None:
+    """BERT weights by hub name or folder; cross-attention, which BERT lacks, stays random (normal, std
+    0.02).
+    """
+    from transformers import BertForMaskedLM as HubBert
+
+    try:
+        state = HubBert.from_pretrained(name).state_dict()
+    except Exception as error:  # as above
+        raise UserError(
+            f"text_encoder {name!r}: BERT weights cannot be had ({type(error).__name__}: {first_line(error)}). "
+            + OFFLINE_REMEDY
+        ) from error
+    if not isinstance(encoder, BertForMaskedLM):
+        state = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
+    new = {key for key in encoder.state_dict() if "crossattention" in key or key.endswith("position_ids")}
+    new |= {"cls.predictions.decoder.bias"}  # tied to cls.predictions.bias; not every version saves it
+    unexpected = (
+        "bert.embeddings.token_type",
+        "embeddings.token_type",
+        "bert.pooler",
+        "pooler",
+        "cls.seq_relationship",
+    )
+    _copy(encoder, state, f"text_encoder {name!r}", new, unexpected)
+
+
+def _copy(
+    encoder: nn.Module, state: dict[str, torch.Tensor], what: str, missing: set, unexpected: tuple
+) -> None:
+    own = encoder.state_dict()
+    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    wrong += [key for key in own if key not in state and key not in missing]
+    wrong += [key for key in state if key not in own and not key.startswith(unexpected)]
+    if wrong:
+        raise UserError(
+            f"{what} does not fit the sizes in the config: {len(wrong)} tensors are missing, unexpected or of another "
+            f"shape, such as {', '.join(wrong[:4])}"
+        )
+    encoder.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)

@@ -1,0 +1,50 @@
+"""The optimiser: timm's factory over two groups of parameters, without and with weight decay."""
+
+import difflib
+from collections.abc import Iterable
+
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+from torch.optim import Optimizer
+
+from utils import UserError
+
+
+def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
+    """The group without decay (biases, vectors), then the one with it (all else, 0-dim `temp` included).
+
+    Both keep the order of `named_parameters`: a saved optimiser state knows its parameters by position only.
+    An empty group stays, for the same reason.
+    """
+    no_decay, decay = [], []
+    for name, param in named_parameters:
+        if param.requires_grad:
+            (no_decay if param.ndim == 1 or name.endswith(".bias") else decay).append(param)
+    return [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
+
+
+def create_optimizer(model: nn.Module, config: dict) -> Optimizer:
+    """The optimiser of the config section {opt, lr, weight_decay, optional eps and betas}.
+
+    Raises UserError for an optimiser that timm does not know, and for options it does not take.
+    """
+    groups = param_groups(model.named_parameters(), config["weight_decay"])
+    name = config["opt"].lower()
+    try:
+        return create_optimizer_v2(
+            groups,
+            opt=name,
+            lr=config["lr"],
+            weight_decay=config["weight_decay"],
+            eps=config.get("eps", 1e-8),
+            betas=tuple(config.get("betas", (0.9, 0.999))),
+        )
+    except (ValueError, TypeError) as error:
+        known = list_optimizers()
+        if name.split("_")[-1] in known:
+            raise UserError(f"optimizer: {name} does not take these settings: {error}") from error
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"optimizer.opt: there is no optimiser {config['opt']!r}; {hint}timm knows {', '.join(known)}"
+        ) from error

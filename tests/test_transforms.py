@@ -1,0 +1,336 @@
+"""Loading of every kind of file; crops, flips and views; draws that depend on (seed, epoch, index) alone."""
+
+import io
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import transforms as tv
+
+from dataset.transforms import (
+    MEAN,
+    STD,
+    BadImage,
+    EvalTransform,
+    ItemRandom,
+    PretrainTransform,
+    TrainTransform,
+    draw_crop,
+    load_image,
+    normalise,
+    resized_crop,
+    to_tensor,
+)
+
+
+def photo(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
+    """Soft blobs of colour, so that resampling is smooth."""
+    small = np.random.RandomState(seed).randint(0, 256, (6, 8, 3)).astype(np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def undo(image: torch.Tensor) -> torch.Tensor:
+    return image * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+
+
+# ---- loading
+
+
+def save(image: Image.Image, path: Path, **options) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def test_plain_files_load_unchanged(tmp_path):
+    image = photo()
+    assert np.array_equal(load_image(save(image, tmp_path / "a.png")), image)
+    jpeg = save(image, tmp_path / "a.jpg")
+    assert np.array_equal(load_image(str(jpeg)), Image.open(jpeg))
+
+
+def test_palette_cmyk_and_grey(tmp_path):
+    image = photo()
+    palette = image.convert("P")
+    assert np.array_equal(load_image(save(palette, tmp_path / "p.png")), palette.convert("RGB"))
+    assert np.array_equal(load_image(save(palette, tmp_path / "p.gif")).size, image.size)
+    cmyk = np.asarray(load_image(save(image.convert("CMYK"), tmp_path / "c.jpg", quality=95))).astype(int)
+    assert np.abs(cmyk - np.asarray(image)).mean() < 4
+    grey = load_image(save(image.convert("L"), tmp_path / "l.png"))
+    assert grey.mode == "RGB"
+    assert np.array_equal(grey.getchannel("R"), image.convert("L"))
+    assert load_image(save(image.convert("1"), tmp_path / "1.png")).mode == "RGB"
+
+
+def test_transparency_lies_over_white(tmp_path):
+    image = photo()
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, 40, 60))
+    for mode in ("RGB", "L"):
+        layered = image.convert(mode)
+        layered.putalpha(alpha)
+        loaded = np.asarray(load_image(save(layered, tmp_path / f"{mode}.png")))
+        assert (loaded[:, :40] == 255).all()
+        assert np.array_equal(loaded[:, 40:], np.asarray(image.convert(mode).convert("RGB"))[:, 40:])
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert (np.asarray(load_image(save(palette, tmp_path / "t.png", transparency=1))) == 255).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled(suffix, tmp_path):
+    values = (np.arange(48).reshape(6, 8) * 1300).astype(np.uint16)
+    loaded = np.asarray(load_image(save(Image.fromarray(values), tmp_path / f"deep.{suffix}")))
+    assert loaded.shape == (6, 8, 3)
+    assert np.array_equal(loaded[..., 0], values // 256)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation, tmp_path):
+    image = photo()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    swaps = [
+        None,
+        Image.Transpose.FLIP_LEFT_RIGHT,
+        Image.Transpose.ROTATE_180,
+        Image.Transpose.FLIP_TOP_BOTTOM,
+    ]
+    swaps += [Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE]
+    swaps += [Image.Transpose.ROTATE_90]
+    swap = swaps[orientation - 1]
+    upright = image if swap is None else image.transpose(swap)
+    assert np.array_equal(load_image(save(image, tmp_path / "a.png", exif=exif)), upright)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_does_not_spoil_the_image(tmp_path):
+    path = save(photo(), tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*garbage" + b"\xff" * 30)
+    assert load_image(path).size == (80, 60)
+
+
+def jpeg_bytes() -> bytes:
+    buffer = io.BytesIO()
+    photo(400, 300).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def png_bytes() -> bytes:
+    buffer = io.BytesIO()
+    photo(400, 300).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (None, "no such file"),
+        (b"", "empty file"),
+        (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "not an image"),
+        (jpeg_bytes()[: len(jpeg_bytes()) // 2], "truncated"),
+        (png_bytes()[: len(png_bytes()) // 2], "truncated"),
+        (png_bytes()[:100] + b"\x00" * 50 + png_bytes()[150:], ""),
+        (jpeg_bytes()[:20], ""),
+    ],
+    ids=["missing", "empty", "html", "half a jpeg", "half a png", "damaged png", "jpeg header"],
+)
+def test_bad_files(content, cause, tmp_path):
+    path = tmp_path / "bad.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadImage) as error:
+        load_image(path)
+    assert error.value.path == str(path)
+    assert cause in error.value.cause
+    assert len(error.value.cause) < 150
+    copy = pickle.loads(pickle.dumps(error.value))  # as a worker sends it
+    assert (copy.path, copy.cause, str(copy)) == (str(path), error.value.cause, str(error.value))
+
+
+def test_a_folder_and_too_many_pixels(tmp_path, monkeypatch):
+    with pytest.raises(BadImage):
+        load_image(tmp_path)
+    path = save(photo(), tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(BadImage, match="too many pixels"):
+        load_image(path)
+
+
+# ---- draws
+
+
+def test_the_draws_of_an_item_are_its_own():
+    def draws(*key):
+        rng = ItemRandom(*key)
+        return rng.python.random(), rng.python.random(), rng.numpy.random_sample(), rng.numpy.random_sample()
+
+    assert draws(1, 2, 3) == draws(1, 2, 3)
+    assert (
+        len({draws(seed, epoch, index) for seed in range(5) for epoch in range(5) for index in range(20)})
+        == 500
+    )
+    first = draws(1, 2, 3)
+    assert len(set(first)) == 4, "the two generators must not follow each other"
+    uniform = np.array([draws(0, 0, index) for index in range(2000)])
+    assert np.abs(uniform.mean(0) - 0.5).max() < 0.03
+    assert np.abs(np.corrcoef(uniform.T) - np.eye(4)).max() < 0.1
+
+
+def test_the_draws_of_an_item_never_change():
+    """A resumed run has to see the pixels of the interrupted one: these numbers are for ever."""
+    rng = ItemRandom(42, 3, 1234)
+    assert (rng.python.getrandbits(32), int(rng.numpy.randint(2**31))) == (307863619, 897786405)
+
+
+def test_global_random_state_is_neither_read_nor_moved():
+    image, transform = photo(), PretrainTransform(32, code_res=16)
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    first = transform(image, ItemRandom(0, 0, 7))
+    assert random.getstate() == states[0]
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert torch.equal(torch.get_rng_state(), states[2])
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    for a, b in zip(first, transform(image, ItemRandom(0, 0, 7)), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first[0], transform(image, ItemRandom(0, 1, 7))[0])
+
+
+def features(left, top, w, h, width, height):
+    """What the rule of the crop decides, in 0..1."""
+    room_x, room_y = max(width - w, 1), max(height - h, 1)
+    return w * h / (width * height), np.log(w / h) / np.log(16 / 9) + 0.5, left / room_x, top / room_y
+
+
+@pytest.mark.parametrize(("size", "min_scale"), [((320, 240), 0.2), ((240, 320), 0.5), ((200, 100), 0.2)])
+def test_crops_are_distributed_as_those_of_torchvision(size, min_scale):
+    num_draws, (width, height) = 3000, size
+    torch.manual_seed(0)
+    blank = torch.zeros(3, height, width)
+    theirs, ours = [], []
+    rng = random.Random(0)
+    for _ in range(num_draws):
+        top, left, h, w = tv.RandomResizedCrop.get_params(blank, (min_scale, 1.0), (3 / 4, 4 / 3))
+        theirs.append(features(left, top, w, h, width, height))
+        left, top, right, bottom = draw_crop(width, height, min_scale, rng)
+        ours.append(features(left, top, right - left, bottom - top, width, height))
+    for a, b in zip(np.sort(theirs, 0).T, np.sort(ours, 0).T, strict=True):  # Kolmogorov-Smirnov, p = 0.001
+        points = np.concatenate([a, b])
+        gap = np.searchsorted(a, points, "right") - np.searchsorted(b, points, "right")
+        assert np.abs(gap).max() / num_draws < 1.95 * np.sqrt(2 / num_draws)
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000), st.floats(0.05, 1), st.integers(0, 99))
+@settings(deadline=None, derandomize=True, max_examples=200)
+def test_any_crop_lies_inside_the_image(width, height, min_scale, seed):
+    left, top, right, bottom = draw_crop(width, height, min_scale, random.Random(seed))
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+
+
+@pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (301, 7), (7, 301), (1, 1000)])
+def test_extreme_images_are_cropped_as_by_torchvision(size):
+    width, height = size
+    top, left, h, w = tv.RandomResizedCrop.get_params(
+        torch.zeros(3, height, width), (0.2, 1.0), (3 / 4, 4 / 3)
+    )
+    assert draw_crop(width, height, 0.2, random.Random(0)) == (left, top, left + w, top + h)
+
+
+# ---- transforms
+
+
+@pytest.mark.parametrize("size", [(80, 60), (32, 32), (31, 200)])
+def test_evaluation_is_exactly_the_torchvision_pipeline(size):
+    image = photo(*size)
+    pipeline = tv.Compose(
+        [
+            tv.Resize((32, 32), interpolation=tv.InterpolationMode.BICUBIC),
+            tv.ToTensor(),
+            tv.Normalize(MEAN, STD),
+        ]
+    )
+    out = EvalTransform(32)(image)
+    assert torch.equal(out, pipeline(image))
+    assert out.is_contiguous()
+
+
+def test_a_crop_is_exactly_that_of_torchvision():
+    image, box = photo(), (5, 7, 55, 47)
+    theirs = tv.functional.resized_crop(image, 7, 5, 40, 50, (32, 32), tv.InterpolationMode.BICUBIC)
+    assert np.array_equal(resized_crop(image, box, 32), theirs)
+    assert np.array_equal(resized_crop(image, box, 32, mirrored=True), np.asarray(theirs)[:, ::-1])
+
+
+def test_both_views_show_the_same_pixels():
+    transform = PretrainTransform(64, randaugment=(0, 7), code_res=32)
+    image = photo()
+    for index in range(20):
+        encoder_image, code_image = transform(image, ItemRandom(0, 0, index))
+        assert encoder_image.shape == (3, 64, 64)
+        assert code_image.shape == (3, 32, 32)
+        assert encoder_image.dtype == code_image.dtype == torch.float32
+        assert 0 <= code_image.min() <= code_image.max() <= 1
+        halved = torch.nn.functional.avg_pool2d(undo(encoder_image), 2)
+        assert (halved - code_image).abs().max() < 0.03
+
+
+def test_the_code_view_is_not_augmented_in_colour_or_shape():
+    image = photo()
+    for index in range(20):
+        plain = PretrainTransform(32, randaugment=(0, 7), code_res=16)(image, ItemRandom(0, 0, index))
+        augmented = PretrainTransform(32, randaugment=(5, 10), code_res=16)(image, ItemRandom(0, 0, index))
+        assert torch.equal(plain[1], augmented[1])
+
+
+def test_independent_code_views_differ_but_leave_the_encoder_view_alone():
+    image = photo()
+    shared, independent = (
+        PretrainTransform(32, code_res=32, independent_code_view=released) for released in (False, True)
+    )
+    for index in range(10):
+        a, b = shared(image, ItemRandom(0, 0, index)), independent(image, ItemRandom(0, 0, index))
+        assert torch.equal(a[0], b[0])
+        assert not torch.equal(a[1], b[1])
+        assert 0 <= b[1].min() <= b[1].max() <= 1
+    assert PretrainTransform(32)(image, ItemRandom(0, 0, 0))[1] is None
+
+
+def test_flips_are_even_and_stop_where_the_text_names_a_side():
+    image = photo()
+    transform = TrainTransform(32, randaugment=(0, 7), crop=False)
+    plain = normalise(to_tensor(resized_crop(image, None, 32)))
+    flips = 0
+    for index in range(200):
+        out = transform(image, ItemRandom(0, 0, index))
+        flips += torch.equal(out, plain.flip(2))
+        assert torch.equal(out, plain) or torch.equal(out, plain.flip(2))
+        assert torch.equal(transform(image, ItemRandom(0, 0, index), may_flip=False), plain)
+    assert 70 < flips < 130  # 4 standard deviations
+    never = TrainTransform(32, randaugment=(0, 7), crop=False, flip=False)
+    assert all(torch.equal(never(image, ItemRandom(0, 0, index)), plain) for index in range(20))
+
+
+def test_forbidding_a_flip_changes_nothing_else():
+    image = photo()
+    transform = PretrainTransform(32, code_res=16)
+    changed = 0
+    for index in range(20):
+        free, upright = (transform(image, ItemRandom(0, 0, index), may_flip=may)[1] for may in (True, False))
+        assert torch.equal(free, upright) or torch.equal(free.flip(2), upright)
+        changed += not torch.equal(free, upright)
+    assert 4 < changed < 16
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3)])
+def test_any_size_of_image(size):
+    image = photo(*size)
+    assert TrainTransform(24)(image, ItemRandom(0, 0, 0)).shape == (3, 24, 24)
+    assert all(
+        view.isfinite().all() for view in PretrainTransform(24, code_res=12)(image, ItemRandom(0, 0, 0))
+    )
+    assert EvalTransform(24)(image).shape == (3, 24, 24)
