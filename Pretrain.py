@@ -72,8 +72,8 @@ def main(args: argparse.Namespace, config: dict) -> None:
     bert = model.text_encoder.bert.config
     if len(tokenizer) > bert.vocab_size:
         raise UserError(
-            f"the tokenizer of {config['text_encoder']} has {len(tokenizer)} words, bert_config's vocab_size is "
-            f"{bert.vocab_size}; raise vocab_size"
+            f"the tokenizer of {config['text_encoder']} has {len(tokenizer)} words, bert_config only "
+            f"{bert.vocab_size}; raise its vocab_size"
         )
     loader = pretrain_loader(config, tokenizer, code_res, grid_size, bert.max_position_embeddings, args.seed)
     if not args.checkpoint:

@@ -1,6 +1,6 @@
 """The demo: embedded scenes, pre-training, zero-shot retrieval on held-out scenes; a table and two pictures.
 
-    make demo            (or: python demo.py [--output_dir output/demo])
+make demo            (or: python demo.py [--output_dir output/demo])
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from config import PRETRAIN, read_config
 from dataset.annotations import TEXT, read_annotations
 from dataset.demo import make_demo
 from plots import plot_gallery, plot_losses
@@ -42,14 +43,15 @@ def launch(script: str, *arguments: str) -> None:
 
 def retrieval(output_dir: Path, *arguments: str) -> dict:
     """Zero-shot retrieval on the test scenes -> the scores of result/retrieval.json."""
-    config = str(CONFIGS / "Retrieval.yaml")
-    launch("zero_shot_retrieval.py", "--evaluate", "--config", config, "--output_dir", str(output_dir), *arguments)
+    common = ["--config", str(CONFIGS / "Retrieval.yaml"), "--output_dir", str(output_dir)]
+    launch("zero_shot_retrieval.py", "--evaluate", *common, *arguments)
     return json.loads((output_dir / "result" / "retrieval.json").read_text())
 
 
 def gallery(output_dir: Path, num_queries: int = 8, num_results: int = 5) -> None:
     """The top pictures for the first caption of every so-manieth test scene, whatever the outcome."""
-    scores = torch.load(output_dir / "after" / "result" / "retrieval_scores.pt", weights_only=True)["scores_t2i"]
+    saved = output_dir / "after" / "result" / "retrieval_scores.pt"
+    scores = torch.load(saved, weights_only=True)["scores_t2i"]
     entries = read_annotations(str(DATA / "retrieval_test.json"), {"image": TEXT, "caption": (list,)})
     first_text = [0]
     for entry in entries:
@@ -61,7 +63,7 @@ def gallery(output_dir: Path, num_queries: int = 8, num_results: int = 5) -> Non
         [[entries[found]["image"] for found in top[image]] for image in chosen],
         [[found == image for found in top[image]] for image in chosen],
         output_dir / "gallery.png",
-        f"Text queries, top {num_results} of {len(entries)} held-out scenes (green: the scene it was written for)",
+        f"Text queries, top {num_results} of {len(entries)} held-out scenes (green: the right one)",
     )
 
 
@@ -83,9 +85,8 @@ def main() -> None:
     after = retrieval(out / "after", "--checkpoint", str(last))
     seconds = round(time.monotonic() - begin)
 
-    from config import PRETRAIN, read_config
-
-    plot_losses(out / "train_steps.jsonl", read_config(str(CONFIGS / "Pretrain.yaml"), PRETRAIN), out / "losses.png")
+    config = read_config(str(CONFIGS / "Pretrain.yaml"), PRETRAIN)
+    plot_losses(out / "train_steps.jsonl", config, out / "losses.png")
     gallery(out)
     chance = after["chance"]
     print(f"\nzero-shot retrieval, {after['n']} held-out scenes, {after['num_texts']} texts, recall in %\n")

@@ -102,7 +102,8 @@ def window_text(window: MetricLog) -> str:
     not_finite = [name for name, value in means.items() if not math.isfinite(value)]
     if not_finite:
         raise UserError(
-            f"{', '.join(not_finite)} is not finite on rank {rank()}; lower the learning rate, or look for broken data"
+            f"{', '.join(not_finite)} is not finite on rank {rank()}; lower the learning rate, or look for "
+            "broken data"
         )
     return "  ".join(
         f"{name} {value:.2e}" if name == "lr" else f"{name} {value:.4f}" for name, value in means.items()

@@ -1,6 +1,6 @@
 """Pictures of results: loss curves beside their chance levels, galleries of retrieved images.
 
-    python plots.py losses output/demo/train_steps.jsonl -o losses.png --config output/demo/config.yaml
+python plots.py losses output/demo/train_steps.jsonl -o losses.png --config output/demo/config.yaml
 """
 
 import argparse
@@ -13,11 +13,11 @@ from ruamel.yaml import YAML
 from utils import UserError, run_script
 
 
-def chance_levels(config: dict, num_ranks: int = 1) -> dict[str, float]:
+def chance_levels(config: dict) -> dict[str, float]:
     """What each pre-training loss is worth to a model that has learned nothing, in nats.
 
-    ITA: an even guess among batch and queue; MLM, MIM: among the vocabulary; ITM: a head that knows only that two
-    rows of three do not match; PSL: every word at one half.
+    ITA: an even guess among batch and queue; MLM, MIM: among the vocabulary; ITM: a head that knows only that
+    two rows of three do not match; PSL: every word at one half.
     """
     bert = config["bert_config"]
     vocab_size = (bert if isinstance(bert, dict) else json.loads(Path(bert).read_text()))["vocab_size"]
@@ -93,7 +93,11 @@ def plot_gallery(
     plt = _pyplot()
     rows, columns = len(results), max(map(len, results))
     figure, axes = plt.subplots(
-        rows, columns + 1, figsize=(1.45 * columns + 3.2, 1.5 * rows + 0.5), width_ratios=[2.2] + [1] * columns
+        rows,
+        columns + 1,
+        figsize=(1.45 * columns + 3.2, 1.5 * rows + 0.5),
+        width_ratios=[2.2] + [1] * columns,
+        squeeze=False,
     )
     figure.suptitle(title, fontsize=11)
     for row, query in enumerate(queries):

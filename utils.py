@@ -106,7 +106,8 @@ def _pick_device(name: str, local_rank: int) -> torch.device:
         index = local_rank if device.index is None else device.index
         if index >= num_gpus:
             raise UserError(
-                f"--device {name}: GPU {index} asked for, {num_gpus} found; use --device cpu or start fewer processes"
+                f"--device {name}: GPU {index} asked for, {num_gpus} found; use --device cpu or start "
+                "fewer processes"
             )
         torch.cuda.set_device(index)
         device = torch.device("cuda", index)

@@ -21,8 +21,8 @@ class EpochSampler(Sampler):
         global_batch = batch_size * world_size()
         if num_items < global_batch:
             raise UserError(
-                f"{num_items} training samples are fewer than one batch of {batch_size} on {world_size()} rank(s); "
-                "lower batch_size"
+                f"{num_items} training samples are fewer than one batch of {batch_size} on {world_size()} "
+                "rank(s); lower batch_size"
             )
         self.num_items, self.seed, self.epoch = num_items, seed, 0
         self.length = num_items // global_batch * batch_size

@@ -50,7 +50,7 @@ def _check_entry(entry: object, fields: dict[str, tuple], path: Path, number: in
     for field, types in fields.items():
         if field not in entry:
             raise UserError(
-                f"{where} has no {field!r} (it has {', '.join(entry) or 'nothing'}); expected {_example(fields)}"
+                f"{where} has no {field!r}; found {', '.join(entry) or 'nothing'}, not {_example(fields)}"
             )
         value = entry[field]
         if not isinstance(value, types) or value == [] or (isinstance(value, list) and not _all_text(value)):

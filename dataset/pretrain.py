@@ -80,8 +80,8 @@ class PretrainCollate:
         bad = [pair for item in items for pair in item["bad"]]
         if any("image" not in item for item in items):
             return {
-                "unreadable": f"{MAX_TRIES} images drawn one after another could not be read, the last one {bad[-1][0]} "
-                f"({bad[-1][1]}); check the paths in the annotation files"
+                "unreadable": f"{MAX_TRIES} images drawn in a row could not be read, the last one "
+                f"{bad[-1][0]} ({bad[-1][1]}); check the paths in the annotation files"
             }
         text_ids, text_mask = tokenize(
             self.tokenizer,

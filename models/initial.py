@@ -14,8 +14,8 @@ from models.vit import VisionTransformer
 from utils import UserError, first_line, log
 
 OFFLINE_REMEDY = (
-    "Give a local file or folder, start from --checkpoint, or set `init: scratch` in the config to train from random "
-    "weights on purpose"
+    "Give a local file or folder, start from --checkpoint, or set `init: scratch` in the config to train "
+    "from random weights on purpose"
 )
 
 
@@ -45,8 +45,8 @@ def load_vit(encoder: VisionTransformer, name: str) -> None:
             state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # network, cache, hub and file errors have a dozen types
         raise UserError(
-            f"image_encoder {name!r}: weights cannot be had from timm ({type(error).__name__}: {first_line(error)}). "
-            + OFFLINE_REMEDY
+            f"image_encoder {name!r}: timm cannot get these weights ({type(error).__name__}: "
+            f"{first_line(error)}). {OFFLINE_REMEDY}"
         ) from error
     state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], encoder.patch_embed.num_patches)
     _copy(
@@ -68,8 +68,8 @@ def load_bert(encoder: nn.Module, name: str) -> None:
         state = HubBert.from_pretrained(name).state_dict()
     except Exception as error:  # as above
         raise UserError(
-            f"text_encoder {name!r}: BERT weights cannot be had ({type(error).__name__}: {first_line(error)}). "
-            + OFFLINE_REMEDY
+            f"text_encoder {name!r}: transformers cannot get these weights ({type(error).__name__}: "
+            f"{first_line(error)}). {OFFLINE_REMEDY}"
         ) from error
     if not isinstance(encoder, BertForMaskedLM):
         state = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
@@ -94,7 +94,7 @@ def _copy(
     wrong += [key for key in state if key not in own and not key.startswith(unexpected)]
     if wrong:
         raise UserError(
-            f"{what} does not fit the sizes in the config: {len(wrong)} tensors are missing, unexpected or of another "
-            f"shape, such as {', '.join(wrong[:4])}"
+            f"{what} does not fit the sizes in the config: {len(wrong)} tensors are missing, unexpected or "
+            f"of another shape, such as {', '.join(wrong[:4])}"
         )
     encoder.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)

@@ -44,7 +44,8 @@ class SIMLA(nn.Module):
         if vit["embed_dim"] != bert.hidden_size or bert.encoder_width != bert.hidden_size:
             raise UserError(
                 f"vision_width ({vit['embed_dim']}), hidden_size ({bert.hidden_size}) and encoder_width "
-                f"({bert.encoder_width}) of bert_config must be equal: MIM runs image tokens through the text encoder"
+                f"({bert.encoder_width}) of bert_config must be equal, because MIM runs image tokens "
+                "through the text encoder"
             )
         self.momentum = momentum
         self.cls_id = cls_id
@@ -78,8 +79,9 @@ class SIMLA(nn.Module):
         num_tokens = self.visual_encoder.pos_embed.shape[1]
         if num_tokens > bert.max_position_embeddings:
             raise UserError(
-                f"{num_tokens} image tokens exceed the {bert.max_position_embeddings} positions of the text encoder, "
-                "which MIM runs them through; lower image_res or raise max_position_embeddings in bert_config"
+                f"{num_tokens} image tokens exceed the {bert.max_position_embeddings} positions of the text "
+                "encoder, which MIM runs them through; lower image_res or raise max_position_embeddings in "
+                "bert_config"
             )
 
     @classmethod

@@ -90,7 +90,12 @@ def test_every_recorded_loading(name):
         key for key, source in recorded["loaded"].items() if "interpolated" in source
     ]
     assert report.fresh == recorded["missing_keys"]
-    if task != "zero_shot_retrieval":  # the recorded script removed the rest itself
+    if task == "Pretrain_NLVR":  # the recorded script renamed and doubled the layers of the unused twin, too
+        twin = "text_encoder_m."
+        assert {n for n in report.unused if twin not in n} == {
+            n for n in recorded["unexpected_keys"] if twin not in n
+        }
+    elif task != "zero_shot_retrieval":  # the recorded script removed the rest itself
         assert sorted(report.unused) == sorted(recorded["unexpected_keys"])
     for key, source in sources.items():
         if key in report.interpolated:
@@ -104,7 +109,9 @@ def test_every_recorded_loading(name):
 
 
 def test_nlvr_does_not_start_from_a_pretraining_checkpoint():
-    with pytest.raises(UserError, match=r"is a pretrain checkpoint; NLVR starts from a pretrain_nlvr or nlvr"):
+    with pytest.raises(
+        UserError, match=r"is a pretrain checkpoint; NLVR starts from a pretrain_nlvr or nlvr"
+    ):
         map_state(checkpoint_state("pretrain"), shapes_of("nlvr"), "NLVR")
 
 
@@ -190,7 +197,7 @@ def test_recorded_interpolations(case):
     pos_embed = torch.from_numpy(values)
     out = interpolate_pos_embed(pos_embed, case["out"]["shape"][1] - 1)
     assert list(out.shape) == case["out"]["shape"]
-    assert out.flatten()[::211].tolist() == pytest.approx(case["every_211th"], abs=2e-6)
+    assert out.flatten()[::211][:64].tolist() == pytest.approx(case["every_211th"], abs=2e-6)
     assert out.flatten()[:8].tolist() == pytest.approx(case["out"]["first"], abs=2e-6)
     assert out.double().norm().item() == pytest.approx(case["out"]["norm"], rel=1e-6)
 
