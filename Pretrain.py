@@ -58,6 +58,8 @@ def make_image_tokenizer(config: dict, code_res: int, device: torch.device) -> n
 def main(args: argparse.Namespace, config: dict) -> None:
     # start
     device = start(args)
+    if args.resume and not args.checkpoint:
+        raise UserError("--resume continues the run that saved --checkpoint; name that file too")
     if is_main():
         save_config(config, args.output_dir)
 

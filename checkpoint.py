@@ -149,9 +149,7 @@ def interpolate_pos_embed(pos_embed: Tensor, grid: int | tuple[int, int]) -> Ten
     cls_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
     side = math.isqrt(patches.shape[1])
     if side * side != patches.shape[1] or (isinstance(grid, int) and rows * columns != grid):
-        raise UserError(
-            f"positions of {patches.shape[1]} patches cannot be resized to {grid}: not a square grid"
-        )
+        raise UserError(f"positions of {patches.shape[1]} patches do not resize to {grid}: not a square grid")
     square = patches.transpose(1, 2).unflatten(2, (side, side)).float()  # (1, D, side, side)
     resized = F.interpolate(square, size=(rows, columns), mode="bicubic", align_corners=False)
     return torch.cat([cls_token, resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
@@ -193,8 +191,8 @@ def _match(
     account = "; ".join(f"{label}: {_some(names)}" for label, names in problems if names)
     if account:
         raise UserError(
-            f"{source}, a {kind} checkpoint, does not fit the model; {account}. Use the image resolution, "
-            "queue size and BERT config it was made with, or another checkpoint"
+            f"{source}, a {kind} checkpoint, does not fit the model; {account}. Use the config it was made "
+            "with (image resolution, queue size, vocabularies), or another checkpoint"
         )
     return tensors, report
 
@@ -224,9 +222,7 @@ def map_state(
 def _model_state(content: Any, source: str) -> dict[str, Tensor]:
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(
-            f"{source} holds no model weights: expected a dict of tensors, alone or under 'model'"
-        )
+        raise UserError(f"{source} holds no weights: expected a dict of tensors, alone or under 'model'")
     return {name.removeprefix("module."): value for name, value in state.items()}  # saved from a DDP wrapper
 
 

@@ -7,12 +7,12 @@ def pessimistic_ranks(scores: np.ndarray, relevant: list[list[int]]) -> np.ndarr
     """Rank of each query's best-scored relevant candidate, 0 = first: scores (queries, candidates) ->
     (queries,)
 
-    Ties count against the query: every irrelevant candidate with an equal score stands before it, so a model
-    that gives everything the same score gets no credit and the result does not depend on a sort.
+    Ties and NaN count against the query: every irrelevant candidate with an equal score stands before it, so a
+    model that gives everything the same score gets no credit and the result does not depend on a sort.
     """
     ranks = np.empty(len(scores), dtype=np.int64)
     for query, own in enumerate(relevant):
-        better = scores[query] >= scores[query, own].max()
+        better = ~(scores[query] < scores[query, own].max())  # not >=, which is False for NaN
         better[own] = False
         ranks[query] = better.sum()
     return ranks

@@ -6,6 +6,7 @@ own `weights_only` mode refuses foreign classes altogether, but published files 
 checkpoint is a pickled OmegaConf object, OpenAI's image tokenizer a whole pickled module.
 """
 
+import builtins
 import pickle
 import re
 import sys
@@ -116,9 +117,8 @@ class _NumpyArray(np.ndarray):
 def _tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if 0 not in size and (last + 1) * storage.dtype.itemsize > storage.untyped.nbytes():
-        raise ValueError(
-            f"a tensor of size {tuple(size)} reaches beyond its storage"
-        )  # set_ would enlarge it
+        # set_ would enlarge the storage
+        raise ValueError(f"a tensor of size {tuple(size)} reaches beyond its storage")
     return torch.empty(0, dtype=storage.dtype).set_(storage.untyped, offset, tuple(size), tuple(stride))
 
 
@@ -126,22 +126,7 @@ def _tensor_of_dtype(storage: Storage, offset: int, size: tuple, stride: tuple, 
     return _tensor(Storage(storage.untyped, rest[2]), offset, size, stride)
 
 
-PLAIN_TYPES = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    bytearray,
-    list,
-    tuple,
-    dict,
-    set,
-    frozenset,
-    slice,
-    range,
-)
+PLAIN = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, slice, range)
 FUNCTIONS: dict[str, Callable] = {
     "collections.OrderedDict": OrderedDict,
     "collections.defaultdict": lambda *_: {},
@@ -159,7 +144,7 @@ FUNCTIONS: dict[str, Callable] = {
     "numpy.core.multiarray._reconstruct": lambda *_: np.ndarray.__new__(_NumpyArray, (0,)),
     "_codecs.encode": lambda text, _encoding: text.encode("latin-1"),  # how protocol 2 writes bytes
     "builtins.type": lambda _: None,  # protocol 2 writes the class of None as type(None)
-    **{f"builtins.{kind.__name__}": kind for kind in PLAIN_TYPES},
+    **{f"builtins.{kind.__name__}": kind for kind in PLAIN},
 }
 
 
@@ -175,14 +160,17 @@ class _Unpickler(pickle.Unpickler):
         self.storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
+        module = module.replace("numpy._core", "numpy.core")
+        if module == "__builtin__":  # protocol 2 writes the names of Python 2
+            module, name = "builtins", {"unicode": "str", "xrange": "range", "long": "int"}.get(name, name)
         if f"{module}.{name}" in FUNCTIONS:
             return _Call(FUNCTIONS[f"{module}.{name}"])
         if module in ("torch", "torch.storage", "torch.cuda") and name in STORAGE_DTYPES:
             return STORAGE_DTYPES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if REFUSED_MODULES.match(module):
+        is_type = module == "builtins" and isinstance(getattr(builtins, name, None), type)
+        if REFUSED_MODULES.match(module) and not is_type:
             raise UserError(
                 f"{self.path}: its pickle asks for {module}.{name}, which runs code and has no place in a "
                 "checkpoint; nothing of the file was run. Get the file from a source you trust"

@@ -1,7 +1,7 @@
 """Image-caption pairs for pre-training."""
 
 import hashlib
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,9 +11,17 @@ from dataset import train_loader
 from dataset.annotations import TEXT, TEXTS, read_annotations
 from dataset.masking import BlockMask
 from dataset.text import clean_caption, mask_tokens, names_side, tokenize
-from dataset.transforms import BadImage, ItemRandom, PretrainTransform, load_image
+from dataset.transforms import (
+    BadImage,
+    ItemRandom,
+    PretrainTransform,
+    load_image,
+    resized_crop,
+    to_tensor,
+)
+from utils import UserError
 
-MAX_TRIES = 20
+MAX_TRIES = 50
 
 
 class PretrainData(Dataset):
@@ -132,14 +140,19 @@ def pretrain_loader(config: dict, tokenizer, code_res: int, grid_size: int, posi
     )
 
 
-def code_views(entries_file: str | list[str], code_res: int, num_images: int):
-    """The first `num_images` readable images as (3, r, r) in [0, 1], for fitting a codebook: no crop, no
-    flip.
-    """
-    from dataset.transforms import resized_crop, to_tensor
+def code_views(files: str | list[str], code_res: int, num_images: int) -> Iterator[Tensor]:
+    """The readable ones of the first `num_images` images, (3, r, r) in [0, 1], uncropped: for fitting a codebook.
 
-    for entry in read_annotations(entries_file, {"image": TEXT, "caption": TEXTS})[:num_images]:
+    Raises UserError where none can be read.
+    """
+    num_read = 0
+    for entry in read_annotations(files, {"image": TEXT, "caption": TEXTS})[:num_images]:
         try:
-            yield to_tensor(resized_crop(load_image(Path(entry["image"])), None, code_res))
-        except BadImage:
+            image = load_image(entry["image"])
+        except BadImage as error:
+            problem = error
             continue
+        num_read += 1
+        yield to_tensor(resized_crop(image, None, code_res))
+    if not num_read:
+        raise UserError(f"none of the first {num_images} training images could be read; the last: {problem}")

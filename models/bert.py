@@ -43,17 +43,30 @@ class BertConfig:
     def read(cls, source: str | dict) -> "BertConfig":
         """From a JSON file or a mapping; BERT keys that have no meaning here are passed over.
 
-        Raises UserError for a missing or broken file and for sizes that do not fit together.
+        Raises UserError for a missing or broken file, for values that are no sizes and for sizes that do not
+        fit together.
         """
         if not isinstance(source, dict):
+            path = source
             try:
-                source = json.loads(Path(source).read_text())
-            except (OSError, json.JSONDecodeError) as error:
-                raise UserError(f"bert_config {source} cannot be read as JSON: {error}") from error
+                source = json.loads(Path(path).read_text())
+            except (OSError, ValueError) as error:  # ValueError: not JSON, or not even text
+                raise UserError(f"bert_config {path} cannot be read as JSON: {error}") from error
+            if not isinstance(source, dict):
+                raise UserError(f"bert_config {path} must hold an object, found {type(source).__name__}")
         if source.get("hidden_act", "gelu") != "gelu":
             raise UserError(f"bert_config hidden_act is {source['hidden_act']!r}; only 'gelu' is supported")
         known = {field.name for field in fields(cls)}
         config = cls(**{key: value for key, value in source.items() if key in known})
+        for field in fields(cls):
+            value, least = (
+                getattr(config, field.name),
+                int(field.type is int and field.name != "pad_token_id"),
+            )
+            if not isinstance(value, field.type | int) or value < least:
+                raise UserError(
+                    f"bert_config {field.name} is {value!r}; expected {field.type.__name__} of at least {least}"
+                )
         if config.hidden_size % config.num_attention_heads:
             raise UserError(
                 f"bert_config hidden_size {config.hidden_size} is not a multiple of "
@@ -86,9 +99,11 @@ class CrossStates:
         return keys[self.index], values[self.index], mask
 
 
-def padding_mask(attention_mask: Tensor, score: float = PADDING_SCORE) -> Tensor:
+def padding_mask(
+    attention_mask: Tensor, score: float = PADDING_SCORE, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """attention_mask (B, S) with 1 = token, 0 = padding -> additive scores (B, 1, 1, S)."""
-    return (1.0 - attention_mask[:, None, None, :].float()) * score
+    return (1.0 - attention_mask[:, None, None, :].to(dtype)) * score
 
 
 class Embeddings(nn.Module):
@@ -229,7 +244,8 @@ class BertModel(nn.Module):
         """The other stream as cross-attention reads it: states (B, S, encoder_width), attention_mask (B,
         S).
         """
-        mask = None if attention_mask is None else padding_mask(attention_mask, torch.finfo(states.dtype).min)
+        lowest = torch.finfo(states.dtype).min
+        mask = None if attention_mask is None else padding_mask(attention_mask, lowest, states.dtype)
         return CrossStates([layer.crossattention.project(states) for layer in self.encoder.layer], mask)
 
     def forward(

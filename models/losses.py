@@ -54,7 +54,9 @@ def negative_weights(similarity: Tensor, excluded: Tensor) -> tuple[Tensor, Tens
     weights = similarity.float().softmax(-1).masked_fill(excluded, 0.0)
     has_negative = (~excluded).any(-1)
     even = (~excluded).float() + (~has_negative).float().unsqueeze(-1)
-    return torch.where(weights.sum(-1, keepdim=True) > 0, weights, even), has_negative
+    # A denormal weight would round to 0 inside the draw, where all entries, excluded ones too, are then equal.
+    drawable = weights.sum(-1, keepdim=True) > torch.finfo(weights.dtype).tiny
+    return torch.where(drawable, weights, even), has_negative
 
 
 def draw_negatives(weights: Tensor) -> Tensor:

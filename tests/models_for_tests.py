@@ -40,3 +40,68 @@ def pretrain_inputs(inputs: dict, mlm: dict) -> dict:
         "patch_mask": torch.tensor(inputs["masked_visual_token_pos"]).bool(),
         "visual_codes": torch.tensor(inputs["visual_token_ids"]),
     }
+
+
+TINY_VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+TINY_BERT = BertConfig(
+    vocab_size=40,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=32,
+    max_position_embeddings=16,
+    encoder_width=24,
+)
+TINY_CLS_ID = 1
+
+
+def shake(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.nn.Module:
+    """Random weights so large that attention is far from even; in eval mode (no dropout)."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 0:  # the temperature stays
+                parameter.copy_(torch.randn(parameter.shape, generator=rng) * std)
+    return module.eval()
+
+
+def tiny_pretrain_model(vit: dict | None = None, bert: BertConfig = TINY_BERT, **switches) -> SIMLA:
+    """Width 24, 10 image tokens, 40 words; dropout 0.1 in train mode."""
+    return SIMLA(
+        vit or TINY_VIT,
+        bert,
+        embed_dim=8,
+        queue_size=12,
+        visual_vocab_size=30,
+        cls_id=TINY_CLS_ID,
+        **switches,
+    )
+
+
+def tiny_texts(lengths: list[int], width: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """[CLS] and random words other than padding, padded to `width`: ids, mask (len(lengths), width)."""
+    ids = torch.randint(2, TINY_BERT.vocab_size, (len(lengths), width), generator=rng)
+    ids[:, 0] = TINY_CLS_ID
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    return ids * mask, mask
+
+
+def tiny_batch(batch: int, seed: int = 0) -> dict:
+    """Keyword arguments of the tiny model's forward: captions of 2 to 6 tokens, a masked word in each."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths = [2 + i % 5 for i in range(batch)]
+    text_ids, text_mask = tiny_texts(lengths, 6, rng)
+    labels = torch.full_like(text_ids, -100)
+    labels[:, 1] = text_ids[:, 1]
+    patch_mask = torch.rand(batch, 9, generator=rng) < 0.4
+    patch_mask[:, 0] = True
+    return {
+        "image": torch.randn(batch, 3, 24, 24, generator=rng),
+        "text_ids": text_ids,
+        "text_mask": text_mask,
+        "mlm_ids": text_ids.masked_fill(labels != -100, 3),
+        "mlm_labels": labels,
+        "patch_mask": patch_mask,
+        "visual_codes": torch.randint(30, (batch, 9), generator=rng),
+        "alpha": 0.4,
+    }

@@ -265,7 +265,7 @@ def test_a_failed_load_leaves_the_model_unchanged(tmp_path):
     assert not any(value.any() for value in model.state_dict().values())
     for content in ({"model": {"a": "text"}}, [1, 2]):
         torch.save(content, tmp_path / "d.pth")
-        with pytest.raises(UserError, match="holds no model weights"):
+        with pytest.raises(UserError, match="holds no weights"):
             load_weights(model, tmp_path / "d.pth", "Pretrain")
 
 

@@ -5,6 +5,7 @@ import pickle
 import sys
 import tempfile
 import types
+import typing
 import warnings
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
@@ -123,7 +124,8 @@ def omega(foreign, value, parent=None):
     node = kind()
     metadata = foreign.ContainerMetadata()
     vars(metadata).update(ref_type=dict, object_type=type(None), flags={"readonly": True})
-    metadata.cache = defaultdict(dict)
+    vars(metadata).update(cache=defaultdict(dict), element_type=typing.Any, types=typing.Dict[str, int])  # noqa: UP006
+    metadata.bases = (object, range, OSError)
     node.__dict__.update(_metadata=metadata, _parent=parent)
     if isinstance(value, dict):
         node._content = {key: omega(foreign, item, node) for key, item in value.items()}

@@ -1,0 +1,280 @@
+"""Image tokenizers: what a masked patch has to be recognised as (BEiT, Bao et al. 2021).
+
+Each maps a view of the image, (B, 3, R, R) with values in [0, 1], to one code per 8x8 patch, (B, (R/8)^2)
+int64 in raster order. With R half the encoder's resolution these are its 16x16 patches. All are frozen.
+
+* DalleEncoder: the encoder of DALL-E's discrete VAE (Ramesh et al. 2021), as the paper uses it. Its weights
+  come as OpenAI's `encoder.pkl` or as the codebook of FLAVA, which is the same network.
+* KMeansCodebook: the nearest of K mean patches; fitted on the training images in seconds, needs no download.
+
+Shapes: B batch, R resolution, V vocabulary, K centres, P values of a patch (3 * 8 * 8).
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import atomic_write
+from safe_load import Inert, safe_load
+from utils import UserError
+
+DALLE_URL = "https://cdn.openai.com/dall-e/encoder.pkl"
+FLAVA_NAME = "facebook/flava-image-codebook"
+OTHERWISE = "or train without a download: image_tokenizer.kind: kmeans"
+
+
+# ---- DALL-E ------------------------------------------------------------------------------------------------
+
+
+class _Conv(nn.Module):
+    """A convolution that keeps the resolution, with the parameter names of the published weights."""
+
+    def __init__(self, num_in: int, num_out: int, size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(num_out, num_in, size, size) / (num_in * size**2) ** 0.5)
+        self.b = nn.Parameter(torch.zeros(num_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class _Block(nn.Module):
+    def __init__(self, num_in: int, num_out: int, num_blocks: int) -> None:
+        super().__init__()
+        self.id_path = _Conv(num_in, num_out, 1) if num_in != num_out else nn.Identity()
+        widths, sizes = (num_in, *[num_out // 4] * 3, num_out), (3, 3, 3, 1)
+        layers = OrderedDict()
+        for i, size in enumerate(sizes):
+            layers[f"relu_{i + 1}"] = nn.ReLU(inplace=i > 0)  # the first one's input is also the shortcut's
+            layers[f"conv_{i + 1}"] = _Conv(widths[i], widths[i + 1], size)
+        self.res_path = nn.Sequential(layers)
+        self.gain = 1 / num_blocks**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.gain * self.res_path(x)
+
+
+class DalleEncoder(nn.Module):
+    """DALL-E's dVAE encoder: groups of residual blocks, between them twice the width, half the resolution."""
+
+    def __init__(
+        self, n_hid: int = 256, vocab_size: int = 8192, n_blk_per_group: int = 2, groups: int = 4
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.stride = 2 ** (groups - 1)
+        self.blocks = nn.Sequential(OrderedDict(input=_Conv(3, n_hid, 7)))
+        width = n_hid
+        for group in range(groups):
+            layers = OrderedDict()
+            for i in range(n_blk_per_group):
+                layers[f"block_{i + 1}"] = _Block(width, n_hid * 2**group, groups * n_blk_per_group)
+                width = n_hid * 2**group
+            if group + 1 < groups:
+                layers["pool"] = nn.MaxPool2d(2)
+            self.blocks.add_module(f"group_{group + 1}", nn.Sequential(layers))
+        output = OrderedDict(relu=nn.ReLU(), conv=_Conv(width, vocab_size, 1))
+        self.blocks.add_module("output", nn.Sequential(output))
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def logits(self, code_view: Tensor) -> Tensor:
+        """(B, 3, R, R) in [0, 1] -> (B, V, R/8, R/8) float32."""
+        x = 0.8 * code_view.float() + 0.1  # the logit-Laplace range [0.1, 0.9] of DALL-E
+        device = x.device.type
+        # As published: half precision on GPUs but for the output layer, whatever the training's precision is.
+        with torch.autocast(device, dtype=torch.float16, enabled=device == "cuda"):
+            x = self.blocks[:-1](x)
+        with torch.autocast(device, enabled=False):
+            return self.blocks[-1](x.float())
+
+    def forward(self, code_view: Tensor) -> Tensor:
+        """(B, 3, R, R) in [0, 1] -> (B, (R/8)^2) int64."""
+        return self.logits(code_view).argmax(1).flatten(1)
+
+
+def _dalle_from_state(state: dict[str, Tensor], source: str) -> DalleEncoder:
+    """The encoder of whatever size the weights have. Raises UserError when they are not such an encoder's."""
+    # FLAVA's names: image_codebook.blocks.group_1.group.block_1.res_path.path.conv_1.weight
+    flava = {"image_codebook.": "", ".group.": ".", ".path.": ".", ".weight": ".w", ".bias": ".b"}
+    for old, new in flava.items():
+        state = {name.replace(old, new): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if name.startswith("blocks.")}
+    try:
+        model = DalleEncoder(
+            n_hid=state["blocks.input.w"].shape[0],
+            vocab_size=state["blocks.output.conv.w"].shape[0],
+            n_blk_per_group=len({name.split(".")[2] for name in state if name.startswith("blocks.group_1.")}),
+            groups=len({name.split(".")[1] for name in state if name.startswith("blocks.group_")}),
+        )
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{source} does not hold DALL-E's image encoder ({str(error)[:200]}); get {DALLE_URL}, "
+            f"{OTHERWISE}"
+        ) from error
+    return model
+
+
+def _module_state(module: Inert, prefix: str = "") -> dict[str, Tensor]:
+    """The state dict of a whole pickled module."""
+    state = {prefix + name: value for name, value in module.state.get("_parameters", {}).items()}
+    for name, child in module.state.get("_modules", {}).items():
+        state |= _module_state(child, f"{prefix}{name}.")
+    return state
+
+
+def load_dalle(path: str | Path) -> DalleEncoder:
+    """From OpenAI's encoder.pkl (a whole module; nothing of it is run), a state dict or .safetensors.
+
+    Raises UserError when the file is missing or holds something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"image_tokenizer.path: there is no {path}; put {DALLE_URL} there, {OTHERWISE}")
+    content = safe_load(path)
+    if isinstance(content, Inert):
+        content = _module_state(content)
+    content = content.get("model", content) if isinstance(content, dict) else {}
+    return _dalle_from_state(content, str(path))
+
+
+def load_flava(name_or_folder: str | Path = FLAVA_NAME) -> DalleEncoder:
+    """From a FlavaImageCodebook of transformers, on the hub or in a folder. Raises UserError without one."""
+    from transformers import FlavaImageCodebook  # slow to import, and only this tokenizer needs it
+
+    try:
+        codebook, report = FlavaImageCodebook.from_pretrained(name_or_folder, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"image_tokenizer.path: {name_or_folder} is no folder or hub name with FLAVA's image codebook; "
+            f"get {FLAVA_NAME} from the Hugging Face hub, {OTHERWISE}"
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{name_or_folder} does not hold FLAVA's image codebook: {missing[0]} is missing")
+    return _dalle_from_state(codebook.state_dict(), str(name_or_folder))
+
+
+# ---- k-means -----------------------------------------------------------------------------------------------
+
+
+def _patches(views: Tensor, size: int) -> Tensor:
+    """(B, 3, R, R) -> (B, (R/size)^2, P)"""
+    grid = views.float().unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, rows, s, columns, s)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+@torch.no_grad()
+def _nearest(patches: Tensor, centres: Tensor, chunk: int = 16384) -> Tensor:
+    """(N, P), (K, P) -> (N,) int64: argmin |x - c|^2 = argmax x.c - |c|^2 / 2."""
+    half_norms = centres.square().sum(1) / 2
+    with torch.autocast(patches.device.type, enabled=False):
+        parts = [(part @ centres.T - half_norms).argmax(1) for part in patches.split(chunk)]
+    return torch.cat(parts)
+
+
+class KMeansCodebook(nn.Module):
+    """The code of a patch is the nearest of K mean patches."""
+
+    def __init__(self, vocab_size: int, patch: int = 8) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.stride = patch
+        self.register_buffer("centres", torch.zeros(vocab_size, 3 * patch * patch))  # (K, P)
+
+    def forward(self, code_view: Tensor) -> Tensor:
+        """(B, 3, R, R) in [0, 1] -> (B, (R/8)^2) int64."""
+        patches = _patches(code_view, self.stride)
+        return _nearest(patches.flatten(0, 1), self.centres).view(patches.shape[:2])
+
+    @torch.no_grad()
+    def fit(
+        self, code_views: Iterable[Tensor], num_patches: int = 100_000, iterations: int = 12, seed: int = 0
+    ) -> "KMeansCodebook":
+        """Lloyd's algorithm on patches of the first views, each (3, R, R) or (B, 3, R, R); on the CPU.
+
+        Centres start at random patches; those that lose all theirs move to the worst-served patches.
+        Raises UserError when there are fewer patches than centres.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        pool, num_pooled = [], 0
+        for views in code_views:
+            found = _patches(views.cpu().reshape(-1, *views.shape[-3:]), self.stride).flatten(0, 1)
+            pool.append(found)
+            num_pooled += len(found)
+            if num_pooled >= 2 * num_patches:  # more than needed, for patches of more images
+                break
+        if num_pooled < self.vocab_size:
+            raise UserError(
+                f"{num_pooled} patches cannot give {self.vocab_size} k-means codes; use more images or a "
+                "smaller image_tokenizer.vocab_size"
+            )
+        patches = torch.cat(pool)
+        patches = patches[torch.randperm(num_pooled, generator=generator)[:num_patches]]
+        centres = patches[: self.vocab_size].clone()  # they are in random order
+        for _ in range(iterations):
+            codes = _nearest(patches, centres)
+            counts = torch.bincount(codes, minlength=self.vocab_size)
+            sums = torch.zeros_like(centres).index_add_(0, codes, patches)
+            empty = (counts == 0).nonzero().flatten()
+            if len(empty):
+                distances = (patches - centres[codes]).square().sum(1)
+                sums[empty] = patches[distances.topk(len(empty)).indices]
+            centres = sums / counts.clamp(min=1)[:, None]
+        self.centres.copy_(centres)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Raises UserError when the file cannot be written or is not named .safetensors."""
+        if Path(path).suffix != ".safetensors":
+            raise UserError(f"image_tokenizer.path: name the k-means codebook .safetensors, not {path}")
+        with atomic_write(path) as file:
+            file.write(safetensors.torch.save({"centres": self.centres.cpu().contiguous()}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "KMeansCodebook":
+        content = safe_load(path)
+        centres = content["model"].get("centres") if Path(path).suffix == ".safetensors" else None
+        if centres is None or centres.ndim != 2:
+            raise UserError(f"{path} is not a k-means codebook; fit it again under another name")
+        codebook = cls(len(centres), patch=round((centres.shape[1] / 3) ** 0.5))
+        codebook.centres.copy_(centres)
+        return codebook
+
+
+def fit_kmeans_codebook(
+    path: str | Path, code_views: Iterable[Tensor], vocab_size: int, **fit_options: int
+) -> KMeansCodebook:
+    """Fits a codebook on the views and saves it as `path` (.safetensors); options: `KMeansCodebook.fit`."""
+    codebook = KMeansCodebook(vocab_size).fit(code_views, **fit_options)
+    codebook.save(path)
+    return codebook
+
+
+# ---- by config ---------------------------------------------------------------------------------------------
+
+
+def build_image_tokenizer(config: dict) -> DalleEncoder | KMeansCodebook:
+    """The tokenizer of the config section {kind: dalle, flava or kmeans, path, vocab_size}.
+
+    Raises UserError when the kind is unknown, a file is missing, or its vocabulary is not `vocab_size`.
+    """
+    kind, path = config["kind"], config.get("path")
+    if kind == "dalle":
+        tokenizer = load_dalle(path or "encoder.pkl")
+    elif kind == "flava":
+        tokenizer = load_flava(path or FLAVA_NAME)
+    elif kind == "kmeans":
+        if not path or not Path(path).is_file():
+            raise UserError(f"image_tokenizer.path: no k-means codebook {path}; pre-training fits it")
+        tokenizer = KMeansCodebook.load(path)
+    else:
+        raise UserError(f"image_tokenizer.kind is dalle, flava or kmeans, not {kind!r}")
+    if config.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
+        has = f"{path or kind} has {tokenizer.vocab_size} codes"
+        raise UserError(f"image_tokenizer.vocab_size is {config['vocab_size']}, but {has}")
+    return tokenizer

@@ -1,0 +1,316 @@
+"""Bad input ends in one clear sentence, exit code 1, and nothing written over."""
+
+import json
+import os
+import socket
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from tiny import make_tiny, run
+
+import Pretrain
+import zero_shot_retrieval
+from config import PRETRAIN, read_config
+from dataset.annotations import TEXT, TEXTS, read_annotations
+from dataset.pretrain import pretrain_loader
+from dataset.text import build_tokenizer
+from engine import BadImages
+from utils import UserError, script_arguments, start
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def fails(monkeypatch, script, *flags) -> str:
+    """The sentence that a script's main raises."""
+    monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu", *map(str, flags)])
+    with pytest.raises(UserError) as error:
+        script.parse_and_run()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- config ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("quue_size=7", ["quue_size", "did you mean queue_size"]),
+        ("schedular.epoch=7", ["schedular.epoch", "did you mean schedular.epochs"]),
+        ("batch_size=many", ["batch_size", "int", "'many'"]),
+        ("batch_size=true", ["batch_size", "int", "True"]),
+        ("optimizer=3", ["optimizer", "section"]),
+        ("no_equals_sign", ["key=value"]),
+        ("image_res=[1", ["not valid YAML"]),
+        ("image_res.x=1", ["image_res is a value"]),
+    ],
+)
+def test_config_keys(tiny, override, expected):
+    with pytest.raises(UserError) as error:
+        read_config(str(tiny["Pretrain"]), PRETRAIN, [override])
+    assert all(part in str(error.value) for part in expected)
+
+
+def test_config_file(tmp_path):
+    with pytest.raises(UserError, match=r"missing.yaml cannot be read: No such file"):
+        read_config(str(tmp_path / "missing.yaml"), PRETRAIN)
+    (tmp_path / "c.yaml").write_text("image_res: 256\nbatch_size: [1,\n")
+    with pytest.raises(UserError, match=r"c.yaml is not valid YAML: .*line 3"):
+        read_config(str(tmp_path / "c.yaml"), PRETRAIN)
+    (tmp_path / "c.yaml").write_text("- a list\n")
+    with pytest.raises(UserError, match="must hold `key: value` lines"):
+        read_config(str(tmp_path / "c.yaml"), PRETRAIN)
+    (tmp_path / "c.yaml").write_text("image_res: 256\n")
+    with pytest.raises(UserError, match="missing keys optimizer, schedular, train_file"):
+        read_config(str(tmp_path / "c.yaml"), PRETRAIN)
+
+
+def test_scheduler_is_accepted_beside_schedular(tiny, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(tiny["Pretrain"].read_text().replace("schedular:", "scheduler:"))
+    assert read_config(str(path), PRETRAIN) == read_config(str(tiny["Pretrain"]), PRETRAIN)
+
+
+# ---- annotation files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('[{"image": "a.jpg", "caption": "a"}, {"image": "b.j', ["not valid JSON", "truncated"]),
+        ('{"image": "a.jpg"}', ["must hold a JSON list", "dict"]),
+        ("[]", ["no entries"]),
+        ('[{"image": "a.jpg", "caption": "x"}, {"image": "a.jpg"}]', ["entry 1", "no 'caption'"]),
+        ('[{"caption": "x"}]', ["entry 0", "no 'image'"]),
+        ('[{"image": "a.jpg", "caption": []}]', ["entry 0", "'caption'", "non-empty list"]),
+        ('[{"image": "a.jpg", "caption": [3]}]', ["entry 0", "'caption'", "[3]"]),
+        ('[{"image": 7, "caption": "x"}]', ["entry 0", "'image' must be text", "7"]),
+        ('["a.jpg"]', ["entry 0", "must be an object"]),
+        (b"\xff\xfe\x00", ["not valid JSON"]),
+    ],
+)
+def test_annotation_files(tmp_path, content, expected):
+    path = tmp_path / "train.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        read_annotations(str(path), {"image": TEXT, "caption": TEXTS})
+    assert all(part in str(error.value) for part in [*expected, str(path)]), str(error.value)
+
+
+def test_missing_annotation_file_in_both_scripts(monkeypatch, tiny, tmp_path):
+    flags = ["--output_dir", tmp_path, "--config"]
+    for script, key, config in (
+        (Pretrain, "train_file", tiny["Pretrain"]),
+        (zero_shot_retrieval, "test_file", tiny["Retrieval"]),
+    ):
+        message = fails(monkeypatch, script, *flags, config, "--overrides", f"{key}=/nowhere/x.json")
+        assert "/nowhere/x.json cannot be read: No such file" in message
+
+
+def test_image_paths_are_absolute_or_relative_to_the_root_or_the_file(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "x.jpg"}, {"image": "/abs/y.jpg"}]))
+    first, second = read_annotations(str(tmp_path / "a.json"), {"image": TEXT})
+    assert (first["image"], second["image"]) == (str(tmp_path / "x.jpg"), "/abs/y.jpg")
+    monkeypatch.setenv("PICTURES", "/pictures")
+    rooted = read_annotations(str(tmp_path / "a.json"), {"image": TEXT}, "$PICTURES/all")
+    assert [entry["image"] for entry in rooted] == ["/pictures/all/x.jpg", "/abs/y.jpg"]
+
+
+# ---- images ------------------------------------------------------------------------------------------------------
+
+
+def loader_with_bad_images(tiny, folder, num_good: int, num_bad: int):
+    """A training loader over entries whose first `num_bad` images are missing, empty or no images."""
+    entries = []
+    for i in range(num_bad):
+        path = folder / f"bad{i}.jpg"
+        if i % 3:
+            path.write_bytes(b"" if i % 3 == 1 else b"<html>not found</html>")
+        entries.append({"image": str(path), "caption": "a bad picture"})
+    for i in range(num_good):
+        Image.new("RGB", (40, 40), (i * 20 % 255, 30, 60)).save(folder / f"good{i}.jpg")
+        entries.append({"image": str(folder / f"good{i}.jpg"), "caption": "a good picture"})
+    (folder / "train.json").write_text(json.dumps(entries))
+    config = read_config(str(tiny["Pretrain"]), PRETRAIN, [f"train_file={folder}/train.json", "batch_size=4"])
+    return pretrain_loader(config, build_tokenizer(config["text_encoder"]), 32, 4, 64, seed=0)
+
+
+def test_unreadable_images_are_replaced_and_counted(tiny, tmp_path):
+    loader = loader_with_bad_images(tiny, tmp_path, num_good=5, num_bad=3)
+    batches = list(loader)
+    assert [batch["image"].shape[0] for batch in batches] == [4, 4]
+    bad = [pair for batch in batches for pair in batch["bad"]]
+    assert {os.path.basename(path) for path, _ in bad} == {"bad0.jpg", "bad1.jpg", "bad2.jpg"}
+    assert {cause for _, cause in bad} == {"no such file", "empty file", "not an image"}
+
+
+def test_a_batch_with_none_readable_survives(tiny, tmp_path):
+    """Eight entries, two readable: some batch of four has none, and is filled from the others."""
+    loader = loader_with_bad_images(tiny, tmp_path, num_good=2, num_bad=6)
+    seen_empty = False
+    for epoch in range(8):
+        loader.sampler.set_epoch(epoch)
+        keys = list(loader.sampler)
+        for number, batch in enumerate(loader):
+            own = [index for _, index in keys[4 * number : 4 * number + 4]]
+            seen_empty |= all(index < 6 for index in own)
+            assert batch["image"].shape == (4, 3, 32, 32) and torch.isfinite(batch["image"]).all()
+    assert seen_empty
+
+
+def test_nothing_readable_at_all_stops_with_a_file_name(monkeypatch, tiny, tmp_path):
+    loader_with_bad_images(tiny, tmp_path, num_good=0, num_bad=8)
+    message = fails(
+        monkeypatch,
+        Pretrain,
+        *("--config", tiny["Pretrain"], "--output_dir", tmp_path / "out"),
+        *("--overrides", f"train_file={tmp_path}/train.json"),
+    )
+    assert "could not be read" in message and "bad" in message
+
+
+def test_too_many_bad_images_stop_the_run_at_the_end_of_the_epoch(capsys):
+    counter = BadImages()
+    counter.add([("a.jpg", "empty file"), ("b.jpg", "no such file"), ("a.jpg", "empty file")])
+    assert capsys.readouterr().out.count("a.jpg") == 1  # each file is named once
+    assert counter.report(100, 0.05) == 3
+    with pytest.raises(UserError, match="3 of 40 images"):
+        counter.report(40, 0.05)
+
+
+def test_evaluation_names_the_image_it_cannot_read(monkeypatch, tiny, tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:100])
+    entries = [{"image": name, "caption": ["a", "b"]} for name in ("good.jpg", "cut.jpg")]
+    (tmp_path / "test.json").write_text(json.dumps(entries))
+    flags = ["--config", tiny["Retrieval"], "--output_dir", tmp_path / "out"]
+    overrides = ["--overrides", f"test_file={tmp_path}/test.json"]
+    for workers in (0, 1):
+        message = fails(monkeypatch, zero_shot_retrieval, *flags, *overrides, f"num_workers={workers}")
+        assert "cut.jpg" in message and "entry 1" in message
+
+
+# ---- weights, devices, folders -----------------------------------------------------------------------------------
+
+
+def test_pretrained_weights_that_cannot_be_had_are_never_replaced_by_random_ones(monkeypatch, tiny, tmp_path):
+    flags = ["--config", tiny["Pretrain"], "--output_dir", tmp_path]
+    message = fails(
+        monkeypatch, Pretrain, *flags, "--overrides", "init=pretrained", "image_encoder=/no/file.pth"
+    )
+    assert "/no/file.pth" in message and "init: scratch" in message
+    assert "expected 'pretrained'" in fails(monkeypatch, Pretrain, *flags, "--overrides", "init=random")
+
+
+def test_checkpoint_of_another_shape_or_kind(monkeypatch, tiny, tmp_path):
+    args = script_arguments(Pretrain.__doc__, "", str(tmp_path / "a")).parse_args(["--device", "cpu"])
+    Pretrain.main(args, read_config(str(tiny["Pretrain"]), PRETRAIN, ["schedular.epochs=1"]))
+    checkpoint = tmp_path / "a" / "checkpoint_00.pth"
+    flags = ["--output_dir", tmp_path / "b", "--checkpoint", checkpoint, "--config"]
+    message = fails(monkeypatch, Pretrain, *flags, tiny["Pretrain"], "--overrides", "embed_dim=8")
+    assert "vision_proj.weight" in message and str(checkpoint) in message
+    message = fails(
+        monkeypatch, zero_shot_retrieval, *flags, tiny["Retrieval"], "--overrides", "vision_width=64"
+    )
+    assert "of another shape" in message
+    resumed = [*flags, tiny["Pretrain"], "--resume", "--overrides", "embed_dim=8"]
+    assert "vision_proj.weight" in fails(monkeypatch, Pretrain, *resumed)
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    broken = [
+        "--config",
+        tiny["Pretrain"],
+        "--output_dir",
+        tmp_path / "b",
+        "--checkpoint",
+        tmp_path / "text.pth",
+    ]
+    assert "text.pth" in fails(monkeypatch, Pretrain, *broken)
+    broken[-1] = tmp_path / "nowhere.pth"
+    assert "nowhere.pth" in fails(monkeypatch, Pretrain, *broken)
+    assert not list((tmp_path / "b").glob("*.pth"))
+
+
+def test_resume_needs_a_checkpoint(monkeypatch, tiny, tmp_path):
+    message = fails(monkeypatch, Pretrain, "--config", tiny["Pretrain"], "--output_dir", tmp_path, "--resume")
+    assert "--checkpoint" in message
+
+
+def test_vocabulary_larger_than_the_model(monkeypatch, tiny, tmp_path):
+    flags = [
+        "--config",
+        tiny["Pretrain"],
+        "--output_dir",
+        tmp_path,
+        "--overrides",
+        "bert_config.vocab_size=50",
+    ]
+    assert "raise its vocab_size" in fails(monkeypatch, Pretrain, *flags)
+
+
+def test_more_ranks_times_batch_than_samples(monkeypatch, tiny, tmp_path):
+    flags = ["--config", tiny["Pretrain"], "--output_dir", tmp_path, "--overrides", "batch_size=100"]
+    assert "lower batch_size" in fails(monkeypatch, Pretrain, *flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_gpu_asked_for_where_there_is_none(tmp_path):
+    args = script_arguments("x", "c", str(tmp_path)).parse_args(["--device", "cuda"])
+    with pytest.raises(UserError, match="GPU 0 asked for, 0 found"):
+        start(args)
+
+
+def test_device_that_does_not_exist(tmp_path):
+    args = script_arguments("x", "c", str(tmp_path)).parse_args(["--device", "toaster"])
+    with pytest.raises(UserError, match="expected auto, cpu, cuda"):
+        start(args)
+
+
+def test_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("here first")
+    for folder in (tmp_path / "file", "/proc/simla"):
+        args = script_arguments("x", "c", str(folder)).parse_args(["--device", "cpu"])
+        with pytest.raises(UserError, match="cannot be written"):
+            start(args)
+    assert (tmp_path / "file").read_text() == "here first"
+
+
+def test_the_user_sees_one_sentence_and_exit_code_1(tiny, tmp_path):
+    done = run(
+        "Pretrain.py", "--config", tiny["Pretrain"], "--output_dir", tmp_path, "--overrides", "btch_size=3"
+    )
+    assert done.returncode == 1
+    assert "did you mean batch_size?" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_named(tiny, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        done = run(
+            "Pretrain.py",
+            *("--config", tiny["Pretrain"], "--output_dir", tmp_path),
+            env={**variables, "MASTER_PORT": str(port)},
+        )
+    assert done.returncode == 1
+    assert (
+        str(port) in done.stderr and "is the port in use?" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
+def test_one_failing_rank_ends_all(tiny, tmp_path):
+    """Both ranks say what is wrong and the launcher returns; nobody waits for the other."""
+    done = run(
+        "zero_shot_retrieval.py",
+        *("--config", tiny["Retrieval"], "--output_dir", tmp_path, "--checkpoint", tmp_path / "none.pth"),
+        num_processes=2,
+        launcher="run",
+    )
+    assert done.returncode != 0
+    assert "error (rank 0): " in done.stderr and "none.pth" in done.stderr

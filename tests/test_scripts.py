@@ -1,0 +1,173 @@
+"""The task scripts run for real: every launch mode, outputs, resume, one rank against several."""
+
+import json
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from tiny import make_tiny, run
+
+import Pretrain
+from config import PRETRAIN, read_config
+from utils import free_port, script_arguments
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny, tmp_path_factory):
+    """Two epochs on two ranks."""
+    out = tmp_path_factory.mktemp("pretrained")
+    done = run("Pretrain.py", "--config", tiny["Pretrain"], "--output_dir", out, num_processes=2)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_pretraining_writes_its_outputs(pretrained):
+    out, stdout = pretrained
+    assert "eta" in stdout
+    records = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1]
+    for name in ("loss_ita", "loss_itm", "loss_mlm", "loss_mim", "loss_psl", "lr", "bad_images"):
+        assert all(isinstance(record[f"train_{name}"], float | int) for record in records)
+    steps = [json.loads(line)["step"] for line in (out / "train_steps.jsonl").read_text().splitlines()]
+    assert steps == [2, 3, 5, 6]  # 24 samples, 2 ranks of 4, a line every 2 steps and at the end
+    assert "code revision" in (out / "config.yaml").read_text()
+    config = YAML(typ="safe").load(out / "config.yaml")
+    assert config["momentum"] == 0.995 and config["schedular"]["epochs"] == 2
+    assert not list(out.glob(".*"))  # no temporary files left
+
+
+def test_checkpoints_hold_plain_values_and_published_names(pretrained):
+    out, _ = pretrained
+    checkpoint = torch.load(out / "checkpoint_01.pth", weights_only=True)  # plain values only, or this raises
+    assert set(checkpoint) == {"model", "optimizer", "lr_scheduler", "config", "epoch"}
+    assert checkpoint["epoch"] == 1
+    assert "text_encoder.bert.embeddings.word_embeddings.weight" in checkpoint["model"]
+    assert int(checkpoint["model"]["queue_ptr"]) == 2 * 3 * 2 * 4 % 24
+    assert len(checkpoint["optimizer"]["param_groups"]) == 2
+
+
+def test_resume_continues_at_the_next_epoch(pretrained, tiny, tmp_path):
+    out, _ = pretrained
+    common = [
+        "--config",
+        tiny["Pretrain"],
+        "--output_dir",
+        tmp_path,
+        "--checkpoint",
+        out / "checkpoint_00.pth",
+    ]
+    resumed = run("Pretrain.py", *common, "--resume", "True", num_processes=2, launcher="run")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [1]
+    whole = torch.load(out / "checkpoint_01.pth", weights_only=True)
+    again = torch.load(tmp_path / "checkpoint_01.pth", weights_only=True)
+    assert again["lr_scheduler"] == whole["lr_scheduler"]
+    assert again["optimizer"]["param_groups"] == whole["optimizer"]["param_groups"]
+    assert again["model"]["queue_ptr"] == whole["model"]["queue_ptr"]
+
+
+def test_every_rank_count_and_launch_mode_gives_the_same_retrieval_scores(pretrained, tiny, tmp_path):
+    out, _ = pretrained
+    flags = ["--evaluate", "--config", tiny["Retrieval"], "--checkpoint", out / "checkpoint_01.pth"]
+    results = {}
+    for name, processes, launcher in (("plain", 0, ""), ("two", 2, "launch"), ("three", 3, "run")):
+        folder = tmp_path / name
+        done = run(
+            "zero_shot_retrieval.py",
+            *flags,
+            "--output_dir",
+            folder,
+            num_processes=processes,
+            launcher=launcher,
+        )
+        assert done.returncode == 0, done.stderr
+        results[name] = json.loads((folder / "result" / "retrieval.json").read_text())
+        scores = torch.load(folder / "result" / "retrieval_scores.pt", weights_only=True)
+        first = torch.load(tmp_path / "plain" / "result" / "retrieval_scores.pt", weights_only=True)
+        for key in scores:
+            torch.testing.assert_close(scores[key], first[key], rtol=1e-5, atol=1e-5)
+        record = json.loads((folder / "log.txt").read_text())
+        assert record["test_r_mean"] == results[name]["r_mean"]
+    assert results["plain"] == results["two"] == results["three"]
+    assert results["plain"]["n"] == 7
+    assert "k_test 3" in done.stdout
+
+
+def test_k_test_above_the_number_of_candidates(pretrained, tiny, tmp_path):
+    out, _ = pretrained
+    done = run(
+        "zero_shot_retrieval.py",
+        *("--evaluate", "--config", tiny["Retrieval"], "--checkpoint", out / "checkpoint_01.pth"),
+        *("--output_dir", tmp_path, "--overrides", "k_test=1000"),
+    )
+    assert done.returncode == 0, done.stderr
+    scores = torch.load(tmp_path / "result" / "retrieval_scores.pt", weights_only=True)
+    assert (scores["scores_i2t"] != -100).all() and torch.equal(scores["scores_i2t"], scores["scores_t2i"].T)
+
+
+def test_slurm_variables(pretrained, tiny, tmp_path):
+    """Two tasks as srun starts them: no launcher, only variables."""
+    import subprocess
+    import sys
+
+    from tiny import ROOT
+
+    out, _ = pretrained
+    command = [sys.executable, "zero_shot_retrieval.py", "--evaluate", "--device", "cpu"]
+    command += ["--config", str(tiny["Retrieval"]), "--output_dir", str(tmp_path)]
+    command += ["--checkpoint", str(out / "checkpoint_01.pth")]
+    import os
+
+    shared = {**os.environ, "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    tasks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**shared, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [task.communicate(timeout=300)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors
+    assert json.loads((tmp_path / "result" / "retrieval.json").read_text())["n"] == 7
+
+
+def test_main_can_be_called_and_an_epoch_does_not_depend_on_the_workers(tiny, tmp_path):
+    finals = []
+    for workers in (0, 2):
+        args = script_arguments(Pretrain.__doc__, "", str(tmp_path / str(workers))).parse_args(
+            ["--device", "cpu"]
+        )
+        overrides = [f"num_workers={workers}", "schedular.epochs=1"]
+        Pretrain.main(args, read_config(str(tiny["Pretrain"]), PRETRAIN, overrides))
+        finals.append(torch.load(tmp_path / str(workers) / "checkpoint_00.pth", weights_only=True)["model"])
+    for name, value in finals[0].items():
+        assert torch.equal(value, finals[1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], False),
+        (["--resume"], True),
+        (["--resume", "True"], True),
+        (["--resume", "False"], False),
+        (["--resume", "0"], False),
+    ],
+)
+def test_boolean_flags(flags, expected):
+    assert script_arguments("x", "c", "o").parse_args(flags).resume is expected
+
+
+def test_a_boolean_flag_refuses_other_words(capsys):
+    with pytest.raises(SystemExit):
+        script_arguments("x", "c", "o").parse_args(["--resume", "perhaps"])
+    assert "expected true or false" in capsys.readouterr().err

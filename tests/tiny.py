@@ -1,0 +1,76 @@
+"""A tiny data set and tiny configs on disk, for running the task scripts for real."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from dataset.demo import make_demo
+from utils import free_port
+
+ROOT = Path(__file__).parent.parent
+MODEL = {
+    "image_res": 32,
+    "vision_width": 32,
+    "vit": {"patch_size": 8, "depth": 2, "num_heads": 2},
+    "bert_config": {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "encoder_width": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    },
+    "embed_dim": 16,
+    "queue_size": 24,
+    "init": "scratch",
+    "num_workers": 0,
+    "log_steps": 2,
+}
+
+
+def make_tiny(folder: Path) -> dict[str, Path]:
+    """Scenes and the configs that train and evaluate on them -> {"data", "Pretrain", "Retrieval"}."""
+    data = folder / "data"
+    make_demo(data, num_train=24, num_val=6, num_test=7, size=48, seed=3, workers=1)
+    pretrain = {
+        **MODEL,
+        "train_file": str(data / "pretrain_train.json"),
+        "text_encoder": str(data / "bert"),
+        "batch_size": 4,
+        "num_masking_patches": 5,
+        "min_num_patches": 2,
+        "image_tokenizer": {"kind": "kmeans", "path": str(folder / "codebook.safetensors"), "vocab_size": 16},
+        "optimizer": {"opt": "adamW", "lr": 1e-3},
+        "schedular": {"lr": 1e-3, "epochs": 2, "warmup_epochs": 2, "warmup_step_size": 1},
+    }
+    retrieval = {
+        **MODEL,
+        "test_file": str(data / "retrieval_test.json"),
+        "text_encoder": str(data / "bert"),
+        "batch_size_test": 4,
+        "k_test": 3,
+    }
+    paths = {"data": data}
+    for name, config in (("Pretrain", pretrain), ("Retrieval", retrieval)):
+        paths[name] = folder / f"{name}.yaml"
+        with paths[name].open("w") as file:
+            YAML(typ="safe", pure=True).dump(config, file)
+    return paths
+
+
+def run(
+    script: str, *arguments: object, num_processes: int = 0, launcher: str = "launch", env: dict | None = None
+):
+    """Runs a task script as a user would; num_processes 0 = plain python. Returns the finished process."""
+    command = [sys.executable]
+    if num_processes:
+        module = {"launch": "torch.distributed.launch", "run": "torch.distributed.run"}[launcher]
+        command += ["-m", module, f"--nproc_per_node={num_processes}", f"--master_port={free_port()}"]
+        command += ["--use_env"] if launcher == "launch" else []
+    command += [script, "--device", "cpu", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

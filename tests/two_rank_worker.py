@@ -1,0 +1,118 @@
+"""Runs the same work as 1, 2 and 3 processes and saves what each computed: two_rank_worker.py FOLDER
+
+One process imports everything and forks the ranks, since the imports take longer than the work.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+import torch.distributed as dist
+from goldens_io import fill_model, golden, golden_image
+from models_for_tests import golden_pretrain_model, pretrain_inputs, tiny_texts
+from test_retrieval_goldens import golden_retrieval_model
+
+from dataset import EpochSampler
+from engine import distribute
+from models.pretrain import Draws
+from models.rerank import rerank
+from models.retrieval import SIMLARetrieval
+from utils import MetricLog, all_gather_rows, rank, start, world_size
+
+CPU = torch.device("cpu")
+
+
+def pretrain_step() -> dict:
+    """The recorded step of this rank, after buffers that differ between the ranks."""
+    recorded = golden("pretrain_ws2")
+    model = golden_pretrain_model()
+    fill_model(model, golden("pretrain_structure")["aliases"])
+    before = dict(model.state_dict())
+    before = {name: before[name].clone() for name in ("image_queue", "text_queue", "queue_ptr")}
+    if rank() > 0:
+        model.image_queue.zero_()
+        model.text_queue.fill_(9.0)
+        model.queue_ptr.fill_(7)
+    wrapped = distribute(model, CPU)
+    distributed = {name: model.state_dict()[name].clone() for name in before}
+    inputs, draws = recorded["ranks"][rank()]["inputs"], recorded["ranks"][rank()]["draws"]
+    negatives = Draws(torch.tensor(draws["image_neg"]), torch.tensor(draws["text_neg"]))
+    named = wrapped(**pretrain_inputs(inputs, draws["mlm"]), alpha=recorded["alpha"], draws=negatives)
+    sum(named.values()).backward()
+    return {
+        "buffers_of_rank_0": before,
+        "buffers_distributed": distributed,
+        "losses": {name: loss.item() for name, loss in named.items()},
+        "state": model.state_dict(),
+        "grads": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+    }
+
+
+def share_of_scores(
+    model: SIMLARetrieval, image: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Re-ranking where this rank holds every world_size-th image."""
+    image_embeds, image_feat = model.encode_image(image)
+    similarity = image_feat @ model.encode_text(ids, mask).T
+    held = {i: image_embeds[i : i + 1] for i in range(rank(), len(image), world_size())}
+    return rerank(similarity, k, held, ids, mask, model.match, chunk_size=4)
+
+
+@torch.no_grad()
+def all_scores() -> dict:
+    """Of the recorded evaluation, and of numbers of images that 2 and 3 ranks do not divide."""
+    recorded = golden("retrieval_eval")
+    model = golden_retrieval_model()
+    fill_model(model, {})
+    ids, mask = (torch.tensor(recorded["text"][name]) for name in ("input_ids", "attention_mask"))
+    image = golden_image(recorded["image_seed"], recorded["image_shape"])
+    scores = {"recorded": share_of_scores(model, image, ids, mask, recorded["k_test"])}
+    rng = torch.Generator().manual_seed(3)
+    lengths = [2 + i % 7 for i in range(15)]
+    for num_images in (7, 2, 1):
+        image = torch.randn(num_images, *recorded["image_shape"][1:], generator=rng)
+        texts = tiny_texts(lengths, 8, rng)
+        scores[f"{num_images} images"] = share_of_scores(model, image, *texts, k=3)
+    return scores
+
+
+def shares() -> dict:
+    """What this rank reads in two epochs, under two seeds."""
+    result = {}
+    for seed in (0, 1):
+        sampler = EpochSampler(23, 2, seed)
+        for epoch in (0, 1, 0):
+            sampler.set_epoch(epoch)
+            result.setdefault((seed, epoch), []).append(list(sampler))
+    return result
+
+
+def gathered() -> dict:
+    log = MetricLog()
+    for value in range(rank() + 1):  # rank r adds r + 1 values: 0, then 0 and 1, ...
+        log.add({"value": float(value)})
+    return {"means": log.global_means(), "rows": all_gather_rows(torch.full((2, 1), float(rank())))}
+
+
+def work(this_rank: int, num_ranks: int, folder: str) -> None:
+    os.environ |= {"RANK": str(this_rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(this_rank)}
+    meeting_place = f"file://{folder}/meet_{num_ranks}"  # unlike a port, nobody else can have taken it
+    start(argparse.Namespace(device="cpu", dist_url=meeting_place, output_dir=folder, seed=0))
+    result = {"scores": all_scores(), "shares": shares(), "gathered": gathered()}
+    if num_ranks == 2:
+        result |= pretrain_step()
+    torch.save(result, Path(folder) / f"{num_ranks}_{this_rank}.pt")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for num_ranks in (1, 2, 3):
+        torch.multiprocessing.start_processes(work, (num_ranks, sys.argv[1]), num_ranks, start_method="fork")
