@@ -7,8 +7,8 @@ def pessimistic_ranks(scores: np.ndarray, relevant: list[list[int]]) -> np.ndarr
     """Rank of each query's best-scored relevant candidate, 0 = first: scores (queries, candidates) ->
     (queries,)
 
-    Ties and NaN count against the query: every irrelevant candidate with an equal score stands before it, so a
-    model that gives everything the same score gets no credit and the result does not depend on a sort.
+    Ties and NaN count against the query: every irrelevant candidate with an equal score stands before it, so
+    a model that gives everything the same score gets no credit and the result does not depend on a sort.
     """
     ranks = np.empty(len(scores), dtype=np.int64)
     for query, own in enumerate(relevant):

@@ -47,20 +47,25 @@ def score(model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: dic
     model.eval()
     batch_size = config["batch_size_test"]
     loader = test_loader(data, batch_size, config["num_workers"], collate_images)
-    embeds, feats = [], []
+    embeds, feats = (
+        [],
+        [torch.empty(0, model.vision_proj.out_features, device=device)],
+    )  # a rank may hold none
     for batch in with_progress(stop_at_unreadable(loader), len(loader), "Images", config["log_steps"]):
         image_embeds, image_feat = model.encode_image(batch["image"].to(device))
         embeds.append(image_embeds)
         feats.append(image_feat)
     own = range(rank(), len(data), world_size())
-    image_embeds = dict(zip(own, torch.cat(embeds).split(1), strict=True))  # image -> (1, N, D)
+    image_embeds = dict(
+        zip(own, (row for part in embeds for row in part.split(1)), strict=True)
+    )  # image -> (1, N, D)
     image_feats = gather_in_order(own, torch.cat(feats), len(data))  # (I, E)
 
     limit = model.text_encoder.config.max_position_embeddings
     text_ids, text_mask = tokenize(tokenizer, data.texts, MAX_TEXT_TOKENS, "max_length", limit)
     text_ids, text_mask = text_ids.to(device), text_mask.to(device)
     mine = range(rank(), len(data.texts), world_size())
-    rows = torch.tensor(list(mine)).split(batch_size)
+    rows = torch.tensor(list(mine), dtype=torch.long).split(batch_size)
     text_feats = torch.cat([model.encode_text(text_ids[row], text_mask[row]) for row in rows])
     text_feats = gather_in_order(mine, text_feats, len(data.texts))  # (T, E)
 

@@ -65,7 +65,7 @@ class BertConfig:
             )
             if not isinstance(value, field.type | int) or value < least:
                 raise UserError(
-                    f"bert_config {field.name} is {value!r}; expected {field.type.__name__} of at least {least}"
+                    f"bert_config {field.name} is {value!r}; expected {field.type.__name__}, at least {least}"
                 )
         if config.hidden_size % config.num_attention_heads:
             raise UserError(

@@ -54,7 +54,7 @@ def negative_weights(similarity: Tensor, excluded: Tensor) -> tuple[Tensor, Tens
     weights = similarity.float().softmax(-1).masked_fill(excluded, 0.0)
     has_negative = (~excluded).any(-1)
     even = (~excluded).float() + (~has_negative).float().unsqueeze(-1)
-    # A denormal weight would round to 0 inside the draw, where all entries, excluded ones too, are then equal.
+    # A denormal weight may round to 0 inside the draw, where excluded entries are then as good as any.
     drawable = weights.sum(-1, keepdim=True) > torch.finfo(weights.dtype).tiny
     return torch.where(drawable, weights, even), has_negative
 

@@ -1,6 +1,6 @@
 """Recall against every order of the ties, chance against every order of the candidates."""
 
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def worst_rank(scores: list[float], relevant: list[int]) -> int:
     """Over all orders of the candidates that a sort by score may give: the rank of the first relevant one."""
     worst = 0
     for order in permutations(range(len(scores))):
-        if all(scores[a] >= scores[b] for a, b in zip(order, order[1:], strict=False)):
+        if all(scores[a] >= scores[b] for a, b in pairwise(order)):
             worst = max(worst, min(order.index(own) for own in relevant))
     return worst
 

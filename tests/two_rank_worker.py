@@ -1,15 +1,14 @@
 """Runs the same work as 1, 2 and 3 processes and saves what each computed: two_rank_worker.py FOLDER
 
-One process imports everything and forks the ranks, since the imports take longer than the work.
+Wants the repository root on PYTHONPATH. One process imports everything and forks the ranks, since the imports
+take longer than the work.
 """
 
 import argparse
 import os
 import sys
 from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -27,26 +26,36 @@ from utils import MetricLog, all_gather_rows, rank, start, world_size
 CPU = torch.device("cpu")
 
 
-def pretrain_step() -> dict:
-    """The recorded step of this rank, after buffers that differ between the ranks."""
-    recorded = golden("pretrain_ws2")
-    model = golden_pretrain_model()
-    fill_model(model, golden("pretrain_structure")["aliases"])
-    before = dict(model.state_dict())
-    before = {name: before[name].clone() for name in ("image_queue", "text_queue", "queue_ptr")}
+def buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.named_buffers() if "queue" in name}
+
+
+def spoil_buffers_unless_rank_0(model: torch.nn.Module) -> None:
     if rank() > 0:
         model.image_queue.zero_()
         model.text_queue.fill_(9.0)
         model.queue_ptr.fill_(7)
+
+
+def pretrain_step() -> dict:
+    """The recorded step of this rank, after buffers that differed between the ranks."""
+    recorded = golden("pretrain_ws2")
+    model = golden_pretrain_model()
+    fill_model(model, golden("pretrain_structure")["aliases"])
+    seen = {"before": buffers(model)}
+    spoil_buffers_unless_rank_0(model)
+    with mock.patch("engine.DistributedDataParallel", lambda model, *_, **__: model):
+        distribute(model, CPU)  # not every version of torch's wrapper would make them equal
+    seen["after, torch's wrapper aside"] = buffers(model)
+    spoil_buffers_unless_rank_0(model)
     wrapped = distribute(model, CPU)
-    distributed = {name: model.state_dict()[name].clone() for name in before}
+    seen["after"] = buffers(model)
     inputs, draws = recorded["ranks"][rank()]["inputs"], recorded["ranks"][rank()]["draws"]
     negatives = Draws(torch.tensor(draws["image_neg"]), torch.tensor(draws["text_neg"]))
     named = wrapped(**pretrain_inputs(inputs, draws["mlm"]), alpha=recorded["alpha"], draws=negatives)
     sum(named.values()).backward()
     return {
-        "buffers_of_rank_0": before,
-        "buffers_distributed": distributed,
+        "buffers": seen,
         "losses": {name: loss.item() for name, loss in named.items()},
         "state": model.state_dict(),
         "grads": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
