@@ -141,7 +141,7 @@ def pretrain_loader(config: dict, tokenizer, code_res: int, grid_size: int, posi
 
 
 def code_views(files: str | list[str], code_res: int, num_images: int) -> Iterator[Tensor]:
-    """The readable ones of the first `num_images` images, (3, r, r) in [0, 1], uncropped: for fitting a codebook.
+    """The readable ones of the first `num_images` images, uncropped, (3, r, r) in [0, 1].
 
     Raises UserError where none can be read.
     """

@@ -10,6 +10,21 @@ def make_twin(module: nn.Module, twin: nn.Module) -> nn.Module:
     return twin.requires_grad_(False)
 
 
+class MomentumModel(nn.Module):
+    """A model in which every module named in `twin_names` has a momentum twin, `<name>_m`."""
+
+    twin_names: tuple[str, ...] = ()
+
+    def twins(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(online, momentum) pairs."""
+        return [(getattr(self, name), getattr(self, name + "_m")) for name in self.twin_names]
+
+    def copy_twins(self) -> None:
+        """Momentum weights <- online weights, for after the online ones were loaded or filled anew."""
+        for online, twin in self.twins():
+            make_twin(online, twin)
+
+
 @torch.no_grad()
 def update_twins(pairs: list[tuple[nn.Module, nn.Module]], momentum: float) -> None:
     """twin <- momentum * twin + (1 - momentum) * online, over all (online, twin) pairs at once."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models import losses
 from models.bert import BertConfig, BertForMaskedLM
-from models.momentum import advance, enqueue, make_twin, new_queue, update_twins
+from models.momentum import MomentumModel, advance, enqueue, make_twin, new_queue, update_twins
 from models.vit import VisionTransformer, vit_sizes
 from utils import UserError, all_gather_rows
 
@@ -24,8 +24,10 @@ class Draws:
     text_neg: Tensor | None = None  # (B,) the text drawn for each image
 
 
-class SIMLA(nn.Module):
+class SIMLA(MomentumModel):
     """State-dict names, their order and that of the parameters are the published code's."""
+
+    twin_names = ("visual_encoder", "vision_proj", "text_encoder", "text_proj", "mim_head", "concept_head")
 
     def __init__(
         self,
@@ -98,16 +100,6 @@ class SIMLA(nn.Module):
             config["released_code"]["mlm_distill_over_sequence"],
             config["released_code"]["psl_padding"],
         )
-
-    def twins(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(online, momentum) pairs."""
-        names = ("visual_encoder", "vision_proj", "text_encoder", "text_proj", "mim_head", "concept_head")
-        return [(getattr(self, name), getattr(self, name + "_m")) for name in names]
-
-    def copy_twins(self) -> None:
-        """Momentum weights <- online weights, for after initial weights were loaded into the online ones."""
-        for online, twin in self.twins():
-            make_twin(online, twin)
 
     def forward(
         self,

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bert import BertConfig, BertModel
-from models.momentum import make_twin, new_queue
+from models.momentum import MomentumModel, make_twin, new_queue
 from models.vit import VisionTransformer, vit_sizes
 
 
-class SIMLARetrieval(nn.Module):
+class SIMLARetrieval(MomentumModel):
     """State-dict names and their order are the published code's (`text_encoder.*` without `bert.`)."""
+
+    twin_names = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
 
     def __init__(
         self,

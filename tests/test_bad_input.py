@@ -1,9 +1,9 @@
 """Bad input ends in one clear sentence, exit code 1, and nothing written over."""
 
 import json
-import os
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def fails(monkeypatch, script, *flags) -> str:
     return str(error.value)
 
 
-# ---- config ----------------------------------------------------------------------------------------------------
+# ---- config ----
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_scheduler_is_accepted_beside_schedular(tiny, tmp_path):
     assert read_config(str(path), PRETRAIN) == read_config(str(tiny["Pretrain"]), PRETRAIN)
 
 
-# ---- annotation files --------------------------------------------------------------------------------------------
+# ---- annotation files ----
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_image_paths_are_absolute_or_relative_to_the_root_or_the_file(tmp_path, 
     assert [entry["image"] for entry in rooted] == ["/pictures/all/x.jpg", "/abs/y.jpg"]
 
 
-# ---- images ------------------------------------------------------------------------------------------------------
+# ---- images ----
 
 
 def loader_with_bad_images(tiny, folder, num_good: int, num_bad: int):
@@ -145,7 +145,7 @@ def test_unreadable_images_are_replaced_and_counted(tiny, tmp_path):
     batches = list(loader)
     assert [batch["image"].shape[0] for batch in batches] == [4, 4]
     bad = [pair for batch in batches for pair in batch["bad"]]
-    assert {os.path.basename(path) for path, _ in bad} == {"bad0.jpg", "bad1.jpg", "bad2.jpg"}
+    assert {Path(path).name for path, _ in bad} == {"bad0.jpg", "bad1.jpg", "bad2.jpg"}
     assert {cause for _, cause in bad} == {"no such file", "empty file", "not an image"}
 
 
@@ -195,7 +195,7 @@ def test_evaluation_names_the_image_it_cannot_read(monkeypatch, tiny, tmp_path):
         assert "cut.jpg" in message and "entry 1" in message
 
 
-# ---- weights, devices, folders -----------------------------------------------------------------------------------
+# ---- weights, devices, folders ----
 
 
 def test_pretrained_weights_that_cannot_be_had_are_never_replaced_by_random_ones(monkeypatch, tiny, tmp_path):
