@@ -10,10 +10,18 @@ INDEX ?=
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
-READY :=
+READY =
 else
 PY := $(VENV)/bin/python
-READY := $(VENV)/.installed-$(1)
+READY = $(VENV)/.installed-$(1)
+endif
+
+# uv installs several times faster; where it cannot (a mirror that only pip is set up for), pip does.
+PIP = $(VENV)/bin/python -m pip install --quiet
+ifeq ($(strip $(INDEX)),)
+INSTALL = $(PIP) uv && $(VENV)/bin/python -m uv pip install --quiet --python $(VENV)/bin/python -r $< || $(PIP)
+else
+INSTALL = $(PIP) --extra-index-url $(INDEX)
 endif
 
 .PHONY: demo test lint format clean
@@ -36,8 +44,8 @@ $(VENV)/.installed-%: requirements-%.txt requirements.txt
 	@echo "== installing $< into $(VENV) (PyTorch is a large download; a second call takes seconds)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12"; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip uv
-	$(VENV)/bin/python -m uv pip install --python $(VENV)/bin/python $(if $(INDEX),--extra-index-url $(INDEX)) -r $<
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(INSTALL) -r $<
 	@touch $@
 
 clean:

@@ -17,7 +17,7 @@ from config import PRETRAIN, read_config
 from dataset.annotations import TEXT, read_annotations
 from dataset.demo import make_demo
 from plots import plot_gallery, plot_losses
-from utils import UserError, free_port, run_script
+from utils import UserError, free_port, num_cores, run_script
 
 CONFIGS = Path("configs/demo")
 DATA = Path("data/demo")
@@ -25,10 +25,8 @@ METRICS = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean
 
 
 def num_processes() -> int:
-    """One process for each GPU; without a GPU two on two cores or more."""
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return 2 if len(os.sched_getaffinity(0)) > 1 else 1
+    """Two, but one where there is one GPU or one core."""
+    return min(2, torch.cuda.device_count() or num_cores())
 
 
 def launch(script: str, *arguments: str) -> None:
@@ -36,7 +34,8 @@ def launch(script: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.launch", f"--nproc_per_node={num_processes()}"]
     command += [f"--master_port={free_port()}", "--use_env", script, *arguments]
     print("\n$ python " + " ".join(command[1:]), flush=True)
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning", **os.environ}
+    threads = str(max(1, num_cores() // num_processes()))
+    environment = {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore::FutureWarning", **os.environ}
     if subprocess.run(command, env=environment).returncode:
         raise UserError(f"{script} failed; see its message above")
 
@@ -75,12 +74,13 @@ def main() -> None:
     out = args.output_dir
     begin = time.monotonic()
 
-    make_demo(DATA, workers=len(os.sched_getaffinity(0)))
-    (out / "train_steps.jsonl").unlink(missing_ok=True)  # the curves are this run's alone
+    make_demo(DATA, workers=num_cores())
+    for left_over in ("train_steps.jsonl", "log.txt", "codebook.safetensors"):  # of an earlier run
+        (out / left_over).unlink(missing_ok=True)
     before = retrieval(out / "before", "--seed", args.seed)
-    codebook = f"image_tokenizer.path={out}/codebook.safetensors"
+    overrides = [f"image_tokenizer.path={out}/codebook.safetensors", f"batch_size={32 // num_processes()}"]
     pretrain = ["--config", str(CONFIGS / "Pretrain.yaml"), "--output_dir", str(out), "--seed", args.seed]
-    launch("Pretrain.py", *pretrain, "--overrides", codebook)
+    launch("Pretrain.py", *pretrain, "--overrides", *overrides)
     last = max(out.glob("checkpoint_*.pth"), key=lambda path: path.stat().st_mtime)
     after = retrieval(out / "after", "--checkpoint", str(last))
     seconds = round(time.monotonic() - begin)
