@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from checkpoint import load_weights, resume, save_checkpoint
 from config import PRETRAIN, read_config, save_config
 from dataset.pretrain import code_views, pretrain_loader
-from dataset.text import build_tokenizer
+from dataset.text import build_tokenizer, check_vocabulary
 from engine import distribute, train_one_epoch
-from models.dvae import build_image_tokenizer, fit_kmeans_codebook
+from models.dvae import STRIDE, build_image_tokenizer, fit_kmeans_codebook
 from models.initial import load_initial_weights
 from models.pretrain import SIMLA
 from optim import create_optimizer
@@ -60,24 +60,22 @@ def main(args: argparse.Namespace, config: dict) -> None:
     device = start(args)
     if args.resume and not args.checkpoint:
         raise UserError("--resume continues the run that saved --checkpoint; name that file too")
-    if is_main():
-        save_config(config, args.output_dir)
+    if args.evaluate:
+        raise UserError("Pretrain.py only trains; zero_shot_retrieval.py --evaluate scores its checkpoints")
 
     # data
     grid_size = config["image_res"] // config["vit"]["patch_size"]
-    code_res = grid_size * 8  # the image tokenizer's stride is 8: one code for each patch
+    code_res = grid_size * STRIDE  # one code for each patch
     image_tokenizer = make_image_tokenizer(config, code_res, device)
     tokenizer = build_tokenizer(config["text_encoder"])
 
     # model
     model = SIMLA.from_config(config, tokenizer.cls_token_id)
     bert = model.text_encoder.bert.config
-    if len(tokenizer) > bert.vocab_size:
-        raise UserError(
-            f"the tokenizer of {config['text_encoder']} has {len(tokenizer)} words, bert_config only "
-            f"{bert.vocab_size}; raise its vocab_size"
-        )
-    loader = pretrain_loader(config, tokenizer, code_res, grid_size, bert.max_position_embeddings, args.seed)
+    check_vocabulary(tokenizer, bert.vocab_size)
+    loader = pretrain_loader(
+        config, tokenizer, code_res, grid_size, bert.max_position_embeddings, args.seed, device.type == "cuda"
+    )
     if not args.checkpoint:
         load_initial_weights(model, config)
     elif not args.resume:
@@ -93,6 +91,8 @@ def main(args: argparse.Namespace, config: dict) -> None:
     first_epoch = resume(model, optimizer, schedule, args.checkpoint) if args.resume else 0
 
     # train and save
+    if is_main():
+        save_config(config, args.output_dir)
     for epoch in range(first_epoch, config["schedular"]["epochs"]):
         stats = train_one_epoch(
             ddp_model,
@@ -103,6 +103,7 @@ def main(args: argparse.Namespace, config: dict) -> None:
             epoch,
             device,
             args.output_dir,
+            args.seed,
             config["alpha"],
             ramp_alpha=True,
             log_steps=config["log_steps"],

@@ -28,7 +28,7 @@ POS_EMBEDS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
 POSITION_IDS = "embeddings.position_ids"  # constants, which some versions of transformers store
 
 
-# ---- the tables --------------------------------------------------------------------------------------------
+# ---- the tables ----
 
 
 def _upper_half(layer: int, num_layers: int) -> int:
@@ -116,7 +116,7 @@ KINDS = (  # the first whose marker begins a name of the checkpoint
 RESUME = Row(interpolate=False)
 
 
-# ---- loading -----------------------------------------------------------------------------------------------
+# ---- loading ----
 
 
 @dataclass
@@ -244,7 +244,7 @@ def load_weights(model: nn.Module, path: str | Path, task: str) -> LoadReport:
     return report
 
 
-# ---- saving and resuming -----------------------------------------------------------------------------------
+# ---- saving and resuming ----
 
 
 @contextmanager

@@ -4,6 +4,7 @@ The tables below are the reference of all keys (`python config.py` prints them f
 """
 
 import difflib
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,14 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Key:
-    """type: a type, a tuple of types or a nested table; default: REQUIRED or a value; help: one line."""
+    """type: a type, a tuple of types or a nested table; default: REQUIRED or a value; help: one line; least:
+    the smallest value allowed.
+    """
 
     type: type | tuple | dict
     default: object = REQUIRED
     help: str = ""
+    least: int | None = None
 
 
 NUMBER = (float, int)
@@ -37,31 +41,31 @@ OPTIMIZER = {
 }
 SCHEDULE = {
     "sched": Key(str, "cosine"),
-    "lr": Key(NUMBER, help="as optimizer.lr"),
-    "epochs": Key(int, help="length of the run"),
+    "lr": Key(NUMBER, 0, "kept for published configs; optimizer.lr counts"),
+    "epochs": Key(int, help="length of the run", least=1),
     "min_lr": Key(NUMBER, 1e-5, "learning rate of the last epoch"),
     "decay_rate": Key(NUMBER, 1, "kept for published configs; cosine does not use it"),
     "warmup_lr": Key(NUMBER, 1e-5, "learning rate of the first step"),
     "warmup_epochs": Key(int, 0, "warm-up steps inside epoch 0"),
-    "warmup_step_size": Key(int, 100, "iterations per warm-up step"),
+    "warmup_step_size": Key(int, 100, "iterations per warm-up step", least=1),
     "cooldown_epochs": Key(int, 0, "kept for published configs; cosine does not use it"),
 }
 VIT = {
-    "depth": Key(int, 12, "transformer blocks"),
-    "num_heads": Key(int, 12),
-    "patch_size": Key(int, 16, "pixels"),
+    "depth": Key(int, 12, "transformer blocks", least=1),
+    "num_heads": Key(int, 12, least=1),
+    "patch_size": Key(int, 16, "pixels", least=1),
     "mlp_ratio": Key(NUMBER, 4),
     "qkv_bias": Key(bool, True),
     "norm_eps": Key(NUMBER, 1e-6),
 }
 MODEL = {
-    "image_res": Key(int, help="side of the square input in pixels"),
-    "vision_width": Key(int, 768, "width of the image encoder"),
+    "image_res": Key(int, help="side of the square input in pixels", least=1),
+    "vision_width": Key(int, 768, "width of the image encoder", least=1),
     "vit": Key(VIT, {}, "sizes of the image encoder"),
     "bert_config": Key((str, dict), "configs/config_bert.json", "JSON file, or the same as a mapping"),
-    "embed_dim": Key(int, 256, "shared embedding of the contrast"),
+    "embed_dim": Key(int, 256, "shared embedding of the contrast", least=1),
     "temp": Key(NUMBER, 0.07, "temperature at the start"),
-    "queue_size": Key(int, 65536, "momentum features kept for the contrast"),
+    "queue_size": Key(int, 65536, "momentum features kept for the contrast", least=1),
     "momentum": Key(NUMBER, 0.995, "of the momentum twins"),
     "alpha": Key(NUMBER, 0.4, "weight of the momentum targets"),
     "init": Key(str, "pretrained", "'pretrained' (image_encoder, text_encoder below) or 'scratch'"),
@@ -72,8 +76,8 @@ RELEASED_CODE_HELP = "true = as the published code does, false = as the paper sa
 SHARED = {
     "optimizer": Key(OPTIMIZER),
     "schedular": Key(SCHEDULE, help="learning-rate schedule; `scheduler` is accepted too"),
-    "num_workers": Key(int, 4, "data-loading processes per rank"),
-    "log_steps": Key(int, 50, "steps between two log lines"),
+    "num_workers": Key(int, 4, "data-loading processes per rank", least=0),
+    "log_steps": Key(int, 50, "steps between two log lines", least=1),
 }
 MAX_BAD = Key(NUMBER, 0.05, "a run stops when a larger share of an epoch's images cannot be read")
 RANDAUGMENT = {"num_ops": Key(int, 2), "magnitude": Key(int, 7, "0 to 10")}
@@ -82,16 +86,16 @@ IMAGE_TOKENIZER = {
     "path": Key(
         str, "", "dalle: encoder.pkl; flava: hub name or folder; kmeans: codebook file, made when missing"
     ),
-    "vocab_size": Key(int, 8192, "visual tokens"),
+    "vocab_size": Key(int, 8192, "visual tokens", least=1),
 }
 PRETRAIN = {
     **MODEL,
     **SHARED,
     "train_file": Key(PATHS, help="annotation files"),
-    "batch_size": Key(int, 64, "per rank"),
+    "batch_size": Key(int, 64, "per rank", least=1),
     "mlm_probability": Key(NUMBER, 0.15, "share of words masked"),
-    "max_tokens": Key(int, 25, "captions are cut to this many tokens"),
-    "num_masking_patches": Key(int, 75, "patches hidden from MIM, of (image_res / patch_size)²"),
+    "max_tokens": Key(int, 25, "captions are cut to this many tokens", least=1),
+    "num_masking_patches": Key(int, 75, "patches hidden from MIM, of (image_res / patch_size)²", least=1),
     "min_num_patches": Key(int, 16, "smallest block of hidden patches"),
     "min_crop_scale": Key(NUMBER, 0.2, "smallest share of the image that a random crop keeps"),
     "randaugment": Key(RANDAUGMENT, {}),
@@ -117,11 +121,12 @@ RETRIEVAL = {
     "val_file": Key(str, "", "annotation file"),
     "test_file": Key(str, help="annotation file"),
     "image_root": Key(str, "", "folder that image paths are relative to; empty = the annotation file's"),
-    "batch_size_train": Key(int, 32, "per rank"),
-    "batch_size_test": Key(int, 64, "images or texts encoded at once"),
-    "k_test": Key(int, 256, "candidates re-ranked for each query"),
+    "batch_size_train": Key(int, 32, "per rank", least=1),
+    "batch_size_test": Key(int, 64, "images or texts encoded at once", least=1),
+    "k_test": Key(int, 256, "candidates re-ranked for each query", least=1),
     "warm_up": Key(bool, True, "alpha ramps from 0 in epoch 0"),
     "vit_mask_token": Key(bool, False, "the image encoder has the mask token of pre-training"),
+    "save_scores": Key(bool, False, "write both score matrices to result/retrieval_scores.pt"),
     "optimizer": Key(OPTIMIZER, {"lr": 1e-5}),
     "schedular": Key(
         SCHEDULE, {"lr": 1e-5, "epochs": 5}, "learning-rate schedule; `scheduler` is accepted too"
@@ -145,10 +150,12 @@ def read_config(path: str, table: dict[str, Key], overrides: list[str] | None = 
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"config {path} must hold `key: value` lines, found {type(values).__name__}")
-    for override in overrides or []:
-        _override(values, override)
     if "scheduler" in values and "schedular" in table:
+        if "schedular" in values:
+            raise UserError(f"config {path}: has both schedular and scheduler; keep one")
         values["schedular"] = values.pop("scheduler")
+    for override in overrides or []:
+        _override(values, re.sub(r"^scheduler(?=[.=])", "schedular", override))
     return _check(values, table, path, "")
 
 
@@ -181,12 +188,13 @@ def _check(values: dict, table: dict[str, Key], path: str, section: str) -> dict
             f"config {path}: missing {'key' if len(missing) == 1 else 'keys'} {', '.join(missing)}"
         )
     return {
-        name: _check_value(values.get(name, key.default), key.type, path, section + name)
+        name: _check_value(values.get(name, key.default), key, path, section + name)
         for name, key in table.items()
     }
 
 
-def _check_value(value: object, expected: type | tuple | dict, path: str, name: str) -> object:
+def _check_value(value: object, key: Key, path: str, name: str) -> object:
+    expected = key.type
     if isinstance(expected, dict):
         if not isinstance(value, dict):
             raise UserError(f"config {path}: {name} must be a section of keys, found {value!r}")
@@ -195,6 +203,8 @@ def _check_value(value: object, expected: type | tuple | dict, path: str, name: 
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         wanted = " or ".join(kind.__name__ for kind in allowed)
         raise UserError(f"config {path}: {name} must be {wanted}, found {value!r}")
+    if key.least is not None and value < key.least:
+        raise UserError(f"config {path}: {name} must be at least {key.least}, found {value!r}")
     return value
 
 

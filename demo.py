@@ -16,7 +16,7 @@ import torch
 from config import PRETRAIN, read_config
 from dataset.annotations import TEXT, read_annotations
 from dataset.demo import make_demo
-from plots import plot_gallery, plot_losses
+from plots import import_pyplot, plot_gallery, plot_losses
 from utils import UserError, free_port, num_cores, run_script
 
 CONFIGS = Path("configs/demo")
@@ -74,34 +74,37 @@ def main() -> None:
     out = args.output_dir
     begin = time.monotonic()
 
-    make_demo(DATA, workers=num_cores())
+    import_pyplot()  # what the end needs is missing at the start or not at all
+    try:
+        make_demo(DATA, workers=num_cores())
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(str(error)) from error
     for left_over in ("train_steps.jsonl", "log.txt", "codebook.safetensors"):  # of an earlier run
         (out / left_over).unlink(missing_ok=True)
     before = retrieval(out / "before", "--seed", args.seed)
     overrides = [f"image_tokenizer.path={out}/codebook.safetensors", f"batch_size={32 // num_processes()}"]
+    config = read_config(str(CONFIGS / "Pretrain.yaml"), PRETRAIN, overrides)
     pretrain = ["--config", str(CONFIGS / "Pretrain.yaml"), "--output_dir", str(out), "--seed", args.seed]
     launch("Pretrain.py", *pretrain, "--overrides", *overrides)
-    last = max(out.glob("checkpoint_*.pth"), key=lambda path: path.stat().st_mtime)
-    after = retrieval(out / "after", "--checkpoint", str(last))
+    last = out / f"checkpoint_{config['schedular']['epochs'] - 1:02d}.pth"
+    after = retrieval(out / "after", "--checkpoint", str(last), "--overrides", "save_scores=true")
     seconds = round(time.monotonic() - begin)
 
-    config = read_config(str(CONFIGS / "Pretrain.yaml"), PRETRAIN)
-    plot_losses(out / "train_steps.jsonl", config, out / "losses.png")
-    gallery(out)
     chance = after["chance"]
     print(f"\nzero-shot retrieval, {after['n']} held-out scenes, {after['num_texts']} texts, recall in %\n")
     print(f"{'':10}{'chance':>8}{'before':>8}{'after':>8}")
     for name in METRICS:
         print(f"{name:10}{chance[name]:8.1f}{before[name]:8.1f}{after[name]:8.1f}")
-    scores = {name: after[name] for name in METRICS}
     summary = {
         "n": after["n"],
-        **scores,
+        **{name: after[name] for name in METRICS},
         "before": {name: before[name] for name in METRICS},
         "chance": {name: chance[name] for name in METRICS},
     }
     text = json.dumps({"zero_shot_retrieval": summary, "seconds": seconds}, indent=1)
     (out / "summary.json").write_text(text)
+    plot_losses(out / "train_steps.jsonl", config, out / "losses.png")
+    gallery(out)
     print(f"\n{seconds} s; {out}/summary.json, {out}/gallery.png, {out}/losses.png")
 
 

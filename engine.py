@@ -60,6 +60,7 @@ def train_one_epoch(
     epoch: int,
     device: torch.device,
     output_dir: str,
+    seed: int,
     alpha: float,
     ramp_alpha: bool,
     log_steps: int = 50,
@@ -72,16 +73,23 @@ def train_one_epoch(
     and for an epoch in which more than `max_bad_fraction` of the images could not be read.
     """
     model.train()
+    torch.manual_seed(
+        (seed * 1_000_003 + epoch) * world_size() + rank()
+    )  # a resumed epoch draws as an unbroken run
     loader.sampler.set_epoch(epoch)
     schedule.start_epoch(epoch)
     whole, window, bad_images = MetricLog(), MetricLog(), BadImages()
     batches = with_progress(
-        stop_at_unreadable(loader), len(loader), f"Epoch {epoch}", log_steps, lambda: window_text(window)
+        stop_at_unreadable(loader),
+        len(loader),
+        f"Epoch {epoch}",
+        log_steps,
+        lambda: window_text(window, epoch),
     )
     for step, batch in enumerate(batches):
         if step % log_steps == 0 and step:
             window = record_window(window, output_dir, epoch, step, len(loader))
-        bad_images.add(batch.pop("bad", []))
+        bad_images.add(batch.pop("bad", []), loader.batch_size, max_bad_fraction)
         batch = to_device(batch, device)
         named = losses(model, batch, momentum_weight(alpha, epoch, step, len(loader), ramp_alpha))
         optimizer.zero_grad()
@@ -93,17 +101,17 @@ def train_one_epoch(
         schedule.after_step(epoch, step)
     record_window(window, output_dir, epoch, len(loader), len(loader))
     schedule.end_epoch(epoch)
-    num_bad = bad_images.report(len(loader) * loader.batch_size * world_size(), max_bad_fraction)
+    num_bad = bad_images.report()
     return {**whole.global_means(), "bad_images": num_bad}
 
 
-def window_text(window: MetricLog) -> str:
+def window_text(window: MetricLog, epoch: int) -> str:
     means = window.means()
     not_finite = [name for name, value in means.items() if not math.isfinite(value)]
     if not_finite:
         raise UserError(
-            f"{', '.join(not_finite)} is not finite on rank {rank()}; lower the learning rate, or look for "
-            "broken data"
+            f"{', '.join(not_finite)} is not finite in epoch {epoch}, within the last {window.count} steps "
+            f"of rank {rank()}; lower the learning rate, or look for broken data"
         )
     return "  ".join(
         f"{name} {value:.2e}" if name == "lr" else f"{name} {value:.4f}" for name, value in means.items()
@@ -122,24 +130,31 @@ def record_window(window: MetricLog, output_dir: str, epoch: int, step: int, num
 class BadImages:
     """Counts the images that were replaced, and names each file once."""
 
-    def __init__(self):
-        self.count, self.named = 0, set()
+    CHECK_AFTER = 200  # images, before a share is worth a verdict
 
-    def add(self, bad: list[tuple[str, str]]) -> None:
-        self.count += len(bad)
+    def __init__(self):
+        self.num_bad, self.num_seen, self.named = 0, 0, set()
+
+    def add(self, bad: list[tuple[str, str]], num_images: int, max_fraction: float = 1.0) -> None:
+        """bad: (file, cause) of every failed read while `num_images` images were made.
+
+        Raises UserError when more than `max_fraction` of the reads on this rank failed.
+        """
+        self.num_bad += len(bad)
+        self.num_seen += num_images + len(bad)
         for path, cause in bad:
             if path not in self.named:
                 self.named.add(path)
                 print(f"replaced an image that cannot be read: {path} ({cause})", flush=True)
-
-    def report(self, num_images: int, max_fraction: float) -> int:
-        """The count over all ranks; UserError when it is too large a share of `num_images`."""
-        total = sum(all_gather_objects(self.count))
-        if total:
-            log.info(f"{total} of {num_images} images could not be read and were replaced")
-        if total > max_fraction * num_images:
+        if self.num_seen >= self.CHECK_AFTER and self.num_bad > max_fraction * self.num_seen:
             raise UserError(
-                f"{total} of {num_images} images in this epoch could not be read, more than max_bad_fraction "
-                f"{max_fraction}; the last one: {sorted(self.named)[-1] if self.named else 'on another rank'}"
+                f"{self.num_bad} of {self.num_seen} images could not be read, more than max_bad_fraction "
+                f"{max_fraction}; the last one: {bad[-1][0] if bad else 'see above'}"
             )
-        return total
+
+    def report(self) -> int:
+        """The number of replaced images over all ranks."""
+        num_bad, num_seen = map(sum, zip(*all_gather_objects((self.num_bad, self.num_seen)), strict=True))
+        if num_bad:
+            log.info(f"{num_bad} of {num_seen} images could not be read and were replaced")
+        return num_bad

@@ -30,7 +30,8 @@ def chance_levels(config: dict) -> dict[str, float]:
     }
 
 
-def _pyplot():
+def import_pyplot():
+    """matplotlib.pyplot, drawing to files; UserError where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -52,7 +53,7 @@ def plot_losses(steps_file: str | Path, config: dict, out: str | Path) -> None:
         raise UserError(f"{steps_file} cannot be read as one JSON object a line: {error}") from error
     if not records:
         raise UserError(f"{steps_file} holds no steps yet")
-    plt = _pyplot()
+    plt = import_pyplot()
     names = [name for name in records[0] if name.startswith("loss_")]
     chance = chance_levels(config)
     figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.9), layout="constrained")
@@ -90,7 +91,7 @@ def plot_gallery(
 
     from dataset.transforms import load_image
 
-    plt = _pyplot()
+    plt = import_pyplot()
     rows, columns = len(results), max(map(len, results))
     figure, axes = plt.subplots(
         rows,

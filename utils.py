@@ -27,8 +27,7 @@ class UserError(Exception):
     """Something the user can mend: one clear sentence that names the file or key and the remedy."""
 
 
-# ---- processes
-# -------------------------------------------------------------------------------------------------
+# ---- processes ----
 
 
 def world_size() -> int:
@@ -79,7 +78,13 @@ def start(args: argparse.Namespace) -> torch.device:
     if num_ranks > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, init_method=args.dist_url, rank=this_rank, world_size=num_ranks)
+            dist.init_process_group(
+                backend,
+                init_method=args.dist_url,
+                rank=this_rank,
+                world_size=num_ranks,
+                device_id=device if device.type == "cuda" else None,
+            )
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"the {num_ranks} processes could not meet at {args.dist_url} (MASTER_ADDR="
@@ -103,6 +108,9 @@ def _pick_device(name: str, local_rank: int) -> torch.device:
         raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda":
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        local_rank = (
+            0 if num_gpus == 1 and "SLURM_LOCALID" in os.environ else local_rank
+        )  # one GPU bound per task
         index = local_rank if device.index is None else device.index
         if index >= num_gpus:
             raise UserError(
@@ -137,6 +145,11 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error (rank {rank()}): {error}" if world_size() > 1 else f"error: {error}", file=sys.stderr)
         sys.stderr.flush()
+        os._exit(1)
+    except RuntimeError as error:
+        if world_size() == 1 or ("Connection closed by peer" not in str(error) and "NCCL" not in str(error)):
+            raise
+        print(f"error (rank {rank()}): lost another process, whose own message says why", file=sys.stderr)
         os._exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -184,8 +197,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# ---- flags
-# -----------------------------------------------------------------------------------------------------
+# ---- flags ----
 
 
 def boolean(text: str) -> bool:
@@ -230,14 +242,11 @@ def script_arguments(description: str, config: str, output_dir: str) -> argparse
     return parser
 
 
-# ---- log
-# -------------------------------------------------------------------------------------------------------
+# ---- log ----
 
 
 class MetricLog:
-    """Running means of named values, printed with progress and ETA; values stay tensors until they are
-    read.
-    """
+    """Running means of named values; they stay tensors until they are read."""
 
     def __init__(self):
         self.sums: dict[str, Tensor | float] = {}

@@ -20,7 +20,7 @@ from checkpoint import load_weights
 from config import RETRIEVAL, read_config, save_config
 from dataset import stop_at_unreadable, test_loader
 from dataset.retrieval import RetrievalEvalData, collate_images
-from dataset.text import build_tokenizer, tokenize
+from dataset.text import build_tokenizer, check_vocabulary, tokenize
 from metrics import retrieval_chance, retrieval_recall
 from models.initial import load_initial_weights
 from models.rerank import rerank
@@ -99,20 +99,21 @@ def evaluate(model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: 
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
     device = start(args)
-    if is_main():
-        save_config(config, args.output_dir)
 
     # data
     data = RetrievalEvalData(config["test_file"], config["image_root"], config["image_res"])
     tokenizer = build_tokenizer(config["text_encoder"])
 
     # model
-    model = SIMLARetrieval.from_config(config)
+    torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them
+    model = SIMLARetrieval.from_config(config, momentum=False)
+    check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
     if args.checkpoint:
-        log.info(load_weights(model, args.checkpoint, "zero_shot_retrieval"))
+        weights = load_weights(model, args.checkpoint, "zero_shot_retrieval")
     else:
-        log.info("no --checkpoint: these are the scores before any training")
+        weights = "no --checkpoint: the scores before any training"
         load_initial_weights(model, config)
+    log.info(weights)
     model = model.to(device)
 
     # evaluate
@@ -120,22 +121,27 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 
     # report
     chance = retrieval_chance(data.img2txt, data.txt2img)
-    log.info(f"zero-shot retrieval, {len(data)} images, {len(data.texts)} texts, k_test {config['k_test']}")
+    protocol = {
+        "test_file": config["test_file"],
+        "weights": str(weights),
+        "n": len(data),
+        "num_texts": len(data.texts),
+        "k_test": config["k_test"],
+    }
+    log.info(
+        "retrieval without fine-tuning here: "
+        + ", ".join(f"{key} {value}" for key, value in protocol.items())
+    )
     for name, value in recall.items():
         log.info(f"{name:12} {value:6.2f}   chance {chance[name]:6.2f}")
     append_log(args.output_dir, {f"test_{name}": value for name, value in recall.items()})
     if is_main():
-        result = {
-            "n": len(data),
-            "num_texts": len(data.texts),
-            "k_test": config["k_test"],
-            **recall,
-            "chance": chance,
-        }
+        save_config(config, args.output_dir)
         folder = Path(args.output_dir) / "result"
         folder.mkdir(exist_ok=True)
-        (folder / "retrieval.json").write_text(json.dumps(result, indent=1))
-        torch.save({"scores_i2t": scores_i2t, "scores_t2i": scores_t2i}, folder / "retrieval_scores.pt")
+        (folder / "retrieval.json").write_text(json.dumps({**protocol, **recall, "chance": chance}, indent=1))
+        if config["save_scores"]:
+            torch.save({"scores_i2t": scores_i2t, "scores_t2i": scores_t2i}, folder / "retrieval_scores.pt")
     return recall
 
 

@@ -54,8 +54,8 @@ def _check_entry(entry: object, fields: dict[str, tuple], path: Path, number: in
             )
         value = entry[field]
         if not isinstance(value, types) or value == [] or (isinstance(value, list) and not _all_text(value)):
-            wanted = " or a list of ".join("text" if kind is str else "texts" for kind in types)
-            wanted = {TEXT: "text", TEXTS: "text or a non-empty list of texts"}.get(types, wanted)
+            wanted = {TEXT: "text", TEXTS: "text or a non-empty list of texts"}
+            wanted = wanted.get(types, "a non-empty list of texts")
             raise UserError(f"{where}: {field!r} must be {wanted}, found {value!r}"[:500])
 
 

@@ -5,6 +5,8 @@ import random
 
 import numpy as np
 
+from utils import UserError
+
 
 class BlockMask:
     def __init__(
@@ -13,7 +15,10 @@ class BlockMask:
         """`num_masked`: patches in all; `min_block`: in one block, of aspect min_aspect to 1 / min_aspect."""
         self.height, self.width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
         if not 0 <= num_masked <= self.height * self.width:
-            raise ValueError(f"{num_masked} masked patches do not fit a grid of {self.height} x {self.width}")
+            raise UserError(
+                f"num_masking_patches {num_masked} exceeds the {self.height} x {self.width} patches; "
+                "lower it or raise image_res"
+            )
         self.num_masked = num_masked
         self.min_block = min(min_block, num_masked)
         self.log_aspect = abs(math.log(min_aspect))

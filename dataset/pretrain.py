@@ -1,6 +1,5 @@
 """Image-caption pairs for pre-training."""
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -69,20 +68,18 @@ class PretrainData(Dataset):
                 "code_view": code_view,
                 "caption": clean_caption(caption),
                 "patch_mask": patch_mask,
-                "key": key,
+                "mask_seed": rng.python.getrandbits(63),
                 "bad": bad,
             }
-        return {"key": key, "bad": bad}
+        return {"bad": bad}
 
 
 class PretrainCollate:
-    """Batches items, tokenizes their captions and draws the masked words, seeded by the batch's first
-    item.
-    """
+    """Batches items, tokenizes their captions and draws the masked words, each item's by its own seed."""
 
-    def __init__(self, tokenizer, max_tokens: int, position_limit: int, mlm_probability: float, seed: int):
+    def __init__(self, tokenizer, max_tokens: int, position_limit: int, mlm_probability: float):
         self.tokenizer, self.max_tokens, self.position_limit = tokenizer, max_tokens, position_limit
-        self.mlm_probability, self.seed = mlm_probability, seed
+        self.mlm_probability = mlm_probability
 
     def __call__(self, items: list[dict]) -> dict[str, Tensor | list]:
         bad = [pair for item in items for pair in item["bad"]]
@@ -97,16 +94,20 @@ class PretrainCollate:
             self.max_tokens,
             position_limit=self.position_limit,
         )
-        seed = hashlib.blake2b(f"{self.seed},{items[0]['key']}".encode(), digest_size=8).digest()
-        mlm_ids, mlm_labels = mask_tokens(
-            text_ids,
-            pad_id=self.tokenizer.pad_token_id,
-            cls_id=self.tokenizer.cls_token_id,
-            mask_id=self.tokenizer.mask_token_id,
-            vocab_size=len(self.tokenizer),
-            probability=self.mlm_probability,
-            generator=torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1),
-        )
+        mlm_ids, mlm_labels = text_ids.clone(), torch.full_like(text_ids, -100)
+        for row, item in enumerate(items):
+            length = int(
+                text_mask[row].sum()
+            )  # without the padding, so that the draw does not depend on the batch
+            mlm_ids[row, :length], mlm_labels[row, :length] = mask_tokens(
+                text_ids[row, :length],
+                pad_id=self.tokenizer.pad_token_id,
+                cls_id=self.tokenizer.cls_token_id,
+                mask_id=self.tokenizer.mask_token_id,
+                vocab_size=len(self.tokenizer),
+                probability=self.mlm_probability,
+                generator=torch.Generator().manual_seed(item["mask_seed"]),
+            )
         return {
             "image": torch.stack([item["image"] for item in items]),  # (B, 3, R, R)
             "code_view": torch.stack([item["code_view"] for item in items]),  # (B, 3, r, r)
@@ -119,7 +120,9 @@ class PretrainCollate:
         }
 
 
-def pretrain_loader(config: dict, tokenizer, code_res: int, grid_size: int, position_limit: int, seed: int):
+def pretrain_loader(
+    config: dict, tokenizer, code_res: int, grid_size: int, position_limit: int, seed: int, pin: bool
+):
     """The training loader of a pre-training config; UserError for files that cannot be used."""
     entries = read_annotations(config["train_file"], {"image": TEXT, "caption": TEXTS})
     augment, released = config["randaugment"], config["released_code"]
@@ -132,12 +135,8 @@ def pretrain_loader(config: dict, tokenizer, code_res: int, grid_size: int, posi
     )
     block_mask = BlockMask(grid_size, config["num_masking_patches"], config["min_num_patches"])
     dataset = PretrainData(entries, transform, block_mask, seed, released["flip_captions"])
-    collate = PretrainCollate(
-        tokenizer, config["max_tokens"], position_limit, config["mlm_probability"], seed
-    )
-    return train_loader(
-        dataset, config["batch_size"], seed, config["num_workers"], collate, torch.cuda.is_available()
-    )
+    collate = PretrainCollate(tokenizer, config["max_tokens"], position_limit, config["mlm_probability"])
+    return train_loader(dataset, config["batch_size"], seed, config["num_workers"], collate, pin_memory=pin)
 
 
 def code_views(files: str | list[str], code_res: int, num_images: int) -> Iterator[Tensor]:

@@ -71,6 +71,15 @@ def build_tokenizer(name_or_folder: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+    """UserError where the tokenizer has words that the text encoder's embedding has no row for."""
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} words, bert_config only {vocab_size}: raise its vocab_size "
+            f"(--overrides bert_config.vocab_size={len(tokenizer)}) or name another --text_encoder"
+        )
+
+
 def tokenize(
     tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[str],

@@ -24,11 +24,12 @@ from safe_load import Inert, safe_load
 from utils import UserError
 
 DALLE_URL = "https://cdn.openai.com/dall-e/encoder.pkl"
+STRIDE = 8  # pixels of a code view for each code, along one side
 FLAVA_NAME = "facebook/flava-image-codebook"
 OTHERWISE = "or train without a download: image_tokenizer.kind: kmeans"
 
 
-# ---- DALL-E ------------------------------------------------------------------------------------------------
+# ---- DALL-E ----
 
 
 class _Conv(nn.Module):
@@ -159,7 +160,7 @@ def load_flava(name_or_folder: str | Path = FLAVA_NAME) -> DalleEncoder:
     return _dalle_from_state(codebook.state_dict(), str(name_or_folder))
 
 
-# ---- k-means -----------------------------------------------------------------------------------------------
+# ---- k-means ----
 
 
 def _patches(views: Tensor, size: int) -> Tensor:
@@ -255,7 +256,7 @@ def fit_kmeans_codebook(
     return codebook
 
 
-# ---- by config ---------------------------------------------------------------------------------------------
+# ---- by config ----
 
 
 def build_image_tokenizer(config: dict) -> DalleEncoder | KMeansCodebook:

@@ -48,13 +48,15 @@ def load_vit(encoder: VisionTransformer, name: str) -> None:
             f"image_encoder {name!r}: timm cannot get these weights ({type(error).__name__}: "
             f"{first_line(error)}). {OFFLINE_REMEDY}"
         ) from error
+    if "pos_embed" not in state:
+        raise UserError(f"image_encoder {name!r} is no Vision Transformer: it has no pos_embed")
     state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], encoder.patch_embed.num_patches)
     _copy(
         encoder,
         state,
         f"image_encoder {name!r}",
         missing={"mask_token"},
-        unexpected=("head.", "head_dist.", "dist_"),
+        unexpected=("head.",),
     )
 
 
@@ -65,12 +67,14 @@ def load_bert(encoder: nn.Module, name: str) -> None:
     from transformers import BertForMaskedLM as HubBert
 
     try:
-        state = HubBert.from_pretrained(name).state_dict()
+        source, report = HubBert.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # as above
         raise UserError(
             f"text_encoder {name!r}: transformers cannot get these weights ({type(error).__name__}: "
             f"{first_line(error)}). {OFFLINE_REMEDY}"
         ) from error
+    absent = set(report["missing_keys"])  # transformers fills these with random numbers
+    state = {key: value for key, value in source.state_dict().items() if key not in absent}
     if not isinstance(encoder, BertForMaskedLM):
         state = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
     new = {key for key in encoder.state_dict() if "crossattention" in key or key.endswith("position_ids")}

@@ -20,8 +20,7 @@ def mean_over(values: Tensor, count: Tensor) -> Tensor:
     return values.sum() / count.clamp(min=1)
 
 
-# ---- ITA: image-text alignment by contrast (paper eq. 1)
-# -------------------------------------------------------
+# ---- ITA: image-text alignment by contrast (paper eq. 1) ----
 
 
 def contrast_targets(similarity_m: Tensor, positives: Tensor, alpha: float) -> Tensor:
@@ -39,8 +38,7 @@ def ita_loss(sim_i2t: Tensor, sim_t2i: Tensor, target_i2t: Tensor, target_t2i: T
     return (i2t + t2i) / 2
 
 
-# ---- ITM: image-text matching on hard negatives (paper eq. 2)
-# --------------------------------------------------
+# ---- ITM: image-text matching on hard negatives (paper eq. 2) ----
 
 
 def negative_weights(similarity: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,8 +68,7 @@ def itm_loss(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
     return mean_over(losses * counted, counted.sum())
 
 
-# ---- MLM: masked language modelling (paper eq. 3)
-# --------------------------------------------------------------
+# ---- MLM: masked language modelling (paper eq. 3) ----
 
 
 def mlm_loss(logits: Tensor, labels: Tensor, logits_m: Tensor, alpha: float) -> Tensor:
@@ -93,8 +90,7 @@ def mlm_loss_over_sequence(logits: Tensor, labels: Tensor, logits_m: Tensor, alp
     return mean_over((1 - alpha) * hard + alpha * soft, predicted.sum())
 
 
-# ---- MIM: masked image modelling conditioned on the text (paper eq. 4)
-# ------------------------------------------
+# ---- MIM: masked image modelling conditioned on the text (paper eq. 4) ----
 
 
 def mim_loss(logits: Tensor, codes: Tensor, logits_m: Tensor, alpha: float) -> Tensor:
@@ -102,8 +98,7 @@ def mim_loss(logits: Tensor, codes: Tensor, logits_m: Tensor, alpha: float) -> T
     return mlm_loss(logits, codes, logits_m, alpha)
 
 
-# ---- PSL: pseudo-labelled keywords (paper eq. 5)
-# ----------------------------------------------------------------
+# ---- PSL: pseudo-labelled keywords (paper eq. 5) ----
 
 
 def keyword_votes(cls_attention: Tensor, attention_mask: Tensor | None, per_head: int = 4) -> Tensor:

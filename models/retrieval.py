@@ -13,7 +13,11 @@ from models.vit import VisionTransformer, vit_sizes
 
 
 class SIMLARetrieval(MomentumModel):
-    """State-dict names and their order are the published code's (`text_encoder.*` without `bert.`)."""
+    """State-dict names and their order are the published code's (`text_encoder.*` without `bert.`).
+
+    mask_token: the image encoder keeps the mask token of pre-training; momentum=False: no twins and no
+    queues, which only training needs.
+    """
 
     twin_names = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
 
@@ -24,17 +28,23 @@ class SIMLARetrieval(MomentumModel):
         embed_dim: int = 256,
         queue_size: int = 65536,
         temp: float = 0.07,
+        mask_token: bool = False,
+        momentum: bool = True,
     ):
         super().__init__()
         width = vit["embed_dim"]
-        self.visual_encoder = VisionTransformer(**vit)
+        self.visual_encoder = VisionTransformer(**vit, mask_token=mask_token)
         self.text_encoder = BertModel(bert)
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(bert.hidden_size, embed_dim)
         self.temp = nn.Parameter(torch.tensor(float(temp)))
         self.itm_head = nn.Linear(bert.hidden_size, 2)
 
-        self.visual_encoder_m = make_twin(self.visual_encoder, VisionTransformer(**vit))
+        if not momentum:
+            self.twin_names = ()
+            return
+        twin = VisionTransformer(**vit, mask_token=mask_token)
+        self.visual_encoder_m = make_twin(self.visual_encoder, twin)
         self.vision_proj_m = make_twin(self.vision_proj, nn.Linear(width, embed_dim))
         self.text_encoder_m = make_twin(self.text_encoder, BertModel(bert))
         self.text_proj_m = make_twin(self.text_proj, nn.Linear(bert.hidden_size, embed_dim))
@@ -45,9 +55,16 @@ class SIMLARetrieval(MomentumModel):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     @classmethod
-    def from_config(cls, config: dict) -> "SIMLARetrieval":
-        bert = BertConfig.read(config["bert_config"])
-        return cls(vit_sizes(config), bert, config["embed_dim"], config["queue_size"], config["temp"])
+    def from_config(cls, config: dict, momentum: bool = True) -> "SIMLARetrieval":
+        return cls(
+            vit_sizes(config),
+            BertConfig.read(config["bert_config"]),
+            config["embed_dim"],
+            config["queue_size"],
+            config["temp"],
+            config["vit_mask_token"],
+            momentum,
+        )
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, R, R) -> token states (B, N, D), unit-length features (B, E)"""

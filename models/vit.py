@@ -50,7 +50,7 @@ class VisionTransformer(TimmVisionTransformer):
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),
             num_classes=0,
             global_pool="",
-            weight_init="jax",  # Xavier: with timm's default std of 0.02 narrow models start from scratch slowly
+            weight_init="jax",  # Xavier: with timm's std of 0.02 narrow models start from scratch slowly
         )
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if mask_token else None
         if mask_token:

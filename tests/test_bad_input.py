@@ -45,6 +45,8 @@ def fails(monkeypatch, script, *flags) -> str:
         ("batch_size=many", ["batch_size", "int", "'many'"]),
         ("batch_size=true", ["batch_size", "int", "True"]),
         ("optimizer=3", ["optimizer", "section"]),
+        ("batch_size=0", ["batch_size must be at least 1"]),
+        ("log_steps=-1", ["log_steps must be at least 1"]),
         ("no_equals_sign", ["key=value"]),
         ("image_res=[1", ["not valid YAML"]),
         ("image_res.x=1", ["image_res is a value"]),
@@ -54,6 +56,18 @@ def test_config_keys(tiny, override, expected):
     with pytest.raises(UserError) as error:
         read_config(str(tiny["Pretrain"]), PRETRAIN, [override])
     assert all(part in str(error.value) for part in expected)
+
+
+def test_overrides_reach_the_schedule_under_either_name(tiny, tmp_path):
+    other = tmp_path / "c.yaml"
+    other.write_text(tiny["Pretrain"].read_text().replace("schedular:", "scheduler:"))
+    for path in (tiny["Pretrain"], other):
+        for name in ("schedular", "scheduler"):
+            schedule = read_config(str(path), PRETRAIN, [f"{name}.epochs=9"])["schedular"]
+            assert schedule["epochs"] == 9 and schedule["warmup_epochs"] == 2
+    other.write_text(tiny["Pretrain"].read_text() + "scheduler: {epochs: 1}\n")
+    with pytest.raises(UserError, match="both schedular and scheduler"):
+        read_config(str(other), PRETRAIN)
 
 
 def test_config_file(tmp_path):
@@ -137,7 +151,7 @@ def loader_with_bad_images(tiny, folder, num_good: int, num_bad: int):
         entries.append({"image": str(folder / f"good{i}.jpg"), "caption": "a good picture"})
     (folder / "train.json").write_text(json.dumps(entries))
     config = read_config(str(tiny["Pretrain"]), PRETRAIN, [f"train_file={folder}/train.json", "batch_size=4"])
-    return pretrain_loader(config, build_tokenizer(config["text_encoder"]), 32, 4, 64, seed=0)
+    return pretrain_loader(config, build_tokenizer(config["text_encoder"]), 32, 4, 64, seed=0, pin=False)
 
 
 def test_unreadable_images_are_replaced_and_counted(tiny, tmp_path):
@@ -174,13 +188,15 @@ def test_nothing_readable_at_all_stops_with_a_file_name(monkeypatch, tiny, tmp_p
     assert "could not be read" in message and "bad" in message
 
 
-def test_too_many_bad_images_stop_the_run_at_the_end_of_the_epoch(capsys):
+def test_too_many_bad_images_stop_the_run(capsys):
+    bad = [("a.jpg", "empty file"), ("b.jpg", "no such file"), ("a.jpg", "empty file")]
     counter = BadImages()
-    counter.add([("a.jpg", "empty file"), ("b.jpg", "no such file"), ("a.jpg", "empty file")])
+    counter.add(bad, 97, max_fraction=0.01)  # too few images seen for a verdict
     assert capsys.readouterr().out.count("a.jpg") == 1  # each file is named once
-    assert counter.report(100, 0.05) == 3
-    with pytest.raises(UserError, match="3 of 40 images"):
-        counter.report(40, 0.05)
+    assert counter.report() == 3
+    counter.add([], 2000, max_fraction=0.01)
+    with pytest.raises(UserError, match=r"103 of 2200 images .*max_bad_fraction 0.04; the last one: a.jpg"):
+        counter.add([("a.jpg", "empty file")] * 100, 0, max_fraction=0.04)
 
 
 def test_evaluation_names_the_image_it_cannot_read(monkeypatch, tiny, tmp_path):
@@ -250,6 +266,13 @@ def test_vocabulary_larger_than_the_model(monkeypatch, tiny, tmp_path):
         "bert_config.vocab_size=50",
     ]
     assert "raise its vocab_size" in fails(monkeypatch, Pretrain, *flags)
+    flags[1] = tiny["Retrieval"]
+    assert "raise its vocab_size" in fails(monkeypatch, zero_shot_retrieval, *flags)
+
+
+def test_more_hidden_patches_than_patches(monkeypatch, tiny, tmp_path):
+    flags = ["--config", tiny["Pretrain"], "--output_dir", tmp_path, "--overrides", "num_masking_patches=17"]
+    assert "num_masking_patches 17 exceeds the 4 x 4 patches" in fails(monkeypatch, Pretrain, *flags)
 
 
 def test_more_ranks_times_batch_than_samples(monkeypatch, tiny, tmp_path):
@@ -305,12 +328,45 @@ def test_a_port_in_use_is_named(tiny, tmp_path):
 
 
 def test_one_failing_rank_ends_all(tiny, tmp_path):
-    """Both ranks say what is wrong and the launcher returns; nobody waits for the other."""
-    done = run(
-        "zero_shot_retrieval.py",
-        *("--config", tiny["Retrieval"], "--output_dir", tmp_path, "--checkpoint", tmp_path / "none.pth"),
-        num_processes=2,
-        launcher="run",
-    )
+    """Only rank 1's share has an unreadable image; rank 0 does not wait for it, and shows no traceback."""
+    for name in ("good.jpg", "bad.jpg"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    entries = [{"image": name, "caption": ["a", "b"]} for name in ("good.jpg", "bad.jpg")]
+    (tmp_path / "test.json").write_text(json.dumps(entries))
+    flags = ["--config", tiny["Retrieval"], "--output_dir", tmp_path / "out"]
+    overrides = ["--overrides", f"test_file={tmp_path}/test.json"]
+    done = run("zero_shot_retrieval.py", *flags, *overrides, num_processes=2, launcher="run")
     assert done.returncode != 0
-    assert "error (rank 0): " in done.stderr and "none.pth" in done.stderr
+    assert "error (rank 1): " in done.stderr and "bad.jpg: empty file" in done.stderr
+    assert "in gather" not in done.stderr and "in all_gather" not in done.stderr
+
+
+def test_a_failing_run_leaves_the_folder_of_an_earlier_one_alone(monkeypatch, tiny, tmp_path):
+    (tmp_path / "config.yaml").write_text("of an earlier run")
+    for script, config in ((Pretrain, tiny["Pretrain"]), (zero_shot_retrieval, tiny["Retrieval"])):
+        flags = ["--config", config, "--output_dir", tmp_path, "--checkpoint", tmp_path / "none.pth"]
+        assert "none.pth" in fails(monkeypatch, script, *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "of an earlier run"
+
+
+def test_pretraining_does_not_evaluate(monkeypatch, tiny, tmp_path):
+    message = fails(
+        monkeypatch, Pretrain, "--config", tiny["Pretrain"], "--output_dir", tmp_path, "--evaluate"
+    )
+    assert "zero_shot_retrieval.py" in message
+
+
+def test_masked_words_belong_to_the_item_not_to_the_batch(tiny, tmp_path):
+    config = read_config(str(tiny["Pretrain"]), PRETRAIN, ["mlm_probability=0.5"])
+    loader = pretrain_loader(config, build_tokenizer(config["text_encoder"]), 32, 4, 64, seed=0, pin=False)
+    items = [loader.dataset[(0, index)] for index in range(6)]
+    whole, alone = loader.collate_fn(items), [loader.collate_fn([item]) for item in items]
+    for row, single in enumerate(alone):
+        length = single["mlm_ids"].shape[1]
+        assert torch.equal(whole["mlm_ids"][row, :length], single["mlm_ids"][0])
+        assert torch.equal(whole["mlm_labels"][row, :length], single["mlm_labels"][0])
+        assert (whole["mlm_labels"][row, length:] == -100).all() and (
+            whole["mlm_ids"][row, length:] == 0
+        ).all()

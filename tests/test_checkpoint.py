@@ -71,7 +71,7 @@ class Stand(nn.Module):
                 owner.register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
 
 
-# ---- which entry of the file goes where --------------------------------------------------------------------
+# ---- which entry of the file goes where ----
 
 
 @pytest.mark.parametrize("name", [name for name in LOADINGS if name not in REFUSED])
@@ -186,7 +186,7 @@ def test_foreign_files_are_refused():
         map_state({"conv1.weight": torch.zeros(1)}, {}, "Retrieval")
 
 
-# ---- position embeddings -----------------------------------------------------------------------------------
+# ---- position embeddings ----
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_interpolation_needs_squares():
             interpolate_pos_embed(torch.zeros(1, num_tokens, 2), grid)
 
 
-# ---- files -------------------------------------------------------------------------------------------------
+# ---- files ----
 
 SMALL = {
     "visual_encoder.pos_embed": (1, 5, 4),
@@ -320,7 +320,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["c.pth"] and load_checkpoint(path) == {"epoch": 1}
 
 
-# ---- resuming ----------------------------------------------------------------------------------------------
+# ---- resuming ----
 
 SCHEDULE = {"epochs": 5, "min_lr": 1e-4, "warmup_lr": 1e-3, "warmup_epochs": 2, "warmup_step_size": 1}
 

@@ -42,7 +42,7 @@ def code_view():
     return torch.from_numpy((0.8 * cells.repeat(8, 2).repeat(8, 3) + 0.2 * grain).astype("float32"))
 
 
-# ---- DALL-E ------------------------------------------------------------------------------------------------
+# ---- DALL-E ----
 
 
 def test_the_full_size_encoder_has_the_published_names_and_shapes():
@@ -140,7 +140,7 @@ def test_clear_errors_for_missing_and_foreign_files(tmp_path, small):
         build_image_tokenizer({"kind": "vqgan"})
 
 
-# ---- k-means -----------------------------------------------------------------------------------------------
+# ---- k-means ----
 
 
 def pictures(num, seed=0, res=32):

@@ -18,7 +18,7 @@ from utils import UserError
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-# ---- image encoder -----------------------------------------------------------------------------------------
+# ---- image encoder ----
 
 
 def as_timm(name: str, model: VisionTransformer, **sizes) -> torch.nn.Module:
@@ -75,7 +75,7 @@ def test_image_sizes_that_do_not_fit_are_named(sizes, words):
         VisionTransformer(**TINY_VIT | sizes)
 
 
-# ---- text and multimodal encoder ---------------------------------------------------------------------------
+# ---- text and multimodal encoder ----
 
 
 def hub_config(config: BertConfig, **more) -> HubConfig:
@@ -214,7 +214,7 @@ def test_states_and_last_attention_map_equal_loops_over_rows_and_heads(texts):
         torch.testing.assert_close(attention[row], slow[1], rtol=1e-10, atol=1e-10)
 
 
-# ---- shared streams ----------------------------------------------------------------------------------------
+# ---- shared streams ----
 
 
 def grads_of(loss: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -260,7 +260,7 @@ def test_projected_states_keep_their_mask_beside_the_rows(bert):
     assert (mask[:, 0, 0] < 0).tolist() == [[False, True, True], [False, True, True], [False, False, True]]
 
 
-# ---- padding -----------------------------------------------------------------------------------------------
+# ---- padding ----
 
 
 @torch.no_grad()
@@ -313,7 +313,7 @@ def test_a_sequence_longer_than_the_position_table_is_refused(bert):
         bert(inputs_embeds=torch.zeros(1, limit + 4, 24))
 
 
-# ---- configuration -----------------------------------------------------------------------------------------
+# ---- configuration ----
 
 
 def test_config_reads_a_mapping_and_a_file_alike(tmp_path):

@@ -95,6 +95,18 @@ def test_sizes_that_do_not_fit_are_named(tmp_path, deit_file):
         load_vit(model.visual_encoder, str(tmp_path / "deit.pth"))
 
 
+def test_weights_that_a_file_lacks_are_named_not_drawn(tmp_path, deit_file):
+    """transformers would fill them with random numbers and a warning."""
+    from transformers import BertModel as HubModel
+
+    HubModel(HubConfig(**SIZES)).save_pretrained(tmp_path)  # no masked-LM head
+    with pytest.raises(UserError, match=r"cls\.predictions"):
+        load_bert(golden_pretrain_model().text_encoder, str(tmp_path))
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
+    with pytest.raises(UserError, match="no Vision Transformer"):
+        load_vit(golden_pretrain_model().visual_encoder, str(tmp_path / "resnet.pth"))
+
+
 def test_retrieval_model_takes_both_too(bert_folder, deit_file):
     from goldens_io import golden
     from models_for_tests import vit_sizes

@@ -48,7 +48,7 @@ def mixed(alpha: float, hard: float, soft: float) -> float:
     return (1 - alpha) * hard + alpha * soft
 
 
-# ---- contrast ----------------------------------------------------------------------------------------------
+# ---- contrast ----
 
 
 @given(seeds, st.integers(1, 5), st.integers(0, 7), alphas)
@@ -82,7 +82,7 @@ def test_contrast_without_momentum_targets_is_cross_entropy_with_the_diagonal():
     torch.testing.assert_close(losses.ita_loss(sim_i2t, sim_t2i, targets, targets), expected)
 
 
-# ---- matching ----------------------------------------------------------------------------------------------
+# ---- matching ----
 
 
 @given(seeds, st.integers(1, 6), st.sampled_from([1.0, 0.07, 0.001]), st.integers(1, 6))
@@ -182,7 +182,7 @@ def test_matching_loss_equals_a_loop_over_the_counted_rows(seed, rows):
     assert not logits.grad[~counted].any()
 
 
-# ---- masked words and patches ------------------------------------------------------------------------------
+# ---- masked words and patches ----
 
 
 @given(seeds, st.integers(0, 6), st.integers(2, 9), alphas)
@@ -240,7 +240,7 @@ def test_nothing_masked_is_a_loss_of_zero_with_a_gradient_path(alpha):
             assert torch.equal(grad, torch.zeros_like(grad))
 
 
-# ---- keywords ----------------------------------------------------------------------------------------------
+# ---- keywords ----
 
 
 @st.composite

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.masking import BlockMask
+from utils import UserError
 
 every_grid = st.tuples(st.integers(1, 24), st.integers(1, 24))
 
@@ -55,5 +56,5 @@ def test_the_mask_depends_on_its_generator_alone():
 
 @pytest.mark.parametrize("num_masked", [-1, 17])
 def test_more_patches_than_the_grid_has_are_refused(num_masked):
-    with pytest.raises(ValueError, match="4 x 4"):
+    with pytest.raises(UserError, match="4 x 4"):
         BlockMask(4, num_masked)

@@ -49,7 +49,7 @@ def all_finite(model: SIMLA, named: dict[str, torch.Tensor]) -> bool:
     return all(tensor.isfinite().all() for tensor in [*named.values(), *grads, *buffers])
 
 
-# ---- gradients and corner cases ----------------------------------------------------------------------------
+# ---- gradients and corner cases ----
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
@@ -199,7 +199,7 @@ def test_queues_take_the_momentum_features_in_and_wrap_round(model):
     torch.testing.assert_close(model.image_queue.norm(dim=0), torch.ones(12))
 
 
-# ---- switches and errors -----------------------------------------------------------------------------------
+# ---- switches and errors ----
 
 
 def test_released_switches_change_their_loss_and_nothing_else():
@@ -248,7 +248,7 @@ def test_sizes_that_do_not_fit_are_named(vit, bert, words):
         tiny_pretrain_model({**TINY_VIT, **vit}, replace(TINY_BERT, **bert))
 
 
-# ---- the sizes of every config -----------------------------------------------------------------------------
+# ---- the sizes of every config ----
 
 
 def every_config() -> list[str]:

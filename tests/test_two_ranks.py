@@ -43,7 +43,7 @@ def results(tmp_path_factory):
     }
 
 
-# ---- the recorded step of two ranks ------------------------------------------------------------------------
+# ---- the recorded step of two ranks ----
 
 
 def test_each_rank_has_its_recorded_losses(results):
@@ -97,7 +97,7 @@ def test_one_process_is_not_wrapped():
     assert distribute(model, torch.device("cpu")) is model
 
 
-# ---- evaluation --------------------------------------------------------------------------------------------
+# ---- evaluation ----
 
 
 @pytest.mark.parametrize("case", ["recorded", "7 images", "2 images", "1 images"])
@@ -128,7 +128,7 @@ def test_gathered_values(results):
         assert result["gathered"]["rows"].flatten().tolist() == [r for r in range(num_ranks) for _ in (0, 1)]
 
 
-# ---- training samples --------------------------------------------------------------------------------------
+# ---- training samples ----
 
 
 def check_shares(shares: list[list[tuple[int, int]]], num_items: int, batch_size: int, epoch: int) -> None:
