@@ -3,9 +3,8 @@
 Data     JSON list of {"image": path, "caption": [text, ...]}: `test_file` in the config
 Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env zero_shot_retrieval.py --evaluate \\
              --config configs/Retrieval_flickr.yaml --checkpoint output/Pretrain/checkpoint_29.pth
-Expected Flickr30k test, k_test 128: TR@1 86.2, IR@1 69.5 from pre-training alone; 91.9 / 78.1 from a
-checkpoint
-         fine-tuned on COCO (the paper's numbers)
+Expected Flickr30k test, k_test 128 (the paper's numbers): TR@1 86.2, IR@1 69.5 from pre-training alone,
+         91.9 / 78.1 from a checkpoint fine-tuned on COCO
 """
 
 import argparse
@@ -47,18 +46,14 @@ def score(model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: dic
     model.eval()
     batch_size = config["batch_size_test"]
     loader = test_loader(data, batch_size, config["num_workers"], collate_images)
-    embeds, feats = (
-        [],
-        [torch.empty(0, model.vision_proj.out_features, device=device)],
-    )  # a rank may hold none
+    embeds = []
+    feats = [torch.empty(0, model.vision_proj.out_features, device=device)]  # a rank may hold no image
     for batch in with_progress(stop_at_unreadable(loader), len(loader), "Images", config["log_steps"]):
         image_embeds, image_feat = model.encode_image(batch["image"].to(device))
-        embeds.append(image_embeds)
+        embeds += image_embeds.split(1)
         feats.append(image_feat)
     own = range(rank(), len(data), world_size())
-    image_embeds = dict(
-        zip(own, (row for part in embeds for row in part.split(1)), strict=True)
-    )  # image -> (1, N, D)
+    image_embeds = dict(zip(own, embeds, strict=True))  # image -> (1, N, D)
     image_feats = gather_in_order(own, torch.cat(feats), len(data))  # (I, E)
 
     limit = model.text_encoder.config.max_position_embeddings

@@ -248,7 +248,7 @@ def make_demo(
     num_train: int = 6000,
     num_val: int = 500,
     num_test: int = 500,
-    size: int = 128,
+    size: int = 96,
     seed: int = 0,
     workers: int = 1,
 ) -> dict:
@@ -299,7 +299,7 @@ def main() -> None:
     for split, count in zip(SPLITS, (6000, 500, 500), strict=True):
         parser.add_argument(f"--{split}", type=int, default=count, help=f"scenes (default {count})")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (default 128)")
+    parser.add_argument("--size", type=int, default=96, help="side of the pictures in pixels (default 96)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     args = parser.parse_args()
     try:

@@ -58,7 +58,7 @@ KINDS = {
 
 # The longer side of an object's box, as a fraction of the image's side. The gaps keep the words honest.
 SIZES = {"small": (0.28, 0.33), "medium": (0.40, 0.47), "large": (0.54, 0.64)}
-NUM_OBJECTS = (0.10, 0.80, 0.10)  # shares of scenes with 1, 2 and 3 objects
+NUM_OBJECTS = (0.08, 0.74, 0.18)  # shares of scenes with 1, 2 and 3 objects
 REPEAT = 0.12  # chance that an object after the first is of the kind before it
 RELATION_GAP = 0.2  # centres at least this far apart along an axis stand in that axis' relation
 NUM_HELD_OUT = 15  # pairs of kinds, of 276, that share a picture in the test split only

@@ -290,10 +290,8 @@ class PredictionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.transform = PredictionTransform(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.decoder.weight, self.decoder.bias = (
-            word_embeddings.weight,
-            self.bias,
-        )  # tied; both names are saved
+        self.decoder.weight = word_embeddings.weight  # tied; both names are saved
+        self.decoder.bias = self.bias
         nn.init.normal_(self.transform.dense.weight, std=config.initializer_range)
         nn.init.zeros_(self.transform.dense.bias)
 

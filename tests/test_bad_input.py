@@ -17,6 +17,7 @@ from dataset.annotations import TEXT, TEXTS, read_annotations
 from dataset.pretrain import pretrain_loader
 from dataset.text import build_tokenizer
 from engine import BadImages
+from models.dvae import KMeansCodebook
 from utils import UserError, script_arguments, start
 
 
@@ -179,13 +180,14 @@ def test_a_batch_with_none_readable_survives(tiny, tmp_path):
 
 def test_nothing_readable_at_all_stops_with_a_file_name(monkeypatch, tiny, tmp_path):
     loader_with_bad_images(tiny, tmp_path, num_good=0, num_bad=8)
-    message = fails(
-        monkeypatch,
-        Pretrain,
-        *("--config", tiny["Pretrain"], "--output_dir", tmp_path / "out"),
-        *("--overrides", f"train_file={tmp_path}/train.json"),
-    )
-    assert "could not be read" in message and "bad" in message
+    codebook = tmp_path / "codebook.safetensors"
+    flags = ["--config", tiny["Pretrain"], "--output_dir", tmp_path / "out", "--overrides"]
+    flags += [f"train_file={tmp_path}/train.json", f"image_tokenizer.path={codebook}"]
+    message = fails(monkeypatch, Pretrain, *flags)
+    assert "none of the first 2000 training images could be read" in message and "bad7.jpg" in message
+    KMeansCodebook(16).save(codebook)  # with a codebook it is the training loop that notices
+    message = fails(monkeypatch, Pretrain, *flags)
+    assert "images drawn in a row could not be read" in message and "bad" in message
 
 
 def test_too_many_bad_images_stop_the_run(capsys):
