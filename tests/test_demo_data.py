@@ -200,7 +200,7 @@ def test_held_out_pairs_and_twins_at_full_size():
         captions, statements = demo.make_captions(scene, rng)
         scenes.append({**scene, "captions": captions, "statements": statements})
     shares = demo.twin_shares(scenes)
-    # Mostly two objects, drawn large, have more twins than three small ones would (2%), and are learned sooner.
+    # Mostly two large objects: more twins than three small ones would have (2%), and sooner learned.
     assert shares["scenes_with_twin"] < 0.15 and shares["captions_true_elsewhere"] < 0.15, shares
     kinds = [{thing["kind"] for thing in scene["objects"]} for scene in scenes]
     assert len(held_out) == 15 and all(any(set(pair) <= found for found in kinds) for pair in held_out)
