@@ -12,17 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_weights, resume, save_checkpoint
-from config import PRETRAIN, read_config, save_config
+from config import PRETRAIN, parse
 from dataset.pretrain import code_views, pretrain_loader
 from dataset.text import build_tokenizer, check_vocabulary
-from engine import distribute, train_one_epoch
+from engine import fit
 from models.dvae import STRIDE, build_image_tokenizer, fit_kmeans_codebook
-from models.initial import load_initial_weights
+from models.initial import starting_weights
 from models.pretrain import SIMLA
-from optim import create_optimizer
-from scheduler import create_scheduler
-from utils import UserError, append_log, barrier, is_main, log, run_script, script_arguments, start
+from utils import UserError, barrier, is_main, log, run_script, script_arguments, start
 
 
 def losses(model: nn.Module, batch: dict, alpha: float, image_tokenizer: nn.Module) -> dict[str, Tensor]:
@@ -58,8 +55,6 @@ def make_image_tokenizer(config: dict, code_res: int, device: torch.device) -> n
 def main(args: argparse.Namespace, config: dict) -> None:
     # start
     device = start(args)
-    if args.resume and not args.checkpoint:
-        raise UserError("--resume continues the run that saved --checkpoint; name that file too")
     if args.evaluate:
         raise UserError("Pretrain.py only trains; zero_shot_retrieval.py --evaluate scores its checkpoints")
 
@@ -76,62 +71,23 @@ def main(args: argparse.Namespace, config: dict) -> None:
     loader = pretrain_loader(
         config, tokenizer, code_res, grid_size, bert.max_position_embeddings, args.seed, device.type == "cuda"
     )
-    if not args.checkpoint:
-        load_initial_weights(model, config)
-    elif not args.resume:
-        log.info(load_weights(model, args.checkpoint, "Pretrain"))
-    ddp_model = distribute(model, device)
-    log.info(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
-
-    # optimiser and schedule
-    optimizer = create_optimizer(model, config["optimizer"])
-    schedule = create_scheduler(optimizer, config["schedular"], epoch_step="start")
-
-    # resume
-    first_epoch = resume(model, optimizer, schedule, args.checkpoint) if args.resume else 0
+    log.info(starting_weights(model, config, "Pretrain", args.checkpoint, args.resume))
 
     # train and save
-    if is_main():
-        save_config(config, args.output_dir)
-    for epoch in range(first_epoch, config["schedular"]["epochs"]):
-        stats = train_one_epoch(
-            ddp_model,
-            loader,
-            lambda model, batch, alpha: losses(model, batch, alpha, image_tokenizer),
-            optimizer,
-            schedule,
-            epoch,
-            device,
-            args.output_dir,
-            args.seed,
-            config["alpha"],
-            ramp_alpha=True,
-            log_steps=config["log_steps"],
-            max_bad_fraction=config["max_bad_fraction"],
-        )
-        append_log(
-            args.output_dir, {**{f"train_{name}": value for name, value in stats.items()}, "epoch": epoch}
-        )
-        if is_main():
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "lr_scheduler": schedule.state_dict(),
-                "config": config,
-                "epoch": epoch,
-            }
-            save_checkpoint(Path(args.output_dir) / f"checkpoint_{epoch:02d}.pth", state)
-        barrier()
-
-    # report
-    log.info(f"done: {args.output_dir}/checkpoint_{config['schedular']['epochs'] - 1:02d}.pth")
+    fit(
+        model,
+        loader,
+        lambda model, batch, alpha: losses(model, batch, alpha, image_tokenizer),
+        config,
+        args,
+        device,
+        epoch_step="start",
+    )
 
 
 def parse_and_run() -> None:
-    args = script_arguments(__doc__, "configs/Pretrain.yaml", "output/Pretrain").parse_args()
-    config = read_config(args.config, PRETRAIN, args.overrides)
-    config["text_encoder"] = args.text_encoder or config["text_encoder"]
-    main(args, config)
+    parser = script_arguments(__doc__, "configs/Pretrain.yaml", "output/Pretrain")
+    main(*parse(parser, PRETRAIN))
 
 
 if __name__ == "__main__":

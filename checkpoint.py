@@ -337,8 +337,11 @@ def _optimizer_state(optimizer: Optimizer, saved: dict, source: str) -> dict:
     return {"state": state, "param_groups": groups}
 
 
-def resume(model: nn.Module, optimizer: Optimizer, scheduler: WarmupCosine, path: str | Path) -> int:
-    """Restores a run at the end of an epoch, our own or a published one; returns the epoch to go on with.
+def resume(
+    model: nn.Module, optimizer: Optimizer, scheduler: WarmupCosine, path: str | Path
+) -> tuple[int, float]:
+    """Restores a run at the end of an epoch, our own or a published one; returns the epoch to go on with and
+    the best score so far.
 
     Raises UserError, before anything is changed, when the file belongs to another model or has weights only.
     """
@@ -357,4 +360,4 @@ def resume(model: nn.Module, optimizer: Optimizer, scheduler: WarmupCosine, path
     scheduler.load_state_dict(checkpoint["lr_scheduler"])
     start_epoch = checkpoint["epoch"] + 1
     scheduler.resume_at(start_epoch)
-    return start_epoch
+    return start_epoch, checkpoint.get("best_score", -math.inf)

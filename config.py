@@ -3,6 +3,7 @@
 The tables below are the reference of all keys (`python config.py` prints them for the README).
 """
 
+import argparse
 import difflib
 import re
 import subprocess
@@ -58,19 +59,21 @@ VIT = {
     "qkv_bias": Key(bool, True),
     "norm_eps": Key(NUMBER, 1e-6),
 }
-MODEL = {
+ENCODERS = {
     "image_res": Key(int, help="side of the square input in pixels", least=1),
     "vision_width": Key(int, 768, "width of the image encoder", least=1),
     "vit": Key(VIT, {}, "sizes of the image encoder"),
     "bert_config": Key((str, dict), "configs/config_bert.json", "JSON file, or the same as a mapping"),
-    "embed_dim": Key(int, 256, "shared embedding of the contrast", least=1),
-    "temp": Key(NUMBER, 0.07, "temperature at the start"),
-    "queue_size": Key(int, 65536, "momentum features kept for the contrast", least=1),
     "momentum": Key(NUMBER, 0.995, "of the momentum twins"),
     "alpha": Key(NUMBER, 0.4, "weight of the momentum targets"),
     "init": Key(str, "pretrained", "'pretrained' (image_encoder, text_encoder below) or 'scratch'"),
     "image_encoder": Key(str, "deit_base_patch16_224", "initial ViT weights: timm name or local file"),
     "text_encoder": Key(str, "bert-base-uncased", "tokenizer and initial BERT weights: hub name or folder"),
+}
+CONTRAST = {
+    "embed_dim": Key(int, 256, "shared embedding of the contrast", least=1),
+    "temp": Key(NUMBER, 0.07, "temperature at the start"),
+    "queue_size": Key(int, 65536, "momentum features kept for the contrast", least=1),
 }
 RELEASED_CODE_HELP = "true = as the published code does, false = as the paper says"
 SHARED = {
@@ -88,8 +91,11 @@ IMAGE_TOKENIZER = {
     ),
     "vocab_size": Key(int, 8192, "visual tokens", least=1),
 }
+FLIP_CAPTIONS = Key(bool, False, "flip images under texts that say left or right")
+MLM_DISTILL = Key(bool, False, "soft word targets over the sequence, not the vocabulary")
 PRETRAIN = {
-    **MODEL,
+    **ENCODERS,
+    **CONTRAST,
     **SHARED,
     "train_file": Key(PATHS, help="annotation files"),
     "batch_size": Key(int, 64, "per rank", least=1),
@@ -103,35 +109,136 @@ PRETRAIN = {
     "max_bad_fraction": MAX_BAD,
     "released_code": Key(
         {
-            "mlm_distill_over_sequence": Key(
-                bool, False, "soft MLM targets over the sequence, not the vocabulary"
-            ),
+            "mlm_distill_over_sequence": MLM_DISTILL,
             "mim_independent_views": Key(bool, False, "the image tokenizer sees a crop of its own"),
             "psl_padding": Key(bool, False, "[PAD] can become a keyword"),
-            "flip_captions": Key(bool, False, "flip images under captions that say left or right"),
+            "flip_captions": FLIP_CAPTIONS,
         },
         {},
         RELEASED_CODE_HELP,
     ),
 }
-RETRIEVAL = {
-    **MODEL,
+TRAIN_FILE = Key(PATHS, help="annotation files")
+FINETUNE = {
+    **ENCODERS,
     **SHARED,
-    "train_file": Key(PATHS, [], "annotation files of fine-tuning"),
-    "val_file": Key(str, "", "annotation file"),
-    "test_file": Key(str, help="annotation file"),
     "image_root": Key(str, "", "folder that image paths are relative to; empty = the annotation file's"),
     "batch_size_train": Key(int, 32, "per rank", least=1),
-    "batch_size_test": Key(int, 64, "images or texts encoded at once", least=1),
-    "k_test": Key(int, 256, "candidates re-ranked for each query", least=1),
+    "batch_size_test": Key(int, 64, "per rank", least=1),
     "warm_up": Key(bool, True, "alpha ramps from 0 in epoch 0"),
+    "distill": Key(bool, True, "false = no momentum targets, as alpha 0"),
     "vit_mask_token": Key(bool, False, "the image encoder has the mask token of pre-training"),
+    "min_crop_scale": Key(NUMBER, 0.5, "smallest share of the image that a random crop keeps"),
+    "randaugment": Key(RANDAUGMENT, {}),
+    "max_bad_fraction": MAX_BAD,
+}
+RETRIEVAL = {
+    **FINETUNE,
+    **CONTRAST,
+    "train_file": Key(PATHS, [], "annotation files of fine-tuning"),
+    "val_file": Key(str, "", "annotation file; chooses the best checkpoint"),
+    "test_file": Key(str, help="annotation file"),
+    "k_test": Key(int, 256, "candidates re-ranked for each query", least=1),
     "save_scores": Key(bool, False, "write both score matrices to result/retrieval_scores.pt"),
     "optimizer": Key(OPTIMIZER, {"lr": 1e-5}),
     "schedular": Key(
         SCHEDULE, {"lr": 1e-5, "epochs": 5}, "learning-rate schedule; `scheduler` is accepted too"
     ),
+    "released_code": Key(
+        {
+            "frozen_idx_queue": Key(bool, False, "captions of one image are negatives once in the queue"),
+            "select_on_test": Key(bool, False, "the best checkpoint is chosen by test recall"),
+            "flip_captions": FLIP_CAPTIONS,
+        },
+        {},
+        RELEASED_CODE_HELP,
+    ),
 }
+GROUNDING = {
+    **FINETUNE,
+    **CONTRAST,
+    "train_file": TRAIN_FILE,
+    "test_file": Key(PATHS, help="annotation files of all three evaluation splits"),
+    "refcoco_data": Key(str, help="folder with refcoco+/refs(unc).p and refcoco+/instances.json"),
+    "det_file": Key(str, "", "detector boxes; empty = boxes from the heat map alone"),
+    "coco_file": Key(str, "", "kept for published configs; no score uses it"),
+    "released_code": Key(
+        {
+            "frozen_idx_queue": Key(bool, False, "captions of one image are negatives once in the queue"),
+            "flip_captions": FLIP_CAPTIONS,
+        },
+        {},
+        RELEASED_CODE_HELP,
+    ),
+}
+VQA = {
+    **FINETUNE,
+    "train_file": TRAIN_FILE,
+    "val_file": Key(str, "", "annotation file with answers; scored after every epoch"),
+    "test_file": Key(PATHS, help="annotation files; with answers the official accuracy is reported"),
+    "vqa_root": Key(str, "", "as image_root, for entries of data set vqa"),
+    "vg_root": Key(str, "", "as image_root, for entries of data set vg"),
+    "answer_list": Key(str, help="JSON list of the answers to rank"),
+    "k_test": Key(int, 128, "answers that the whole sequence re-scores", least=1),
+    "eos": Key(str, "[SEP]", "written after every answer"),
+    "decoder_layers": Key(int, 0, "of the answer decoder; 0 = the upper half of the text encoder's", least=0),
+    "num_beams": Key(int, 3, "of --inference generate", least=1),
+    "max_answer_tokens": Key(int, 10, "of --inference generate", least=1),
+    "num_top_answers": Key(int, 5, "answers with probabilities in the result file", least=1),
+    "max_tokens": Key(int, 25, "training questions are cut to this many tokens", least=1),
+    "released_code": Key(
+        {
+            "vqa_no_distill": Key(bool, False, "the answer decoder is trained without momentum targets"),
+            "mlm_distill_over_sequence": MLM_DISTILL,
+            "flip_captions": FLIP_CAPTIONS,
+        },
+        {},
+        RELEASED_CODE_HELP,
+    ),
+}
+CLASSIFY = {
+    **FINETUNE,
+    "train_file": TRAIN_FILE,
+    "val_file": Key(str, help="annotation file; chooses the best checkpoint"),
+    "test_file": Key(str, help="annotation file"),
+}
+VE = {**CLASSIFY, "released_code": Key({"flip_captions": FLIP_CAPTIONS}, {}, RELEASED_CODE_HELP)}
+NLVR = {
+    **CLASSIFY,
+    "released_code": Key(
+        {
+            "nlvr_teacher_unloaded": Key(bool, False, "the momentum twins start without the checkpoint"),
+            "flip_captions": FLIP_CAPTIONS,
+        },
+        {},
+        RELEASED_CODE_HELP,
+    ),
+}
+PRETRAIN_NLVR = {
+    **FINETUNE,
+    **CONTRAST,
+    "train_file": TRAIN_FILE,
+    "max_tokens": Key(int, 25, "captions are cut to this many tokens", least=1),
+    "min_crop_scale": Key(NUMBER, 0.2, "smallest share of the image that a random crop keeps"),
+    "released_code": Key({"flip_captions": FLIP_CAPTIONS}, {}, RELEASED_CODE_HELP),
+}
+TABLES = {
+    "Pretrain.py": PRETRAIN,
+    "Retrieval.py, zero_shot_retrieval.py": RETRIEVAL,
+    "Grounding.py": GROUNDING,
+    "VQA.py": VQA,
+    "Pretrain_NLVR.py": PRETRAIN_NLVR,
+    "NLVR.py": NLVR,
+    "VE.py": VE,
+}
+
+
+def parse(parser: argparse.ArgumentParser, table: dict[str, Key]) -> tuple[argparse.Namespace, dict]:
+    """The flags and the config of a task script."""
+    args = parser.parse_args()
+    config = read_config(args.config, table, args.overrides)
+    config["text_encoder"] = args.text_encoder or config["text_encoder"]
+    return args, config
 
 
 def read_config(path: str, table: dict[str, Key], overrides: list[str] | None = None) -> dict:
@@ -235,5 +342,5 @@ def describe(table: dict[str, Key], section: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
-    for title, table in (("Pretrain.py", PRETRAIN), ("retrieval", RETRIEVAL)):
+    for title, table in TABLES.items():
         print(f"\n{title}\n\n| key | default | meaning |\n| --- | --- | --- |", *describe(table), sep="\n")

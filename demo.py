@@ -59,7 +59,7 @@ def gallery(output_dir: Path, num_queries: int = 8, num_results: int = 5) -> Non
     top = {image: scores[first_text[image]].topk(num_results).indices.tolist() for image in chosen}
     plot_gallery(
         [entries[image]["caption"][0] for image in chosen],
-        [[entries[found]["image"] for found in top[image]] for image in chosen],
+        [[entries[found]["images"][0] for found in top[image]] for image in chosen],
         [[found == image for found in top[image]] for image in chosen],
         output_dir / "gallery.png",
         f"Text queries, top {num_results} of {len(entries)} held-out scenes (green: the right one)",

@@ -1,5 +1,6 @@
-"""The training loop: it sums, steps, logs and counts; what the losses mean it never learns."""
+"""The training loop: it sums, steps, logs, counts and saves; what the losses mean it never learns."""
 
+import argparse
 import inspect
 import json
 import math
@@ -13,14 +14,107 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from checkpoint import resume, save_checkpoint
+from config import save_config
 from dataset import stop_at_unreadable
-from scheduler import WarmupCosine
-from utils import MetricLog, UserError, all_gather_objects, is_main, log, rank, with_progress, world_size
+from metrics import confusion_counts
+from models.momentum import MomentumModel
+from optim import create_optimizer
+from scheduler import WarmupCosine, create_scheduler
+from utils import (
+    MetricLog,
+    UserError,
+    all_gather_objects,
+    append_log,
+    barrier,
+    is_main,
+    log,
+    rank,
+    with_progress,
+    world_size,
+)
 
 Losses = Callable[[nn.Module, dict, float], dict[str, Tensor]]  # (model, batch, alpha) -> named losses
+Scores = dict[str, float]
 
 
-def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+def fit(
+    model: MomentumModel,
+    loader: DataLoader,
+    losses: Losses,
+    config: dict,
+    args: argparse.Namespace,
+    device: torch.device,
+    epoch_step: str,
+    evaluate: Callable[[int], Scores] = lambda epoch: {},
+    best: str | None = None,
+) -> tuple[str, Scores]:
+    """The epochs of a run: train, evaluate, log, save; returns the checkpoint to go on with and its scores.
+
+    epoch_step: when the schedule moves (see `scheduler`); evaluate(epoch) -> scores for log.txt, called with
+    the model in any mode; best: the score whose largest value makes checkpoint_best.pth, beside
+    checkpoint_last.pth; None: every epoch is kept as checkpoint_NN.pth. With --resume the run that wrote
+    --checkpoint goes on.
+    """
+    out, epochs = Path(args.output_dir), config["schedular"]["epochs"]
+    if is_main():
+        save_config(config, args.output_dir)
+    ddp_model = distribute(model, device)
+    log.info(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
+    optimizer = create_optimizer(model, config["optimizer"])
+    schedule = create_scheduler(optimizer, config["schedular"], epoch_step)
+    first_epoch, best_score = 0, -math.inf
+    if args.resume:
+        first_epoch, best_score = resume(model, optimizer, schedule, args.checkpoint)
+    kept, kept_scores = args.checkpoint, None
+    for epoch in range(first_epoch, epochs):
+        stats = train_one_epoch(
+            ddp_model, loader, losses, optimizer, schedule, epoch, device, config, args.output_dir, args.seed
+        )
+        scores = evaluate(epoch)
+        record = {f"train_{name}": value for name, value in stats.items()}
+        append_log(args.output_dir, {**record, **scores, "epoch": epoch})
+        is_best = best is not None and scores[best] > best_score
+        best_score = scores[best] if is_best else best_score
+        names = [f"checkpoint_{epoch:02d}.pth"] if best is None else ["checkpoint_last.pth"]
+        names += ["checkpoint_best.pth"] if is_best else []
+        if is_main():
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "lr_scheduler": schedule.state_dict(),
+                "config": config,
+                "epoch": epoch,
+                "best_score": best_score,
+            }
+            for name in names:
+                save_checkpoint(out / name, state)
+        barrier()
+        if best is None or is_best:
+            kept, kept_scores = str(out / names[-1]), scores
+    if first_epoch >= epochs:
+        log.info(f"{args.checkpoint} is the end of the run already: schedular.epochs is {epochs}")
+    elif kept_scores is None:
+        log.info(f"no epoch since {args.checkpoint} was better than {best} {best_score:.2f}")
+    log.info(f"done: {kept}")
+    return kept, evaluate(epochs - 1) if kept_scores is None else kept_scores
+
+
+@torch.no_grad()
+def evaluate_classes(
+    model: nn.Module, loader: DataLoader, num_classes: int, config: dict, device: torch.device, header: str
+) -> Tensor:
+    """Counts of (true class, predicted class) over all ranks, (C, C) on the CPU; VE and NLVR share it."""
+    model.eval()
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.long)
+    for batch in with_progress(stop_at_unreadable(loader), len(loader), header, config["log_steps"]):
+        batch = to_device(batch, device)
+        predicted = model.predict(batch["image"], batch["text_ids"], batch["text_mask"]).argmax(-1)
+        counts += confusion_counts(batch["label"].cpu(), predicted.cpu(), num_classes)
+    return sum(all_gather_objects(counts))
+
+
+def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
     """The model on its device, wrapped for data-parallel training where there are several ranks.
 
     Buffers are made equal once and not broadcast every step: the queues take the same gathered features
@@ -36,6 +130,10 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )  # its older name
     devices = [device.index] if device.type == "cuda" else None
+    # Parameters that no loss reaches would keep the wrapper waiting for their gradient.
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, _ in model.named_parameters() if name.startswith(model.without_gradient)
+    ]
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{no_sync: False})
 
 
@@ -59,19 +157,19 @@ def train_one_epoch(
     schedule: WarmupCosine,
     epoch: int,
     device: torch.device,
+    config: dict,
     output_dir: str,
     seed: int,
-    alpha: float,
-    ramp_alpha: bool,
-    log_steps: int = 50,
-    max_bad_fraction: float = 0.05,
 ) -> dict[str, float]:
     """One epoch; returns the means of every loss and the learning rate over all ranks, and counts of bad
     images.
 
-    A step is: forward, zero the gradients, backward, update. Raises UserError for a loss that is not finite
-    and for an epoch in which more than `max_bad_fraction` of the images could not be read.
+    A step is: forward, zero the gradients, backward, update. The weight of the momentum targets ramps in
+    epoch 0 of pre-training, and elsewhere where config `warm_up` says so. Raises UserError for a loss that is
+    not finite and for an epoch in which more than `max_bad_fraction` of the images could not be read.
     """
+    alpha = config["alpha"] if config.get("distill", True) else 0.0
+    ramp_alpha, log_steps = config.get("warm_up", True), config["log_steps"]
     model.train()
     torch.manual_seed(
         (seed * 1_000_003 + epoch) * world_size() + rank()
@@ -89,7 +187,7 @@ def train_one_epoch(
     for step, batch in enumerate(batches):
         if step % log_steps == 0 and step:
             window = record_window(window, output_dir, epoch, step, len(loader))
-        bad_images.add(batch.pop("bad", []), loader.batch_size, max_bad_fraction)
+        bad_images.add(batch.pop("bad", []), loader.batch_size, config["max_bad_fraction"])
         batch = to_device(batch, device)
         named = losses(model, batch, momentum_weight(alpha, epoch, step, len(loader), ramp_alpha))
         optimizer.zero_grad()

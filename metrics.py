@@ -1,6 +1,8 @@
 """Scores as pure functions: no files, no processes."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def pessimistic_ranks(scores: np.ndarray, relevant: list[list[int]]) -> np.ndarray:
@@ -63,3 +65,13 @@ def _all_missed(num_candidates: int, num_relevant: int, k: int) -> float:
     for i in range(min(k, num_candidates)):
         probability *= max(0, num_candidates - num_relevant - i) / (num_candidates - i)
     return probability
+
+
+def confusion_counts(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
+    """labels, predicted (n,) -> counts (C, C), rows the true class, columns the predicted one"""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1)
+
+
+def accuracy(counts: Tensor) -> float:
+    """Percentage on the diagonal of a confusion matrix (C, C)."""
+    return 100.0 * counts.trace().item() / max(counts.sum().item(), 1)

@@ -65,8 +65,11 @@ def _launched_as() -> tuple[int, int, int]:
 def start(args: argparse.Namespace) -> torch.device:
     """Joins the other processes, picks the device, seeds all generators (differently on each rank).
 
-    Raises UserError for a GPU that is not there, a taken port, or an output folder that cannot be written.
+    Raises UserError for --resume without a checkpoint, a GPU that is not there, a taken port, or an output
+    folder that cannot be written.
     """
+    if args.resume and not args.checkpoint:
+        raise UserError("--resume continues the run that saved --checkpoint; name that file too")
     this_rank, num_ranks, local_rank = _launched_as()
     logging.basicConfig(
         level=logging.INFO if this_rank == 0 else logging.ERROR,
@@ -225,6 +228,7 @@ def script_arguments(description: str, config: str, output_dir: str) -> argparse
     )
     add_flag(parser, "--evaluate", "no training")
     parser.add_argument("--text_encoder", default="", help="BERT name or folder; replaces the config's")
+    parser.add_argument("--text_decoder", default="", help="VQA: where the decoder's BERT weights come from")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--seed", default=42, type=int)
     parser.add_argument(
@@ -293,3 +297,11 @@ def append_log(output_dir: str, record: dict) -> None:
     if is_main():
         with (Path(output_dir) / "log.txt").open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def save_result(output_dir: str, name: str, content: dict | list) -> None:
+    """Writes result/<name>.json; on the main rank only."""
+    if is_main():
+        folder = Path(output_dir) / "result"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1))

@@ -8,10 +8,15 @@ from utils import UserError
 
 TEXT = (str,)
 TEXTS = (str, list)
+NUMBER = (int,)
+ANY = (object,)
 
 
-def read_annotations(files: str | list[str], fields: dict[str, tuple], image_root: str = "") -> list[dict]:
-    """The entries of all files, `image` being an absolute path.
+def read_annotations(
+    files: str | list[str], fields: dict[str, tuple], image_root: str = "", suffix: str = ""
+) -> list[dict]:
+    """The entries of all files; `images` lists the absolute paths of the field `image` (or `images`),
+    `suffix` added, and `where` says which entry of which file it is.
 
     fields: name -> accepted types, all required. An image path may be absolute, relative to `image_root`, or,
     where that is empty, relative to the annotation file. Raises UserError, naming file and entry, for a
@@ -19,14 +24,22 @@ def read_annotations(files: str | list[str], fields: dict[str, tuple], image_roo
     """
     entries = []
     for name in [files] if isinstance(files, str) else files:
-        path = Path(os.path.expandvars(name)).expanduser()
-        root = Path(os.path.expandvars(image_root)).expanduser() if image_root else path.parent
+        path = expand(name)
+        root = expand(image_root) if image_root else path.parent
         for number, entry in enumerate(_read_list(path)):
-            _check_entry(entry, fields, path, number)
-            entries.append({**entry, "image": str((root / entry["image"]).absolute())})
+            where = f"{path}: entry {number}"
+            _check_entry(entry, fields, where)
+            images = entry["images"] if "images" in fields else [entry["image"]]
+            images = [str((root / (image + suffix)).absolute()) for image in images]
+            entries.append({**entry, "images": images, "where": where})
     if not entries:
         raise UserError(f"no entries in {files}; an annotation file is a JSON list of {_example(fields)}")
     return entries
+
+
+def expand(path: str) -> Path:
+    """With environment variables and ~ filled in."""
+    return Path(os.path.expandvars(path)).expanduser()
 
 
 def _read_list(path: Path) -> list:
@@ -43,8 +56,7 @@ def _read_list(path: Path) -> list:
     return entries
 
 
-def _check_entry(entry: object, fields: dict[str, tuple], path: Path, number: int) -> None:
-    where = f"{path}: entry {number}"
+def _check_entry(entry: object, fields: dict[str, tuple], where: str) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{where} must be an object {_example(fields)}, found {entry!r}"[:500])
     for field, types in fields.items():
@@ -54,7 +66,7 @@ def _check_entry(entry: object, fields: dict[str, tuple], path: Path, number: in
             )
         value = entry[field]
         if not isinstance(value, types) or value == [] or (isinstance(value, list) and not _all_text(value)):
-            wanted = {TEXT: "text", TEXTS: "text or a non-empty list of texts"}
+            wanted = {TEXT: "text", TEXTS: "text or a non-empty list of texts", NUMBER: "a whole number"}
             wanted = wanted.get(types, "a non-empty list of texts")
             raise UserError(f"{where}: {field!r} must be {wanted}, found {value!r}"[:500])
 

@@ -3,28 +3,22 @@
 from collections.abc import Iterator
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dataset import train_loader
 from dataset.annotations import TEXT, TEXTS, read_annotations
+from dataset.items import Collate, TrainItems
 from dataset.masking import BlockMask
-from dataset.text import clean_caption, mask_tokens, names_side, tokenize
-from dataset.transforms import (
-    BadImage,
-    ItemRandom,
-    PretrainTransform,
-    load_image,
-    resized_crop,
-    to_tensor,
-)
+from dataset.text import mask_tokens
+from dataset.transforms import BadImage, ItemRandom, PretrainTransform, load_image, resized_crop, to_tensor
 from utils import UserError
 
-MAX_TRIES = 50
 
-
-class PretrainData(Dataset):
-    """Entries {"image", "caption": text or list of texts}; one caption is drawn each time."""
+class PretrainData(TrainItems):
+    """Entries {"image", "caption": text or list of texts}. Beside `images` (1, 3, R, R) an item has code_view
+    (3, r, r), patch_mask (h * w,) bool and mask_seed, from which the masked words are drawn.
+    """
 
     def __init__(
         self,
@@ -34,71 +28,34 @@ class PretrainData(Dataset):
         seed: int,
         flip_captions: bool,
     ):
-        self.entries, self.transform, self.block_mask, self.seed = entries, transform, block_mask, seed
-        self.flip_captions = flip_captions
+        super().__init__(entries, transform, seed, flip_captions)
+        self.block_mask = block_mask
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        """(epoch, index) -> image (3, R, R), code_view (3, r, r), caption, patch_mask (h * w,) bool, key,
-        bad.
-
-        An image that cannot be read is replaced by another entry, drawn from all, and listed in `bad` as
-        (file, cause). After MAX_TRIES of them there is no `image`.
-        """
-        epoch, index = key
-        rng = ItemRandom(self.seed, epoch, index)
-        bad = []
-        for _ in range(MAX_TRIES):
-            entry = self.entries[index]
-            try:
-                image = load_image(entry["image"])
-            except BadImage as error:
-                bad.append((error.path, error.cause))
-                index = rng.python.randrange(len(self.entries))
-                continue
-            captions = entry["caption"]
-            caption = captions if isinstance(captions, str) else rng.python.choice(captions)
-            may_flip = self.flip_captions or not names_side(caption)
-            view, code_view = self.transform(image, rng, may_flip)
-            patch_mask = torch.from_numpy(self.block_mask(rng.python).reshape(-1))
-            return {
-                "image": view,
-                "code_view": code_view,
-                "caption": clean_caption(caption),
-                "patch_mask": patch_mask,
-                "mask_seed": rng.python.getrandbits(63),
-                "bad": bad,
-            }
-        return {"bad": bad}
+    def views(self, images: list[Image.Image], rng: ItemRandom, may_flip: bool) -> dict[str, Tensor | int]:
+        view, code_view = self.transform(images[0], rng, may_flip)
+        return {
+            "images": view[None],
+            "code_view": code_view,
+            "patch_mask": torch.from_numpy(self.block_mask(rng.python).reshape(-1)),
+            "mask_seed": rng.python.getrandbits(63),
+        }
 
 
-class PretrainCollate:
-    """Batches items, tokenizes their captions and draws the masked words, each item's by its own seed."""
+class PretrainCollate(Collate):
+    """Draws the masked words too, each item's by its own seed."""
 
     def __init__(self, tokenizer, max_tokens: int, position_limit: int, mlm_probability: float):
-        self.tokenizer, self.max_tokens, self.position_limit = tokenizer, max_tokens, position_limit
+        super().__init__(tokenizer, position_limit, max_tokens)
         self.mlm_probability = mlm_probability
 
-    def __call__(self, items: list[dict]) -> dict[str, Tensor | list]:
-        bad = [pair for item in items for pair in item["bad"]]
-        if any("image" not in item for item in items):
-            return {
-                "unreadable": f"{MAX_TRIES} images drawn in a row could not be read, the last one "
-                f"{bad[-1][0]} ({bad[-1][1]}); check the paths in the annotation files"
-            }
-        text_ids, text_mask = tokenize(
-            self.tokenizer,
-            [item["caption"] for item in items],
-            self.max_tokens,
-            position_limit=self.position_limit,
-        )
+    def __call__(self, items: list[dict]) -> dict[str, Tensor | list | str]:
+        batch = super().__call__(items)
+        if "unreadable" in batch:
+            return batch
+        text_ids = batch["text_ids"]
         mlm_ids, mlm_labels = text_ids.clone(), torch.full_like(text_ids, -100)
-        for row, item in enumerate(items):
-            length = int(
-                text_mask[row].sum()
-            )  # without the padding, so that the draw does not depend on the batch
+        for row, length in enumerate(batch["text_mask"].sum(1).tolist()):
+            # without the padding, so that the draw does not depend on the batch
             mlm_ids[row, :length], mlm_labels[row, :length] = mask_tokens(
                 text_ids[row, :length],
                 pad_id=self.tokenizer.pad_token_id,
@@ -106,25 +63,30 @@ class PretrainCollate:
                 mask_id=self.tokenizer.mask_token_id,
                 vocab_size=len(self.tokenizer),
                 probability=self.mlm_probability,
-                generator=torch.Generator().manual_seed(item["mask_seed"]),
+                generator=torch.Generator().manual_seed(items[row]["mask_seed"]),
             )
         return {
-            "image": torch.stack([item["image"] for item in items]),  # (B, 3, R, R)
-            "code_view": torch.stack([item["code_view"] for item in items]),  # (B, 3, r, r)
-            "patch_mask": torch.stack([item["patch_mask"] for item in items]),  # (B, h * w)
-            "text_ids": text_ids,  # (B, T)
-            "text_mask": text_mask,
-            "mlm_ids": mlm_ids,
+            **batch,
+            "code_view": torch.stack(batch["code_view"]),  # (B, 3, r, r)
+            "patch_mask": torch.stack(batch["patch_mask"]),  # (B, h * w)
+            "mlm_ids": mlm_ids,  # (B, T)
             "mlm_labels": mlm_labels,
-            "bad": bad,
         }
+
+
+def read_pairs(files: str | list[str]) -> list[dict]:
+    """Entries of pre-training files, `text` being the caption or captions."""
+    entries = read_annotations(files, {"image": TEXT, "caption": TEXTS})
+    return [
+        {"images": entry["images"], "text": entry["caption"], "where": entry["where"]} for entry in entries
+    ]
 
 
 def pretrain_loader(
     config: dict, tokenizer, code_res: int, grid_size: int, position_limit: int, seed: int, pin: bool
 ):
     """The training loader of a pre-training config; UserError for files that cannot be used."""
-    entries = read_annotations(config["train_file"], {"image": TEXT, "caption": TEXTS})
+    entries = read_pairs(config["train_file"])
     augment, released = config["randaugment"], config["released_code"]
     transform = PretrainTransform(
         config["image_res"],
@@ -145,9 +107,9 @@ def code_views(files: str | list[str], code_res: int, num_images: int) -> Iterat
     Raises UserError where none can be read.
     """
     num_read = 0
-    for entry in read_annotations(files, {"image": TEXT, "caption": TEXTS})[:num_images]:
+    for entry in read_pairs(files)[:num_images]:
         try:
-            image = load_image(entry["image"])
+            image = load_image(entry["images"][0])
         except BadImage as error:
             problem = error
             continue

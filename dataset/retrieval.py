@@ -1,15 +1,32 @@
-"""Images with their captions, for retrieval evaluation."""
+"""Images with their captions, for retrieval fine-tuning and evaluation."""
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from dataset.annotations import TEXT, read_annotations
+from dataset import train_loader
+from dataset.annotations import ANY, TEXT, read_annotations
+from dataset.items import Collate, EvalItems, finetune_items
 from dataset.text import clean_caption
-from dataset.transforms import BadImage, EvalTransform, load_image
 
 
-class RetrievalEvalData(Dataset):
+def with_identities(entries: list[dict], key: str) -> list[dict]:
+    """The entries with `idx`, equal for equal values of `key`: 0, 1, ... in order of appearance."""
+    numbers: dict = {}
+    return [{**entry, "idx": numbers.setdefault(repr(entry[key]), len(numbers))} for entry in entries]
+
+
+def retrieval_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
+    """Training batches with image, text_ids, text_mask and idx (B,), the identity of each row's image."""
+    fields = {"image": TEXT, "caption": TEXT, "image_id": ANY}
+    entries = with_identities(
+        read_annotations(config["train_file"], fields, config["image_root"]), "image_id"
+    )
+    entries = [
+        {"images": e["images"], "text": e["caption"], "idx": e["idx"], "where": e["where"]} for e in entries
+    ]
+    items = finetune_items(entries, config, seed)
+    collate = Collate(tokenizer, position_limit)
+    return train_loader(items, config["batch_size_train"], seed, config["num_workers"], collate, pin)
+
+
+class RetrievalEvalData(EvalItems):
     """The images of a val or test file, and beside them its texts.
 
     Entries {"image", "caption": [text, ...]}. texts: all captions, cleaned, in order; img2txt: the texts of
@@ -17,33 +34,13 @@ class RetrievalEvalData(Dataset):
     """
 
     def __init__(self, file: str, image_root: str, image_res: int, max_words: int = 30):
-        self.file = file
-        self.entries = read_annotations(file, {"image": TEXT, "caption": (list,)}, image_root)
-        self.transform = EvalTransform(image_res)
+        entries = read_annotations(file, {"image": TEXT, "caption": (list,)}, image_root)
+        super().__init__([{**entry, "text": ""} for entry in entries], image_res)
         self.texts: list[str] = []
         self.img2txt: list[list[int]] = []
         self.txt2img: list[int] = []
-        for number, entry in enumerate(self.entries):
+        for number, entry in enumerate(entries):
             first = len(self.texts)
             self.texts += [clean_caption(caption, max_words) for caption in entry["caption"]]
             self.img2txt.append(list(range(first, len(self.texts))))
             self.txt2img += [number] * len(entry["caption"])
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        """image (3, R, R), or `unreadable`, the message for a file that cannot be read."""
-        try:
-            return {"image": self.transform(load_image(self.entries[index]["image"]))}
-        except BadImage as error:
-            return {
-                "unreadable": f"{error}; entry {index} of {self.file}: scores without it would not compare"
-            }
-
-
-def collate_images(items: list[dict]) -> dict[str, Tensor | str]:
-    for item in items:
-        if "unreadable" in item:
-            return item
-    return {"image": torch.stack([item["image"] for item in items])}  # (B, 3, R, R)

@@ -4,7 +4,6 @@ Shapes: B texts, T tokens. One text is [CLS] and its word pieces, *without* the 
 published checkpoints were trained that way.
 """
 
-import logging
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -13,12 +12,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from utils import UserError
+from utils import UserError, log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger("simla")
 
 CLEANED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 SIDE = re.compile(r"(?<![a-z])(left|right)(s|most|wards?|sides?|hand(s|ed|ers?)?)?(?![a-z])", re.IGNORECASE)
@@ -86,11 +83,13 @@ def tokenize(
     max_length: int | None = None,
     padding: Literal["longest", "max_length"] = "longest",
     position_limit: int = 512,
+    names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Texts -> input_ids, attention_mask, each (B, T) int64.
 
     `max_length`: tokens to cut to, [CLS] included; None cuts nothing that fits the text encoder's
-    `position_limit` positions. `padding`: to the longest text of the batch, or to max_length.
+    `position_limit` positions; a text cut there is logged, by its entry of `names` where they are given.
+    `padding`: to the longest text of the batch, or to max_length.
     """
     if padding == "max_length" and max_length is None:
         raise ValueError("padding to max_length needs a max_length")
@@ -98,7 +97,9 @@ def tokenize(
     longest = max(map(len, rows), default=0)
     limit = min(max_length or position_limit, position_limit)
     if longest > position_limit and limit == position_limit:
-        _warn_cut(position_limit)
+        for row, ids in enumerate(rows):
+            if len(ids) > position_limit:
+                _warn_cut(position_limit, "some texts" if names is None else names[row])
     width = limit if padding == "max_length" else min(longest, limit)
 
     input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
@@ -110,10 +111,13 @@ def tokenize(
     return input_ids, attention_mask
 
 
-@cache  # once per process
-def _warn_cut(position_limit: int) -> None:
-    logger.warning(
-        "Texts longer than the text encoder's %d positions are cut to that length.", position_limit
+@cache  # once per process and text
+def _warn_cut(position_limit: int, name: str) -> None:
+    log.warning(
+        "%s: more tokens than the text encoder's %d positions, cut to that length; shorten the text or raise "
+        "max_position_embeddings in bert_config",
+        name,
+        position_limit,
     )
 
 

@@ -3,6 +3,8 @@
     text          cross=None: cross-attention is skipped in every layer
     multimodal    cross=bert.project(image_embeds): used in every layer
     image input   inputs_embeds=image_embeds, cross=bert.project(text embeddings)
+    two images    BertModel(config, two_images=True), cross=bert.project_pair(image_embeds)
+    decoder       causal=True, cross=bert.project(question states, question mask)
 
 Every layer is self-attention -> cross-attention -> feed-forward, post-norm as in BERT. Parameter names are
 the published ones. Shapes: B rows, T tokens of the own stream, S tokens of the other stream, D width, H
@@ -106,14 +108,22 @@ def padding_mask(
     return (1.0 - attention_mask[:, None, None, :].to(dtype)) * score
 
 
-class Embeddings(nn.Module):
-    """Word + position -> LayerNorm -> dropout; no token types."""
+def causal_mask(attention_mask: Tensor) -> Tensor:
+    """attention_mask (B, T) -> additive scores (B, 1, T, T): no token sees padding or a later token."""
+    length = attention_mask.shape[1]
+    earlier = torch.ones(length, length, device=attention_mask.device).tril()
+    return (1.0 - earlier * attention_mask[:, None, None, :]) * PADDING_SCORE
 
-    def __init__(self, config: BertConfig):
+
+class Embeddings(nn.Module):
+    """Word + position -> LayerNorm -> dropout; `token_types` adds BERT's type 0 to every token (NLVR)."""
+
+    def __init__(self, config: BertConfig, token_types: bool = False):
         super().__init__()
         self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None])
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(2, config.hidden_size) if token_types else None
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -127,7 +137,10 @@ class Embeddings(nn.Module):
                 f"a sequence of {length} tokens is longer than the {limit} positions of the text encoder; "
                 "truncate the text, lower image_res, or raise max_position_embeddings in bert_config"
             )
-        return self.dropout(self.LayerNorm(inputs_embeds + self.position_embeddings.weight[:length]))
+        positions = self.position_embeddings.weight[:length]
+        if self.token_type_embeddings is not None:
+            positions = positions + self.token_type_embeddings.weight[0]
+        return self.dropout(self.LayerNorm(inputs_embeds + positions))
 
 
 class Projections(nn.Module):
@@ -174,6 +187,10 @@ class Attention(nn.Module):
         scores = query @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5
         return (scores if mask is None else scores + mask).softmax(-1)
 
+    def read(self, probabilities: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+        """The rest of `forward` after `attention_map`, without dropout on the map."""
+        return self.output((probabilities @ values).transpose(1, 2).reshape(hidden.shape), hidden)
+
     def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """hidden (B, T, D); keys, values (B', H, S, d) with B a multiple of B' -> (B, T, D)
 
@@ -219,17 +236,25 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: BertConfig):
+    """`two_images`: each layer of the upper half comes twice in a row (12 layers become 18), and the two
+    share the keys and values of their cross-attention.
+    """
+
+    def __init__(self, config: BertConfig, two_images: bool = False):
         super().__init__()
-        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        upper = range(config.num_hidden_layers // 2, config.num_hidden_layers) if two_images else range(0)
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers + len(upper)))
+        for first in range(upper.start, len(self.layer), 2) if upper else ():
+            one, other = (self.layer[i].crossattention.self for i in (first, first + 1))
+            other.key, other.value = one.key, one.value
 
 
 class BertModel(nn.Module):
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: BertConfig, two_images: bool = False):
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.embeddings = Embeddings(config, token_types=two_images)
+        self.encoder = Encoder(config, two_images)
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -248,19 +273,29 @@ class BertModel(nn.Module):
         mask = None if attention_mask is None else padding_mask(attention_mask, lowest, states.dtype)
         return CrossStates([layer.crossattention.project(states) for layer in self.encoder.layer], mask)
 
+    def project_pair(self, image_embeds: Tensor) -> CrossStates:
+        """Two images for each text, (2B, S, encoder_width), first images first: layer i reads image i mod
+        2.
+        """
+        images = image_embeds.chunk(2)
+        layers = enumerate(self.encoder.layer)
+        return CrossStates([layer.crossattention.project(images[i % 2]) for i, layer in layers])
+
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cross: CrossStates | None = None,
         inputs_embeds: Tensor | None = None,
+        causal: bool = False,
     ) -> Tensor:
         """Last hidden states (B, T, D) of tokens (B, T) or of another encoder's states (B, T, D).
 
-        attention_mask (B, T), None = no padding. Raises UserError when T exceeds the position table.
+        attention_mask (B, T), None = no padding; causal: no token sees a later one (attention_mask must be
+        given). Raises UserError when T exceeds the position table.
         """
         hidden = self.embeddings(input_ids, inputs_embeds)
-        mask = None if attention_mask is None else padding_mask(attention_mask)
+        mask = None if attention_mask is None else (causal_mask if causal else padding_mask)(attention_mask)
         for i, layer in enumerate(self.encoder.layer):
             hidden = layer(hidden, mask, None if cross is None else cross.layer(i))
         return hidden

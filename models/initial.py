@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from checkpoint import interpolate_pos_embed
+from checkpoint import interpolate_pos_embed, load_weights
 from models.bert import BertForMaskedLM
 from models.vit import VisionTransformer
 from utils import UserError, first_line, log
@@ -17,6 +17,18 @@ OFFLINE_REMEDY = (
     "Give a local file or folder, start from --checkpoint, or set `init: scratch` in the config to train "
     "from random weights on purpose"
 )
+
+
+def starting_weights(model: nn.Module, config: dict, task: str, checkpoint: str, resume: bool = False) -> str:
+    """Fills the model with what a task starts from, and says what that was: the checkpoint's weights, by the
+    task's key map, or, without one, the initial ones. Before a resume nothing is loaded.
+    """
+    if resume:
+        return f"resuming {checkpoint}"
+    if checkpoint:
+        return str(load_weights(model, checkpoint, task))
+    load_initial_weights(model, config)
+    return "no --checkpoint: the weights before any training"
 
 
 def load_initial_weights(model: nn.Module, config: dict) -> None:

@@ -20,7 +20,25 @@ def mean_over(values: Tensor, count: Tensor) -> Tensor:
     return values.sum() / count.clamp(min=1)
 
 
+def distilled_cross_entropy(logits: Tensor, labels: Tensor, logits_m: Tensor, alpha: float) -> Tensor:
+    """(1 - alpha) cross-entropy with the labels + alpha cross-entropy with the momentum model's softmax.
+
+    logits, logits_m (M, C), labels (M,) -> mean over the rows; 0 (with its gradient path) where M = 0
+    """
+    hard = F.cross_entropy(logits, labels, reduction="none")
+    soft = soft_cross_entropy(logits, logits_m.softmax(-1))
+    return ((1 - alpha) * hard + alpha * soft).sum() / max(len(labels), 1)
+
+
 # ---- ITA: image-text alignment by contrast (paper eq. 1) ----
+
+
+def identity_positives(idx: Tensor, idx_queue: Tensor) -> Tensor:
+    """Hard targets where several entries show the same image: idx (B,) of the batch, idx_queue (1, Q) ->
+    (B, B+Q), even over all entries of the row's image.
+    """
+    same = (idx[:, None] == torch.cat([idx, idx_queue[0]])[None]).float()
+    return same / same.sum(-1, keepdim=True)
 
 
 def contrast_targets(similarity_m: Tensor, positives: Tensor, alpha: float) -> Tensor:
@@ -73,9 +91,7 @@ def itm_loss(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
 
 def mlm_loss(logits: Tensor, labels: Tensor, logits_m: Tensor, alpha: float) -> Tensor:
     """logits, logits_m (M, V) at the masked words, labels (M,) -> scalar; 0 where M = 0"""
-    hard = F.cross_entropy(logits, labels, reduction="none")
-    soft = soft_cross_entropy(logits, logits_m.softmax(-1))
-    return ((1 - alpha) * hard + alpha * soft).sum() / max(len(labels), 1)
+    return distilled_cross_entropy(logits, labels, logits_m, alpha)
 
 
 def mlm_loss_over_sequence(logits: Tensor, labels: Tensor, logits_m: Tensor, alpha: float) -> Tensor:
@@ -95,7 +111,7 @@ def mlm_loss_over_sequence(logits: Tensor, labels: Tensor, logits_m: Tensor, alp
 
 def mim_loss(logits: Tensor, codes: Tensor, logits_m: Tensor, alpha: float) -> Tensor:
     """logits, logits_m (M, visual vocabulary) at the masked patches, codes (M,) -> scalar; 0 where M = 0"""
-    return mlm_loss(logits, codes, logits_m, alpha)
+    return distilled_cross_entropy(logits, codes, logits_m, alpha)
 
 
 # ---- PSL: pseudo-labelled keywords (paper eq. 5) ----

@@ -14,6 +14,7 @@ class MomentumModel(nn.Module):
     """A model in which every module named in `twin_names` has a momentum twin, `<name>_m`."""
 
     twin_names: tuple[str, ...] = ()
+    without_gradient: tuple[str, ...] = ("visual_encoder.mask_token",)  # prefixes; only pre-training hides
 
     def twins(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online, momentum) pairs."""

@@ -3,31 +3,22 @@
 B batch, N image tokens, T text tokens, D width, E shared embedding, Q queue, V vocabulary.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import losses
+from models.align import AlignmentModel, Draws, unit_features
 from models.bert import BertConfig, BertForMaskedLM
-from models.momentum import MomentumModel, advance, enqueue, make_twin, new_queue, update_twins
+from models.momentum import make_twin, update_twins
 from models.vit import VisionTransformer, vit_sizes
-from utils import UserError, all_gather_rows
+from utils import UserError
 
 
-@dataclass
-class Draws:
-    """The random choices of one step; None = drawn here. Tests replay recorded ones."""
-
-    image_neg: Tensor | None = None  # (B,) the image drawn for each text
-    text_neg: Tensor | None = None  # (B,) the text drawn for each image
-
-
-class SIMLA(MomentumModel):
+class SIMLA(AlignmentModel):
     """State-dict names, their order and that of the parameters are the published code's."""
 
     twin_names = ("visual_encoder", "vision_proj", "text_encoder", "text_proj", "mim_head", "concept_head")
+    without_gradient = ()
 
     def __init__(
         self,
@@ -55,7 +46,7 @@ class SIMLA(MomentumModel):
         self.psl_padding = psl_padding
 
         def image_encoder() -> VisionTransformer:
-            return VisionTransformer(**vit, mask_token=True)
+            return VisionTransformer(**{**vit, "mask_token": True})
 
         width = vit["embed_dim"]
         self.visual_encoder = image_encoder()
@@ -74,8 +65,7 @@ class SIMLA(MomentumModel):
         self.concept_head = nn.Linear(embed_dim, bert.vocab_size)
         self.concept_head_m = make_twin(self.concept_head, nn.Linear(embed_dim, bert.vocab_size))
 
-        self.register_buffer("image_queue", new_queue(embed_dim, queue_size))
-        self.register_buffer("text_queue", new_queue(embed_dim, queue_size))
+        self._add_queues(embed_dim, queue_size)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
         num_tokens = self.visual_encoder.pos_embed.shape[1]
@@ -126,23 +116,25 @@ class SIMLA(MomentumModel):
         images, hidden = torch.cat([image, image]), torch.cat([torch.zeros_like(patch_mask), patch_mask])
         image_embeds, masked_embeds = self.visual_encoder(images, hidden).chunk(2)  # (B, N, D) each
         text_embeds = self.text_encoder.bert(text_ids, text_mask)  # (B, T, D)
-        image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)  # (B, E)
-        text_feat = F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)  # (B, E)
+        feats = unit_features(self.vision_proj, image_embeds), unit_features(self.text_proj, text_embeds)
         with torch.no_grad():
             image_embeds_m, masked_embeds_m = self.visual_encoder_m(images, hidden).chunk(2)
             text_embeds_m = self.text_encoder_m.bert(text_ids, text_mask)
-            image_feat_m = F.normalize(self.vision_proj_m(image_embeds_m[:, 0]), dim=-1)
-            text_feat_m = F.normalize(self.text_proj_m(text_embeds_m[:, 0]), dim=-1)
+            image_feat_m = unit_features(self.vision_proj_m, image_embeds_m)  # (B, E)
+            feats_m = image_feat_m, unit_features(self.text_proj_m, text_embeds_m)
 
-        loss_ita, sim_i2t, sim_t2i = self._ita(image_feat, text_feat, image_feat_m, text_feat_m, alpha)
-        negatives = self._negatives(sim_i2t, sim_t2i, draws or Draws())
+        itself = torch.eye(len(image), dtype=torch.bool, device=image.device)
+        positives = nn.functional.pad(itself.float(), (0, self.image_queue.shape[1]))  # (B, B+Q)
+        loss_ita, sim_i2t, sim_t2i = self._ita(feats, feats_m, positives, alpha)
+        self._enqueue(feats_m)
+        negatives = self._negatives(sim_i2t, sim_t2i, itself, draws or Draws())
         loss_itm, loss_mlm = self._itm_mlm(
             image_embeds, image_embeds_m, text_ids, text_mask, mlm_ids, mlm_labels, negatives, alpha
         )
         loss_mim = self._mim(
             masked_embeds, masked_embeds_m, text_ids, text_mask, patch_mask, visual_codes, alpha
         )
-        loss_psl = self._psl(image_embeds, image_feat, image_feat_m, text_ids, text_mask, alpha)
+        loss_psl = self._psl(image_embeds, feats[0], image_feat_m, text_ids, text_mask, alpha)
         return {
             "loss_ita": loss_ita,
             "loss_itm": loss_itm,
@@ -150,43 +142,6 @@ class SIMLA(MomentumModel):
             "loss_mim": loss_mim,
             "loss_psl": loss_psl,
         }
-
-    def _ita(
-        self, image_feat: Tensor, text_feat: Tensor, image_feat_m: Tensor, text_feat_m: Tensor, alpha: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Contrast with this batch's momentum features and the queues, which then take those features in.
-
-        Features (B, E) -> loss, sim_i2t (B, B), sim_t2i (B, B): the similarities within the batch
-        """
-        texts = torch.cat([text_feat_m.T, self.text_queue], dim=1)  # (E, B+Q)
-        images = torch.cat([image_feat_m.T, self.image_queue], dim=1)
-        sim_i2t = image_feat @ texts / self.temp
-        sim_t2i = text_feat @ images / self.temp
-        with torch.no_grad():
-            positives = torch.zeros_like(sim_i2t).fill_diagonal_(1)
-            target_i2t = losses.contrast_targets(image_feat_m @ texts / self.temp, positives, alpha)
-            target_t2i = losses.contrast_targets(text_feat_m @ images / self.temp, positives, alpha)
-        loss = losses.ita_loss(sim_i2t, sim_t2i, target_i2t, target_t2i)
-
-        image_feats_m, text_feats_m = all_gather_rows(image_feat_m), all_gather_rows(text_feat_m)
-        enqueue(self.image_queue, self.queue_ptr, image_feats_m)
-        enqueue(self.text_queue, self.queue_ptr, text_feats_m)
-        advance(self.queue_ptr, len(image_feats_m), self.image_queue.shape[1])
-        batch = len(image_feat)
-        return loss, sim_i2t[:, :batch], sim_t2i[:, :batch]
-
-    @torch.no_grad()
-    def _negatives(self, sim_i2t: Tensor, sim_t2i: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """A hard negative image for each text and text for each image.
-
-        sim (B, B) -> image_neg (B,), text_neg (B,), counted (2B,) bool: which of these rows have a negative
-        """
-        itself = torch.eye(len(sim_i2t), dtype=torch.bool, device=sim_i2t.device)
-        weights_t2i, has_image = losses.negative_weights(sim_t2i, itself)
-        weights_i2t, has_text = losses.negative_weights(sim_i2t, itself)
-        image_neg = losses.draw_negatives(weights_t2i) if draws.image_neg is None else draws.image_neg
-        text_neg = losses.draw_negatives(weights_i2t) if draws.text_neg is None else draws.text_neg
-        return image_neg, text_neg, torch.cat([has_image, has_text])
 
     def _itm_mlm(
         self,
@@ -212,9 +167,7 @@ class SIMLA(MomentumModel):
             self.text_encoder.bert.project(image_embeds).rows(torch.cat([own, image_neg, own, own])),
         )  # (4B, T, D)
 
-        labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
-        counted = torch.cat([torch.ones_like(has_negative[:batch]), has_negative])
-        loss_itm = losses.itm_loss(self.itm_head(hidden[: 3 * batch, 0]), labels, counted)
+        loss_itm = self._itm_loss(hidden[: 3 * batch, 0], has_negative)
 
         hidden_mlm = hidden[3 * batch :]  # (B, T, D)
         with torch.no_grad():

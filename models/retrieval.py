@@ -4,19 +4,19 @@ B batch, N image tokens, T text tokens, D width, E shared embedding, Q queue.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import losses
+from models.align import AlignmentModel, Draws, unit_features
 from models.bert import BertConfig, BertModel
-from models.momentum import MomentumModel, make_twin, new_queue
+from models.momentum import make_twin, update_twins
 from models.vit import VisionTransformer, vit_sizes
 
 
-class SIMLARetrieval(MomentumModel):
+class SIMLARetrieval(AlignmentModel):
     """State-dict names and their order are the published code's (`text_encoder.*` without `bert.`).
 
-    mask_token: the image encoder keeps the mask token of pre-training; momentum=False: no twins and no
-    queues, which only training needs.
+    twins=False: no twins and no queues, which only training needs; frozen_idx_queue: see `forward`.
     """
 
     twin_names = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
@@ -28,53 +28,92 @@ class SIMLARetrieval(MomentumModel):
         embed_dim: int = 256,
         queue_size: int = 65536,
         temp: float = 0.07,
-        mask_token: bool = False,
-        momentum: bool = True,
+        momentum: float = 0.995,
+        twins: bool = True,
+        frozen_idx_queue: bool = False,
     ):
         super().__init__()
+        self.momentum = momentum
+        self.frozen_idx_queue = frozen_idx_queue
         width = vit["embed_dim"]
-        self.visual_encoder = VisionTransformer(**vit, mask_token=mask_token)
+        self.visual_encoder = VisionTransformer(**vit)
         self.text_encoder = BertModel(bert)
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(bert.hidden_size, embed_dim)
         self.temp = nn.Parameter(torch.tensor(float(temp)))
         self.itm_head = nn.Linear(bert.hidden_size, 2)
 
-        if not momentum:
+        if not twins:
             self.twin_names = ()
             return
-        twin = VisionTransformer(**vit, mask_token=mask_token)
-        self.visual_encoder_m = make_twin(self.visual_encoder, twin)
+        self.visual_encoder_m = make_twin(self.visual_encoder, VisionTransformer(**vit))
         self.vision_proj_m = make_twin(self.vision_proj, nn.Linear(width, embed_dim))
         self.text_encoder_m = make_twin(self.text_encoder, BertModel(bert))
         self.text_proj_m = make_twin(self.text_proj, nn.Linear(bert.hidden_size, embed_dim))
 
-        self.register_buffer("image_queue", new_queue(embed_dim, queue_size))
-        self.register_buffer("text_queue", new_queue(embed_dim, queue_size))
+        self._add_queues(embed_dim, queue_size)
         self.register_buffer("idx_queue", torch.full((1, queue_size), -100))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     @classmethod
-    def from_config(cls, config: dict, momentum: bool = True) -> "SIMLARetrieval":
+    def from_config(cls, config: dict, twins: bool = True) -> "SIMLARetrieval":
         return cls(
             vit_sizes(config),
             BertConfig.read(config["bert_config"]),
             config["embed_dim"],
             config["queue_size"],
             config["temp"],
-            config["vit_mask_token"],
-            momentum,
+            config["momentum"],
+            twins,
+            config["released_code"]["frozen_idx_queue"],
         )
+
+    def forward(
+        self,
+        image: Tensor,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        idx: Tensor,
+        alpha: float,
+        draws: Draws | None = None,
+    ) -> dict[str, Tensor]:
+        """ITA and ITM where several texts may belong to one image (spec of retrieval and grounding).
+
+        image (B, 3, R, R); text_ids, text_mask (B, T); idx (B,): identity of each row's image, equal ones
+        are positives of the contrast and never negatives of ITM; alpha: weight of the momentum targets. With
+        `frozen_idx_queue` the queue's identities are never written, so its entries are always negatives.
+        """
+        with torch.no_grad():
+            self.temp.clamp_(0.001, 0.5)
+            update_twins(self.twins(), self.momentum)
+        image_embeds, image_feat = self.encode_image(image)  # (B, N, D), (B, E)
+        feats = image_feat, self.encode_text(text_ids, text_mask)
+        with torch.no_grad():
+            image_feat_m = unit_features(self.vision_proj_m, self.visual_encoder_m(image))
+            text_feat_m = unit_features(self.text_proj_m, self.text_encoder_m(text_ids, text_mask))
+
+        positives = losses.identity_positives(idx, self.idx_queue)
+        loss_ita, sim_i2t, sim_t2i = self._ita(feats, (image_feat_m, text_feat_m), positives, alpha)
+        self._enqueue((image_feat_m, text_feat_m), None if self.frozen_idx_queue else idx)
+        same = idx[:, None] == idx[None]
+        image_neg, text_neg, has_negative = self._negatives(sim_i2t, sim_t2i, same, draws or Draws())
+
+        own = torch.arange(len(text_ids), device=text_ids.device)
+        hidden = self.text_encoder(
+            torch.cat([text_ids, text_ids, text_ids[text_neg]]),
+            torch.cat([text_mask, text_mask, text_mask[text_neg]]),
+            self.text_encoder.project(image_embeds).rows(torch.cat([own, image_neg, own])),
+        )  # (3B, T, D)
+        return {"loss_ita": loss_ita, "loss_itm": self._itm_loss(hidden[:, 0], has_negative)}
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, R, R) -> token states (B, N, D), unit-length features (B, E)"""
         image_embeds = self.visual_encoder(image)
-        return image_embeds, F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+        return image_embeds, unit_features(self.vision_proj, image_embeds)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """text_ids, text_mask (B, T) -> unit-length features (B, E)"""
-        text_embeds = self.text_encoder(text_ids, text_mask)
-        return F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
+        return unit_features(self.text_proj, self.text_encoder(text_ids, text_mask))
 
     def match(self, image_embeds: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """The "match" logit of every text with its image.

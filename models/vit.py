@@ -14,7 +14,14 @@ from utils import UserError
 
 def vit_sizes(config: dict) -> dict:
     """Keyword arguments of the image encoder from a task's config."""
-    return {"img_size": config["image_res"], "embed_dim": config["vision_width"], **config["vit"]}
+    return {
+        "img_size": config["image_res"],
+        "embed_dim": config["vision_width"],
+        "mask_token": config.get(
+            "vit_mask_token", True
+        ),  # pre-training, which always has it, has no such key
+        **config["vit"],
+    }
 
 
 class VisionTransformer(TimmVisionTransformer):

@@ -130,10 +130,10 @@ def test_missing_annotation_file_in_both_scripts(monkeypatch, tiny, tmp_path):
 def test_image_paths_are_absolute_or_relative_to_the_root_or_the_file(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text(json.dumps([{"image": "x.jpg"}, {"image": "/abs/y.jpg"}]))
     first, second = read_annotations(str(tmp_path / "a.json"), {"image": TEXT})
-    assert (first["image"], second["image"]) == (str(tmp_path / "x.jpg"), "/abs/y.jpg")
+    assert (first["images"], second["images"]) == ([str(tmp_path / "x.jpg")], ["/abs/y.jpg"])
     monkeypatch.setenv("PICTURES", "/pictures")
     rooted = read_annotations(str(tmp_path / "a.json"), {"image": TEXT}, "$PICTURES/all")
-    assert [entry["image"] for entry in rooted] == ["/pictures/all/x.jpg", "/abs/y.jpg"]
+    assert [entry["images"] for entry in rooted] == [["/pictures/all/x.jpg"], ["/abs/y.jpg"]]
 
 
 # ---- images ----

@@ -111,7 +111,7 @@ def gathered() -> dict:
 def work(this_rank: int, num_ranks: int, folder: str) -> None:
     os.environ |= {"RANK": str(this_rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(this_rank)}
     meeting_place = f"file://{folder}/meet_{num_ranks}"  # unlike a port, nobody else can have taken it
-    start(argparse.Namespace(device="cpu", dist_url=meeting_place, output_dir=folder, seed=0))
+    start(argparse.Namespace(device="cpu", dist_url=meeting_place, output_dir=folder, seed=0, resume=False))
     result = {"scores": all_scores(), "shares": shares(), "gathered": gathered()}
     if num_ranks == 2:
         result |= pretrain_step()

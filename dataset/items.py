@@ -1,0 +1,140 @@
+"""Images with a text, the items of every task, for training (augmented, bad images replaced) and evaluation.
+
+An entry is {"images": [file, ...], "text": str or list of texts, "where": its place in the annotation file,
+and what else the task needs}, as `dataset.annotations.read_annotations` makes it. B items of n images each.
+"""
+
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset.text import clean_caption, names_side, tokenize
+from dataset.transforms import BadImage, EvalTransform, ItemRandom, TrainTransform, load_image
+
+MAX_TRIES = 50
+
+
+class TrainItems(Dataset):
+    """Of several texts one is drawn each time; images are not mirrored under a text that says left or right,
+    unless `flip_captions`.
+    """
+
+    def __init__(
+        self,
+        entries: list[dict],
+        transform: Callable,
+        seed: int,
+        flip_captions: bool = False,
+        clean: Callable[[str], str] = clean_caption,
+    ):
+        self.entries, self.transform, self.seed = entries, transform, seed
+        self.flip_captions, self.clean = flip_captions, clean
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """(epoch, index) -> the entry with images (n, 3, R, R), a clean text and `bad`.
+
+        An entry with an image that cannot be read is replaced by another one, drawn from all; `bad` lists the
+        images as (file, cause). After MAX_TRIES of them there are no `images`.
+        """
+        epoch, index = key
+        rng = ItemRandom(self.seed, epoch, index)
+        bad = []
+        for _ in range(MAX_TRIES):
+            entry = self.entries[index]
+            try:
+                images = [load_image(file) for file in entry["images"]]
+            except BadImage as error:
+                bad.append((error.path, error.cause))
+                index = rng.python.randrange(len(self.entries))
+                continue
+            text = entry["text"] if isinstance(entry["text"], str) else rng.python.choice(entry["text"])
+            may_flip = self.flip_captions or not names_side(text)
+            return {**entry, "text": self.clean(text), **self.views(images, rng, may_flip), "bad": bad}
+        return {"bad": bad}
+
+    def views(self, images: list[Image.Image], rng: ItemRandom, may_flip: bool) -> dict[str, Tensor]:
+        """What of the images goes into the item."""
+        return {"images": torch.stack([self.transform(image, rng, may_flip) for image in images])}
+
+
+class EvalItems(Dataset):
+    """Every entry as it is, images resized."""
+
+    def __init__(self, entries: list[dict], image_res: int, clean: Callable[[str], str] = clean_caption):
+        self.entries, self.transform, self.clean = entries, EvalTransform(image_res), clean
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict:
+        """The entry with images (n, 3, R, R), its text clean and `index`, its number, or only `unreadable`,
+        the message for a file that cannot be read.
+        """
+        entry = self.entries[index]
+        try:
+            images = torch.stack([self.transform(load_image(file)) for file in entry["images"]])
+        except BadImage as error:
+            return {"unreadable": f"{error}; {entry['where']}: scores without it would not compare"}
+        return {**entry, "images": images, "text": self.clean(entry["text"]), "index": index}
+
+
+def finetune_items(entries: list[dict], config: dict, seed: int, **changes) -> TrainItems:
+    """Training items with the crops, flips and RandAugment of a fine-tuning config; `changes` go to
+    TrainItems or, `crop=False`, to the transform.
+    """
+    augment = config["randaugment"]
+    transform = TrainTransform(
+        config["image_res"],
+        config["min_crop_scale"],
+        (augment["num_ops"], augment["magnitude"]),
+        crop=changes.pop("crop", True),
+    )
+    return TrainItems(entries, transform, seed, config["released_code"]["flip_captions"], **changes)
+
+
+class Collate:
+    """Items -> a batch: image (n * B, 3, R, R), all first images first; text_ids, text_mask (B, T), padded to
+    the longest; every other field as a tensor (numbers) or a list; `bad` of all items together.
+    """
+
+    def __init__(self, tokenizer, position_limit: int, max_tokens: int | None = None):
+        """Texts are cut to `max_tokens`, or, with a message, to the text encoder's `position_limit`."""
+        self.tokenizer, self.position_limit, self.max_tokens = tokenizer, position_limit, max_tokens
+
+    def __call__(self, items: list[dict]) -> dict[str, Tensor | list | str]:
+        bad = [pair for item in items for pair in item.get("bad", [])]
+        for item in items:
+            if "unreadable" in item:
+                return item
+            if "images" not in item:
+                return {
+                    "unreadable": f"{MAX_TRIES} images drawn in a row could not be read, the last one "
+                    f"{bad[-1][0]} ({bad[-1][1]}); check the paths in the annotation files"
+                }
+        batch = {name: _batched([item[name] for item in items]) for name in items[0]}
+        images = torch.stack(batch.pop("images"), dim=1)  # (n, B, 3, R, R)
+        text_ids, text_mask = tokenize(
+            self.tokenizer,
+            batch["text"],
+            self.max_tokens,
+            position_limit=self.position_limit,
+            names=batch["where"],
+        )
+        return {
+            **batch,
+            "image": images.flatten(0, 1),
+            "text_ids": text_ids,
+            "text_mask": text_mask,
+            "bad": bad,
+        }
+
+
+def _batched(values: list) -> Tensor | list:
+    """Numbers as a tensor (B,), tensors and everything else as the list they are."""
+    return torch.tensor(values) if isinstance(values[0], int | float) else values
