@@ -5,16 +5,21 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from goldens_io import fill_model, golden, golden_image
+from goldens_io import digest, fill_model, golden, golden_image
 from models_for_tests import vit_sizes
+from test_pretrain_goldens import check_grads, check_params_after, check_queues
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metrics import retrieval_recall
+from models import losses
+from models.align import Draws
 from models.bert import BertConfig
 from models.rerank import NOT_SCORED, candidate_pairs, rerank
 from models.retrieval import SIMLARetrieval
+from optim import create_optimizer
 
 
-def golden_retrieval_model() -> SIMLARetrieval:
+def golden_retrieval_model(**switches) -> SIMLARetrieval:
     config = golden("retrieval_structure")["config"]
     model = SIMLARetrieval(
         vit_sizes(config),
@@ -22,6 +27,7 @@ def golden_retrieval_model() -> SIMLARetrieval:
         embed_dim=config["embed_dim"],
         queue_size=config["queue_size"],
         temp=config["temp"],
+        **switches,
     )
     return model.eval()
 
@@ -39,6 +45,75 @@ def test_state_dict_is_the_published_one():
         if tensor.is_floating_point() and name not in ("image_queue", "text_queue"):
             bytes_hash.update(tensor.contiguous().numpy().tobytes())
     assert bytes_hash.hexdigest() == structure["filled_weights"]["sha256"]
+
+
+def retrieval_inputs(inputs: dict, draws: dict) -> dict:
+    """Keyword arguments of the training forward."""
+    return {
+        "image": golden_image(inputs["image_seed"], inputs["image_shape"]),
+        "text_ids": torch.tensor(inputs["text"]["input_ids"]),
+        "text_mask": torch.tensor(inputs["text"]["attention_mask"]),
+        "idx": torch.tensor(inputs["idx"]),
+        "draws": Draws(torch.tensor(draws["image_neg"]), torch.tensor(draws["text_neg"])),
+    }
+
+
+@pytest.fixture
+def filled():
+    """With the published code's switch: idx_queue stays as it was."""
+    model = golden_retrieval_model(frozen_idx_queue=True)
+    fill_model(model, {})
+    return model
+
+
+def check_retrieval_losses(losses, recorded, tolerance):
+    for name in ("ita", "itm"):
+        assert losses[f"loss_{name}"].item() == pytest.approx(recorded[name], rel=tolerance), name
+    assert sum(losses.values()).item() == pytest.approx(recorded["total"], rel=tolerance)
+
+
+@pytest.mark.parametrize("alpha", ["0.0", "0.4"])
+@sdpa_kernel(SDPBackend.MATH)
+def test_one_step(filled, alpha):
+    step = golden("retrieval_step")
+    recorded = step["alphas"][alpha]
+    losses = filled(**retrieval_inputs(step["inputs"], recorded["draws"]), alpha=float(alpha))
+    check_retrieval_losses(losses, recorded["losses"], 5e-6)
+    check_queues(filled.state_dict(), recorded["queues_after_forward"])
+    assert filled.idx_queue.tolist() == recorded["queues_after_forward"]["idx_queue"]
+    state = filled.state_dict()
+    for name, value in step["momentum_after_forward"].items():
+        assert digest(state[name]) == pytest.approx(value, rel=1e-6, abs=1e-7), name
+    sum(losses.values()).backward()
+    check_grads(filled, recorded, key_bias_noise=1e-8)
+
+
+def test_recorded_negative_weights(filled, monkeypatch):
+    step = golden("retrieval_step")
+    recorded = step["alphas"]["0.4"]["draws"]
+    seen = []
+
+    def spied(similarity, excluded, original=losses.negative_weights):
+        seen.append(original(similarity, excluded)[0])
+        return original(similarity, excluded)
+
+    monkeypatch.setattr(losses, "negative_weights", spied)
+    filled(**retrieval_inputs(step["inputs"], recorded), alpha=0.4)
+    for weights, name in zip(seen, ("weights_t2i", "weights_i2t"), strict=True):
+        torch.testing.assert_close(weights, torch.tensor(recorded[name]), rtol=5e-5, atol=1e-6)
+
+
+def test_three_steps(filled):
+    recorded = golden("retrieval_train3")
+    optimizer = create_optimizer(filled, golden("retrieval_structure")["config"]["optimizer"])
+    for step in recorded["steps"]:
+        losses = filled(**retrieval_inputs(step["inputs"], step["draws"]), alpha=recorded["alpha"])
+        check_retrieval_losses(losses, step["losses"], 2e-5)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    check_queues(filled.state_dict(), recorded["queues_after"])
+    check_params_after(filled, recorded["params_after"])
 
 
 @pytest.fixture(scope="module")

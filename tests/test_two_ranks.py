@@ -12,7 +12,8 @@ from goldens_io import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import tiny_pretrain_model
-from test_pretrain_goldens import check_digest, check_losses
+from test_pretrain_goldens import check_digest, check_losses, check_queues
+from test_retrieval_goldens import check_retrieval_losses
 
 from dataset import EpochSampler
 from engine import distribute
@@ -64,13 +65,9 @@ def test_both_ranks_queue_all_features_in_rank_order(results):
     recorded = golden("pretrain_ws2")["queues_after"]
     for rank in range(2):
         state = results[2, rank]["state"]
+        check_queues(state, recorded)
         for name in QUEUES[:2]:
-            queue = state[name]
-            assert torch.equal(queue, results[2, 0]["state"][name])
-            assert queue[:, 0].tolist() == pytest.approx(recorded[name]["column0"], abs=1e-6)
-            assert queue.flatten()[:8].tolist() == pytest.approx(recorded[name]["first8"], abs=1e-6)
-            assert queue.sum().item() == pytest.approx(recorded[name]["sum"], abs=1e-4)
-            assert queue.double().norm().item() == pytest.approx(recorded[name]["norm"], rel=1e-6)
+            assert torch.equal(state[name], results[2, 0]["state"][name])
         batch = len(golden("pretrain_ws2")["ranks"][0]["draws"]["image_neg"])
         assert state["queue_ptr"].tolist() == recorded["queue_ptr"] == [2 * batch]
 
@@ -84,6 +81,27 @@ def test_gradients_are_the_recorded_mean_over_the_ranks(results):
         assert torch.equal(grad, results[2, 1]["grads"][name]), name
     norm = torch.stack([grad.double().norm() for grad in grads.values()]).norm().item()
     assert norm == pytest.approx(recorded["mean_grad_norm"], rel=1e-4)
+
+
+def test_the_recorded_retrieval_step(results):
+    recorded = golden("retrieval_ws2")
+    for rank in range(2):
+        step = results[2, rank]["retrieval"]
+        losses = {name: torch.tensor(value) for name, value in step["losses"].items()}
+        check_retrieval_losses(losses, recorded["ranks"][rank]["losses"], 5e-6)
+        check_queues(step["state"], recorded["queues_after"])
+        assert step["idx_queue, frozen True"].tolist() == recorded["queues_after"]["idx_queue"]
+        for name, value in recorded["mean_grads"].items():
+            assert (value is None) == (name not in step["grads"])
+            if value is not None:
+                check_digest(name, step["grads"][name], value, key_bias_noise=1e-8)
+
+
+def test_the_queue_of_identities_takes_in_all_ranks_in_order(results):
+    own = [rank["inputs"]["idx"] for rank in golden("retrieval_ws2")["ranks"]]
+    for rank in range(2):
+        queue = results[2, rank]["retrieval"]["idx_queue, frozen False"][0].tolist()
+        assert queue == own[0] + own[1] + [-100] * (len(queue) - len(own[0]) - len(own[1]))
 
 
 def test_everything_saved_is_equal_on_both_ranks(results):

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from goldens_io import fill_model, golden, golden_image
 from models_for_tests import golden_pretrain_model, pretrain_inputs, tiny_texts
-from test_retrieval_goldens import golden_retrieval_model
+from test_retrieval_goldens import golden_retrieval_model, retrieval_inputs
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dataset import EpochSampler
 from engine import distribute
-from models.pretrain import Draws
+from models.align import Draws
 from models.rerank import rerank
 from models.retrieval import SIMLARetrieval
 from utils import MetricLog, all_gather_rows, rank, start, world_size
@@ -56,6 +57,27 @@ def pretrain_step() -> dict:
     sum(named.values()).backward()
     return {
         "buffers": seen,
+        "losses": {name: loss.item() for name, loss in named.items()},
+        "state": model.state_dict(),
+        "grads": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+    }
+
+
+def retrieval_step() -> dict:
+    """The recorded step of this rank, with the published switch, and idx_queue after one without it."""
+    recorded = golden("retrieval_ws2")
+    inputs = recorded["ranks"][rank()]["inputs"]
+    kwargs = retrieval_inputs(inputs, recorded["ranks"][rank()]["draws"])
+    result = {}
+    for frozen in (False, True):
+        model = golden_retrieval_model(frozen_idx_queue=frozen)
+        fill_model(model, {})
+        wrapped = distribute(model, CPU)
+        named = wrapped(**kwargs, alpha=recorded["alpha"])
+        result[f"idx_queue, frozen {frozen}"] = model.idx_queue.clone()
+    sum(named.values()).backward()
+    return {
+        **result,
         "losses": {name: loss.item() for name, loss in named.items()},
         "state": model.state_dict(),
         "grads": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
@@ -114,7 +136,9 @@ def work(this_rank: int, num_ranks: int, folder: str) -> None:
     start(argparse.Namespace(device="cpu", dist_url=meeting_place, output_dir=folder, seed=0, resume=False))
     result = {"scores": all_scores(), "shares": shares(), "gathered": gathered()}
     if num_ranks == 2:
-        result |= pretrain_step()
+        with sdpa_kernel(SDPBackend.MATH):
+            result |= pretrain_step()
+            result["retrieval"] = retrieval_step()
     torch.save(result, Path(folder) / f"{num_ranks}_{this_rank}.pt")
     if dist.is_initialized():
         dist.barrier()
