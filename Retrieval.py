@@ -181,10 +181,10 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     return recall
 
 
-def parse_and_run() -> None:
+def parse_and_run() -> dict[str, float]:
     parser = script_arguments(__doc__, "configs/Retrieval_coco.yaml", "output/Retrieval")
     add_flag(parser, "--freeze_visual_encoder", "train everything but the image encoder")
-    main(*parse(parser, RETRIEVAL))
+    return main(*parse(parser, RETRIEVAL))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,209 @@
+"""Retrieval fine-tuning: positives and negatives by image identity, on tiny models and real runs."""
+
+import json
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models_for_tests import TINY_BERT, TINY_VIT, shake, tiny_batch
+from ruamel.yaml import YAML
+from tiny import make_tiny, run
+
+import Retrieval
+from checkpoint import save_checkpoint
+from models import losses
+from models.align import Draws
+from models.retrieval import SIMLARetrieval
+from utils import UserError
+
+IDS = torch.tensor([4, 7, 4, 4])
+
+
+@pytest.fixture
+def model():
+    return shake(SIMLARetrieval({**TINY_VIT, "mask_token": True}, TINY_BERT, embed_dim=8, queue_size=12))
+
+
+def batch_of(seed: int = 0) -> dict:
+    batch = tiny_batch(4, seed)
+    return {name: batch[name] for name in ("image", "text_ids", "text_mask", "alpha")} | {"idx": IDS}
+
+
+def test_every_trainable_parameter_gets_a_gradient(model):
+    named = model(**batch_of())
+    assert list(named) == ["loss_ita", "loss_itm"]
+    sum(named.values()).backward()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or name.startswith(model.without_gradient):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            assert name.endswith("key.bias") or parameter.grad.norm() > 1e-7, name
+
+
+def test_identities_fill_their_queue_in_step_with_the_features(model):
+    for step in range(4):  # 4 steps of 4 in a queue of 12: the last overwrites the first
+        model(**batch_of(step) | {"idx": IDS + 10 * step})
+    expected = torch.cat([IDS + 30, IDS + 10, IDS + 20])
+    assert model.idx_queue[0].tolist() == expected.tolist() and model.queue_ptr.item() == 4
+
+
+def test_other_captions_of_the_image_are_positives_once_queued(model):
+    """The same batch twice: the second time every row has positives in the queue, unless that is frozen."""
+    batch = batch_of() | {"alpha": 0.0}
+    model(**batch)
+    written = model.idx_queue.clone()
+    after = {}
+    for name, queue in (("written", written), ("frozen", torch.full_like(written, -100))):
+        again = shake(SIMLARetrieval(TINY_VIT, TINY_BERT, embed_dim=8, queue_size=12))
+        again.load_state_dict({**model.state_dict(), "idx_queue": queue}, strict=False)
+        after[name] = again(**batch, draws=Draws(torch.tensor([1, 0, 1, 1]), torch.tensor([1, 0, 1, 1])))
+    assert after["written"]["loss_ita"] != after["frozen"]["loss_ita"]
+    assert after["written"]["loss_itm"] == after["frozen"]["loss_itm"]
+
+
+def test_negatives_are_never_of_the_same_image(model, monkeypatch):
+    seen = []
+    original = losses.draw_negatives
+    monkeypatch.setattr(losses, "draw_negatives", lambda w: seen.append(original(w)) or seen[-1])
+    for seed in range(20):
+        model(**batch_of(seed))
+    for drawn in seen:
+        assert (IDS[drawn] != IDS).all()
+
+
+def test_a_batch_of_one_image_alone_has_no_negatives_and_finite_losses(model):
+    named = model(**batch_of() | {"idx": torch.full((4,), 3)})
+    assert all(loss.isfinite() for loss in named.values())
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.lists(st.integers(-1, 3), max_size=8))
+def test_positives_are_shared_evenly(own, queued):
+    result = losses.identity_positives(torch.tensor(own), torch.tensor([queued], dtype=torch.long))
+    for row, mine in enumerate(own):
+        same = [int(other == mine) for other in own + queued]
+        assert result[row].tolist() == pytest.approx([value / sum(same) for value in same])
+
+
+# ---- the script ----
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("retrieval")
+    paths = make_tiny(folder)
+    config = YAML(typ="safe").load(paths["Retrieval"])
+    config |= {
+        "train_file": str(paths["data"] / "retrieval_train.json"),
+        "val_file": str(paths["data"] / "retrieval_val.json"),
+        "batch_size_train": 4,
+        "optimizer": {"lr": 1e-3},
+        "schedular": {"lr": 1e-3, "epochs": 2, "warmup_epochs": 2, "warmup_step_size": 1},
+    }
+    with paths["Retrieval"].open("w") as file:
+        YAML(typ="safe", pure=True).dump(config, file)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    done = run("Retrieval.py", "--config", tiny["Retrieval"], "--output_dir", out, num_processes=2)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def records_of(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def test_the_best_checkpoint_is_chosen_on_validation(trained):
+    records = records_of(trained)
+    assert [record["epoch"] for record in records] == [0, 1]
+    best = max(records, key=lambda record: record["val_r_mean"])
+    checkpoint = torch.load(trained / "checkpoint_best.pth", weights_only=True)
+    assert checkpoint["epoch"] == best["epoch"] and checkpoint["best_score"] == best["val_r_mean"]
+    assert torch.load(trained / "checkpoint_last.pth", weights_only=True)["epoch"] == 1
+    result = json.loads((trained / "result" / "retrieval.json").read_text())
+    assert result["r_mean"] == best["test_r_mean"] and "checkpoint_best" in result["weights"]
+    for name in ("loss_ita", "loss_itm", "lr", "bad_images"):
+        assert all(isinstance(record[f"train_{name}"], int | float) for record in records)
+
+
+def test_evaluation_repeats_the_training_run_s_scores_on_any_number_of_ranks(trained, tiny, tmp_path):
+    best = max(records_of(trained), key=lambda record: record["val_r_mean"])
+    flags = ["--evaluate", "--config", tiny["Retrieval"], "--checkpoint", trained / "checkpoint_best.pth"]
+    for processes in (0, 3):
+        out = tmp_path / str(processes)
+        done = run("Retrieval.py", *flags, "--output_dir", out, num_processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert records_of(out) == [{k: v for k, v in best.items() if k.startswith("test_")}]
+
+
+def called(monkeypatch, tiny, out, *flags) -> dict[str, float]:
+    command = ["Retrieval.py", "--device", "cpu", "--config", tiny["Retrieval"], "--output_dir", out, *flags]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    return Retrieval.parse_and_run()
+
+
+def test_resume_goes_on_as_if_nothing_had_happened(monkeypatch, tiny, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    called(monkeypatch, tiny, whole)
+
+    def save_and_stop(path, state):
+        save_checkpoint(path, state)
+        if path.name == "checkpoint_best.pth" and state["epoch"] == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            called(patched, tiny, parts)
+    called(monkeypatch, tiny, parts, "--resume", "--checkpoint", parts / "checkpoint_last.pth")
+    assert records_of(whole) == records_of(parts)
+    first, second = (torch.load(p / "checkpoint_last.pth", weights_only=True) for p in (whole, parts))
+    assert first["best_score"] == second["best_score"]
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+
+
+def test_a_frozen_image_encoder_stays_as_it_was(monkeypatch, tiny, trained, tmp_path):
+    start = trained / "checkpoint_last.pth"
+    flags = ["--checkpoint", start, "--freeze_visual_encoder"]
+    called(monkeypatch, tiny, tmp_path, *flags, "--overrides", "schedular.epochs=1")
+    before, after = (
+        torch.load(path, weights_only=True)["model"] for path in (start, tmp_path / "checkpoint_last.pth")
+    )
+    for name, value in before.items():
+        if name.startswith("visual_encoder."):
+            assert torch.equal(value, after[name]), name
+    assert not torch.equal(before["itm_head.weight"], after["itm_head.weight"])
+
+
+def test_select_on_test_is_a_switch(monkeypatch, tiny, tmp_path):
+    seen = {}
+    monkeypatch.setattr(
+        "Retrieval.fit", lambda *given: seen.update(best=given[-1]) or ("", {"test_r_mean": 1})
+    )
+    monkeypatch.setattr("Retrieval.report", lambda *_: None)
+    called(monkeypatch, tiny, tmp_path)
+    assert seen["best"] == "val_r_mean"
+    called(monkeypatch, tiny, tmp_path, "--overrides", "released_code.select_on_test=true", "val_file=''")
+    assert seen["best"] == "test_r_mean"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("val_file=''", "needs train_file and val_file"),
+        ("train_file={data}/pretrain_train.json", "pretrain_train.json: entry 0.*'caption' must be text"),
+        ("test_file={data}/retrieval_train.json", "entry 0.*'caption' must be a non-empty list of texts"),
+        ("test_file={data}/scenes_test.json", "entry 0 has no 'caption'"),
+    ],
+)
+def test_files_of_another_task_are_named(monkeypatch, tiny, tmp_path, override, words):
+    with pytest.raises(UserError, match=words):
+        called(monkeypatch, tiny, tmp_path, "--overrides", override.format(data=tiny["data"]))
