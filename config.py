@@ -341,6 +341,25 @@ def describe(table: dict[str, Key], section: str = "") -> list[str]:
     return rows
 
 
+def reference() -> str:
+    """All keys as Markdown: the tables that scripts share once, then what each script adds or changes."""
+    shared = {
+        "Every script": {**ENCODERS, **SHARED},
+        "Pretrain.py, Retrieval.py, zero_shot_retrieval.py, Grounding.py, Pretrain_NLVR.py": CONTRAST,
+        "Every script but Pretrain.py": {
+            name: key for name, key in FINETUNE.items() if name not in {**ENCODERS, **SHARED}
+        },
+    }
+    known = [key for table in shared.values() for key in table.values()]
+    own = {
+        title: {name: key for name, key in table.items() if not any(key is other for other in known)}
+        for title, table in TABLES.items()
+    }
+    return "\n\n".join(
+        "\n".join([f"### {title}", "", "| key | default | meaning |", "| --- | --- | --- |", *describe(table)])
+        for title, table in {**shared, **own}.items()
+    )
+
+
 if __name__ == "__main__":
-    for title, table in TABLES.items():
-        print(f"\n{title}\n\n| key | default | meaning |\n| --- | --- | --- |", *describe(table), sep="\n")
+    print(reference())

@@ -40,6 +40,14 @@ def launch(script: str, *arguments: str) -> None:
         raise UserError(f"{script} failed; see its message above")
 
 
+def make_data() -> None:
+    """The embedded data set in DATA, unless it is there already."""
+    try:
+        make_demo(DATA, workers=num_cores())
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
 def retrieval(output_dir: Path, *arguments: str) -> dict:
     """Zero-shot retrieval on the test scenes -> the scores of result/retrieval.json."""
     common = ["--config", str(CONFIGS / "Retrieval.yaml"), "--output_dir", str(output_dir)]
@@ -66,6 +74,12 @@ def gallery(output_dir: Path, num_queries: int = 8, num_results: int = 5) -> Non
     )
 
 
+def draw_losses(output_dir: Path) -> None:
+    """The curves of a pre-training run, beside their chance levels."""
+    config = read_config(str(output_dir / "config.yaml"), PRETRAIN)
+    plot_losses(output_dir / "train_steps.jsonl", config, output_dir / "losses.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="output/demo", type=Path)
@@ -75,10 +89,7 @@ def main() -> None:
     begin = time.monotonic()
 
     import_pyplot()  # what the end needs is missing at the start or not at all
-    try:
-        make_demo(DATA, workers=num_cores())
-    except (ImportError, OSError, ValueError) as error:
-        raise UserError(str(error)) from error
+    make_data()
     for left_over in ("train_steps.jsonl", "log.txt", "codebook.safetensors"):  # of an earlier run
         (out / left_over).unlink(missing_ok=True)
     before = retrieval(out / "before", "--seed", args.seed)
@@ -103,7 +114,7 @@ def main() -> None:
     }
     text = json.dumps({"zero_shot_retrieval": summary, "seconds": seconds}, indent=1)
     (out / "summary.json").write_text(text)
-    plot_losses(out / "train_steps.jsonl", config, out / "losses.png")
+    draw_losses(out)
     gallery(out)
     print(f"\n{seconds} s; {out}/summary.json, {out}/gallery.png, {out}/losses.png")
 
