@@ -1,4 +1,5 @@
 # make demo    the embedded data set, pre-training and zero-shot retrieval on this machine
+# make demo-all   the whole chain: pre-training and every downstream task (some 30 minutes on 2 cores)
 # make test    the tests
 # make lint    ruff
 # Each makes .venv first; `make demo PYTHON=python3 VENV=` uses the current interpreter's packages instead.
@@ -24,10 +25,13 @@ else
 INSTALL = $(PIP) --extra-index-url $(INDEX)
 endif
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-all test lint format clean
 
 demo: $(call READY,demo)
 	$(PY) demo.py
+
+demo-all: $(call READY,demo)
+	$(PY) demo_all.py
 
 test: $(call READY,test)
 	$(PY) -m pytest

@@ -72,6 +72,8 @@ DECODER = (
     ("text_decoder.", "text_encoder.", _upper_half),
     ("text_decoder_m.", "text_encoder_m.", _upper_half),
 )
+BERT_DECODER = Row((("bert.", "bert.", _upper_half),))  # the decoder from plain BERT weights
+BERT_TWO_IMAGES = Row((("", "", _upper_half_twice),))  # the two-image encoder from plain BERT weights
 MIM = ("mim_head", "concept_head", "visual_encoder.mask_token", "visual_encoder_m.mask_token")
 MLM = ("text_encoder.cls.", "text_encoder_m.cls.")
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")

@@ -199,8 +199,8 @@ VQA = {
 CLASSIFY = {
     **FINETUNE,
     "train_file": TRAIN_FILE,
-    "val_file": Key(str, help="annotation file; chooses the best checkpoint"),
-    "test_file": Key(str, help="annotation file"),
+    "val_file": Key(PATHS, help="annotation files; choose the best checkpoint"),
+    "test_file": Key(PATHS, help="annotation files"),
 }
 VE = {**CLASSIFY, "released_code": Key({"flip_captions": FLIP_CAPTIONS}, {}, RELEASED_CODE_HELP)}
 NLVR = {
@@ -355,10 +355,9 @@ def reference() -> str:
         title: {name: key for name, key in table.items() if not any(key is other for other in known)}
         for title, table in TABLES.items()
     }
-    return "\n\n".join(
-        "\n".join([f"### {title}", "", "| key | default | meaning |", "| --- | --- | --- |", *describe(table)])
-        for title, table in {**shared, **own}.items()
-    )
+    head = ["", "| key | default | meaning |", "| --- | --- | --- |"]
+    sections = {**shared, **own}
+    return "\n\n".join("\n".join([f"### {title}", *head, *describe(sections[title])]) for title in sections)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from utils import (
 )
 
 Losses = Callable[[nn.Module, dict, float], dict[str, Tensor]]  # (model, batch, alpha) -> named losses
-Scores = dict[str, float]
+Scores = dict[str, float | list]  # lists: confusion matrices
 
 
 def fit(
@@ -131,9 +131,9 @@ def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
     )  # its older name
     devices = [device.index] if device.type == "cuda" else None
     # Parameters that no loss reaches would keep the wrapper waiting for their gradient.
-    model._ddp_params_and_buffers_to_ignore = [
-        name for name, _ in model.named_parameters() if name.startswith(model.without_gradient)
-    ]
+    ignored = [name for name, _ in model.named_parameters() if name.startswith(model.without_gradient)]
+    ignored += [f".{name}" for name in ignored]  # what the wrapper calls those of the outermost module
+    model._ddp_params_and_buffers_to_ignore = ignored
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{no_sync: False})
 
 

@@ -1,4 +1,4 @@
-"""Pictures of results: loss curves beside their chance levels, galleries of retrieved images.
+"""Pictures of results: loss curves beside their chance levels, retrieved images, heat maps, answers.
 
 python plots.py losses output/demo/train_steps.jsonl -o losses.png --config output/demo/config.yaml
 """
@@ -9,7 +9,9 @@ import math
 from pathlib import Path
 
 from ruamel.yaml import YAML
+from torch import Tensor
 
+from metrics import Box, resize_heat
 from utils import UserError, run_script
 
 
@@ -112,6 +114,98 @@ def plot_gallery(
             axis.spines[:].set(color="#1a9641" if is_right else "#cccccc", linewidth=4 if is_right else 1)
             if row == 0:
                 axis.set_title(f"{column}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def plot_heat_maps(
+    files: list[str],
+    texts: list[str],
+    heats: list[Tensor],
+    true_boxes: list[Box],
+    chosen_boxes: list[Box | None],
+    right: list[bool],
+    out: str | Path,
+    num_columns: int = 4,
+) -> None:
+    """A picture for each expression: its heat map over the image, the true box green, the chosen one orange.
+
+    All lists (n): image files, expressions, heat maps (h, w) of any scale, boxes [x, y, w, h] in pixels of
+    the image (chosen: None = no box), and whether the choice is right, which colours the title.
+    """
+    import textwrap
+
+    from dataset.transforms import load_image
+
+    plt = import_pyplot()
+    # The true box is the wider one, to be seen beneath an equal choice.
+    styles = [
+        {"fill": False, "edgecolor": colour, "linewidth": width, "label": label}
+        for colour, width, label in (("#00c853", 5, "true box"), ("#ff9100", 2, "chosen box"))
+    ]
+    columns = min(num_columns, len(files))
+    rows = math.ceil(len(files) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 3.0 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, (axis, file) in enumerate(zip(axes.flat, files, strict=False)):
+        image = load_image(file)
+        heat = resize_heat(heats[number].float().cpu(), image.height, image.width).clamp(min=0)
+        heat = heat / heat.max().clamp(min=1e-30)  # an empty map stays empty
+        axis.imshow(image)
+        axis.imshow(heat, cmap="jet", alpha=0.7 * heat, vmin=0, vmax=1)  # cold is transparent
+        for box, style in zip((true_boxes[number], chosen_boxes[number]), styles, strict=True):
+            if box is not None:
+                axis.add_patch(plt.Rectangle((box[0] - 0.5, box[1] - 0.5), box[2], box[3], **style))
+        mark, colour = ("right", "#1a9641") if right[number] else ("wrong", "#b2182b")
+        title = textwrap.fill(f"{texts[number]} ({mark})", 32)
+        axis.set_title(title, fontsize=8, color=colour)
+    figure.legend(
+        handles=[plt.Rectangle((0, 0), 1, 1, **style) for style in styles],
+        loc="lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+    )
+    figure.tight_layout(rect=(0, 0.3 / (3.0 * rows), 1, 1))
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def plot_answers(
+    files: list[str],
+    questions: list[str],
+    given: list[str],
+    right: list[bool],
+    expected: list[str],
+    out: str | Path,
+    num_columns: int = 4,
+) -> None:
+    """A picture for each question: below it the answer given, green where right; where wrong red, with the
+    annotators' most common one.
+
+    All lists (n): image files, questions, answers, whether they are right, answers of the annotators.
+    """
+    import textwrap
+
+    from dataset.transforms import load_image
+
+    plt = import_pyplot()
+    columns = min(num_columns, len(files))
+    size = math.ceil(len(files) / columns), columns
+    figure, axes = plt.subplots(*size, figsize=(2.6 * size[1], 3.1 * size[0]), squeeze=False)
+    for axis in axes.flat[len(files) :]:
+        axis.axis("off")
+    shown = zip(axes.flat, files, questions, given, right, expected, strict=False)
+    for axis, file, question, answer, is_right, wanted in shown:
+        axis.imshow(load_image(file))
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        axis.set_title(textwrap.fill(question, 34), fontsize=8)
+        text = answer if is_right else f"{answer} (people: {wanted})"
+        colour = "#1a9641" if is_right else "#b2182b"
+        axis.set_xlabel(textwrap.fill(text, 34), fontsize=9, color=colour, fontweight="bold")
     figure.tight_layout()
     figure.savefig(out, dpi=110)
     plt.close(figure)

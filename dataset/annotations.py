@@ -26,7 +26,7 @@ def read_annotations(
     for name in [files] if isinstance(files, str) else files:
         path = expand(name)
         root = expand(image_root) if image_root else path.parent
-        for number, entry in enumerate(_read_list(path)):
+        for number, entry in enumerate(read_json(path, list)):
             where = f"{path}: entry {number}"
             _check_entry(entry, fields, where)
             images = entry["images"] if "images" in fields else [entry["image"]]
@@ -42,18 +42,20 @@ def expand(path: str) -> Path:
     return Path(os.path.expandvars(path)).expanduser()
 
 
-def _read_list(path: Path) -> list:
+def read_json(path: Path, kind: type[list] | type[dict]) -> list | dict:
+    """What the file holds; UserError where it is missing, truncated or holds no list (or object)."""
     try:
-        entries = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
             f"annotation file {path} cannot be read: {error.strerror}; check the config's paths"
         ) from error
     except ValueError as error:
         raise UserError(f"annotation file {path} is not valid JSON (truncated?): {error}") from error
-    if not isinstance(entries, list):
-        raise UserError(f"annotation file {path} must hold a JSON list, found {type(entries).__name__}")
-    return entries
+    if not isinstance(content, kind):
+        wanted = {list: "list", dict: "object"}[kind]
+        raise UserError(f"annotation file {path} must hold a JSON {wanted}, found {type(content).__name__}")
+    return content
 
 
 def _check_entry(entry: object, fields: dict[str, tuple], where: str) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dataset import test_loader, train_loader
 from dataset.text import clean_caption, names_side, tokenize
 from dataset.transforms import BadImage, EvalTransform, ItemRandom, TrainTransform, load_image
 
@@ -18,8 +19,8 @@ MAX_TRIES = 50
 
 
 class TrainItems(Dataset):
-    """Of several texts one is drawn each time; images are not mirrored under a text that says left or right,
-    unless `flip_captions`.
+    """Of several texts one is drawn each time; images are not mirrored under a text, or an answer to it, that
+    says left or right, unless `flip_captions`.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class TrainItems(Dataset):
                 index = rng.python.randrange(len(self.entries))
                 continue
             text = entry["text"] if isinstance(entry["text"], str) else rng.python.choice(entry["text"])
-            may_flip = self.flip_captions or not names_side(text)
+            may_flip = self.flip_captions or not any(map(names_side, [text, *entry.get("answers", [])]))
             return {**entry, "text": self.clean(text), **self.views(images, rng, may_flip), "bad": bad}
         return {"bad": bad}
 
@@ -138,3 +139,28 @@ class Collate:
 def _batched(values: list) -> Tensor | list:
     """Numbers as a tensor (B,), tensors and everything else as the list they are."""
     return torch.tensor(values) if isinstance(values[0], int | float) else values
+
+
+def finetune_loader(
+    entries: list[dict],
+    config: dict,
+    tokenizer,
+    position_limit: int,
+    seed: int,
+    pin: bool,
+    max_tokens: int | None = None,
+    **changes,
+):
+    """Training batches of a fine-tuning config, augmented; texts are cut as `Collate` says, `changes` are
+    those of `finetune_items`.
+    """
+    items = finetune_items(entries, config, seed, **changes)
+    collate = Collate(tokenizer, position_limit, max_tokens)
+    return train_loader(items, config["batch_size_train"], seed, config["num_workers"], collate, pin)
+
+
+def evaluation_loader(entries: list[dict], config: dict, tokenizer, position_limit: int):
+    """This rank's share of the entries, none left out and none twice."""
+    items = EvalItems(entries, config["image_res"])
+    collate = Collate(tokenizer, position_limit)
+    return test_loader(items, config["batch_size_test"], config["num_workers"], collate)

@@ -1,8 +1,7 @@
 """Images with their captions, for retrieval fine-tuning and evaluation."""
 
-from dataset import train_loader
 from dataset.annotations import ANY, TEXT, read_annotations
-from dataset.items import Collate, EvalItems, finetune_items
+from dataset.items import EvalItems, finetune_loader
 from dataset.text import clean_caption
 
 
@@ -21,9 +20,7 @@ def retrieval_loader(config: dict, tokenizer, position_limit: int, seed: int, pi
     entries = [
         {"images": e["images"], "text": e["caption"], "idx": e["idx"], "where": e["where"]} for e in entries
     ]
-    items = finetune_items(entries, config, seed)
-    collate = Collate(tokenizer, position_limit)
-    return train_loader(items, config["batch_size_train"], seed, config["num_workers"], collate, pin)
+    return finetune_loader(entries, config, tokenizer, position_limit, seed, pin)
 
 
 class RetrievalEvalData(EvalItems):

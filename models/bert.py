@@ -252,10 +252,12 @@ class Encoder(nn.Module):
 class BertModel(nn.Module):
     def __init__(self, config: BertConfig, two_images: bool = False):
         super().__init__()
-        self.config = config
+        self.config, self.two_images = config, two_images
         self.embeddings = Embeddings(config, token_types=two_images)
         self.encoder = Encoder(config, two_images)
         self.apply(self._init_weights)
+        if two_images:  # what was pre-trained without token types computes as before
+            nn.init.zeros_(self.embeddings.token_type_embeddings.weight)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from checkpoint import interpolate_pos_embed, load_weights
+from checkpoint import BERT_DECODER, BERT_TWO_IMAGES, Row, interpolate_pos_embed, load_weights
 from models.bert import BertForMaskedLM
 from models.vit import VisionTransformer
 from utils import UserError, first_line, log
@@ -19,31 +19,42 @@ OFFLINE_REMEDY = (
 )
 
 
-def starting_weights(model: nn.Module, config: dict, task: str, checkpoint: str, resume: bool = False) -> str:
+def starting_weights(
+    model: nn.Module, config: dict, task: str, checkpoint: str, resume: bool = False, copy_twins: bool = True
+) -> str:
     """Fills the model with what a task starts from, and says what that was: the checkpoint's weights, by the
     task's key map, or, without one, the initial ones. Before a resume nothing is loaded.
+
+    copy_twins: momentum twins that the checkpoint lacks start as copies of what was loaded, not as built.
     """
     if resume:
         return f"resuming {checkpoint}"
     if checkpoint:
-        return str(load_weights(model, checkpoint, task))
+        report = load_weights(model, checkpoint, task)
+        if copy_twins:
+            in_file = {name.split("_m.")[0] for name in report.loaded if "_m." in name}
+            model.copy_twins([name for name in model.twin_names if name not in in_file])
+        return str(report)
     load_initial_weights(model, config)
     return "no --checkpoint: the weights before any training"
 
 
 def load_initial_weights(model: nn.Module, config: dict) -> None:
-    """Fills both encoders as config `init` says and copies them to the momentum twins.
+    """Fills both encoders, and VQA's decoder, as config `init` says and copies them to the momentum twins.
 
     Raises UserError where the weights cannot be had: they are never left random unless `init: scratch` asks
     for it.
     """
     if config["init"] == "scratch":
-        log.info("init: scratch - both encoders start from random weights")
+        log.info("init: scratch - everything starts from random weights")
         return
     if config["init"] != "pretrained":
         raise UserError(f"config init is {config['init']!r}; expected 'pretrained' or 'scratch'")
     load_vit(model.visual_encoder, config["image_encoder"])
-    load_bert(model.text_encoder, config["text_encoder"])
+    two_images = getattr(model.text_encoder, "two_images", False)
+    load_bert(model.text_encoder, config["text_encoder"], BERT_TWO_IMAGES if two_images else None)
+    if hasattr(model, "text_decoder"):
+        load_bert(model.text_decoder, config.get("text_decoder") or config["text_encoder"], BERT_DECODER)
     model.copy_twins()
 
 
@@ -72,23 +83,27 @@ def load_vit(encoder: VisionTransformer, name: str) -> None:
     )
 
 
-def load_bert(encoder: nn.Module, name: str) -> None:
-    """BERT weights by hub name or folder; cross-attention, which BERT lacks, stays random (normal, std
-    0.02).
+def load_bert(encoder: nn.Module, name: str, row: Row | None = None) -> None:
+    """BERT weights by hub name or folder, under other names where `row` says so; cross-attention, which BERT
+    lacks, stays random (normal, std 0.02).
     """
     from transformers import BertForMaskedLM as HubBert
 
+    what = f"{'text_decoder' if row is BERT_DECODER else 'text_encoder'} {name!r}"
     try:
         source, report = HubBert.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # as above
         raise UserError(
-            f"text_encoder {name!r}: transformers cannot get these weights ({type(error).__name__}: "
+            f"{what}: transformers cannot get these weights ({type(error).__name__}: "
             f"{first_line(error)}). {OFFLINE_REMEDY}"
         ) from error
     absent = set(report["missing_keys"])  # transformers fills these with random numbers
     state = {key: value for key, value in source.state_dict().items() if key not in absent}
     if not isinstance(encoder, BertForMaskedLM):
         state = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
+    if row is not None:
+        names = {key: row.name_in_file(key, source.config.num_hidden_layers) for key in encoder.state_dict()}
+        state = {key: state[name] for key, name in names.items() if name in state}
     new = {key for key in encoder.state_dict() if "crossattention" in key or key.endswith("position_ids")}
     new |= {"cls.predictions.decoder.bias"}  # tied to cls.predictions.bias; not every version saves it
     unexpected = (
@@ -98,7 +113,7 @@ def load_bert(encoder: nn.Module, name: str) -> None:
         "pooler",
         "cls.seq_relationship",
     )
-    _copy(encoder, state, f"text_encoder {name!r}", new, unexpected)
+    _copy(encoder, state, what, new, unexpected)
 
 
 def _copy(

@@ -150,3 +150,34 @@ def psl_loss(logits: Tensor, target: Tensor, logits_m: Tensor, alpha: float) -> 
     hard = F.binary_cross_entropy_with_logits(logits, target)
     soft = F.binary_cross_entropy_with_logits(logits, logits_m.sigmoid())
     return (1 - alpha) * hard + alpha * soft
+
+
+# ---- VQA: the words of the answers, one after the other ----
+
+
+def answer_loss(
+    logits: Tensor, labels: Tensor, logits_m: Tensor | None, weights: Tensor, alpha: float
+) -> Tensor:
+    """The sum over all answer tokens of the cross-entropy times the weight.
+
+    logits, logits_m (M, V) where a token comes next, labels (M,) that token, weights (M,): of its answer / B;
+    logits_m None: no momentum targets, whatever alpha -> scalar
+    """
+    rows = F.cross_entropy(logits, labels, reduction="none")
+    if logits_m is not None:
+        rows = (1 - alpha) * rows + alpha * soft_cross_entropy(logits, logits_m.softmax(-1))
+    return (rows * weights).sum()
+
+
+def answer_loss_over_sequence(
+    logits: Tensor, labels: Tensor, logits_m: Tensor, weights: Tensor, alpha: float
+) -> Tensor:
+    """As published: the student's soft log-probabilities are taken over the positions of the sequence.
+
+    logits, logits_m (A, L, V), labels (A, L) with -100 = padding, weights (A,) of the answers / B -> scalar
+    (`released_code.mlm_distill_over_sequence`)
+    """
+    hard = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (A, L), 0 at padding
+    soft = soft_cross_entropy(logits, logits_m.softmax(-1), dim=1)
+    rows = ((1 - alpha) * hard + alpha * soft) * (labels != -100)
+    return (rows.sum(1) * weights).sum()

@@ -1,5 +1,7 @@
 """Momentum twins and feature queues (MoCo, as ALBEF and SIMLA use them)."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +22,12 @@ class MomentumModel(nn.Module):
         """(online, momentum) pairs."""
         return [(getattr(self, name), getattr(self, name + "_m")) for name in self.twin_names]
 
-    def copy_twins(self) -> None:
-        """Momentum weights <- online weights, for after the online ones were loaded or filled anew."""
-        for online, twin in self.twins():
-            make_twin(online, twin)
+    def copy_twins(self, names: Iterable[str] | None = None) -> None:
+        """Momentum weights <- online weights, for after the online ones were loaded or filled anew; of the
+        modules `names`, None = of all twins.
+        """
+        for name in self.twin_names if names is None else names:
+            make_twin(getattr(self, name), getattr(self, name + "_m"))
 
 
 @torch.no_grad()

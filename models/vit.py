@@ -1,11 +1,12 @@
 """Image encoder: timm's Vision Transformer with the mask token of masked image modelling.
 
-Shapes: B batch, N tokens = 1 [CLS] + patches row by row, D width.
+Shapes: B batch, N tokens = 1 [CLS] + patches row by row, D width, H heads, d = D / H.
 """
 
 from functools import partial
 
 import torch
+from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
@@ -68,16 +69,35 @@ class VisionTransformer(TimmVisionTransformer):
         """Patches along one side of the image."""
         return self.patch_embed.grid_size[0]
 
+    def embed(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """The tokens before the first block; arguments and shape as in `forward`."""
+        tokens = self.patch_embed(image)  # (B, N-1, D)
+        if patch_mask is not None:
+            tokens = torch.where(patch_mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return self.pos_drop(tokens + self.pos_embed)
+
     def forward(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Token states after the last norm.
 
         image (B, 3, R, R); patch_mask (B, N-1) bool, True where the patch is hidden -> (B, N, D)
         """
-        tokens = self.patch_embed(image)  # (B, N-1, D)
-        if patch_mask is not None:
-            tokens = torch.where(patch_mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        tokens = self.pos_drop(tokens + self.pos_embed)
+        tokens = self.embed(image, patch_mask)
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
+
+
+def attention_map(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's self-attention probabilities (B, H, N, N) and values (B, H, N, d) of tokens (B, N, D)."""
+    attention = block.attn
+    projected = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1))
+    query, keys, values = projected.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+    return (query @ keys.transpose(-1, -2) * attention.scale).softmax(-1), values
+
+
+def read(block: Block, probabilities: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
+    """The rest of the block after `attention_map` -> (B, N, D); no dropout or layer scale here."""
+    context = (probabilities @ values).transpose(1, 2).flatten(2)
+    tokens = tokens + block.attn.proj(context)
+    return tokens + block.mlp(block.norm2(tokens))

@@ -1,0 +1,58 @@
+"""Pre-training for NLVR2 by text assignment: which of two images, if any, does the caption describe?
+
+Data     JSON lists of {"image": path, "caption": text or list of texts}, as for Pretrain.py: `train_file`
+Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env Pretrain_NLVR.py \\
+             --config configs/NLVR_Pretrain.yaml --checkpoint output/Pretrain/checkpoint_29.pth
+Expected one epoch; NLVR.py starts from its checkpoint_00.pth
+"""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+
+from config import PRETRAIN_NLVR, parse
+from dataset.items import finetune_loader
+from dataset.pretrain import read_pairs
+from dataset.text import build_tokenizer, check_vocabulary
+from engine import fit
+from models.initial import starting_weights
+from models.pretrain_nlvr import SIMLAPretrainNLVR
+from utils import UserError, log, run_script, script_arguments, start
+
+
+def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
+    """Text assignment; there are no momentum targets to weigh with alpha."""
+    return model(batch["image"], batch["text_ids"], batch["text_mask"])
+
+
+def main(args: argparse.Namespace, config: dict) -> None:
+    # start
+    device = start(args)
+    if args.evaluate:
+        raise UserError("Pretrain_NLVR.py only trains; NLVR.py --evaluate scores what was fine-tuned from it")
+
+    # data
+    tokenizer = build_tokenizer(config["text_encoder"])
+    entries = read_pairs(config["train_file"])
+
+    # model
+    torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them
+    model = SIMLAPretrainNLVR.from_config(config)
+    bert = model.text_encoder.config
+    check_vocabulary(tokenizer, bert.vocab_size)
+    log.info(starting_weights(model, config, "Pretrain_NLVR", args.checkpoint, args.resume))
+
+    # train and save
+    limit, pin = bert.max_position_embeddings, device.type == "cuda"
+    loader = finetune_loader(entries, config, tokenizer, limit, args.seed, pin, config["max_tokens"])
+    fit(model, loader, losses, config, args, device, epoch_step="start")
+
+
+def parse_and_run() -> None:
+    parser = script_arguments(__doc__, "configs/NLVR_Pretrain.yaml", "output/NLVR_Pretrain")
+    main(*parse(parser, PRETRAIN_NLVR))
+
+
+if __name__ == "__main__":
+    run_script(parse_and_run)

@@ -1,0 +1,128 @@
+"""Fine-tuning for visual entailment (SNLI-VE): does the image entail, contradict or leave open the sentence?
+
+Data     JSON lists of {"image": id without .jpg, "sentence": text, "label": "entailment", "neutral" or
+         "contradiction"}: `train_file`, `val_file`, `test_file`
+Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env VE.py --config configs/VE.yaml \\
+             --checkpoint output/Pretrain/checkpoint_29.pth
+Expected the paper's accuracy: val 79.6, test 80.2
+"""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from config import VE, parse
+from dataset.items import evaluation_loader, finetune_loader
+from dataset.text import build_tokenizer, check_vocabulary
+from dataset.ve import CLASSES, read_ve
+from engine import evaluate_classes, fit
+from metrics import accuracy, confusion_table, majority_accuracy
+from models.initial import starting_weights
+from models.ve import SIMLAVE
+from utils import append_log, log, run_script, save_result, script_arguments, start
+
+SPLITS = ("val", "test")
+
+
+def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
+    """Cross-entropy with the labels and the momentum twins' answers."""
+    return model(batch["image"], batch["text_ids"], batch["text_mask"], batch["label"], alpha)
+
+
+def evaluate(
+    model: nn.Module, loaders: dict[str, DataLoader], num_classes: int, config: dict, device: torch.device
+) -> dict[str, float | list]:
+    """Of each split the accuracy in percent, `val_acc`, and the counts [true][predicted], `val_confusion`."""
+    scores = {}
+    for split, loader in loaders.items():
+        counts = evaluate_classes(model, loader, num_classes, config, device, split)
+        scores |= {f"{split}_acc": accuracy(counts), f"{split}_confusion": counts.tolist()}
+    return scores
+
+
+def train_and_evaluate(
+    model: nn.Module,
+    entries: dict[str, list[dict]],
+    tokenizer,
+    num_classes: int,
+    weights: str,
+    config: dict,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> tuple[str, dict]:
+    """Fine-tunes on the entries of `train`, unless only `val` and `test` are there; returns what the scores
+    belong to and the scores of `evaluate`.
+    """
+    limit = model.text_encoder.config.max_position_embeddings
+    loaders = {split: evaluation_loader(entries[split], config, tokenizer, limit) for split in SPLITS}
+
+    def evaluate_splits(epoch: int = 0) -> dict:
+        return evaluate(model, loaders, num_classes, config, device)
+
+    if "train" not in entries:
+        scores = evaluate_splits()
+        append_log(args.output_dir, scores)
+        return weights, scores
+    loader = finetune_loader(entries["train"], config, tokenizer, limit, args.seed, device.type == "cuda")
+    return fit(model, loader, losses, config, args, device, "end", evaluate_splits, best="val_acc")
+
+
+def report(
+    name: str, scores: dict, classes: tuple[str, ...], weights: str, config: dict, output_dir: str
+) -> None:
+    """The accuracies beside what the most frequent class would get, on the screen and in result/."""
+    result = {"weights": weights, "classes": classes}
+    log.info(f"{name}, weights: {weights}")
+    for split in SPLITS:
+        counts = torch.tensor(scores[f"{split}_confusion"])
+        result[split] = {
+            "file": config[f"{split}_file"],
+            "n": int(counts.sum()),
+            "acc": accuracy(counts),
+            "most_frequent_class": majority_accuracy(counts),
+            "confusion": counts.tolist(),
+        }
+        log.info(
+            f"{config[f'{split}_file']}: accuracy {accuracy(counts):.2f}, always the most frequent class "
+            f"{majority_accuracy(counts):.2f}, n {counts.sum()}"
+        )
+        log.info(confusion_table(counts, classes))
+    save_result(output_dir, name, result)
+
+
+def main(args: argparse.Namespace, config: dict) -> dict:
+    # start
+    device = start(args)
+
+    # data
+    tokenizer = build_tokenizer(config["text_encoder"])
+    splits = SPLITS if args.evaluate else ("train", *SPLITS)
+    entries = {split: read_ve(config[f"{split}_file"], config["image_root"]) for split in splits}
+
+    # model
+    torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them
+    model = SIMLAVE.from_config(config)
+    check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
+    weights = starting_weights(model, config, "VE", args.checkpoint, args.resume)
+    log.info(weights)
+    model = model.to(device)
+
+    # train, evaluate and save
+    weights, scores = train_and_evaluate(
+        model, entries, tokenizer, len(CLASSES), weights, config, args, device
+    )
+
+    # report
+    report("ve", scores, CLASSES, weights, config, args.output_dir)
+    return scores
+
+
+def parse_and_run() -> None:
+    parser = script_arguments(__doc__, "configs/VE.yaml", "output/VE")
+    main(*parse(parser, VE))
+
+
+if __name__ == "__main__":
+    run_script(parse_and_run)

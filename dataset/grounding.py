@@ -1,0 +1,176 @@
+"""Referring expressions: image and expression for training, and RefCOCO+'s boxes for evaluation."""
+
+import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dataset.annotations import NUMBER, TEXT, expand, read_annotations, read_json
+from dataset.items import EvalItems, finetune_loader
+from dataset.retrieval import with_identities
+from utils import UserError
+
+SPLITS = ("val", "testA", "testB")  # of evaluation
+REFS_FILE, INSTANCES_FILE = "refcoco+/refs(unc).p", "refcoco+/instances.json"
+
+
+def grounding_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
+    """Training batches as `retrieval_loader`'s; identity is the name of the image file. The whole image is
+    shown, since a crop could lose the object.
+    """
+    entries = read_annotations(config["train_file"], {"image": TEXT, "text": TEXT}, config["image_root"])
+    kept = ("images", "text", "where")
+    named = [{**{key: e[key] for key in kept}, "file": Path(e["image"]).name} for e in entries]
+    entries = with_identities(named, "file")
+    return finetune_loader(entries, config, tokenizer, position_limit, seed, pin, crop=False)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an expression means. Boxes are [x, y, w, h, ...] in pixels of the image of height x width."""
+
+    ref_id: int
+    split: str
+    height: int
+    width: int
+    box: list[float]
+    candidates: list[list[float]] | None  # the detector's; None: there is no detector
+
+    @property
+    def score_name(self) -> str:
+        """val_d, testA_d, testB_d, or with _h where boxes come from the heat map alone."""
+        return f"{self.split}_{'h' if self.candidates is None else 'd'}"
+
+    @property
+    def guesses(self) -> list[list[float]]:
+        """What to choose from without a heat map: the detector's boxes, or else the whole image."""
+        return [[0, 0, self.width, self.height]] if self.candidates is None else self.candidates
+
+
+class GroundingEvalData(EvalItems):
+    """Entries {"image", "text", "ref_id"}; targets: the object of each, in order."""
+
+    def __init__(self, config: dict):
+        """Raises UserError, naming file and entry, where the files of the config do not fit together."""
+        fields = {"image": TEXT, "text": TEXT, "ref_id": NUMBER}
+        entries = read_annotations(config["test_file"], fields, config["image_root"])
+        super().__init__(entries, config["image_res"])
+        det_file = expand(config["det_file"]) if config["det_file"] else None
+        self.targets = read_targets(entries, expand(config["refcoco_data"]), det_file)
+
+
+# ---- RefCOCO+ ----
+
+
+def read_targets(entries: list[dict], refcoco: Path, det_file: Path | None) -> list[Target]:
+    """ref_id -> reference -> annotation, image size, split and detector boxes, every step checked."""
+    refs_file, instances_file = refcoco / REFS_FILE, refcoco / INSTANCES_FILE
+    refs = _by_id(read_plain_pickle(refs_file), "ref_id", refs_file)
+    instances = read_json(instances_file, dict)
+    images = _by_id(instances.get("images"), "id", instances_file, " images")
+    annotations = _by_id(instances.get("annotations"), "id", instances_file, " annotations")
+    detections = None if det_file is None else read_json(det_file, dict)
+    targets = []
+    for entry in entries:
+        ref_id = entry["ref_id"]
+        ref = _get(refs, ref_id, f"{entry['where']}: ref_id", refs_file)
+        where = f"{refs_file}: ref_id {ref_id}"
+        split, image_id = _value(ref, "split", str, where), _value(ref, "image_id", int, where)
+        if split not in SPLITS:
+            raise UserError(
+                f"{entry['where']}: ref_id {ref_id} belongs to split {split!r}, expected "
+                f"{' or '.join(SPLITS)}; is this a file of training, or of another data set?"
+            )
+        image = _get(images, image_id, f"{where}: image_id", instances_file)
+        ann_id = _value(ref, "ann_id", int, where)
+        annotation = _get(annotations, ann_id, f"{where}: ann_id", instances_file)
+        candidates = None
+        if detections is not None:
+            found = _get(detections, str(image_id), f"{where}: image_id", det_file)
+            candidates = _boxes(found, f"{det_file}: image {image_id}")
+        (box,) = _boxes([annotation.get("bbox")], f"{instances_file}: annotation {ann_id}")
+        where = f"{instances_file}: image {image_id}"
+        height, width = (_value(image, side, int, where, least=1) for side in ("height", "width"))
+        targets.append(Target(ref_id, split, height, width, box, candidates))
+    return targets
+
+
+def _get(table: dict, key: int | str, where: str, file: Path) -> Any:
+    if key not in table:
+        raise UserError(f"{where} {key} is not in {file}; the two files must be of the same release")
+    return table[key]
+
+
+def _value(entry: dict, key: str, kind: type, where: str, least: int | None = None) -> Any:
+    value = entry.get(key)
+    if type(value) is not kind or (least is not None and value < least):
+        wanted = {int: "a whole number", str: "text"}[kind] + ("" if least is None else " above 0")
+        raise UserError(f"{where}: {key!r} must be {wanted}, found {value!r}"[:500])
+    return value
+
+
+def _by_id(entries: object, key: str, file: Path, part: str = "") -> dict[int, dict]:
+    if not isinstance(entries, list):
+        raise UserError(
+            f"{file}{part} must be a list of objects with {key!r}, found {type(entries).__name__}"
+        )
+    table = {}
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise UserError(f"{file}{part} entry {number} must be an object, found {entry!r}"[:500])
+        table[_value(entry, key, int, f"{file}{part} entry {number}")] = entry
+    return table
+
+
+def _boxes(boxes: object, where: str) -> list[list[float]]:
+    """The boxes as they are, each found to be [x, y, w, h, ...] with an area."""
+    if not isinstance(boxes, list):
+        raise UserError(f"{where} must have a list of boxes, found {boxes!r}"[:500])
+    for number, box in enumerate(boxes):
+        is_box = isinstance(box, list) and len(box) >= 4
+        if not (is_box and all(_is_number(value) for value in box[:4]) and box[2] > 0 and box[3] > 0):
+            raise UserError(
+                f"{where}, box {number} must be [x, y, width, height, ...] with width and height above 0, "
+                f"found {box!r}; correct or remove it"[:500]
+            )
+    return boxes
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ---- pickles of plain values ----
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Numbers, text, lists, tuples, sets and dicts need no name; whatever is named is refused, not called."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        super().__init__(file, encoding="latin1")  # reads every byte of a Python 2 string
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise UserError(
+            f"{self.path}: its pickle asks for {module}.{name}, but a list of references is made of plain "
+            "values; nothing of the file was run. Get the file from a source you trust"
+        )
+
+
+def read_plain_pickle(path: Path) -> Any:
+    """The numbers, texts, lists and dicts of a pickle of Python 2 or 3, without running anything it asks for.
+
+    Raises UserError when the file is missing, damaged or holds anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file, path).load()
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; check refcoco_data") from error
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise UserError(
+            f"{path} is not a complete pickle ({type(error).__name__}: {error}); copy or download it again"
+        ) from error

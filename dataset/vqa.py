@@ -1,0 +1,230 @@
+"""Questions about images, with what several people answered: training, evaluation, the list of answers.
+
+python -m dataset.vqa answers --train data/vqa_train.json data/vqa_val.json --out data/answer_list.json
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from dataset import train_loader
+from dataset.annotations import NUMBER, TEXT, TEXTS, expand, read_annotations, read_json
+from dataset.items import Collate, EvalItems, finetune_items
+from dataset.text import clean_question, tokenize
+from utils import UserError, run_script
+from vqa_accuracy import most_common_answer
+
+FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
+ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # data set of an entry -> config key
+WEIGHT_OF_ALL_ANSWERS = {"vqa": 1.0, "vg": 0.5}  # a Visual Genome question has a single annotator
+MAX_WORDS_IN_TRAINING, MAX_WORDS_IN_EVALUATION = 30, 50
+
+
+def read_questions(files: str | list[str], config: dict, **fields: tuple) -> list[dict]:
+    """The entries of VQA annotation files, which have `fields` beside FIELDS; image paths are relative to the
+    root of the entry's data set, or where the config has none to image_root, or else to the file.
+    """
+    entries = read_annotations(files, {**FIELDS, **fields}, config["image_root"])
+    roots = {name: expand(config[key]) if config[key] else None for name, key in ROOTS.items()}
+    for entry in entries:
+        name = entry["dataset"]
+        if name not in roots:
+            raise UserError(f"{entry['where']}: 'dataset' must be 'vqa' or 'vg', found {name!r}")
+        if roots[name]:
+            entry["images"] = [str((roots[name] / entry["image"]).absolute())]
+    return entries
+
+
+def given_answers(entry: dict) -> list[str]:
+    """What the annotators said, one answer each."""
+    return [entry["answer"]] if isinstance(entry["answer"], str) else entry["answer"]
+
+
+# ---- training ----
+
+
+def vqa_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
+    """Training batches: see `AnswerCollate`."""
+    entries = []
+    for entry in read_questions(config["train_file"], config, answer=TEXTS):
+        counts = Counter(given_answers(entry))
+        share = WEIGHT_OF_ALL_ANSWERS[entry["dataset"]] / counts.total()
+        entries.append(
+            {
+                "images": entry["images"],
+                "text": entry["question"],
+                "answers": list(counts),
+                "weights": [share * count for count in counts.values()],
+                "where": entry["where"],
+            }
+        )
+    clean = partial(clean_question, max_words=MAX_WORDS_IN_TRAINING)
+    items = finetune_items(entries, config, seed, clean=clean)
+    collate = AnswerCollate(tokenizer, position_limit, config["max_tokens"], config["eos"])
+    return train_loader(items, config["batch_size_train"], seed, config["num_workers"], collate, pin)
+
+
+class AnswerCollate(Collate):
+    """Adds answer_ids, answer_mask (A, L): the answers of all questions in turn, each with the end mark
+    `eos`; weights (A,): an answer's share of the annotators; num_answers (B,): of each question, A in all.
+    """
+
+    def __init__(self, tokenizer, position_limit: int, max_tokens: int, eos: str):
+        super().__init__(tokenizer, position_limit, max_tokens)
+        self.eos = eos
+
+    def __call__(self, items: list[dict]) -> dict[str, Tensor | list | str]:
+        batch = super().__call__(items)
+        if "unreadable" in batch:
+            return batch
+        answers = [answer + self.eos for item in items for answer in item["answers"]]
+        names = [item["where"] for item in items for _ in item["answers"]]
+        answer_ids, answer_mask = tokenize(
+            self.tokenizer, answers, position_limit=self.position_limit, names=names
+        )
+        return {
+            **batch,
+            "answer_ids": answer_ids,
+            "answer_mask": answer_mask,
+            "weights": torch.tensor(list(chain(*batch["weights"]))),
+            "num_answers": torch.tensor(list(map(len, batch["answers"]))),
+        }
+
+
+# ---- evaluation ----
+
+
+class VQAEvalData(EvalItems):
+    """A val file, whose entries have answers, or test files, whose entries have a question_id, and maybe
+    answers.
+
+    questions: the entries as they are; annotations: the answers of all annotators to each question, or None.
+    """
+
+    def __init__(self, files: str | list[str], config: dict, is_test: bool):
+        fields = {"question_id": NUMBER} if is_test else {"answer": TEXTS}
+        questions = read_questions(files, config, **fields)
+        if is_test and any("answer" in entry for entry in questions):
+            fields["answer"] = TEXTS  # all have them or none
+            questions = read_questions(files, config, **fields)
+        if is_test:
+            check_question_ids(questions)
+        kept = [{"images": e["images"], "text": e["question"], "where": e["where"]} for e in questions]
+        super().__init__(
+            kept, config["image_res"], partial(clean_question, max_words=MAX_WORDS_IN_EVALUATION)
+        )
+        self.questions = questions
+        self.annotations = list(map(given_answers, questions)) if "answer" in fields else None
+
+    def labels(self, field: str) -> list[str | None]:
+        """question_type or answer_type of every question, None where an entry does not say."""
+        return [entry.get(field) for entry in self.questions]
+
+
+def check_question_ids(questions: list[dict]) -> None:
+    places: dict[int, str] = {}
+    for entry in questions:
+        number, where = entry["question_id"], entry["where"]
+        if number in places:
+            raise UserError(f"{where}: question_id {number} is that of {places[number]} too; remove one")
+        places[number] = where
+
+
+@dataclass(frozen=True)
+class AnswerList:
+    """The K answers to rank: texts, and from [CLS] to the end mark ids, mask (K, L)."""
+
+    texts: list[str]
+    ids: Tensor
+    mask: Tensor
+
+
+def read_answer_list(file: str, tokenizer, eos: str, position_limit: int) -> AnswerList:
+    """Raises UserError for a file that is no list of different texts, or has one too long for the decoder."""
+    path = expand(file)
+    texts = read_json(path, list)
+    wrong = [text for text in texts if not isinstance(text, str) or not text.strip()]
+    if wrong or not texts:
+        found = repr(wrong[0]) if wrong else "an empty list"
+        raise UserError(
+            f"answer_list {path} must be a JSON list of answers, each a text, found {found[:100]}; make one "
+            "with python -m dataset.vqa answers"
+        )
+    repeated = [text for text, count in Counter(texts).items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"answer_list {path} has {len(repeated)} answers more than once, such as "
+            f"{', '.join(map(repr, repeated[:5]))}; keep one of each"
+        )
+    ended = [text + eos for text in texts]
+    for text, ids in zip(texts, tokenizer(ended)["input_ids"], strict=True):
+        if len(ids) > position_limit:
+            raise UserError(
+                f"answer_list {path}: {text[:60]!r} is {len(ids)} tokens long, the decoder has "
+                f"{position_limit} positions; shorten it or raise max_position_embeddings in bert_config"
+            )
+    return AnswerList(texts, *tokenize(tokenizer, ended, position_limit=position_limit))
+
+
+def eos_token(tokenizer, eos: str) -> int:
+    """The id of the mark that ends an answer; UserError where the vocabulary has no such word."""
+    number = tokenizer.convert_tokens_to_ids(eos)
+    if not eos or number == tokenizer.unk_token_id:
+        raise UserError(f"config eos {eos!r} is no word of the vocabulary; BERT's end mark is '[SEP]'")
+    return number
+
+
+# ---- the answer list ----
+
+
+def frequent_answers(
+    annotations: Iterable[Sequence[str]], num: int | None = None, min_count: int = 1
+) -> list[str]:
+    """The `num` most frequent answers among those counted `min_count` times, most frequent first.
+
+    A question counts for one answer: the one that most of its annotators gave, normalised as for the official
+    accuracy (of equally many the first). Of equally frequent answers the one that appears first stands first;
+    answers with nothing left after normalisation are left out.
+    """
+    counts = Counter(map(most_common_answer, annotations))
+    return [answer for answer, count in counts.most_common() if answer and count >= min_count][:num]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m dataset.vqa", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    rule = " ".join(frequent_answers.__doc__.split("\n\n")[1].split())
+    answers = commands.add_parser("answers", help="write the list of answers to rank", description=rule)
+    answers.add_argument("--train", nargs="+", required=True, help="VQA annotation files with answers")
+    answers.add_argument("--out", required=True, help="the JSON list")
+    limit = answers.add_mutually_exclusive_group()
+    limit.add_argument("--num", type=int, default=3128, help="length of the list (default: %(default)s)")
+    limit.add_argument("--min_count", type=int, help="all answers counted so often, instead of --num")
+    args = parser.parse_args()
+    entries = read_annotations(args.train, {**FIELDS, "answer": TEXTS})
+    annotations = list(map(given_answers, entries))
+    by_count = args.min_count is not None
+    listed = frequent_answers(annotations, None if by_count else args.num, args.min_count if by_count else 1)
+    if not listed:
+        raise UserError(f"no answer in {', '.join(args.train)} is counted {args.min_count} times")
+    try:
+        with expand(args.out).open("w") as file:
+            json.dump(listed, file)
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+    known = set(listed)
+    covered = sum(most_common_answer(given) in known for given in annotations) / len(annotations)
+    print(
+        f"{args.out}: {len(listed)} answers, the most common one of {covered:.1%} of {len(entries)} questions"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,258 @@
+"""The whole chain on the embedded scenes: pre-training and every downstream task; a table and pictures.
+
+make demo-all        (or: python demo_all.py [--output_dir output/demo-all])
+
+A second call goes on: finished stages are read from their stage.json, an interrupted one continues at its
+newest checkpoint. Each task is scored on the test split before its training (from the checkpoint it starts
+with, a fresh head where it has one) and after it.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from checkpoint import load_weights
+from config import GROUNDING, read_config
+from dataset.grounding import GroundingEvalData
+from dataset.items import Collate
+from dataset.text import build_tokenizer
+from demo import CONFIGS, DATA, draw_losses, gallery, launch, make_data, num_processes
+from metrics import RIGHT_IOU
+from models.gradcam import grad_cam
+from models.retrieval import SIMLARetrieval
+from plots import import_pyplot, plot_answers, plot_heat_maps
+from utils import run_script
+from vqa_accuracy import answer_scores
+
+GLOBAL_BATCH = 32
+SCORED_BY_RETRIEVAL = ("Retrieval.py", "zero_shot_retrieval.py")
+
+
+class Stage(NamedTuple):
+    """A training run, started from the checkpoint of another stage, and the evaluation that scores it."""
+
+    name: str  # its folder; and its key in summary.json, unless `key` says otherwise
+    script: str
+    config: str
+    start: str = ""  # the stage whose checkpoint it starts from
+    result: str = ""  # file in result/ that the evaluation writes; empty: nothing to score
+    read: Callable[[dict], dict] = dict  # that file -> {"metric", "value", "chance", "n"}
+    flags: tuple[str, ...] = ()
+    evaluation: tuple[str, str] | None = None  # another script and config that score it
+    key: str = ""
+
+
+def read_retrieval(result: dict) -> dict:
+    metric = "recall, mean of R@1, R@5, R@10 both ways (%)"
+    return {
+        "metric": metric,
+        "value": result["r_mean"],
+        "chance": result["chance"]["r_mean"],
+        "n": result["n"],
+    }
+
+
+def read_grounding(result: dict) -> dict:
+    """Both test splits together; chance is an even choice among the detector's boxes."""
+    splits = [result["splits"][name] for name in ("testA_d", "testB_d")]
+    total = sum(split["n"] for split in splits)
+    value, chance = (sum(s[key] * s["n"] for s in splits) / total for key in ("accuracy", "chance"))
+    return {"metric": "boxes right on testA and testB (%)", "value": value, "chance": chance, "n": total}
+
+
+def read_vqa(result: dict) -> dict:
+    """Chance is training's most frequent answer to the question's type, given without a look."""
+    manifest = json.loads((DATA / "manifest.json").read_text())
+    chance = manifest["tasks"]["vqa"]["chance"]["test"]["by_question_type"]
+    return {"metric": "VQA accuracy (%)", "value": result["accuracy"], "chance": chance, "n": result["n"]}
+
+
+def read_classes(result: dict) -> dict:
+    """Chance is the most frequent class."""
+    test = result["test"]
+    return {
+        "metric": "accuracy (%)",
+        "value": test["acc"],
+        "chance": test["most_frequent_class"],
+        "n": test["n"],
+    }
+
+
+GROUNDING_FLAGS = ("--gradcam_mode", "itc", "--block_num", "3")
+STAGES = (
+    Stage(
+        "pretrain",
+        "Pretrain.py",
+        "Pretrain.yaml",
+        result="retrieval",
+        read=read_retrieval,
+        evaluation=("zero_shot_retrieval.py", "Retrieval.yaml"),
+        key="zero_shot_retrieval",
+    ),
+    Stage("retrieval", "Retrieval.py", "Retrieval.yaml", "pretrain", "retrieval", read_retrieval),
+    Stage(
+        "grounding",
+        "Grounding.py",
+        "Grounding.yaml",
+        "pretrain",
+        "grounding",
+        read_grounding,
+        flags=GROUNDING_FLAGS,
+    ),
+    Stage("vqa", "VQA.py", "VQA.yaml", "pretrain", "vqa_accuracy", read_vqa),
+    Stage("nlvr_pretrain", "Pretrain_NLVR.py", "NLVR_Pretrain.yaml", "pretrain"),
+    Stage("nlvr", "NLVR.py", "NLVR.yaml", "nlvr_pretrain", "nlvr", read_classes),
+    Stage("ve", "VE.py", "VE.yaml", "pretrain", "ve", read_classes),
+)
+
+
+def run_stage(stage: Stage, out: Path, seed: str) -> dict:
+    """Evaluates, trains and evaluates again; returns what stage.json holds, {"checkpoint", "seconds"} and for
+    a stage with a score {"metric", "chance", "before", "after", "n"}.
+    """
+    folder, finished = out / stage.name, out / stage.name / "stage.json"
+    if finished.is_file():
+        print(f"\n{stage.name}: done already, {finished}", flush=True)
+        return json.loads(finished.read_text())
+    begin = time.monotonic()
+    start = json.loads((out / stage.start / "stage.json").read_text())["checkpoint"] if stage.start else ""
+    record = {}
+    if stage.result:
+        before = evaluate(stage, folder / "before", start, seed)
+    train(stage, folder, start, seed)
+    record["checkpoint"] = str(best_checkpoint(folder))
+    if stage.result:
+        after = evaluate(stage, folder / "after", record["checkpoint"], seed)
+        record |= {key: after[key] for key in ("metric", "chance", "n")}
+        record |= {"before": before["value"], "after": after["value"]}
+    record["seconds"] = round(time.monotonic() - begin)
+    fresh = finished.with_suffix(".tmp")
+    fresh.write_text(json.dumps(record, indent=1))
+    fresh.replace(finished)
+    return record
+
+
+def evaluate(stage: Stage, folder: Path, checkpoint: str, seed: str) -> dict:
+    """The test scores of a checkpoint ("": of random weights); not repeated where they are there already."""
+    result = folder / "result" / f"{stage.result}.json"
+    script, config = stage.evaluation or (stage.script, stage.config)
+    if not result.is_file():
+        flags = ["--config", str(CONFIGS / config), "--output_dir", str(folder), "--seed", seed, *stage.flags]
+        flags += ["--checkpoint", checkpoint] if checkpoint else []
+        launch(script, "--evaluate", *flags, "--overrides", *overrides(script, folder.parent.parent))
+    return stage.read(json.loads(result.read_text()))
+
+
+def train(stage: Stage, folder: Path, start: str, seed: str) -> None:
+    flags = ["--config", str(CONFIGS / stage.config), "--output_dir", str(folder), "--seed", seed]
+    flags += stage.flags
+    newest = newest_checkpoint(folder)
+    if newest:
+        flags += ["--checkpoint", str(newest), "--resume"]
+    elif start:
+        flags += ["--checkpoint", start]
+    launch(stage.script, *flags, "--overrides", *overrides(stage.script, folder.parent))
+
+
+def overrides(script: str, out: Path) -> list[str]:
+    """What depends on this machine and folder: the batch of each process, the codebook, kept scores."""
+    batch = GLOBAL_BATCH // num_processes()
+    if script == "Pretrain.py":
+        return [f"batch_size={batch}", f"image_tokenizer.path={out}/codebook.safetensors"]
+    return [f"batch_size_train={batch}"] + ["save_scores=true"] * (script in SCORED_BY_RETRIEVAL)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The one to resume from."""
+    found = [*folder.glob("checkpoint_last.pth"), *sorted(folder.glob("checkpoint_[0-9]*.pth"))]
+    return found[-1] if found else None
+
+
+def best_checkpoint(folder: Path) -> Path:
+    best = folder / "checkpoint_best.pth"
+    return best if best.is_file() else newest_checkpoint(folder)
+
+
+def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
+    """Where the fine-tuned model looks for every so-manieth test expression, and the box it chooses."""
+    config = read_config(str(folder / "config.yaml"), GROUNDING)
+    data, tokenizer = GroundingEvalData(config), build_tokenizer(config["text_encoder"])
+    model = SIMLARetrieval.from_config(config)
+    load_weights(model, folder / "checkpoint_best.pth", "Grounding")
+    choices = json.loads((folder / "after" / "result" / "grounding.json").read_text())["choices"]
+    shown = spread([i for i, target in enumerate(data.targets) if target.split != "val"], num_pictures)
+    batch = Collate(tokenizer, model.text_encoder.config.max_position_embeddings)([data[i] for i in shown])
+    mode, block = GROUNDING_FLAGS[1], int(GROUNDING_FLAGS[3])
+    heats = grad_cam(model.eval(), mode, block, batch["image"], batch["text_ids"], batch["text_mask"])
+    plot_heat_maps(
+        [data.entries[i]["images"][0] for i in shown],
+        batch["text"],
+        list(heats),
+        [data.targets[i].box for i in shown],
+        [choices[i]["box"] for i in shown],
+        [choices[i]["iou"] >= RIGHT_IOU for i in shown],
+        folder / "heat_maps.png",
+    )
+
+
+def draw_answers(folder: Path, num_pictures: int = 12) -> None:
+    """The fine-tuned model's answers to every so-manieth test question."""
+    questions = json.loads((DATA / "vqa_test.json").read_text())
+    given = json.loads((folder / "after" / "result" / "vqa_top_answers.json").read_text())
+    shown = spread(range(len(questions)), num_pictures)
+    answers = [given[i]["answers"][0] for i in shown]
+    annotated = [questions[i]["answer"] for i in shown]
+    plot_answers(
+        [str(DATA / questions[i]["image"]) for i in shown],
+        [questions[i]["question"] for i in shown],
+        answers,
+        [score >= 1 for score in answer_scores(answers, annotated)],
+        [max(answers, key=answers.count) for answers in annotated],
+        folder / "answers.png",
+    )
+
+
+def spread(items: Sequence[int], number: int) -> list[int]:
+    """`number` of the items, evenly spread, whatever they show."""
+    return list(items[:: max(1, len(items) // number)][:number])
+
+
+def table(summary: dict) -> str:
+    rows = [f"{'':22}{'chance':>8}{'before':>8}{'after':>8}{'n':>7}{'seconds':>9}  metric"]
+    for name, row in summary.items():
+        numbers = "".join(f"{row[key]:8.1f}" for key in ("chance", "before", "after"))
+        rows.append(f"{name:22}{numbers}{row['n']:7}{row['seconds']:9}  {row['metric']}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", default="output/demo-all", type=Path)
+    parser.add_argument("--seed", default="42")
+    args = parser.parse_args()
+    out = args.output_dir
+
+    import_pyplot()  # what the end needs is missing at the start or not at all
+    make_data()
+    summary, seconds = {}, 0
+    for stage in STAGES:
+        record = run_stage(stage, out, args.seed)
+        seconds += record["seconds"]
+        if stage.result:
+            columns = ("metric", "chance", "before", "after", "n", "seconds")
+            summary[stage.key or stage.name] = {column: record[column] for column in columns}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    draw_losses(out / "pretrain")
+    gallery(out / "retrieval")
+    draw_heat_maps(out / "grounding")
+    draw_answers(out / "vqa")
+    print(f"\n{table(summary)}\n\n{seconds} s in all; {out}/summary.json")
+    for picture in sorted(out.glob("*/*.png")):
+        print(picture)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,97 @@
+"""Grad-CAM: where in the image a model looks for a text (grounding without boxes, as in ALBEF section 5.5).
+
+An attention map inside the model is weighed by the gradient of a score with respect to that very map. The
+layers below the map run without gradient, those above it with. Shapes: B pairs, T text tokens, N image
+tokens incl. [CLS], H heads, (h, w) the image encoder's grid of patches.
+"""
+
+import torch
+from torch import Tensor
+
+from models.align import unit_features
+from models.bert import padding_mask
+from models.retrieval import SIMLARetrieval
+from models.vit import attention_map, read
+from utils import UserError
+
+MODES = ("itm", "itc")
+
+
+def check_block(model: SIMLARetrieval, mode: str, block: int) -> None:
+    """UserError where the encoder that `mode` looks into has no block of that number."""
+    text, image = (
+        ("text encoder", model.text_encoder.encoder.layer),
+        ("image encoder", model.visual_encoder.blocks),
+    )
+    name, layers = {"itm": text, "itc": image}[mode]
+    if not 0 <= block < len(layers):
+        raise UserError(
+            f"--block_num {block}: with --gradcam_mode {mode} it is a layer of the {name}, which has "
+            f"{len(layers)}; choose 0 to {len(layers) - 1}"
+        )
+
+
+def grad_cam(
+    model: SIMLARetrieval, mode: str, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor
+) -> Tensor:
+    """A heat map for every pair of an image and a text, the model being in eval mode.
+
+    image (B, 3, R, R); text_ids, text_mask (B, T) -> (B, h, w), not negative. Only the proportions within
+    one map mean anything: in mode itm its scale falls with the padding that T includes, as published.
+    Raises UserError for a block that there is not.
+    """
+    check_block(model, mode, block)
+    patches = {"itm": itm_map, "itc": itc_map}[mode](model, block, image, text_ids, text_mask)  # (B, N-1)
+    return patches.unflatten(1, model.visual_encoder.patch_embed.grid_size)
+
+
+def itm_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+    """Cross-attention of text layer `block`, by the "match" logit; mean over heads and text positions (padded
+    ones count as 0) -> (B, N-1)
+    """
+    bert, layers = model.text_encoder, model.text_encoder.encoder.layer
+    layer = layers[block]
+    with torch.no_grad():
+        cross = bert.project(model.visual_encoder(image))
+        hidden, mask = bert.embeddings(text_ids), padding_mask(text_mask)
+        for i in range(block):
+            hidden = layers[i](hidden, mask, cross.layer(i))
+        hidden = layer.attention(hidden, *layer.attention.project(hidden), mask)
+        keys, values, cross_mask = cross.layer(block)
+        probabilities = layer.crossattention.attention_map(hidden, keys, cross_mask)  # (B, H, T, N)
+    with torch.enable_grad():
+        probabilities.requires_grad_()
+        hidden = layer.crossattention.read(probabilities, values, hidden)
+        hidden = layer.output(layer.intermediate(hidden), hidden)
+        for i in range(block + 1, len(layers)):
+            hidden = layers[i](hidden, mask, cross.layer(i))
+        logits = model.itm_head(hidden[:, 0])[:, 1]  # (B,)
+    weighed = _weigh(probabilities, logits)[..., 1:]  # (B, H, T, N-1)
+    return (weighed * text_mask[:, None, :, None]).mean((1, 2))
+
+
+def itc_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+    """[CLS] row of the self-attention of image block `block`, by the pair's similarity / temp; mean over
+    heads -> (B, N-1)
+    """
+    blocks = model.visual_encoder.blocks
+    with torch.no_grad():
+        text_feat = model.encode_text(text_ids, text_mask)  # (B, E)
+        tokens = model.visual_encoder.embed(image)
+        for lower in blocks[:block]:
+            tokens = lower(tokens)
+        probabilities, values = attention_map(blocks[block], tokens)  # (B, H, N, N)
+    with torch.enable_grad():
+        probabilities.requires_grad_()
+        tokens = read(blocks[block], probabilities, values, tokens)
+        for upper in blocks[block + 1 :]:
+            tokens = upper(tokens)
+        image_feat = unit_features(model.vision_proj, model.visual_encoder.norm(tokens))
+        similarity = (image_feat * text_feat).sum(-1) / model.temp  # (B,)
+    return _weigh(probabilities, similarity)[:, :, 0, 1:].mean(1)
+
+
+def _weigh(probabilities: Tensor, scores: Tensor) -> Tensor:
+    """The map times the positive part of the gradient of the sum of scores (B,)."""
+    (gradient,) = torch.autograd.grad(scores, probabilities, torch.ones_like(scores))
+    return probabilities.detach() * gradient.clamp(min=0)

@@ -1,0 +1,18 @@
+"""SIMLA for NLVR2: whether a sentence is true of two images."""
+
+from torch import Tensor
+
+from models.bert import BertModel, CrossStates
+from models.ve import SIMLAVE
+
+
+class SIMLANLVR(SIMLAVE):
+    """As visual entailment, with two images, of which the text layers read one after the other, two classes
+    and an image batch (2B, 3, R, R), all first images first.
+    """
+
+    num_classes = 2
+    two_images = True
+
+    def _read(self, text_encoder: BertModel, image_embeds: Tensor) -> CrossStates:
+        return text_encoder.project_pair(image_embeds)

@@ -1,0 +1,63 @@
+"""SIMLA for visual entailment: the multimodal [CLS] state through a small head, with momentum distillation.
+
+B batch, N image tokens, T text tokens, D width, C classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.bert import BertConfig, BertModel, CrossStates
+from models.losses import distilled_cross_entropy
+from models.momentum import MomentumModel, make_twin, update_twins
+from models.vit import VisionTransformer, vit_sizes
+
+
+class SIMLAVE(MomentumModel):
+    """One image, three classes. State-dict names and their order are the published code's."""
+
+    twin_names = ("visual_encoder", "text_encoder", "cls_head")
+    num_classes = 3
+    two_images = False
+
+    def __init__(self, vit: dict, bert: BertConfig, momentum: float = 0.995):
+        super().__init__()
+        self.momentum = momentum
+
+        def head() -> nn.Sequential:
+            width = bert.hidden_size
+            return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.num_classes))
+
+        self.visual_encoder = VisionTransformer(**vit)
+        self.text_encoder = BertModel(bert, self.two_images)
+        self.cls_head = head()
+
+        self.visual_encoder_m = make_twin(self.visual_encoder, VisionTransformer(**vit))
+        self.text_encoder_m = make_twin(self.text_encoder, BertModel(bert, self.two_images))
+        self.cls_head_m = make_twin(self.cls_head, head())
+
+    @classmethod
+    def from_config(cls, config: dict) -> "SIMLAVE":
+        return cls(vit_sizes(config), BertConfig.read(config["bert_config"]), config["momentum"])
+
+    def forward(
+        self, image: Tensor, text_ids: Tensor, text_mask: Tensor, label: Tensor, alpha: float
+    ) -> dict[str, Tensor]:
+        """Cross-entropy with the labels and, with weight alpha, with what the momentum twins answer.
+
+        image (B, 3, R, R), in NLVR (2B, 3, R, R); text_ids, text_mask (B, T); label (B,)
+        """
+        update_twins(self.twins(), self.momentum)
+        logits = self.predict(image, text_ids, text_mask)  # (B, C)
+        with torch.no_grad():
+            logits_m = self.predict(image, text_ids, text_mask, "_m")
+        return {"loss": distilled_cross_entropy(logits, label, logits_m, alpha)}
+
+    def predict(self, image: Tensor, text_ids: Tensor, text_mask: Tensor, suffix: str = "") -> Tensor:
+        """Shapes as in `forward` -> logits (B, C), with `suffix` "_m" those of the momentum twins."""
+        visual_encoder, text_encoder, cls_head = (getattr(self, name + suffix) for name in self.twin_names)
+        image_embeds = visual_encoder(image)  # (B, N, D), in NLVR (2B, N, D)
+        hidden = text_encoder(text_ids, text_mask, self._read(text_encoder, image_embeds))  # (B, T, D)
+        return cls_head(hidden[:, 0])
+
+    def _read(self, text_encoder: BertModel, image_embeds: Tensor) -> CrossStates:
+        return text_encoder.project(image_embeds)

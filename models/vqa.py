@@ -1,0 +1,254 @@
+"""SIMLA for visual question answering: a multimodal question encoder and a causal answer decoder.
+
+B questions, A answers (several to a question), N image tokens, T question tokens, L answer tokens, D width, V
+vocabulary, K candidate answers.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import losses
+from models.bert import BertConfig, BertForMaskedLM, BertModel, CrossStates
+from models.momentum import MomentumModel, make_twin, update_twins
+from models.vit import VisionTransformer, vit_sizes
+
+
+class SIMLAVQA(MomentumModel):
+    """State-dict names and their order are the published code's.
+
+    decoder_layers 0: as many as the upper half of the text encoder has, which pre-training fills them from.
+    vqa_no_distill, mlm_distill_over_sequence: see `forward`.
+    """
+
+    twin_names = ("visual_encoder", "text_encoder", "text_decoder")
+
+    def __init__(
+        self,
+        vit: dict,
+        bert: BertConfig,
+        decoder_layers: int = 0,
+        momentum: float = 0.995,
+        vqa_no_distill: bool = False,
+        mlm_distill_over_sequence: bool = False,
+    ):
+        super().__init__()
+        self.momentum = momentum
+        self.vqa_no_distill = vqa_no_distill
+        self.mlm_distill_over_sequence = mlm_distill_over_sequence
+        num_layers = bert.num_hidden_layers
+        answers = replace(bert, num_hidden_layers=decoder_layers or num_layers - num_layers // 2)
+        self.visual_encoder = VisionTransformer(**vit)
+        self.text_encoder = BertModel(bert)
+        self.text_decoder = BertForMaskedLM(answers)
+        self.visual_encoder_m = make_twin(self.visual_encoder, VisionTransformer(**vit))
+        self.text_encoder_m = make_twin(self.text_encoder, BertModel(bert))
+        self.text_decoder_m = make_twin(self.text_decoder, BertForMaskedLM(answers))
+
+    @classmethod
+    def from_config(cls, config: dict) -> "SIMLAVQA":
+        return cls(
+            vit_sizes(config),
+            BertConfig.read(config["bert_config"]),
+            config["decoder_layers"],
+            config["momentum"],
+            config["released_code"]["vqa_no_distill"],
+            config["released_code"]["mlm_distill_over_sequence"],
+        )
+
+    def forward(
+        self,
+        image: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        weights: Tensor,
+        num_answers: Tensor,
+        alpha: float,
+    ) -> dict[str, Tensor]:
+        """The cross-entropy of the answers' tokens after [CLS], weighted, for each question.
+
+        image (B, 3, R, R); question_ids, question_mask (B, T); answer_ids, answer_mask (A, L): the answers of
+        question 0, then of question 1, ...; weights (A,); num_answers (B,) of each question, A in all; alpha:
+        weight of the momentum targets. vqa_no_distill: none, as published. mlm_distill_over_sequence: the
+        student's soft log-probabilities are taken over the sequence, as published.
+        """
+        with torch.no_grad():
+            update_twins(self.twins(), self.momentum)
+        online, momentum = zip(*self.twins(), strict=True)
+        own = torch.arange(len(image), device=image.device).repeat_interleave(num_answers)  # (A,)
+        inputs = image, question_ids, question_mask, answer_ids, answer_mask, own
+        hidden = answer_states(online, *inputs)  # (A, L-1, D)
+        hidden_m = None
+        if alpha > 0 and not self.vqa_no_distill:
+            with torch.no_grad():
+                hidden_m = answer_states(momentum, *inputs)
+        weights = weights / len(image)
+        return {"loss": self._answer_loss(hidden, hidden_m, answer_ids, answer_mask, weights, alpha)}
+
+    def _answer_loss(
+        self,
+        hidden: Tensor,
+        hidden_m: Tensor | None,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        weights: Tensor,
+        alpha: float,
+    ) -> Tensor:
+        """hidden, hidden_m (A, L-1, D), of which only what the loss counts goes through the wide LM head."""
+        labels, is_next = answer_ids[:, 1:], answer_mask[:, 1:].bool()  # (A, L-1)
+        if hidden_m is not None and self.mlm_distill_over_sequence:
+            logits, logits_m = self.text_decoder.predict(hidden), self.text_decoder_m.predict(hidden_m)
+            labels = labels.masked_fill(~is_next, -100)
+            return losses.answer_loss_over_sequence(logits, labels, logits_m, weights, alpha)
+        logits = self.text_decoder.predict(hidden[is_next])  # (M, V)
+        logits_m = None if hidden_m is None else self.text_decoder_m.predict(hidden_m[is_next])
+        token_weights = weights[:, None].expand_as(is_next)[is_next]  # (M,)
+        return losses.answer_loss(logits, labels[is_next], logits_m, token_weights, alpha)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        image: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        k: int,
+        chunk_rows: int = 1024,
+    ) -> tuple[Tensor, Tensor]:
+        """The k best of a fixed list of answers to each question, best first.
+
+        answer_ids, answer_mask (K, L): the list, every answer from [CLS] on; k may exceed K; the decoder
+        reads at most chunk_rows answers at a time -> numbers of answers and their probabilities among the k,
+        (B, min(k, K)). The first token's probability picks the k; their score is its logarithm plus the
+        log-likelihood of the whole answer, which counts the first token again, as published. Of equal answers
+        the earlier one stands first.
+        """
+        k = min(k, len(answer_ids))
+        questions = question_states(
+            self.visual_encoder, self.text_encoder, image, question_ids, question_mask
+        )
+        ranked = [
+            self._rank(questions[rows], question_mask[rows], answer_ids, answer_mask, k, chunk_rows)
+            for rows in torch.arange(len(image), device=image.device).split(max(1, chunk_rows // k))
+        ]
+        numbers, probabilities = map(torch.cat, zip(*ranked, strict=True))
+        return numbers, probabilities
+
+    def _rank(
+        self,
+        questions: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        k: int,
+        chunk_rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        """`rank_answers` with question states (B, T, D) of few enough questions."""
+        cross = self.text_decoder.bert.project(questions, question_mask)
+        start = answer_ids[:1, :1].expand(len(questions), 1)  # [CLS]
+        hidden = self.text_decoder.bert(start, torch.ones_like(start), cross, causal=True)
+        first = self.text_decoder.predict(hidden[:, 0]).log_softmax(-1)[:, answer_ids[:, 1]]  # (B, K)
+        first, chosen = (part[:, :k] for part in first.sort(descending=True, stable=True))
+        likelihoods = [
+            self._log_likelihood(answer_ids[part], answer_mask[part], cross)
+            for part in chosen.split(chunk_rows, dim=1)
+        ]
+        scores, order = (first + torch.cat(likelihoods, dim=1)).sort(descending=True, stable=True)
+        return chosen.gather(1, order), scores.softmax(-1).float()
+
+    def _log_likelihood(self, answer_ids: Tensor, answer_mask: Tensor, cross: CrossStates) -> Tensor:
+        """n answers to each question, (B, n, L) -> (B, n); they ride on its keys and values as one query."""
+        longest = int(answer_mask.sum(-1).max())
+        ids, mask = answer_ids[..., :longest].flatten(0, 1), answer_mask[..., :longest].flatten(0, 1)
+        hidden = self.text_decoder.bert(ids[:, :-1], mask[:, :-1], cross, causal=True)
+        is_next = mask[:, 1:].bool()
+        logits = self.text_decoder.predict(hidden[is_next])
+        likelihoods = torch.zeros_like(is_next, dtype=torch.float64)  # sums near -30 would round in float32
+        likelihoods[is_next] = -F.cross_entropy(logits, ids[:, 1:][is_next], reduction="none").double()
+        return likelihoods.sum(1).view(answer_ids.shape[:2])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        image: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        num_beams: int,
+        max_tokens: int,
+        cls_id: int,
+        sep_id: int,
+        pad_id: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Beam search for free answers (1 beam: greedy), without a reward for length.
+
+        -> ids (B, num_beams, L) without [CLS], best first, padding after [SEP], an answer of max_tokens (at
+        most the decoder's positions) cut off there; log-probabilities (B, num_beams), -inf where there are
+        fewer answers
+        """
+        decoder = self.text_decoder
+        questions = question_states(
+            self.visual_encoder, self.text_encoder, image, question_ids, question_mask
+        )
+        cross = decoder.bert.project(questions, question_mask)
+        ids = torch.full((len(image), num_beams, 1), cls_id, device=image.device)
+        scores = torch.full((len(image), num_beams), -torch.inf, device=image.device)
+        scores[:, 0] = 0.0  # the others would repeat it
+        for _ in range(min(max_tokens, decoder.bert.config.max_position_embeddings)):
+            rows = ids.flatten(0, 1)
+            hidden = decoder.bert(rows, torch.ones_like(rows), cross, causal=True)[:, -1]
+            following = decoder.predict(hidden).log_softmax(-1).unflatten(0, scores.shape)
+            ids, scores = extend_beams(ids, scores, following, sep_id, pad_id)
+            if (is_finished(ids, sep_id, pad_id) | scores.isinf()).all():
+                break
+        return ids[..., 1:], scores
+
+
+def question_states(
+    visual_encoder: VisionTransformer, text_encoder: BertModel, image: Tensor, ids: Tensor, mask: Tensor
+) -> Tensor:
+    """The question read with the image: image (B, 3, R, R); ids, mask (B, T) -> (B, T, D)"""
+    return text_encoder(ids, mask, text_encoder.project(visual_encoder(image)))
+
+
+def answer_states(
+    modules: tuple[VisionTransformer, BertModel, BertForMaskedLM],
+    image: Tensor,
+    question_ids: Tensor,
+    question_mask: Tensor,
+    answer_ids: Tensor,
+    answer_mask: Tensor,
+    own: Tensor,
+) -> Tensor:
+    """The states that predict tokens 1 to L-1 of every answer: own (A,) its question -> (A, L-1, D)"""
+    visual_encoder, text_encoder, decoder = modules
+    questions = question_states(visual_encoder, text_encoder, image, question_ids, question_mask)
+    cross = decoder.bert.project(questions, question_mask).rows(own)
+    return decoder.bert(answer_ids[:, :-1], answer_mask[:, :-1], cross, causal=True)
+
+
+def is_finished(ids: Tensor, sep_id: int, pad_id: int) -> Tensor:
+    """Which beams have ended: ids (B, n, L) -> (B, n) bool"""
+    return (ids[..., -1] == sep_id) | (ids[..., -1] == pad_id)
+
+
+def extend_beams(
+    ids: Tensor, scores: Tensor, following: Tensor, sep_id: int, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """The n best continuations of n beams by one token, best first.
+
+    ids (B, n, L), scores (B, n) their log-probabilities, following (B, n, V) those of every next token -> (B,
+    n, L+1), (B, n). A finished beam goes on by padding alone, at no cost; no other beam does.
+    """
+    is_pad = torch.arange(following.shape[-1], device=following.device) == pad_id  # (V,)
+    finished = is_finished(ids, sep_id, pad_id)[..., None]
+    padding = torch.zeros_like(following).masked_fill(~is_pad, -torch.inf)
+    following = torch.where(finished, padding, following.masked_fill(is_pad, -torch.inf))
+    scores, best = (scores[..., None] + following).flatten(1).topk(scores.shape[1], dim=1)
+    beams = (best // following.shape[-1])[..., None]
+    kept = ids.gather(1, beams.expand(-1, -1, ids.shape[-1]))
+    return torch.cat([kept, (best % following.shape[-1])[..., None]], dim=-1), scores

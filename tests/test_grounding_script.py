@@ -1,0 +1,467 @@
+"""Grounding.py for real: its files, training, resuming, ranks, bad input. As a program: evaluates as N forked
+ranks, since the imports take longer than the work.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ruamel.yaml import YAML
+from tiny import MODEL, ROOT, make_tiny, run
+
+import Grounding
+from config import GROUNDING, read_config
+from dataset.grounding import GroundingEvalData, grounding_loader, read_plain_pickle
+from dataset.text import build_tokenizer
+from dataset.transforms import load_image, normalise, resized_crop, to_tensor
+from models.retrieval import SIMLARetrieval
+from utils import UserError
+
+ENTRY = {"image": "images/val/00000.jpg", "text": "a cup", "ref_id": 1}
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(content, 2) if path.suffix == ".p" else json.dumps(content).encode())
+
+
+def scenes(data: Path, split: str) -> list[dict]:
+    return json.loads((data / f"scenes_{split}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A data folder in which every object of a scene has an expression, and a config: {"data", "config"}."""
+    folder = tmp_path_factory.mktemp("tiny")
+    data = make_tiny(folder)["data"]
+    train = [
+        {"image": scene["image"], "text": f"the {thing['size']} {thing['kind']}"}
+        for scene in scenes(data, "train")
+        for thing in scene["objects"]
+    ]
+    write(data / "grounding_train.json", train)
+    images, annotations, refs, dets, test = [], [], [], {}, []
+    for image_id, scene in enumerate(scenes(data, "val") + scenes(data, "test"), 100):
+        split = "val" if scene["image"].startswith("images/val") else f"test{'AB'[image_id % 2]}"
+        images.append({"id": image_id, "height": 48, "width": 48, "file_name": scene["image"]})
+        dets[image_id] = [[1.5, 2, 20, 21.5, 0.3]]
+        for thing in scene["objects"]:
+            ref_id = len(refs) + 1
+            annotations.append({"id": 10 * ref_id, "image_id": image_id, "bbox": thing["box"]})
+            refs.append({"ref_id": ref_id, "ann_id": 10 * ref_id, "image_id": image_id, "split": split})
+            dets[image_id].append([*thing["box"], 0.9])
+            test.append({"image": scene["image"], "text": f"the {thing['kind']}", "ref_id": ref_id})
+    write(data / "grounding_test.json", test)
+    write(data / "refcoco+" / "refs(unc).p", refs)
+    write(data / "refcoco+" / "instances.json", {"images": images, "annotations": annotations})
+    write(data / "refcoco+" / "dets.json", dets)
+    config = {
+        **MODEL,
+        "train_file": str(data / "grounding_train.json"),
+        "test_file": str(data / "grounding_test.json"),
+        "refcoco_data": str(data),
+        "det_file": str(data / "refcoco+" / "dets.json"),
+        "text_encoder": str(data / "bert"),
+        "batch_size_train": 4,
+        "batch_size_test": 3,
+        "randaugment": {"num_ops": 0},
+        "optimizer": {"lr": 1e-3},
+        "schedular": {"epochs": 2, "warmup_epochs": 1, "warmup_step_size": 2},
+    }
+    with (folder / "Grounding.yaml").open("w") as file:
+        YAML(typ="safe", pure=True).dump(config, file)
+    return {"data": data, "config": folder / "Grounding.yaml"}
+
+
+def grounding(monkeypatch, tiny: dict, out: Path, *flags: object) -> dict:
+    """Grounding.py in this process -> result/grounding.json."""
+    common = ["--device", "cpu", "--config", tiny["config"], "--output_dir", out, "--block_num", 1]
+    monkeypatch.setattr(sys, "argv", ["Grounding.py", *map(str, common), *map(str, flags)])
+    Grounding.parse_and_run()
+    return json.loads((out / "result" / "grounding.json").read_text())
+
+
+def config_of(tiny: dict, *overrides: str) -> dict:
+    return read_config(str(tiny["config"]), GROUNDING, list(overrides))
+
+
+# ---- data ----
+
+
+def test_training_shows_whole_images_and_knows_them_by_their_file(tiny):
+    config = config_of(tiny)
+    tokenizer = build_tokenizer(config["text_encoder"])
+    loader = grounding_loader(config, tokenizer, 64, seed=1, pin=False)
+    entries = json.loads((tiny["data"] / "grounding_train.json").read_text())
+    files = list(dict.fromkeys(entry["image"] for entry in entries))
+    assert len(files) < len(entries)
+    batch, keys = next(iter(loader)), list(loader.sampler)
+    assert batch["idx"].tolist() == [files.index(entries[i]["image"]) for _, i in keys[:4]]
+    for (_, index), image in zip(keys, batch["image"], strict=False):
+        whole = resized_crop(load_image(tiny["data"] / entries[index]["image"]), None, 32)
+        views = [normalise(to_tensor(np.ascontiguousarray(view))) for view in (whole, whole[:, ::-1])]
+        assert any(torch.equal(image, view) for view in views)
+
+
+def test_one_image_under_two_paths_is_one_identity(tiny, tmp_path):
+    """As published: an expression of the same picture is no negative, whatever folder the entry names."""
+    names = ["images/train/00000.jpg", "images/train/00001.jpg", "images/../images/train/00000.jpg"]
+    entries = [{"image": str(tiny["data"] / name), "text": "a cup"} for name in names]
+    write(tmp_path / "train.json", entries)
+    config = config_of(tiny, f"train_file={tmp_path}/train.json", "batch_size_train=3")
+    loader = grounding_loader(config, build_tokenizer(config["text_encoder"]), 64, seed=0, pin=False)
+    order = [index for _, index in loader.sampler]
+    assert next(iter(loader))["idx"].tolist() == [[0, 1, 0][index] for index in order]
+
+
+def test_every_parameter_gets_a_gradient(tiny):
+    config = config_of(tiny, "vit_mask_token=true")
+    tokenizer = build_tokenizer(config["text_encoder"])
+    batch = next(iter(grounding_loader(config, tokenizer, 64, seed=0, pin=False)))
+    model = SIMLARetrieval.from_config(config)
+    sum(Grounding.losses(model, batch, 0.4).values()).backward()
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in named.items() if p.grad is None} == {"visual_encoder.mask_token"}
+    assert all(p.grad.abs().sum() > 0 for n, p in named.items() if p.grad is not None and "key.bias" not in n)
+
+
+def test_targets_are_joined_by_their_ids(tiny):
+    data = GroundingEvalData(config_of(tiny))
+    things = [(s, t) for split in ("val", "test") for s in scenes(tiny["data"], split) for t in s["objects"]]
+    assert len(data) == len(data.targets) == len(things)
+    for number, (target, (scene, thing)) in enumerate(zip(data.targets, things, strict=True)):
+        assert (target.box, target.height, target.width) == (thing["box"], 48, 48)
+        assert [box[:4] for box in target.candidates[1:]] == [o["box"] for o in scene["objects"]]
+        assert target.split == "val" if "val" in scene["image"] else target.split in ("testA", "testB")
+        assert target.score_name == target.split + "_d"
+        assert data[number]["text"] == f"the {thing['kind']}" and data[number]["index"] == number
+    without = GroundingEvalData(config_of(tiny, 'det_file=""')).targets[0]
+    assert (without.candidates, without.score_name) == (None, "val_h")
+    assert without.guesses == [[0, 0, 48, 48]]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_plain_values(tmp_path, protocol):
+    content = [{"ref_id": 7, "split": "testA", "sent": ["café", "x"], "x": (1.5, None, True, 2**70)}]
+    (tmp_path / "refs.p").write_bytes(pickle.dumps(content, protocol))
+    assert read_plain_pickle(tmp_path / "refs.p") == content
+
+
+def test_a_pickle_of_python_2(tmp_path):
+    """Its str may hold any byte; ints may be long."""
+    text = b"(lp0\n(dp1\nS'ref_id'\np2\nL7L\nsS'raw'\np3\nS'caf\\xe9'\np4\nsS'uni'\nVcaf\\u00e9\nsa."
+    (tmp_path / "refs.p").write_bytes(text)
+    assert read_plain_pickle(tmp_path / "refs.p") == [{"ref_id": 7, "raw": "café", "uni": "café"}]
+    (tmp_path / "refs.p").write_bytes(b"\x80\x02]q\x00}q\x01U\x06ref_idq\x02K\x07sa.")
+    assert read_plain_pickle(tmp_path / "refs.p") == [{"ref_id": 7}]
+
+
+class Evil:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused_by_name(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "refs.p"
+    cases = [
+        (Evil(os.system, f"touch {victim}"), rf"{os.name}.system"),
+        (Evil(eval, f"open({str(victim)!r}, 'w')"), "builtins.eval|__builtin__.eval"),
+        (Evil(Path.touch, victim), "pathlib|builtins.getattr|__builtin__.getattr"),
+        (np.float64(3), "numpy"),
+        (argparse.Namespace(ref_id=1), "argparse.Namespace|copy_reg._reconstructor"),
+    ]
+    for value, name in cases:
+        for protocol in (0, 2, 4):
+            path.write_bytes(pickle.dumps([{"ref_id": 1}, value], protocol))
+            with pytest.raises(UserError, match=name) as error:
+                read_plain_pickle(path)
+            assert str(path) in str(error.value) and "\n" not in str(error.value)
+    raw = {
+        b"cos\nsystem\n(S'touch %s'\ntR." % bytes(victim): "os.system",  # as protocol 0 writes a call
+        b"(S'touch %s'\nios\nsystem\n." % bytes(victim): "os.system",  # as Python 2 writes an instance
+        b"Psome id\n.": "not a complete pickle",  # an object that lies elsewhere
+        b"\x80\x02]q\x00}q\x01U\x06ref": "not a complete pickle",
+        b"": "not a complete pickle",
+        b"[1, 2]": "not a complete pickle",
+    }
+    for content, message in raw.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_plain_pickle(path)
+    assert not victim.exists()
+    with pytest.raises(UserError, match=r"nowhere.p cannot be read: No such file"):
+        read_plain_pickle(tmp_path / "nowhere.p")
+
+
+REF = {"ref_id": 1, "ann_id": 5, "image_id": 9, "split": "val"}
+INSTANCES = {
+    "images": [{"id": 9, "height": 48, "width": 64}],
+    "annotations": [{"id": 5, "image_id": 9, "bbox": [1, 2, 3, 4.5]}],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"test": [{**ENTRY, "ref_id": 2}]}, ["test.json: entry 0", "ref_id 2 is not in", "refs(unc).p"]),
+        ({"test": [{"image": "a.jpg", "text": "a cup"}]}, ["test.json: entry 0 has no 'ref_id'"]),
+        ({"test": [{"image": "a.jpg", "caption": ["a"]}]}, ["test.json: entry 0 has no 'text'", "caption"]),
+        ({"test": [{**ENTRY, "ref_id": "1"}]}, ["'ref_id' must be a whole number, found '1'"]),
+        ({"test": []}, ["no entries", "test.json"]),
+        ({"test": {"a": 1}}, ["test.json must hold a JSON list"]),
+        ({"refs": [{**REF, "image_id": 8}]}, ["ref_id 1: image_id 8 is not in", "instances.json"]),
+        ({"refs": [{**REF, "ann_id": 6}]}, ["ref_id 1: ann_id 6 is not in", "instances.json"]),
+        ({"refs": [{**REF, "split": "train"}]}, ["ref_id 1 belongs to split 'train'", "testA"]),
+        ({"refs": [{"ref_id": 1}]}, ["refs(unc).p: ref_id 1: 'split' must be text, found None"]),
+        ({"refs": [REF, {"id": 3}]}, ["refs(unc).p entry 1: 'ref_id' must be a whole number"]),
+        ({"refs": {"1": REF}}, ["refs(unc).p must be a list of objects with 'ref_id', found dict"]),
+        ({"refs": [7]}, ["refs(unc).p entry 0 must be an object, found 7"]),
+        ({"instances": [1]}, ["instances.json must hold a JSON object, found list"]),
+        ({"instances": {"info": 1}}, ["instances.json images must be a list", "NoneType"]),
+        (
+            {"instances": {**INSTANCES, "images": [{"id": 9, "height": 48}]}},
+            ["instances.json: image 9: 'width' must be a whole number", "None"],
+        ),
+        (
+            {"instances": {**INSTANCES, "images": [{"id": 9, "height": 0, "width": 3}]}},
+            ["image 9: 'height' must be a whole number above 0, found 0"],
+        ),
+        (
+            {"instances": {**INSTANCES, "annotations": [{"id": 5, "bbox": [1, 2, 3]}]}},
+            ["instances.json: annotation 5", "[1, 2, 3]"],
+        ),
+        ({"dets": {"8": [[1, 2, 3, 4]]}}, ["ref_id 1: image_id 9 is not in", "dets.json"]),
+        (
+            {"dets": {"9": [[1, 2, 3, 4], [1, 2, 0, 4]]}},
+            ["dets.json: image 9, box 1", "above 0", "[1, 2, 0, 4]"],
+        ),
+        ({"dets": {"9": [[1, 2, 3, -4]]}}, ["dets.json: image 9, box 0", "[1, 2, 3, -4]"]),
+        ({"dets": {"9": [[1, 2, 3]]}}, ["dets.json: image 9, box 0", "[1, 2, 3]", "remove"]),
+        ({"dets": {"9": [[1, 2, 3, "4"]]}}, ["image 9, box 0", "'4'"]),
+        ({"dets": {"9": [[1, 2, 3, float("nan")]]}}, ["image 9, box 0", "nan"]),
+        ({"dets": {"9": 3}}, ["image 9 must have a list of boxes, found 3"]),
+        ({"dets": [[1, 2, 3, 4]]}, ["dets.json must hold a JSON object"]),
+        ({"dets": None}, ["dets.json must hold a JSON object, found NoneType"]),
+    ],
+)
+def test_files_that_do_not_fit_together(tiny, tmp_path, changes, expected):
+    files = {"test": [ENTRY], "refs": [REF], "instances": INSTANCES, "dets": {"9": [[0, 0, 5, 5]]}, **changes}
+    write(tmp_path / "test.json", files["test"])
+    for name, key in (("refs(unc).p", "refs"), ("instances.json", "instances"), ("dets.json", "dets")):
+        write(tmp_path / "refcoco+" / name, files[key])
+    paths = {"test_file": "test.json", "refcoco_data": "", "det_file": "refcoco+/dets.json"}
+    config = config_of(tiny, *(f"{key}={tmp_path / name}" for key, name in paths.items()))
+    with pytest.raises(UserError) as error:
+        GroundingEvalData(config)
+    assert all(part in str(error.value) for part in expected), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_are_named(tiny):
+    for override, name in (
+        ("det_file=/nowhere/dets.json", "/nowhere/dets.json"),
+        ("refcoco_data=/nowhere", r"/nowhere/refcoco\+/refs\(unc\).p"),
+        ("test_file=/nowhere/test.json", "/nowhere/test.json"),
+    ):
+        with pytest.raises(UserError, match=f"{name} cannot be read: No such file"):
+            GroundingEvalData(config_of(tiny, override))
+
+
+# ---- the script ----
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """Two epochs on two ranks, as a user starts them."""
+    out = tmp_path_factory.mktemp("trained")
+    flags = ["--config", tiny["config"], "--output_dir", out, "--block_num", 1]
+    done = run("Grounding.py", *flags, num_processes=2)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_training_writes_its_outputs(trained):
+    out, stdout = trained
+    records = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1]
+    names = ("train_loss_ita", "train_loss_itm", "train_lr", "val_d", "testA_d", "testB_d")
+    assert all(isinstance(record[name], float) for record in records for name in names)
+    best = max(records, key=lambda record: record["val_d"])  # the first of equals
+    checkpoint = torch.load(out / "checkpoint_best.pth", weights_only=True)
+    assert checkpoint["epoch"] == best["epoch"] and checkpoint["best_score"] == best["val_d"]
+    result = json.loads((out / "result" / "grounding.json").read_text())
+    assert {name: part["accuracy"] for name, part in result["splits"].items()} == {
+        name: best[name] for name in ("val_d", "testA_d", "testB_d")
+    }
+    assert result["weights"] == str(out / "checkpoint_best.pth")
+    assert (result["gradcam_mode"], result["block_num"]) == ("itm", 1)
+    assert "gradcam_mode itm, block_num 1" in stdout and "an even choice among the boxes" in stdout
+
+
+def test_the_result_file_accounts_for_every_expression(trained, tiny):
+    out, _ = trained
+    result = json.loads((out / "result" / "grounding.json").read_text())
+    entries = json.loads((tiny["data"] / "grounding_test.json").read_text())
+    assert [found["ref_id"] for found in result["choices"]] == [entry["ref_id"] for entry in entries]
+    assert sum(part["n"] for part in result["splits"].values()) == len(entries)
+    for name, part in result["splits"].items():
+        own = [found for found in result["choices"] if found["score"] == name]
+        assert part["accuracy"] == 100 * sum(found["iou"] >= 0.5 for found in own) / part["n"]
+        assert part["without_box"] == sum(found["box"] is None for found in own)
+        assert 0 < part["chance"] < 100
+
+
+def test_every_rank_count_makes_the_same_choices(trained, tiny, tmp_path):
+    out, _ = trained
+    kept = json.loads((out / "result" / "grounding.json").read_text())
+    checkpoint = out / "checkpoint_best.pth"
+    command = [sys.executable, __file__, tiny["config"], checkpoint, tmp_path]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    import subprocess
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for mode in ("itm", "itc"):
+        results = []
+        for ranks in (1, 2, 3):
+            folder = tmp_path / f"{mode}{ranks}"
+            results.append(json.loads((folder / "result" / "grounding.json").read_text()))
+            logged = json.loads((folder / "log.txt").read_text())
+            assert logged == {name: part["accuracy"] for name, part in results[-1]["splits"].items()}
+        assert results[0] == results[1] == results[2]
+        if mode == "itm":  # what the run itself reported of these weights
+            assert (results[0]["choices"], results[0]["splits"]) == (kept["choices"], kept["splits"])
+
+
+def test_an_interrupted_run_resumes_as_if_unbroken(tiny, tmp_path, monkeypatch):
+    whole = grounding(monkeypatch, tiny, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def evaluate(*args, original=Grounding.evaluate, calls=[]):  # noqa: B006
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        patch.setattr(Grounding, "evaluate", evaluate)
+        grounding(patch, tiny, tmp_path / "broken")
+    checkpoint = tmp_path / "broken" / "checkpoint_last.pth"
+    resumed = grounding(monkeypatch, tiny, tmp_path / "broken", "--resume", "--checkpoint", checkpoint)
+    states = [
+        torch.load(tmp_path / run / "checkpoint_last.pth", weights_only=True) for run in ("whole", "broken")
+    ]
+    assert [state["epoch"] for state in states] == [1, 1]
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+    logs = [(tmp_path / run / "log.txt").read_text() for run in ("whole", "broken")]
+    assert [json.loads(line)["epoch"] for line in logs[1].splitlines()] == [0, 1]
+    assert logs[0] == logs[1]
+    if states[0]["best_score"] == json.loads(logs[0].splitlines()[1])["val_d"]:
+        assert resumed["choices"] == whole["choices"]
+
+
+def test_without_detector_boxes_come_from_the_heat_map(tiny, tmp_path, monkeypatch, caplog):
+    overrides = ["--overrides", 'det_file=""', "schedular.epochs=1"]
+    result = grounding(monkeypatch, tiny, tmp_path, *overrides)
+    record = json.loads((tmp_path / "log.txt").read_text())
+    assert {"val_h", "testA_h", "testB_h"} < set(record) and "val_d" not in record
+    best = torch.load(tmp_path / "checkpoint_best.pth", weights_only=True)
+    assert best["best_score"] == record["val_h"]
+    assert set(result["splits"]) == {"val_h", "testA_h", "testB_h"}
+    assert result["boxes"] == "from the heat map alone" and result["chance"] == "the whole image as box"
+    for found in result["choices"]:
+        x, y, w, h = found["box"]
+        assert 0 <= x < x + w <= 48 and 0 <= y < y + h <= 48
+
+
+def test_undefined_cases_are_counted_and_said(tiny, tmp_path, monkeypatch, capsys):
+    """No testB, an image without boxes, and boxes outside the image, which no heat reaches."""
+    dets = json.loads((tiny["data"] / "refcoco+" / "dets.json").read_text())
+    first, second, *_ = dets
+    dets[first], dets[second] = [], [[100, 100, 5, 5]]
+    write(tmp_path / "dets.json", dets)
+    targets = GroundingEvalData(config_of(tiny)).targets
+    entries = json.loads((tiny["data"] / "grounding_test.json").read_text())
+    entries = [e for e, target in zip(entries, targets, strict=True) if target.split != "testB"]
+    entries = [{**entry, "image": str(tiny["data"] / entry["image"])} for entry in entries]
+    write(tmp_path / "test.json", entries)
+    flags = ["--overrides", f"det_file={tmp_path}/dets.json", f"test_file={tmp_path}/test.json"]
+    result = grounding(monkeypatch, tiny, tmp_path / "out", "--evaluate", *flags)
+    shown = capsys.readouterr().out
+    splits = result["splits"]
+    assert splits["testB_d"] == {"n": 0, "accuracy": None, "without_box": 0}
+    assert "testB_d   no expressions in test_file, no accuracy" in shown
+    scene_objects = [len(scene["objects"]) for scene in scenes(tiny["data"], "val")[:2]]
+    assert splits["val_d"]["without_box"] == sum(scene_objects)
+    assert f"val_d     {sum(scene_objects)} counted as wrong" in shown
+    assert all(
+        found["box"] is None and found["iou"] == 0 for found in result["choices"][: sum(scene_objects)]
+    )
+    assert set(json.loads((tmp_path / "out" / "log.txt").read_text())) == {"val_d", "testA_d"}
+
+
+def test_what_stops_a_run_before_it_starts(tiny, tmp_path, monkeypatch):
+    for mode, name in (("itm", "text"), ("itc", "image")):
+        with pytest.raises(UserError, match=f"--block_num 8: .*{mode} it is a layer of the {name} encoder"):
+            grounding(monkeypatch, tiny, tmp_path, "--gradcam_mode", mode, "--block_num", 8)
+    targets = GroundingEvalData(config_of(tiny)).targets
+    entries = json.loads((tiny["data"] / "grounding_test.json").read_text())
+    entries = [e for e, target in zip(entries, targets, strict=True) if target.split != "val"]
+    write(tmp_path / "test.json", entries)
+    with pytest.raises(UserError, match=r"test.json: split val, .*best epoch, is empty"):
+        grounding(monkeypatch, tiny, tmp_path, "--overrides", f"test_file={tmp_path}/test.json")
+    write(tmp_path / "train.json", [{"image": "a.jpg", "caption": "a cup", "image_id": 1}])
+    with pytest.raises(UserError, match=r"train.json: entry 0 has no 'text'; found image, caption, image_id"):
+        grounding(monkeypatch, tiny, tmp_path, "--overrides", f"train_file={tmp_path}/train.json")
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_configs_load_and_the_published_one_is_published(tiny):
+    published = read_config("configs/Grounding.yaml", GROUNDING)
+    recorded = json.loads((ROOT / "tests" / "goldens" / "schedules.json").read_text())["Grounding.yaml"]
+    for section in ("optimizer", "schedular"):
+        assert {key: published[section][key] for key in recorded[section]} == recorded[section]
+    assert (published["image_res"], published["warm_up"]) == (384, recorded["warm_up_key"])
+    demo = read_config("configs/demo/Grounding.yaml", GROUNDING)
+    from config import PRETRAIN
+
+    pretrained = read_config("configs/demo/Pretrain.yaml", PRETRAIN)
+    for key in ("image_res", "vision_width", "vit", "bert_config", "embed_dim", "queue_size"):
+        assert demo[key] == pretrained[key], key
+
+
+# ---- N ranks ----
+
+
+def work(this_rank: int, num_ranks: int, config: str, checkpoint: str, folder: str) -> None:
+    os.environ |= {"RANK": str(this_rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(this_rank)}
+    for mode in ("itm", "itc"):
+        sys.argv = ["Grounding.py", "--evaluate", "--device", "cpu", "--config", config, "--block_num", "1"]
+        sys.argv += ["--checkpoint", checkpoint, "--gradcam_mode", mode]
+        sys.argv += [
+            "--output_dir",
+            f"{folder}/{mode}{num_ranks}",
+            "--dist_url",
+            f"file://{folder}/{num_ranks}",
+        ]
+        Grounding.parse_and_run()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for num_ranks in (1, 2, 3):
+        arguments = (num_ranks, *sys.argv[1:])
+        torch.multiprocessing.start_processes(work, arguments, num_ranks, start_method="fork")

@@ -1,0 +1,94 @@
+"""The official accuracy of VQA v2 as pure functions: an answer is right as far as annotators gave it, too.
+
+An answer scores min(1, matches among the other annotators / 3), averaged over the annotator left out (ten of
+them in VQA v2). Prediction and answers are normalised first. The official script leaves the answers alone
+where all annotators agree to the letter; here they are normalised there as well, so that one rule holds.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import cache
+
+MATCHES_FOR_FULL_SCORE = 3
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBER_WORDS)}}
+ARTICLES = {"a", "an", "the"}
+CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+    might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+    shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+    someone's something'd something'd've something'll that's there'd there'd've there're there's they'd
+    they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+    when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+    would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+# A form that lacks one of its apostrophes gets it back. The official list knows neither it's nor we'd, its
+# keys with a capital I (Im, Ive) never match a lowered word, and it takes away the apostrophe of somebody'd.
+CONTRACTIONS = {
+    form[:i] + form[i + 1 :]: form for form in CONTRACTED.split() for i, c in enumerate(form) if c == "'"
+}
+CONTRACTIONS["somebody'd"] = "somebodyd"
+
+
+@cache  # the same few answers come again and again
+def normalize_answer(answer: str) -> str:
+    """Lower case, no punctuation, no articles, digits for number words, contractions with their apostrophes.
+
+    A punctuation mark vanishes where one like it stands beside a space, or where the answer has a comma
+    between digits; else it becomes a space. Periods vanish unless a digit follows.
+    """
+    answer = re.sub(r"[\n\t]", " ", answer).strip()
+    grouped = re.search(r"\d,\d", answer) is not None
+    text = answer
+    for mark in PUNCTUATION:
+        vanishes = grouped or f"{mark} " in answer or f" {mark}" in answer
+        text = text.replace(mark, "" if vanishes else " ")
+    words = re.sub(r"\.(?!\d)", "", text).lower().split()
+    words = [NUMBERS.get(word, word) for word in words]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def most_common_answer(answers: Sequence[str]) -> str:
+    """Normalised; of equally many the first."""
+    return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
+
+
+def answer_scores(predictions: Sequence[str], annotations: Sequence[Sequence[str]]) -> list[float]:
+    """The accuracy of each prediction in percent; annotations: all answers to each question."""
+    scores = []
+    for prediction, answers in zip(predictions, annotations, strict=True):
+        matches = [normalize_answer(answer) for answer in answers].count(normalize_answer(prediction))
+        scores.append(_score(matches, len(answers)))
+    return scores
+
+
+def mean_by_label(scores: Sequence[float], labels: Sequence[str | None]) -> dict[str, float]:
+    """The mean score of each label, in order of the labels; rows without one (None) are left out."""
+    groups = defaultdict(list)
+    for score, label in zip(scores, labels, strict=True):
+        groups[label].append(score)
+    groups.pop(None, None)
+    return {label: sum(groups[label]) / len(groups[label]) for label in sorted(groups)}
+
+
+def best_constant(annotations: Sequence[Sequence[str]]) -> tuple[str, float]:
+    """The answer that would score most if it were given to every question, and that score in percent."""
+    totals: dict[str, float] = defaultdict(float)
+    for answers in annotations:
+        for answer, matches in Counter(map(normalize_answer, answers)).items():
+            totals[answer] += _score(matches, len(answers))
+    answer = max(totals, key=totals.__getitem__)
+    return answer, totals[answer] / len(annotations)
+
+
+def _score(matches: int, num_annotators: int) -> float:
+    """In percent. Among fewer than four annotators all the others have to match; one alone matches or not."""
+    needed = min(MATCHES_FOR_FULL_SCORE, num_annotators - 1)
+    if needed == 0:
+        return 100.0 * matches
+    a_match_left_out = matches * min(1.0, (matches - 1) / needed)
+    another_left_out = (num_annotators - matches) * min(1.0, matches / needed)
+    return 100.0 * (a_match_left_out + another_left_out) / num_annotators
