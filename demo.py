@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -55,6 +56,11 @@ def retrieval(output_dir: Path, *arguments: str) -> dict:
     return json.loads((output_dir / "result" / "retrieval.json").read_text())
 
 
+def spread(items: Sequence[int], number: int) -> list[int]:
+    """At most `number` of the items, evenly spread, whatever they show."""
+    return list(items[:: max(1, len(items) // number)][:number])
+
+
 def gallery(output_dir: Path, num_queries: int = 8, num_results: int = 5) -> None:
     """The top pictures for the first caption of every so-manieth test scene, whatever the outcome."""
     saved = output_dir / "after" / "result" / "retrieval_scores.pt"
@@ -63,7 +69,7 @@ def gallery(output_dir: Path, num_queries: int = 8, num_results: int = 5) -> Non
     first_text = [0]
     for entry in entries:
         first_text.append(first_text[-1] + len(entry["caption"]))
-    chosen = range(0, len(entries), len(entries) // num_queries)[:num_queries]
+    chosen = spread(range(len(entries)), num_queries)
     top = {image: scores[first_text[image]].topk(num_results).indices.tolist() for image in chosen}
     plot_gallery(
         [entries[image]["caption"][0] for image in chosen],

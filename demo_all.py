@@ -10,7 +10,7 @@ with, a fresh head where it has one) and after it.
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from config import GROUNDING, read_config
 from dataset.grounding import GroundingEvalData
 from dataset.items import Collate
 from dataset.text import build_tokenizer
-from demo import CONFIGS, DATA, draw_losses, gallery, launch, make_data, num_processes
+from demo import CONFIGS, DATA, draw_losses, gallery, launch, make_data, num_processes, spread
 from metrics import RIGHT_IOU
 from models.gradcam import grad_cam
 from models.retrieval import SIMLARetrieval
@@ -213,11 +213,6 @@ def draw_answers(folder: Path, num_pictures: int = 12) -> None:
         [max(answers, key=answers.count) for answers in annotated],
         folder / "answers.png",
     )
-
-
-def spread(items: Sequence[int], number: int) -> list[int]:
-    """`number` of the items, evenly spread, whatever they show."""
-    return list(items[:: max(1, len(items) // number)][:number])
 
 
 def table(summary: dict) -> str:

@@ -1,0 +1,122 @@
+"""`make demo-all` from end to end on a tiny data set: table, pictures, and that a second call goes on."""
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+from tiny import MODEL, ROOT, make_tiny
+
+import demo
+import demo_all
+from utils import UserError
+
+TASKS = ["zero_shot_retrieval", "retrieval", "grounding", "vqa", "nlvr", "ve"]
+COLUMNS = {"metric", "chance", "before", "after", "n", "seconds"}
+
+
+def tiny_configs(folder, data) -> None:
+    """The demo's configs with the tiny model, one epoch, and the tiny data."""
+    yaml = YAML(typ="safe", pure=True)
+    for path in (ROOT / "configs" / "demo").glob("*.yaml"):
+        config = yaml.load(path.read_text().replace("data/demo", str(data)))
+        config |= {key: value for key, value in MODEL.items() if key in config}
+        config["vit"] = {
+            **MODEL["vit"],
+            "depth": 4,
+        }  # grounding looks at block 3
+        if "schedular" in config:
+            config["schedular"]["epochs"] = 1
+        if path.stem == "Pretrain":
+            config |= {"num_masking_patches": 5, "min_num_patches": 2}
+            config["image_tokenizer"]["vocab_size"] = 16
+        with (folder / path.name).open("w") as file:
+            yaml.dump(config, file)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Calls the chain over the tiny data set, its task scripts in this process -> (out, run)."""
+    folder = tmp_path_factory.mktemp("chain")
+    data = make_tiny(folder)["data"]
+    (folder / "configs").mkdir()
+    tiny_configs(folder / "configs", data)
+
+    def run(stop_in: str = "") -> list[list[str]]:
+        """The commands that were started; `stop_in`: the script that fails when it trains."""
+        started = []
+
+        def launch(script, *arguments):
+            started.append([script, *arguments])
+            sys.argv = [script, "--device", "cpu", *arguments]
+            importlib.import_module(script.removesuffix(".py")).parse_and_run()
+            if script == stop_in and "--evaluate" not in arguments:
+                raise UserError(f"{script} failed")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [])
+            patch.setattr(demo, "DATA", data)
+            for name, value in {
+                "DATA": data,
+                "CONFIGS": folder / "configs",
+                "make_data": lambda: None,
+                "launch": launch,
+                "num_processes": lambda: 8,  # batches of 32 / 8
+            }.items():
+                patch.setattr(demo_all, name, value)
+            patch.setattr(sys, "argv", ["demo_all.py", "--output_dir", str(folder / "out")])
+            demo_all.main()
+        return started
+
+    return folder / "out", run
+
+
+def test_a_failing_stage_stops_the_chain_and_the_next_call_resumes_it(chain):
+    out, run = chain
+    with pytest.raises(UserError):
+        run(stop_in="VQA.py")
+    assert not (out / "summary.json").exists()
+    assert (out / "grounding" / "stage.json").is_file() and not (out / "vqa" / "stage.json").exists()
+    started = run()
+    assert [command[0] for command in started][:3] == ["VQA.py", "VQA.py", "Pretrain_NLVR.py"]
+    resumed = started[0]
+    assert resumed[resumed.index("--checkpoint") + 1] == str(out / "vqa" / "checkpoint_00.pth")
+    assert "--resume" in resumed and "--evaluate" in started[1]
+
+
+def test_the_summary(chain, capsys):
+    out, run = chain
+    assert run() == []  # all stages are done
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary) == TASKS
+    for name, row in summary.items():
+        assert set(row) == COLUMNS and row["n"] > 0, name
+        for column in ("chance", "before", "after"):
+            assert 0 <= row[column] <= 100, (name, column)
+    nlvr = json.loads((out / "nlvr" / "after" / "result" / "nlvr.json").read_text())["test"]
+    assert summary["nlvr"]["after"] == nlvr["acc"] and summary["nlvr"]["n"] == nlvr["n"]
+    table = capsys.readouterr().out
+    assert all(name in table for name in TASKS) and "before   after" in table
+
+
+def test_the_pictures(chain):
+    out, _ = chain
+    for name in (
+        "pretrain/losses.png",
+        "retrieval/gallery.png",
+        "grounding/heat_maps.png",
+        "vqa/answers.png",
+    ):
+        assert np.asarray(Image.open(out / name).convert("L")).std() > 5, name
+
+
+def test_every_stage_starts_from_an_earlier_one_and_scores_where_it_should():
+    seen = {""}
+    for stage in demo_all.STAGES:
+        assert stage.start in seen, stage.name
+        seen.add(stage.name)
+    scored = [stage.key or stage.name for stage in demo_all.STAGES if stage.result]
+    assert scored == TASKS
