@@ -1,4 +1,4 @@
-"""An embedded image-text data set: drawn scenes with captions, made from a seed in about a minute.
+"""An embedded image-text data set for every task: drawn scenes, made from a seed in about a minute.
 
     pip install -r requirements-demo.txt
     python -m dataset.demo --out data/demo
@@ -11,11 +11,17 @@ versions of the libraries give the same bytes, with any number of workers.
 Written into the folder (image paths inside the JSON files are relative to the folder):
     images/{train,val,test}/00000.jpg
     pretrain_train.json, retrieval_{train,val,test}.json    annotations in ALBEF formats
+    grounding_{train,test}.json                             referring expressions; test: val and test scenes
+    refcoco+/: refs(unc).p, instances.json, dets.json, cocos.json   as of RefCOCO+, with a detector's boxes
+    vqa_{train,val,test}.json, vqa_answer_list.json         ten answers to each question, or one ("vg")
+    nlvr_{train,val,test}.json                              statements on two images, as of NLVR2
+    ve_{train,val,test}.json                                as of SNLI-VE; image "test/00012" lacks .jpg
     bert/vocab.txt, bert/tokenizer_config.json              WordPiece, for BertTokenizer.from_pretrained
     scenes_{train,val,test}.json                            what is in each picture
     ATTRIBUTION.md, manifest.json                           licence of the drawings; arguments and statistics
 
-A scene record, from which more tasks can be made (expressions, questions, statements, entailment):
+dataset/demo_tasks.py makes the tasks after retrieval. In the manifest, `tasks` has their numbers of entries,
+their balance and their chance levels in percent. A scene record, from which they are made:
     id          "test_00012", with image "images/test/00012.jpg"; size: the side of the square image in pixels
     background  a key of demo_scenes.BACKGROUNDS
     objects     [{"kind": a key of demo_scenes.KINDS (which knows its plural, colour and category),
@@ -33,6 +39,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import string
@@ -43,11 +50,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset.demo_scenes import BACKGROUNDS, KINDS, draw_scene, held_out_pairs, sprite
+from dataset.demo_scenes import (
+    BACKGROUNDS,
+    KINDS,
+    draw_scene,
+    held_out_pairs,
+    noun_phrase,
+    related_kinds,
+    sprite,
+)
+from dataset.demo_tasks import make_tasks
 
-VERSION = 2  # raise it whenever the same arguments give other files
+VERSION = 3  # raise it whenever the same arguments give other files
 SPLITS = ("train", "val", "test")
-OWN_FILES = ("images", "bert", "ATTRIBUTION.md", "scenes_*.json", "pretrain_*.json", "retrieval_*.json")
+TASKS = ("pretrain", "retrieval", "grounding", "vqa", "nlvr", "ve")
+OWN_FILES = ("images", "bert", "refcoco+", "ATTRIBUTION.md", *(f"{n}_*.json" for n in ("scenes", *TASKS)))
 MAX_WORDS = 20  # of a caption
 RELATION_WORDS = {
     "left of": ("left of", "to the left of"),
@@ -56,7 +73,8 @@ RELATION_WORDS = {
     "below": ("below", "beneath"),
 }
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-# Words of later tasks that captions may lack: questions, answers, statements on two images, entailment.
+# Words of the other tasks that captions may lack: questions, answers, statements on two images, entailment.
+# Only to be added to at the end: a word's place is its row in the embedding of a trained checkpoint.
 TASK_WORDS = """
     yes no true false zero one two three four five six how many much what which where who is are was does do
     has have can not any some both each every all none other same different more most less fewer than only
@@ -64,6 +82,7 @@ TASK_WORDS = """
     toys foods plants small medium large smaller larger big left right above below top bottom middle side
     corner between near next to of in on at the and or it its they them nothing entails entailment neutral
     contradiction
+    this neither show shows belongs child gift found today lost hungry tired name
 """
 ATTRIBUTION = """# Attribution
 
@@ -77,25 +96,6 @@ placed on drawn backgrounds. The pictures are therefore under CC BY-SA 4.0 as we
 
 
 # ----------------------------------------------------------------------------------------------- captions
-def noun_phrase(kind: str, count: int, size: str | None) -> str:
-    """'an apple', 'a small dog', 'two large cats'."""
-    words = f"{size} " if size else ""
-    if count > 1:
-        return f"{('two', 'three')[count - 2]} {words}{KINDS[kind].plural}"
-    return ("an " if (words + kind)[0] in "aeiou" else "a ") + words + kind
-
-
-def related_kinds(scene: dict) -> dict[tuple[str, str], list[str]]:
-    """(kind, kind) -> relations in which every object of the first stands to every object of the second."""
-    kinds = [thing["kind"] for thing in scene["objects"]]
-    counts, pairs = Counter(kinds), Counter((kinds[i], r, kinds[j]) for i, r, j in scene["relations"])
-    found: dict[tuple[str, str], list[str]] = {}
-    for (a, relation, b), number in pairs.items():
-        if a != b and number == counts[a] * counts[b]:
-            found.setdefault((a, b), []).append(relation)
-    return found
-
-
 def make_caption(scene: dict, rng: random.Random) -> tuple[str, dict]:
     """One caption and what it says: always every kind, mostly the background, often sizes and relations."""
     counts = Counter(thing["kind"] for thing in scene["objects"])
@@ -223,6 +223,15 @@ def write_annotations(out: Path, scenes: dict[str, list[dict]]) -> None:
         write_json(out / f"retrieval_{split}.json", entries)
 
 
+def write_tasks(out: Path, scenes: dict[str, list[dict]], seed: int) -> dict:
+    """Write the annotations of dataset/demo_tasks.py and return their statistics."""
+    files, refs, statistics = make_tasks(scenes, seed)
+    for name, content in files.items():
+        write_json(out / name, content)
+    (out / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    return statistics
+
+
 def read_manifest(out: Path) -> dict | None:
     try:
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
@@ -239,7 +248,7 @@ def prepare_folder(out: Path, manifest: dict) -> None:
     write_json(out / "manifest.json", {**manifest, "complete": False})
     for path in [path for pattern in OWN_FILES for path in out.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for folder in ("bert", *(f"images/{split}" for split in SPLITS)):
+    for folder in ("bert", "refcoco+", *(f"images/{split}" for split in SPLITS)):
         (out / folder).mkdir(parents=True)
 
 
@@ -276,6 +285,7 @@ def make_demo(
 
     scenes = {split: [r for r in records if r["id"].startswith(f"{split}_")] for split in SPLITS}
     write_annotations(out, scenes)
+    tasks = write_tasks(out, scenes, seed)
     vocabulary = make_vocabulary([caption for scene in scenes["train"] for caption in scene["captions"]])
     (out / "bert" / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
@@ -288,6 +298,7 @@ def make_demo(
         "vocabulary_size": len(vocabulary),
         "held_out_pairs": held_out,
         "test_twins": twin_shares(scenes["test"]),
+        "tasks": tasks,
     }
     write_json(out / "manifest.json", manifest)
     return manifest

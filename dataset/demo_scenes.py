@@ -9,6 +9,7 @@ import importlib.util
 import io
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from itertools import combinations
@@ -332,3 +333,23 @@ def draw_scene(
     objects = [{"kind": k, "size": s, "box": b} for k, s, b in zip(kinds, sizes, boxes, strict=True)]
     scene = {"background": background, "objects": objects, "relations": relations_of(boxes, size)}
     return canvas.image, scene, rng
+
+
+# ------------------------------------------------------------------------------------------- in words
+def noun_phrase(kind: str, count: int, size: str | None) -> str:
+    """'an apple', 'a small dog', 'two large cats'."""
+    words = f"{size} " if size else ""
+    if count > 1:
+        return f"{('two', 'three')[count - 2]} {words}{KINDS[kind].plural}"
+    return ("an " if (words + kind)[0] in "aeiou" else "a ") + words + kind
+
+
+def related_kinds(scene: dict) -> dict[tuple[str, str], list[str]]:
+    """(kind, kind) -> relations in which every object of the first stands to every object of the second."""
+    kinds = [thing["kind"] for thing in scene["objects"]]
+    counts, pairs = Counter(kinds), Counter((kinds[i], r, kinds[j]) for i, r, j in scene["relations"])
+    found: dict[tuple[str, str], list[str]] = {}
+    for (a, relation, b), number in pairs.items():
+        if a != b and number == counts[a] * counts[b]:
+            found.setdefault((a, b), []).append(relation)
+    return found

