@@ -62,7 +62,9 @@ TINY_CLS_ID = 1
 def without_memory():
     """Modules built inside have shapes but no numbers. (Old timm reads numbers off a linspace.)"""
     linspace = torch.linspace
-    on_cpu = mock.patch("torch.linspace", lambda *args, **kwargs: linspace(*args, **{**kwargs, "device": "cpu"}))
+    on_cpu = mock.patch(
+        "torch.linspace", lambda *args, **kwargs: linspace(*args, **{**kwargs, "device": "cpu"})
+    )
     with on_cpu, torch.device("meta"):
         yield
 
