@@ -12,12 +12,13 @@ import argparse
 
 import torch
 
+from checkpoint import load_weights
 from config import GROUNDING, parse
 from dataset import stop_at_unreadable, test_loader
 from dataset.grounding import SPLITS, GroundingEvalData, Target, grounding_loader
 from dataset.items import Collate
 from dataset.text import build_tokenizer, check_vocabulary
-from engine import fit
+from engine import fit, record_evaluation
 from metrics import box_iou, choose_box, grounding_accuracy, grounding_chance, heat_box, resize_heat
 from models.gradcam import MODES, check_block, grad_cam
 from models.initial import starting_weights
@@ -26,7 +27,6 @@ from Retrieval import losses
 from utils import (
     UserError,
     all_gather_objects,
-    append_log,
     log,
     run_script,
     save_result,
@@ -129,13 +129,16 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # train, evaluate and save
     if args.evaluate:
         scores = evaluate_epoch()
-        append_log(args.output_dir, accuracies(choices[-1]))
+        record_evaluation(accuracies(choices[-1]), config, args.output_dir)
     else:
         loader = grounding_loader(
             config, tokenizer, bert.max_position_embeddings, args.seed, device.type == "cuda"
         )
         best = "val_d" if config["det_file"] else "val_h"
         weights, scores = fit(model, loader, losses, config, args, device, "end", evaluate_epoch, best)
+        if scores["epoch"] not in choices:  # the best epoch was before the resume
+            log.info(load_weights(model, weights, "Grounding"))
+            evaluate_epoch(scores["epoch"])
 
     # report
     return report(data, choices[scores["epoch"]], weights, args, config)

@@ -34,7 +34,7 @@ def main(args: argparse.Namespace, config: dict) -> None:
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])
-    entries = read_pairs(config["train_file"])
+    entries = read_pairs(config["train_file"], config["image_root"])
 
     # model
     torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them

@@ -20,7 +20,7 @@ from dataset import stop_at_unreadable, test_loader
 from dataset.items import Collate
 from dataset.retrieval import RetrievalEvalData, retrieval_loader
 from dataset.text import build_tokenizer, check_vocabulary, tokenize
-from engine import fit
+from engine import fit, record_evaluation
 from metrics import retrieval_chance, retrieval_recall
 from models.initial import starting_weights
 from models.rerank import rerank
@@ -29,7 +29,6 @@ from utils import (
     UserError,
     add_flag,
     all_gather_objects,
-    append_log,
     is_main,
     log,
     rank,
@@ -120,6 +119,7 @@ def report(
         "n": len(data),
         "num_texts": len(data.texts),
         "k_test": config["k_test"],
+        "best checkpoint by": "test" if config["released_code"]["select_on_test"] else "val",
     }
     log.info("retrieval: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
     for name, value in recall.items():
@@ -167,7 +167,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # train, evaluate and save
     if args.evaluate:
         scores = evaluate_splits()
-        append_log(args.output_dir, scores)
+        record_evaluation(scores, config, args.output_dir)
     else:
         loader = retrieval_loader(
             config, tokenizer, bert.max_position_embeddings, args.seed, device.type == "cuda"

@@ -17,11 +17,11 @@ from config import VE, parse
 from dataset.items import evaluation_loader, finetune_loader
 from dataset.text import build_tokenizer, check_vocabulary
 from dataset.ve import CLASSES, read_ve
-from engine import evaluate_classes, fit
+from engine import evaluate_classes, fit, record_evaluation
 from metrics import accuracy, confusion_table, majority_accuracy
 from models.initial import starting_weights
 from models.ve import SIMLAVE
-from utils import append_log, log, run_script, save_result, script_arguments, start
+from utils import log, run_script, save_result, script_arguments, start
 
 SPLITS = ("val", "test")
 
@@ -63,7 +63,7 @@ def train_and_evaluate(
 
     if "train" not in entries:
         scores = evaluate_splits()
-        append_log(args.output_dir, scores)
+        record_evaluation(scores, config, args.output_dir)
         return weights, scores
     loader = finetune_loader(entries["train"], config, tokenizer, limit, args.seed, device.type == "cuda")
     return fit(model, loader, losses, config, args, device, "end", evaluate_splits, best="val_acc")

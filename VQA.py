@@ -19,12 +19,12 @@ from dataset import stop_at_unreadable, test_loader
 from dataset.items import Collate
 from dataset.text import build_tokenizer, check_vocabulary
 from dataset.vqa import AnswerList, VQAEvalData, eos_token, read_answer_list, vqa_loader
-from engine import fit, to_device
+from engine import fit, record_evaluation, to_device
 from models.initial import starting_weights
 from models.vqa import SIMLAVQA
 from utils import (
+    UserError,
     all_gather_objects,
-    append_log,
     log,
     run_script,
     save_result,
@@ -118,6 +118,8 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     model = model.to(device)
     candidates = None
     if args.inference == "rank":
+        if not config["answer_list"]:
+            raise UserError(f"config {args.config}: ranking needs answer_list; or use --inference generate")
         candidates = read_answer_list(config["answer_list"], tokenizer, config["eos"], limit)
         if config["k_test"] > len(candidates.texts):
             log.info(f"k_test {config['k_test']}: all {len(candidates.texts)} answers are re-scored")
@@ -136,8 +138,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
         epoch = config["schedular"]["epochs"] - 1
     given = answer(model, test, candidates, tokenizer, config, device)
     accuracy = evaluate(test, given) if test.annotations else {}
-    if accuracy:
-        append_log(args.output_dir, {f"test_{name}": value for name, value in accuracy.items()})
+    record_evaluation({f"test_{name}": value for name, value in accuracy.items()}, config, args.output_dir)
 
     # report
     setting = "k_test" if candidates else "num_beams"

@@ -341,9 +341,9 @@ def _optimizer_state(optimizer: Optimizer, saved: dict, source: str) -> dict:
 
 def resume(
     model: nn.Module, optimizer: Optimizer, scheduler: WarmupCosine, path: str | Path
-) -> tuple[int, float]:
+) -> tuple[int, dict]:
     """Restores a run at the end of an epoch, our own or a published one; returns the epoch to go on with and
-    the best score so far.
+    the scores of the best epoch so far (published files have none).
 
     Raises UserError, before anything is changed, when the file belongs to another model or has weights only.
     """
@@ -362,4 +362,4 @@ def resume(
     scheduler.load_state_dict(checkpoint["lr_scheduler"])
     start_epoch = checkpoint["epoch"] + 1
     scheduler.resume_at(start_epoch)
-    return start_epoch, checkpoint.get("best_score", -math.inf)
+    return start_epoch, checkpoint.get("best", {})

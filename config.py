@@ -5,6 +5,7 @@ The tables below are the reference of all keys (`python config.py` prints them f
 
 import argparse
 import difflib
+import json
 import re
 import subprocess
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from utils import UserError
 
 REQUIRED = object()
+BERT_CONFIG = "configs/config_bert.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ ENCODERS = {
     "image_res": Key(int, help="side of the square input in pixels", least=1),
     "vision_width": Key(int, 768, "width of the image encoder", least=1),
     "vit": Key(VIT, {}, "sizes of the image encoder"),
-    "bert_config": Key((str, dict), "configs/config_bert.json", "JSON file, or the same as a mapping"),
+    "bert_config": Key((str, dict), BERT_CONFIG, "JSON file, or the same as a mapping"),
     "momentum": Key(NUMBER, 0.995, "of the momentum twins"),
     "alpha": Key(NUMBER, 0.4, "weight of the momentum targets"),
     "init": Key(str, "pretrained", "'pretrained' (image_encoder, text_encoder below) or 'scratch'"),
@@ -125,7 +127,7 @@ FINETUNE = {
     "image_root": Key(str, "", "folder that image paths are relative to; empty = the annotation file's"),
     "batch_size_train": Key(int, 32, "per rank", least=1),
     "batch_size_test": Key(int, 64, "per rank", least=1),
-    "warm_up": Key(bool, True, "alpha ramps from 0 in epoch 0"),
+    "warm_up": Key(bool, False, "alpha ramps from 0 in epoch 0"),
     "distill": Key(bool, True, "false = no momentum targets, as alpha 0"),
     "vit_mask_token": Key(bool, False, "the image encoder has the mask token of pre-training"),
     "min_crop_scale": Key(NUMBER, 0.5, "smallest share of the image that a random crop keeps"),
@@ -178,7 +180,7 @@ VQA = {
     "test_file": Key(PATHS, help="annotation files; with answers the official accuracy is reported"),
     "vqa_root": Key(str, "", "as image_root, for entries of data set vqa"),
     "vg_root": Key(str, "", "as image_root, for entries of data set vg"),
-    "answer_list": Key(str, help="JSON list of the answers to rank"),
+    "answer_list": Key(str, "", "JSON list of the answers to rank; --inference generate needs none"),
     "k_test": Key(int, 128, "answers that the whole sequence re-scores", least=1),
     "eos": Key(str, "[SEP]", "written after every answer"),
     "decoder_layers": Key(int, 0, "of the answer decoder; 0 = the upper half of the text encoder's", least=0),
@@ -270,6 +272,8 @@ def _override(values: dict, text: str) -> None:
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise UserError(f"--overrides {text}: expected key=value, for example schedular.epochs=10")
+    if name.startswith("bert_config.") and isinstance(values.get("bert_config", ""), str):
+        values["bert_config"] = _read_bert_config(values.get("bert_config", BERT_CONFIG))
     *parents, leaf = name.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -279,6 +283,14 @@ def _override(values: dict, text: str) -> None:
         values[leaf] = YAML(typ="safe").load(value)
     except YAMLError as error:
         raise UserError(f"--overrides {text}: {value!r} is not valid YAML") from error
+
+
+def _read_bert_config(path: str) -> dict:
+    """The JSON file as a mapping, in which single values can be overridden."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"bert_config {path} cannot be read as JSON: {error}") from error
 
 
 def _check(values: dict, table: dict[str, Key], path: str, section: str) -> dict:

@@ -57,16 +57,17 @@ def read_retrieval(result: dict) -> dict:
 
 
 def read_grounding(result: dict) -> dict:
-    """Both test splits together; chance is an even choice among the detector's boxes."""
-    splits = [result["splits"][name] for name in ("testA_d", "testB_d")]
-    total = sum(split["n"] for split in splits)
-    value, chance = (sum(s[key] * s["n"] for s in splits) / total for key in ("accuracy", "chance"))
+    """Both test splits together; chance is any object of the picture, chosen without reading."""
+    splits = {split: result["splits"][f"{split}_d"] for split in ("testA", "testB")}
+    total = sum(split["n"] for split in splits.values())
+    value = sum(split["accuracy"] * split["n"] for split in splits.values()) / total
+    chance = sum(blind_guess("grounding", "by_object", name) * splits[name]["n"] for name in splits) / total
     return {"metric": "boxes right on testA and testB (%)", "value": value, "chance": chance, "n": total}
 
 
-def blind_guess(task: str, rule: str) -> float:
-    """What is right without a look at the picture, by the data set's own statistics."""
-    return json.loads((DATA / "manifest.json").read_text())["tasks"][task]["chance"]["test"][rule]
+def blind_guess(task: str, rule: str, split: str = "test") -> float:
+    """What is right without picture and text taken together, by the data set's own statistics."""
+    return json.loads((DATA / "manifest.json").read_text())["tasks"][task]["chance"][split][rule]
 
 
 def read_vqa(result: dict) -> dict:

@@ -54,7 +54,7 @@ def fit(
     epoch_step: when the schedule moves (see `scheduler`); evaluate(epoch) -> scores for log.txt, called with
     the model in any mode; best: the score whose largest value makes checkpoint_best.pth, beside
     checkpoint_last.pth; None: every epoch is kept as checkpoint_NN.pth. With --resume the run that wrote
-    --checkpoint goes on.
+    --checkpoint goes on; its best epoch stays the one to return until a better one comes.
     """
     out, epochs = Path(args.output_dir), config["schedular"]["epochs"]
     if is_main():
@@ -63,10 +63,11 @@ def fit(
     log.info(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
     optimizer = create_optimizer(model, config["optimizer"])
     schedule = create_scheduler(optimizer, config["schedular"], epoch_step)
-    first_epoch, best_score = 0, -math.inf
+    first_epoch, kept, kept_scores = 0, args.checkpoint, {}
     if args.resume:
-        first_epoch, best_score = resume(model, optimizer, schedule, args.checkpoint)
-    kept, kept_scores = args.checkpoint, None
+        first_epoch, kept_scores = resume(model, optimizer, schedule, args.checkpoint)
+        if best and kept_scores:
+            kept = str(Path(args.checkpoint).with_name("checkpoint_best.pth"))
     for epoch in range(first_epoch, epochs):
         stats = train_one_epoch(
             ddp_model, loader, losses, optimizer, schedule, epoch, device, config, args.output_dir, args.seed
@@ -74,10 +75,12 @@ def fit(
         scores = evaluate(epoch)
         record = {f"train_{name}": value for name, value in stats.items()}
         append_log(args.output_dir, {**record, **scores, "epoch": epoch})
-        is_best = best is not None and scores[best] > best_score
-        best_score = scores[best] if is_best else best_score
         names = [f"checkpoint_{epoch:02d}.pth"] if best is None else ["checkpoint_last.pth"]
-        names += ["checkpoint_best.pth"] if is_best else []
+        if best and scores[best] > kept_scores.get(best, -math.inf):
+            # Before the last one: whoever finds it in a resumed run relies on the best one's being there.
+            names.insert(0, "checkpoint_best.pth")
+        if best is None or len(names) > 1:
+            kept, kept_scores = str(out / names[0]), scores
         if is_main():
             state = {
                 "model": model.state_dict(),
@@ -85,19 +88,25 @@ def fit(
                 "lr_scheduler": schedule.state_dict(),
                 "config": config,
                 "epoch": epoch,
-                "best_score": best_score,
+                "best": kept_scores,
             }
             for name in names:
                 save_checkpoint(out / name, state)
         barrier()
-        if best is None or is_best:
-            kept, kept_scores = str(out / names[-1]), scores
     if first_epoch >= epochs:
         log.info(f"{args.checkpoint} is the end of the run already: schedular.epochs is {epochs}")
-    elif kept_scores is None:
-        log.info(f"no epoch since {args.checkpoint} was better than {best} {best_score:.2f}")
-    log.info(f"done: {kept}")
-    return kept, evaluate(epochs - 1) if kept_scores is None else kept_scores
+    if best and not kept_scores:  # a published checkpoint, at its end
+        kept_scores = evaluate(epochs - 1)
+    log.info(f"done: {kept}" + (f", {best} {kept_scores[best]:.2f}" if best else ""))
+    return kept, kept_scores
+
+
+def record_evaluation(scores: Scores, config: dict, output_dir: str) -> None:
+    """What an evaluation without training leaves beside its results: config.yaml and a line in log.txt."""
+    if is_main():
+        save_config(config, output_dir)
+    if scores:  # none where the test set has no answers
+        append_log(output_dir, scores)
 
 
 @torch.no_grad()

@@ -65,11 +65,13 @@ def _launched_as() -> tuple[int, int, int]:
 def start(args: argparse.Namespace) -> torch.device:
     """Joins the other processes, picks the device, seeds all generators (differently on each rank).
 
-    Raises UserError for --resume without a checkpoint, a GPU that is not there, a taken port, or an output
-    folder that cannot be written.
+    Raises UserError for --resume without a checkpoint or with --evaluate, a GPU that is not there, a taken
+    port, or an output folder that cannot be written.
     """
     if args.resume and not args.checkpoint:
         raise UserError("--resume continues the run that saved --checkpoint; name that file too")
+    if args.resume and args.evaluate:
+        raise UserError("--evaluate scores --checkpoint as it is, --resume trains on from it; leave one out")
     this_rank, num_ranks, local_rank = _launched_as()
     logging.basicConfig(
         level=logging.INFO if this_rank == 0 else logging.ERROR,

@@ -1,13 +1,13 @@
 """The official accuracy of VQA v2 as pure functions: an answer is right as far as annotators gave it, too.
 
 An answer scores min(1, matches among the other annotators / 3), averaged over the annotator left out (ten of
-them in VQA v2). Prediction and answers are normalised first. The official script leaves the answers alone
-where all annotators agree to the letter; here they are normalised there as well, so that one rule holds.
+them in VQA v2). Prediction and answers are normalised first, unless all annotators agree to the letter: then,
+as in the official script, the prediction has to as well.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 MATCHES_FOR_FULL_SCORE = 3
@@ -40,7 +40,7 @@ def normalize_answer(answer: str) -> str:
     A punctuation mark vanishes where one like it stands beside a space, or where the answer has a comma
     between digits; else it becomes a space. Periods vanish unless a digit follows.
     """
-    answer = re.sub(r"[\n\t]", " ", answer).strip()
+    answer = _plain(answer)
     grouped = re.search(r"\d,\d", answer) is not None
     text = answer
     for mark in PUNCTUATION:
@@ -49,6 +49,15 @@ def normalize_answer(answer: str) -> str:
     words = re.sub(r"\.(?!\d)", "", text).lower().split()
     words = [NUMBERS.get(word, word) for word in words]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def _plain(answer: str) -> str:
+    return re.sub(r"[\n\t]", " ", answer).strip()
+
+
+def _rule(answers: Sequence[str]) -> Callable[[str], str]:
+    """How these annotators' answers and a prediction are made comparable."""
+    return normalize_answer if len(set(map(_plain, answers))) > 1 else _plain
 
 
 def most_common_answer(answers: Sequence[str]) -> str:
@@ -60,7 +69,8 @@ def answer_scores(predictions: Sequence[str], annotations: Sequence[Sequence[str
     """The accuracy of each prediction in percent; annotations: all answers to each question."""
     scores = []
     for prediction, answers in zip(predictions, annotations, strict=True):
-        matches = [normalize_answer(answer) for answer in answers].count(normalize_answer(prediction))
+        normalise = _rule(answers)
+        matches = list(map(normalise, answers)).count(normalise(prediction))
         scores.append(_score(matches, len(answers)))
     return scores
 
@@ -78,7 +88,7 @@ def best_constant(annotations: Sequence[Sequence[str]]) -> tuple[str, float]:
     """The answer that would score most if it were given to every question, and that score in percent."""
     totals: dict[str, float] = defaultdict(float)
     for answers in annotations:
-        for answer, matches in Counter(map(normalize_answer, answers)).items():
+        for answer, matches in Counter(map(_rule(answers), answers)).items():
             totals[answer] += _score(matches, len(answers))
     answer = max(totals, key=totals.__getitem__)
     return answer, totals[answer] / len(annotations)

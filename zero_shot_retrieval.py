@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from config import RETRIEVAL, parse, save_config
+from config import RETRIEVAL, parse
 from dataset.retrieval import RetrievalEvalData
 from dataset.text import build_tokenizer, check_vocabulary
+from engine import record_evaluation
 from models.initial import starting_weights
 from models.retrieval import SIMLARetrieval
 from Retrieval import evaluate, report
-from utils import append_log, is_main, log, run_script, script_arguments, start
+from utils import log, run_script, script_arguments, start
 
 
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
@@ -42,9 +43,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     recall = evaluate(model, data, tokenizer, config, device, scores_file)
 
     # report
-    if is_main():
-        save_config(config, args.output_dir)
-    append_log(args.output_dir, {f"test_{name}": value for name, value in recall.items()})
+    record_evaluation({f"test_{name}": value for name, value in recall.items()}, config, args.output_dir)
     report(data, recall, f"without fine-tuning here, {weights}", config, args.output_dir)
     return recall
 

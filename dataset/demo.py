@@ -61,7 +61,7 @@ from dataset.demo_scenes import (
 )
 from dataset.demo_tasks import make_tasks
 
-VERSION = 3  # raise it whenever the same arguments give other files
+VERSION = 4  # raise it whenever the same arguments give other files
 SPLITS = ("train", "val", "test")
 TASKS = ("pretrain", "retrieval", "grounding", "vqa", "nlvr", "ve")
 OWN_FILES = ("images", "bert", "refcoco+", "ATTRIBUTION.md", *(f"{n}_*.json" for n in ("scenes", *TASKS)))

@@ -159,14 +159,21 @@ def grounding_files(scenes: dict[str, list[dict]], seed: int) -> tuple[dict[str,
     return files, refs
 
 
-def grounding_chances(refs: list[dict], instances: dict, dets: dict[str, list]) -> dict[str, float]:
-    """val, testA, testB -> the expected accuracy over their sentences of a detector box drawn evenly."""
+def grounding_chances(
+    refs: list[dict], instances: dict, dets: dict[str, list]
+) -> dict[str, dict[str, float]]:
+    """val, testA, testB -> the expected accuracy over their sentences of a detector box drawn evenly, and of
+    an object drawn evenly, which takes seeing but no reading.
+    """
     truth = {thing["id"]: thing["bbox"] for thing in instances["annotations"]}
-    found: dict[str, list[float]] = {"val": [], "testA": [], "testB": []}
+    num_objects = Counter(thing["image_id"] for thing in instances["annotations"])
+    found = {split: {"by_box": [], "by_object": []} for split in ("val", "testA", "testB")}
     for ref in (ref for ref in refs if ref["split"] in found):
-        right = grounding_chance(truth[ref["ann_id"]], dets[str(ref["image_id"])])
-        found[ref["split"]] += [100 * right] * len(ref["sentences"])
-    return {split: mean(values) for split, values in found.items()}
+        image, times = ref["image_id"], len(ref["sentences"])
+        box = grounding_chance(truth[ref["ann_id"]], dets[str(image)])
+        found[ref["split"]]["by_box"] += [100 * box] * times
+        found[ref["split"]]["by_object"] += [100 / num_objects[image]] * times
+    return {split: {rule: mean(v) for rule, v in rules.items()} for split, rules in found.items()}
 
 
 def mean(scores: list[float]) -> float:

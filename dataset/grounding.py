@@ -55,7 +55,8 @@ class GroundingEvalData(EvalItems):
         """Raises UserError, naming file and entry, where the files of the config do not fit together."""
         fields = {"image": TEXT, "text": TEXT, "ref_id": NUMBER}
         entries = read_annotations(config["test_file"], fields, config["image_root"])
-        super().__init__(entries, config["image_res"])
+        kept = ("images", "text", "where")
+        super().__init__([{key: entry[key] for key in kept} for entry in entries], config["image_res"])
         det_file = expand(config["det_file"]) if config["det_file"] else None
         self.targets = read_targets(entries, expand(config["refcoco_data"]), det_file)
 

@@ -74,9 +74,9 @@ class PretrainCollate(Collate):
         }
 
 
-def read_pairs(files: str | list[str]) -> list[dict]:
+def read_pairs(files: str | list[str], image_root: str = "") -> list[dict]:
     """Entries of pre-training files, `text` being the caption or captions."""
-    entries = read_annotations(files, {"image": TEXT, "caption": TEXTS})
+    entries = read_annotations(files, {"image": TEXT, "caption": TEXTS}, image_root)
     return [
         {"images": entry["images"], "text": entry["caption"], "where": entry["where"]} for entry in entries
     ]

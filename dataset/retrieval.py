@@ -32,7 +32,8 @@ class RetrievalEvalData(EvalItems):
 
     def __init__(self, file: str, image_root: str, image_res: int, max_words: int = 30):
         entries = read_annotations(file, {"image": TEXT, "caption": (list,)}, image_root)
-        super().__init__([{**entry, "text": ""} for entry in entries], image_res)
+        shown = [{"images": entry["images"], "text": "", "where": entry["where"]} for entry in entries]
+        super().__init__(shown, image_res)
         self.texts: list[str] = []
         self.img2txt: list[list[int]] = []
         self.txt2img: list[int] = []

@@ -179,6 +179,6 @@ class EvalTransform:
     def __init__(self, image_res: int) -> None:
         self.image_res = image_res
 
-    def __call__(self, image: Image.Image, rng: ItemRandom | None = None, may_flip: bool = False) -> Tensor:
-        """RGB -> (3, R, R) float32. Takes what the others take, so that a data set can hold any of them."""
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB -> (3, R, R) float32."""
         return normalise(to_tensor(resized_crop(image, None, self.image_res)))

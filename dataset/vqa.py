@@ -5,7 +5,7 @@ python -m dataset.vqa answers --train data/vqa_train.json data/vqa_val.json --ou
 
 import argparse
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from dataset.annotations import NUMBER, TEXT, TEXTS, expand, read_annotations, r
 from dataset.items import Collate, EvalItems, finetune_items
 from dataset.text import clean_question, tokenize
 from utils import UserError, run_script
-from vqa_accuracy import most_common_answer
+from vqa_accuracy import most_common_answer, normalize_answer
 
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # data set of an entry -> config key
@@ -191,10 +191,15 @@ def frequent_answers(
 
     A question counts for one answer: the one that most of its annotators gave, normalised as for the official
     accuracy (of equally many the first). Of equally frequent answers the one that appears first stands first;
-    answers with nothing left after normalisation are left out.
+    answers with nothing left after normalisation are left out. Listed is how an answer is mostly spelled.
     """
-    counts = Counter(map(most_common_answer, annotations))
-    return [answer for answer, count in counts.most_common() if answer and count >= min_count][:num]
+    counts, spellings = Counter(), defaultdict(Counter)
+    for answers in annotations:
+        answer = most_common_answer(answers)
+        counts[answer] += 1
+        spellings[answer].update(a.strip() for a in answers if normalize_answer(a) == answer)
+    kept = [answer for answer, count in counts.most_common() if answer and count >= min_count][:num]
+    return [spellings[answer].most_common(1)[0][0] for answer in kept]
 
 
 def main() -> None:
@@ -219,7 +224,7 @@ def main() -> None:
             json.dump(listed, file)
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
-    known = set(listed)
+    known = set(map(normalize_answer, listed))
     covered = sum(most_common_answer(given) in known for given in annotations) / len(annotations)
     print(
         f"{args.out}: {len(listed)} answers, the most common one of {covered:.1%} of {len(entries)} questions"

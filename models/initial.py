@@ -31,6 +31,8 @@ def starting_weights(
         return f"resuming {checkpoint}"
     if checkpoint:
         report = load_weights(model, checkpoint, task)
+        if hasattr(model, "idx_queue"):  # another data set numbers its images anew
+            model.idx_queue.fill_(-100)
         if copy_twins:
             in_file = {name.split("_m.")[0] for name in report.loaded if "_m." in name}
             model.copy_twins([name for name in model.twin_names if name not in in_file])

@@ -77,7 +77,7 @@ class SIMLARetrieval(AlignmentModel):
         alpha: float,
         draws: Draws | None = None,
     ) -> dict[str, Tensor]:
-        """ITA and ITM where several texts may belong to one image (spec of retrieval and grounding).
+        """ITA and ITM where several texts may belong to one image.
 
         image (B, 3, R, R); text_ids, text_mask (B, T); idx (B,): identity of each row's image, equal ones
         are positives of the contrast and never negatives of ITM; alpha: weight of the momentum targets. With

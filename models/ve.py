@@ -48,8 +48,8 @@ class SIMLAVE(MomentumModel):
         """
         update_twins(self.twins(), self.momentum)
         logits = self.predict(image, text_ids, text_mask)  # (B, C)
-        with torch.no_grad():
-            logits_m = self.predict(image, text_ids, text_mask, "_m")
+        with torch.no_grad():  # without soft targets the twins need not be asked
+            logits_m = self.predict(image, text_ids, text_mask, "_m") if alpha > 0 else logits.detach()
         return {"loss": distilled_cross_entropy(logits, label, logits_m, alpha)}
 
     def predict(self, image: Tensor, text_ids: Tensor, text_mask: Tensor, suffix: str = "") -> Tensor:

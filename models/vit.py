@@ -64,11 +64,6 @@ class VisionTransformer(TimmVisionTransformer):
         if mask_token:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    @property
-    def grid_size(self) -> int:
-        """Patches along one side of the image."""
-        return self.patch_embed.grid_size[0]
-
     def embed(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """The tokens before the first block; arguments and shape as in `forward`."""
         tokens = self.patch_embed(image)  # (B, N-1, D)

@@ -12,7 +12,7 @@ from tiny import make_tiny, run
 
 import Pretrain
 import zero_shot_retrieval
-from config import PRETRAIN, read_config
+from config import PRETRAIN, TABLES, read_config
 from dataset.annotations import TEXT, TEXTS, read_annotations
 from dataset.pretrain import pretrain_loader
 from dataset.text import build_tokenizer
@@ -372,3 +372,9 @@ def test_masked_words_belong_to_the_item_not_to_the_batch(tiny, tmp_path):
         assert (whole["mlm_labels"][row, length:] == -100).all() and (
             whole["mlm_ids"][row, length:] == 0
         ).all()
+
+
+def test_one_value_of_a_bert_config_file_can_be_overridden():
+    """As the message about a larger vocabulary advises."""
+    config = read_config("configs/VE.yaml", TABLES["VE.py"], ["bert_config.vocab_size=31000"])
+    assert config["bert_config"]["vocab_size"] == 31000 and config["bert_config"]["hidden_size"] == 768

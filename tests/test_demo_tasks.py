@@ -318,10 +318,10 @@ def test_detector_boxes_of_every_evaluated_image(made, by_image):
         for x, y, w, h, score in found:
             assert min(x, y) >= 0 and x + w <= 96.02 and y + h <= 96.02 and 0 < score <= 1
     for split, chance in statistics["grounding"]["chance"].items():
-        wanted = [
-            100 / len(dets[str(r["image_id"])]) for r in refs if r["split"] == split for _ in r["sent_ids"]
-        ]
-        assert chance == pytest.approx(sum(wanted) / len(wanted)) and 15 < chance < 30
+        shown = [str(r["image_id"]) for r in refs if r["split"] == split for _ in r["sent_ids"]]
+        for rule, choices, low, high in (("by_box", dets, 15, 30), ("by_object", boxes, 35, 50)):
+            wanted = [100 / len(choices[image]) for image in shown]
+            assert chance[rule] == pytest.approx(sum(wanted) / len(wanted)) and low < chance[rule] < high
 
 
 # --------------------------------------------------------------------------------------------------- VQA

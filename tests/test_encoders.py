@@ -63,7 +63,6 @@ def test_hidden_patches_are_replaced_before_positions_are_added():
 def test_the_mask_token_is_a_parameter_only_where_asked_for():
     assert "mask_token" in VisionTransformer(**TINY_VIT, mask_token=True).state_dict()
     assert not any("mask_token" in name for name in VisionTransformer(**TINY_VIT).state_dict())
-    assert VisionTransformer(**TINY_VIT).grid_size == 3
 
 
 @pytest.mark.parametrize(

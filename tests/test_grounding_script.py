@@ -298,7 +298,7 @@ def test_training_writes_its_outputs(trained):
     assert all(isinstance(record[name], float) for record in records for name in names)
     best = max(records, key=lambda record: record["val_d"])  # the first of equals
     checkpoint = torch.load(out / "checkpoint_best.pth", weights_only=True)
-    assert checkpoint["epoch"] == best["epoch"] and checkpoint["best_score"] == best["val_d"]
+    assert checkpoint["epoch"] == best["epoch"] and checkpoint["best"]["val_d"] == best["val_d"]
     result = json.loads((out / "result" / "grounding.json").read_text())
     assert {name: part["accuracy"] for name, part in result["splits"].items()} == {
         name: best[name] for name in ("val_d", "testA_d", "testB_d")
@@ -366,8 +366,8 @@ def test_an_interrupted_run_resumes_as_if_unbroken(tiny, tmp_path, monkeypatch):
     logs = [(tmp_path / run / "log.txt").read_text() for run in ("whole", "broken")]
     assert [json.loads(line)["epoch"] for line in logs[1].splitlines()] == [0, 1]
     assert logs[0] == logs[1]
-    if states[0]["best_score"] == json.loads(logs[0].splitlines()[1])["val_d"]:
-        assert resumed["choices"] == whole["choices"]
+    assert states[0]["best"] == states[1]["best"]
+    assert resumed["choices"] == whole["choices"]
 
 
 def test_without_detector_boxes_come_from_the_heat_map(tiny, tmp_path, monkeypatch, caplog):
@@ -376,7 +376,7 @@ def test_without_detector_boxes_come_from_the_heat_map(tiny, tmp_path, monkeypat
     record = json.loads((tmp_path / "log.txt").read_text())
     assert {"val_h", "testA_h", "testB_h"} < set(record) and "val_d" not in record
     best = torch.load(tmp_path / "checkpoint_best.pth", weights_only=True)
-    assert best["best_score"] == record["val_h"]
+    assert best["best"]["val_h"] == record["val_h"]
     assert set(result["splits"]) == {"val_h", "testA_h", "testB_h"}
     assert result["boxes"] == "from the heat map alone" and result["chance"] == "the whole image as box"
     for found in result["choices"]:

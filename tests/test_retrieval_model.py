@@ -13,8 +13,10 @@ from tiny import make_tiny, run
 
 import Retrieval
 from checkpoint import save_checkpoint
+from config import RETRIEVAL, read_config
 from models import losses
 from models.align import Draws
+from models.initial import starting_weights
 from models.retrieval import SIMLARetrieval
 from utils import UserError
 
@@ -125,7 +127,7 @@ def test_the_best_checkpoint_is_chosen_on_validation(trained):
     assert [record["epoch"] for record in records] == [0, 1]
     best = max(records, key=lambda record: record["val_r_mean"])
     checkpoint = torch.load(trained / "checkpoint_best.pth", weights_only=True)
-    assert checkpoint["epoch"] == best["epoch"] and checkpoint["best_score"] == best["val_r_mean"]
+    assert checkpoint["epoch"] == best["epoch"] and checkpoint["best"]["val_r_mean"] == best["val_r_mean"]
     assert torch.load(trained / "checkpoint_last.pth", weights_only=True)["epoch"] == 1
     result = json.loads((trained / "result" / "retrieval.json").read_text())
     assert result["r_mean"] == best["test_r_mean"] and "checkpoint_best" in result["weights"]
@@ -155,7 +157,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(monkeypatch, tiny, tmp_path):
 
     def save_and_stop(path, state):
         save_checkpoint(path, state)
-        if path.name == "checkpoint_best.pth" and state["epoch"] == 0:
+        if path.name == "checkpoint_last.pth" and state["epoch"] == 0:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -165,9 +167,55 @@ def test_resume_goes_on_as_if_nothing_had_happened(monkeypatch, tiny, tmp_path):
     called(monkeypatch, tiny, parts, "--resume", "--checkpoint", parts / "checkpoint_last.pth")
     assert records_of(whole) == records_of(parts)
     first, second = (torch.load(p / "checkpoint_last.pth", weights_only=True) for p in (whole, parts))
-    assert first["best_score"] == second["best_score"]
+    assert first["best"] == second["best"]
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
+
+
+def test_a_resumed_run_keeps_its_best_epoch_until_a_better_one_comes(monkeypatch, tiny, tmp_path):
+    """As good as an unbroken run: the report is of the best epoch, which was before the resume."""
+    called(monkeypatch, tiny, tmp_path, "--overrides", "schedular.epochs=1")
+    path = tmp_path / "checkpoint_last.pth"
+    state = torch.load(path, weights_only=True)
+    state["best"] = {**state["best"], "val_r_mean": 1000.0, "test_r_mean": 77.0}
+    torch.save(state, path)
+    best = (tmp_path / "checkpoint_best.pth").read_bytes()
+    for _ in range(2):  # the second time the run is complete already
+        called(monkeypatch, tiny, tmp_path, "--resume", "--checkpoint", path)
+        result = json.loads((tmp_path / "result" / "retrieval.json").read_text())
+        assert result["r_mean"] == 77.0 and result["weights"].endswith("checkpoint_best.pth")
+        assert torch.load(path, weights_only=True)["epoch"] == 1
+        assert (tmp_path / "checkpoint_best.pth").read_bytes() == best
+    assert [record["epoch"] for record in records_of(tmp_path)] == [0, 1]
+
+
+def test_the_best_checkpoint_is_on_the_disk_before_the_last_says_so(monkeypatch, tiny, tmp_path):
+    written = []
+    monkeypatch.setattr("engine.save_checkpoint", lambda path, state: written.append(path.name))
+    called(monkeypatch, tiny, tmp_path, "--overrides", "schedular.epochs=1")
+    assert written == ["checkpoint_best.pth", "checkpoint_last.pth"]
+
+
+def test_identities_of_another_data_set_are_forgotten_at_the_start(monkeypatch, tiny, trained, tmp_path):
+    assert (torch.load(trained / "checkpoint_last.pth", weights_only=True)["model"]["idx_queue"] >= 0).any()
+    model = SIMLARetrieval.from_config(read_config(str(tiny["Retrieval"]), RETRIEVAL))
+    starting_weights(model, {}, "Grounding", str(trained / "checkpoint_last.pth"))
+    assert (model.idx_queue == -100).all()
+
+
+def test_evaluate_and_resume_together_are_refused(monkeypatch, tiny, trained, tmp_path):
+    flags = ("--evaluate", "--resume", "--checkpoint", trained / "checkpoint_last.pth")
+    with pytest.raises(UserError, match="leave one out"):
+        called(monkeypatch, tiny, tmp_path, *flags)
+
+
+def test_fields_that_only_some_entries_have_do_no_harm(monkeypatch, tiny, tmp_path):
+    entries = json.loads((tiny["data"] / "retrieval_test.json").read_text())
+    entries = [{**entry, "image": str(tiny["data"] / entry["image"])} for entry in entries]
+    entries[1] |= {"bad": 1, "split": "test", "sentids": 2**70}
+    (tmp_path / "test.json").write_text(json.dumps(entries))
+    called(monkeypatch, tiny, tmp_path, "--evaluate", "--overrides", f"test_file={tmp_path}/test.json")
+    assert "test_r_mean" in records_of(tmp_path)[0] and (tmp_path / "config.yaml").is_file()
 
 
 def test_a_frozen_image_encoder_stays_as_it_was(monkeypatch, tiny, trained, tmp_path):

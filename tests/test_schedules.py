@@ -3,6 +3,7 @@ import torch
 from goldens_io import golden
 from torch import nn
 
+from config import TABLES, read_config
 from scheduler import create_scheduler
 from utils import UserError
 
@@ -89,3 +90,17 @@ def test_only_cosine():
         schedule("Pretrain.yaml", sched="step")
     with pytest.raises(ValueError, match="start"):
         create_scheduler(None, {"epochs": 1, "min_lr": 0, "warmup_lr": 0, "warmup_epochs": 0}, "middle")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_our_configs_have_the_published_values(name):
+    recorded = golden("schedules")[name]
+    (table,) = (t for scripts, t in TABLES.items() if recorded["script"] in scripts.split(", "))
+    config = read_config(f"configs/{name}", table)
+    for section in ("optimizer", "schedular"):
+        for key, value in recorded[section].items():
+            assert config[section][key] == value, (section, key)
+    if recorded["warm_up_key"] is not None:
+        assert config["warm_up"] == recorded["warm_up_key"]
+    if recorded["alpha"] is not None:
+        assert config["alpha"] == recorded["alpha"]

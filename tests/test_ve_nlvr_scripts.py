@@ -183,7 +183,7 @@ def test_fine_tuning_keeps_the_best_checkpoint_of_validation(runs, task, classes
     assert [record["epoch"] for record in records] == [0, 1]
     best = max(records, key=lambda record: record["val_acc"])
     checkpoint = load(folder / task / "checkpoint_best.pth")
-    assert checkpoint["epoch"] == best["epoch"] and checkpoint["best_score"] == best["val_acc"]
+    assert checkpoint["epoch"] == best["epoch"] and checkpoint["best"]["val_acc"] == best["val_acc"]
     assert load(folder / task / "checkpoint_last.pth")["epoch"] == 1
     result = json.loads((folder / task / "result" / f"{task}.json").read_text())
     assert result["classes"] == list(classes) and "checkpoint_best" in result["weights"]
