@@ -29,6 +29,7 @@ from utils import run_script
 from vqa_accuracy import answer_scores
 
 GLOBAL_BATCH = 32
+FULL_SCORE = 100  # percent
 SCORED_BY_RETRIEVAL = ("Retrieval.py", "zero_shot_retrieval.py")
 
 
@@ -211,7 +212,7 @@ def draw_answers(folder: Path, num_pictures: int = 12) -> None:
         [str(DATA / questions[i]["image"]) for i in shown],
         [questions[i]["question"] for i in shown],
         answers,
-        [score >= 1 for score in answer_scores(answers, annotated)],
+        [score > FULL_SCORE - 1 for score in answer_scores(answers, annotated)],
         [max(answers, key=answers.count) for answers in annotated],
         folder / "answers.png",
     )

@@ -113,6 +113,22 @@ def test_the_pictures(chain):
         assert np.asarray(Image.open(out / name).convert("L")).std() > 5, name
 
 
+def test_a_picture_is_green_only_where_the_answer_has_the_full_score(tmp_path, monkeypatch):
+    """Not where one annotator of ten gave it, too."""
+    questions = [{"image": "x.jpg", "question": "is there a cat", "answer": ["no"] * 8 + ["yes", "?"]}] * 3
+    given = [{"answers": [answer]} for answer in ("no", "yes", "cat")]
+    result = tmp_path / "after" / "result"
+    result.mkdir(parents=True)
+    (tmp_path / "vqa_test.json").write_text(json.dumps(questions))
+    (result / "vqa_top_answers.json").write_text(json.dumps(given))
+    drawn = []
+    monkeypatch.setattr(demo_all, "DATA", tmp_path)
+    monkeypatch.setattr(demo_all, "plot_answers", lambda *given: drawn.extend(given))
+    demo_all.draw_answers(tmp_path)
+    _, _, answers, right, expected, _ = drawn
+    assert answers == ["no", "yes", "cat"] and right == [True, False, False] and expected == ["no"] * 3
+
+
 def test_every_stage_starts_from_an_earlier_one_and_scores_where_it_should():
     seen = {""}
     for stage in demo_all.STAGES:
