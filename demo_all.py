@@ -25,7 +25,7 @@ from metrics import RIGHT_IOU
 from models.gradcam import grad_cam
 from models.retrieval import SIMLARetrieval
 from plots import import_pyplot, plot_answers, plot_heat_maps
-from utils import run_script
+from utils import UserError, run_script
 from vqa_accuracy import answer_scores
 
 GLOBAL_BATCH = 32
@@ -113,16 +113,19 @@ STAGES = (
 
 
 def run_stage(stage: Stage, out: Path, seed: str) -> dict:
-    """Evaluates, trains and evaluates again; returns what stage.json holds, {"checkpoint", "seconds"} and for
+    """Evaluates, trains and evaluates again; returns what stage.json holds, {"seed", "checkpoint", "seconds"} and for
     a stage with a score {"metric", "chance", "before", "after", "n"}.
     """
     folder, finished = out / stage.name, out / stage.name / "stage.json"
     if finished.is_file():
         print(f"\n{stage.name}: done already, {finished}", flush=True)
-        return json.loads(finished.read_text())
+        record = json.loads(finished.read_text())
+        if record["seed"] != seed:
+            raise UserError(f"{finished} is of seed {record['seed']}; give seed {seed} another --output_dir")
+        return record
     begin = time.monotonic()
     start = json.loads((out / stage.start / "stage.json").read_text())["checkpoint"] if stage.start else ""
-    record = {}
+    record = {"seed": seed}
     if stage.result:
         before = evaluate(stage, folder / "before", start, seed)
     train(stage, folder, start, seed)

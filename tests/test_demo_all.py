@@ -45,7 +45,7 @@ def chain(tmp_path_factory):
     (folder / "configs").mkdir()
     tiny_configs(folder / "configs", data)
 
-    def run(stop_in: str = "") -> list[list[str]]:
+    def run(stop_in: str = "", flags: tuple = ()) -> list[list[str]]:
         """The commands that were started; `stop_in`: the script that fails when it trains."""
         started = []
 
@@ -67,7 +67,7 @@ def chain(tmp_path_factory):
                 "num_processes": lambda: 8,  # batches of 32 / 8
             }.items():
                 patch.setattr(demo_all, name, value)
-            patch.setattr(sys, "argv", ["demo_all.py", "--output_dir", str(folder / "out")])
+            patch.setattr(sys, "argv", ["demo_all.py", "--output_dir", str(folder / "out"), *flags])
             demo_all.main()
         return started
 
@@ -100,6 +100,12 @@ def test_the_summary(chain, capsys):
     assert summary["nlvr"]["after"] == nlvr["acc"] and summary["nlvr"]["n"] == nlvr["n"]
     table = capsys.readouterr().out
     assert all(name in table for name in TASKS) and "before   after" in table
+
+
+def test_the_stages_of_another_seed_are_not_taken_for_this_one_s(chain):
+    out, run = chain
+    with pytest.raises(UserError, match="is of seed 42; give seed 43 another --output_dir"):
+        run(flags=("--seed", "43"))
 
 
 def test_the_pictures(chain):
