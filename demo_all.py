@@ -113,8 +113,8 @@ STAGES = (
 
 
 def run_stage(stage: Stage, out: Path, seed: str) -> dict:
-    """Evaluates, trains and evaluates again; returns what stage.json holds, {"seed", "checkpoint", "seconds"} and for
-    a stage with a score {"metric", "chance", "before", "after", "n"}.
+    """Evaluates, trains and evaluates again; returns what stage.json holds, {"seed", "checkpoint", "seconds"}
+    and for a stage with a score {"metric", "chance", "before", "after", "n"}. UserError for another seed's.
     """
     folder, finished = out / stage.name, out / stage.name / "stage.json"
     if finished.is_file():

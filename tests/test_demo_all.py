@@ -103,7 +103,7 @@ def test_the_summary(chain, capsys):
 
 
 def test_the_stages_of_another_seed_are_not_taken_for_this_one_s(chain):
-    out, run = chain
+    _, run = chain
     with pytest.raises(UserError, match="is of seed 42; give seed 43 another --output_dir"):
         run(flags=("--seed", "43"))
 
