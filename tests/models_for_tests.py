@@ -119,3 +119,15 @@ def tiny_batch(batch: int, seed: int = 0) -> dict:
         "visual_codes": torch.randint(30, (batch, 9), generator=rng),
         "alpha": 0.4,
     }
+
+
+def check_gradients(model: torch.nn.Module) -> None:
+    """After a backward pass: every trainable parameter has a gradient, the others have none. (Data-parallel
+    training waits for all of them; those of key biases are zero in theory, since softmax ignores a shift.)
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or name.startswith(model.without_gradient):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            assert name.endswith("key.bias") or parameter.grad.norm() > 1e-7, name
