@@ -178,7 +178,9 @@ def test_a_resumed_run_keeps_its_best_epoch_until_a_better_one_comes(monkeypatch
     for _ in range(2):  # the second time the run is complete already
         called(monkeypatch, tiny, tmp_path, "--resume", "--checkpoint", path)
         result = json.loads((tmp_path / "result" / "retrieval.json").read_text())
-        assert result["r_mean"] == 77.0 and result["weights"].endswith("checkpoint_best.pth, best by val_r_mean")
+        assert result["r_mean"] == 77.0 and result["weights"].endswith(
+            "checkpoint_best.pth, best by val_r_mean"
+        )
         assert torch.load(path, weights_only=True)["epoch"] == 1
         assert (tmp_path / "checkpoint_best.pth").read_bytes() == best
     assert [record["epoch"] for record in records_of(tmp_path)] == [0, 1]
