@@ -19,21 +19,13 @@ from dataset.grounding import SPLITS, GroundingEvalData, Target, grounding_loade
 from dataset.items import Collate
 from dataset.text import build_tokenizer, check_vocabulary
 from engine import fit, record_evaluation
+from launch import run_script, script_arguments, start
 from metrics import box_iou, choose_box, grounding_accuracy, grounding_chance, heat_box, resize_heat
 from models.gradcam import MODES, check_block, grad_cam
 from models.initial import starting_weights
 from models.retrieval import SIMLARetrieval
 from Retrieval import losses
-from utils import (
-    UserError,
-    all_gather_objects,
-    log,
-    run_script,
-    save_result,
-    script_arguments,
-    start,
-    with_progress,
-)
+from utils import UserError, all_gather_objects, log, save_result, with_progress
 
 
 def choice(heat: torch.Tensor, target: Target) -> dict:
@@ -103,7 +95,7 @@ def report(
 
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
-    device = start(args)
+    device = start(args, config)
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])

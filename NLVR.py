@@ -15,15 +15,16 @@ import torch
 from config import NLVR, parse
 from dataset.nlvr import CLASSES, read_nlvr
 from dataset.text import build_tokenizer, check_vocabulary
+from launch import run_script, script_arguments, start
 from models.initial import starting_weights
 from models.nlvr import SIMLANLVR
-from utils import log, run_script, script_arguments, start
+from utils import log
 from VE import SPLITS, report, train_and_evaluate
 
 
 def main(args: argparse.Namespace, config: dict) -> dict:
     # start
-    device = start(args)
+    device = start(args, config)
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])

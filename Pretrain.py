@@ -16,10 +16,11 @@ from config import PRETRAIN, parse
 from dataset.pretrain import code_views, pretrain_loader
 from dataset.text import build_tokenizer, check_vocabulary
 from engine import fit
+from launch import run_script, script_arguments, start
 from models.dvae import STRIDE, build_image_tokenizer, fit_kmeans_codebook
 from models.initial import starting_weights
 from models.pretrain import SIMLA
-from utils import UserError, barrier, is_main, log, run_script, script_arguments, start
+from utils import UserError, barrier, is_main, log
 
 
 def losses(model: nn.Module, batch: dict, alpha: float, image_tokenizer: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +55,7 @@ def make_image_tokenizer(config: dict, code_res: int, device: torch.device) -> n
 
 def main(args: argparse.Namespace, config: dict) -> None:
     # start
-    device = start(args)
+    device = start(args, config)
     if args.evaluate:
         raise UserError("Pretrain.py only trains; zero_shot_retrieval.py --evaluate scores its checkpoints")
 

@@ -16,9 +16,10 @@ from dataset.items import finetune_loader
 from dataset.pretrain import read_pairs
 from dataset.text import build_tokenizer, check_vocabulary
 from engine import fit
+from launch import run_script, script_arguments, start
 from models.initial import starting_weights
 from models.pretrain_nlvr import SIMLAPretrainNLVR
-from utils import UserError, log, run_script, script_arguments, start
+from utils import UserError, log
 
 
 def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
@@ -28,7 +29,7 @@ def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
 
 def main(args: argparse.Namespace, config: dict) -> None:
     # start
-    device = start(args)
+    device = start(args, config)
     if args.evaluate:
         raise UserError("Pretrain_NLVR.py only trains; NLVR.py --evaluate scores what was fine-tuned from it")
 

@@ -18,9 +18,10 @@ from config import RETRIEVAL, parse
 from dataset.retrieval import RetrievalEvalData, retrieval_loader
 from dataset.text import build_tokenizer, check_vocabulary
 from engine import fit, record_evaluation
+from launch import add_flag, run_script, script_arguments, start
 from models.initial import starting_weights
 from models.retrieval import SIMLARetrieval
-from utils import UserError, add_flag, log, run_script, script_arguments, start
+from utils import UserError, log
 from zero_shot_retrieval import evaluate, report
 
 
@@ -31,7 +32,7 @@ def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
 
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
-    device = start(args)
+    device = start(args, config)
     select_on_test = config["released_code"]["select_on_test"]
     if not args.evaluate and not (config["train_file"] and (config["val_file"] or select_on_test)):
         raise UserError(f"config {args.config}: fine-tuning needs train_file and val_file (or --evaluate)")

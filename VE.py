@@ -18,10 +18,11 @@ from dataset.items import evaluation_loader, finetune_loader
 from dataset.text import build_tokenizer, check_vocabulary
 from dataset.ve import CLASSES, read_ve
 from engine import evaluate_classes, fit, record_evaluation
+from launch import run_script, script_arguments, start
 from metrics import accuracy, confusion_table, majority_accuracy
 from models.initial import starting_weights
 from models.ve import SIMLAVE
-from utils import log, run_script, save_result, script_arguments, start
+from utils import log, save_result
 
 SPLITS = ("val", "test")
 
@@ -94,7 +95,7 @@ def report(
 
 def main(args: argparse.Namespace, config: dict) -> dict:
     # start
-    device = start(args)
+    device = start(args, config)
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])

@@ -19,19 +19,12 @@ from dataset import stop_at_unreadable, test_loader
 from dataset.items import Collate
 from dataset.text import build_tokenizer, check_vocabulary
 from dataset.vqa import AnswerList, VQAEvalData, eos_token, read_answer_list, vqa_loader
-from engine import fit, record_evaluation, to_device
+from engine import fit, record_evaluation
+from launch import run_script, script_arguments, start
 from models.initial import starting_weights
 from models.vqa import SIMLAVQA
-from utils import (
-    UserError,
-    all_gather_objects,
-    log,
-    run_script,
-    save_result,
-    script_arguments,
-    start,
-    with_progress,
-)
+from training import to_device
+from utils import UserError, all_gather_objects, log, save_result, with_progress
 from vqa_accuracy import answer_scores, best_constant, mean_by_label
 
 
@@ -97,7 +90,7 @@ def report(data: VQAEvalData, given: list[dict], accuracy: dict, protocol: dict,
 
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
-    device = start(args)
+    device = start(args, config)
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])
@@ -125,8 +118,6 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
             log.info(f"k_test {config['k_test']}: all {len(candidates.texts)} answers are re-scored")
 
     def evaluate_val(epoch: int) -> dict[str, float]:
-        if val is None:
-            return {}
         scores = evaluate(val, answer(model, val, candidates, tokenizer, config, device))
         return {f"val_{name}": value for name, value in scores.items()}
 
@@ -134,7 +125,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     epoch = 0
     if not args.evaluate:
         loader = vqa_loader(config, tokenizer, limit, args.seed, device.type == "cuda")
-        weights, _ = fit(model, loader, losses, config, args, device, "start", evaluate_val)
+        weights, _ = fit(model, loader, losses, config, args, device, "start", evaluate_val if val else None)
         epoch = config["schedular"]["epochs"] - 1
     given = answer(model, test, candidates, tokenizer, config, device)
     accuracy = evaluate(test, given) if test.annotations else {}

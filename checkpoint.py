@@ -1,4 +1,4 @@
-"""Checkpoints: reading published weights into any task's model, saving, resuming.
+"""Checkpoints: reading published weights into any task's model, resuming; `saving` writes them.
 
 A checkpoint is a plain dict {model, optimizer, lr_scheduler, config, epoch}; `model` has the published names.
 Which name of the file fills which name of the model is data: `ROWS`, one row per task and kind of checkpoint.
@@ -6,21 +6,19 @@ Loading is strict with an account: what a row does not expect to be missing or l
 """
 
 import math
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from safe_load import safe_load
+from safe_load import load_mapped
 from scheduler import WarmupCosine
 from utils import UserError
 
@@ -229,10 +227,11 @@ def _model_state(content: Any, source: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _copy_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _copy_into(model: nn.Module, tensors: Mapping[str, Tensor], release: Callable[[], None]) -> None:
     own = model.state_dict()
     for name, value in tensors.items():
         own[name].copy_(value)
+        release()
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -241,72 +240,16 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 def load_weights(model: nn.Module, path: str | Path, task: str) -> LoadReport:
     """Copies the weights of the file into the model, in place. Raises UserError, the model then unchanged."""
-    tensors, report = map_state(_model_state(safe_load(path), str(path)), _shapes(model), task, str(path))
-    _copy_into(model, tensors)
+    content, release = load_mapped(path)
+    tensors, report = map_state(_model_state(content, str(path)), _shapes(model), task, str(path))
+    _copy_into(model, tensors, release)
     return report
 
 
-# ---- saving and resuming ----
+# ---- resuming ----
 
 
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` in one step, once it is complete and on the disk.
-
-    On failure the file that was there stays. Raises UserError when writing fails (disk full, no permission).
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):  # torch's writer hides the system's error in its own
-            cause = error if isinstance(error, OSError) else error.__context__ or error
-            raise UserError(
-                f"{path} could not be written ({cause}); an earlier file of that name is unchanged. Free "
-                "some space or choose another folder"
-            ) from error
-        raise
-
-
-def _plain(value: Any, name: str) -> Any:
-    """The value in built-in types; a config's own kinds of numbers would not load without its package."""
-    if value is None or isinstance(value, Tensor | np.ndarray):
-        return value
-    if isinstance(value, dict):
-        return {_plain(key, name): _plain(item, f"{name}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        kind = tuple if isinstance(value, tuple) else list
-        return kind(_plain(item, f"{name}[{i}]") for i, item in enumerate(value))
-    if isinstance(value, np.generic):
-        return value.item()
-    for kind in (bool, int, float, str, bytes):
-        if isinstance(value, kind):
-            return kind(value)
-    raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint takes tensors and plain values")
-
-
-def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Writes tensors and plain values, atomically. Raises UserError (disk full), TypeError (other values)."""
-    state = _plain(state, "state")
-    with atomic_write(path) as file:
-        torch.save(state, file)
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """The dict of `save_checkpoint`, memory-mapped on the CPU. Raises UserError if it is none."""
-    checkpoint = safe_load(path)
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} is not a training checkpoint: it holds a {type(checkpoint).__name__}")
-    return checkpoint
-
-
-def _optimizer_state(optimizer: Optimizer, saved: dict, source: str) -> dict:
+def _optimizer_state(optimizer: Optimizer, saved: dict, source: str, release: Callable[[], None]) -> dict:
     """`saved` as this torch and this machine want it. Raises UserError when it belongs to another model."""
     theirs = [len(group["params"]) for group in saved["param_groups"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
@@ -329,6 +272,7 @@ def _optimizer_state(optimizer: Optimizer, saved: dict, source: str) -> dict:
                 key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in saved["state"][i].items()
             }
+            release()
             if "step" in state[i]:  # torch before 1.12 saved plain ints
                 state[i]["step"] = torch.tensor(float(state[i]["step"]))
     of_this_machine = ("foreach", "fused", "capturable", "differentiable")
@@ -340,26 +284,31 @@ def _optimizer_state(optimizer: Optimizer, saved: dict, source: str) -> dict:
 
 
 def resume(
-    model: nn.Module, optimizer: Optimizer, scheduler: WarmupCosine, path: str | Path
-) -> tuple[int, dict]:
-    """Restores a run at the end of an epoch, our own or a published one; returns the epoch to go on with and
-    the scores of the best epoch so far (published files have none).
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: WarmupCosine,
+    path: str | Path,
+    scaler: GradScaler | None = None,
+) -> dict:
+    """Restores a run, our own or a published one at the end of an epoch; returns what else the file holds.
 
     Raises UserError, before anything is changed, when the file belongs to another model or has weights only.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint, release = load_mapped(path)
+    source = str(path)
     absent = [key for key in ("model", "optimizer", "lr_scheduler", "epoch") if key not in checkpoint]
     if absent:
         raise UserError(
             f"{path} cannot be resumed from, it has no {' and no '.join(absent)}; to start from its weights "
             "use --checkpoint without --resume"
         )
-    source = str(path)
     tensors, _ = _match(_model_state(checkpoint, source), _shapes(model), RESUME, source, "training")
-    optimizer_state = _optimizer_state(optimizer, checkpoint["optimizer"], source)
-    _copy_into(model, tensors)
+    optimizer_state = _optimizer_state(optimizer, checkpoint["optimizer"], source, release)
+    _copy_into(model, tensors, release)
     optimizer.load_state_dict(optimizer_state)
     scheduler.load_state_dict(checkpoint["lr_scheduler"])
-    start_epoch = checkpoint["epoch"] + 1
-    scheduler.resume_at(start_epoch)
-    return start_epoch, checkpoint.get("best", {})
+    if scaler is not None and checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["epoch"] >= 0:
+        scheduler.resume_at(checkpoint["epoch"] + 1)
+    return {key: value for key, value in checkpoint.items() if key not in ("model", "optimizer")}

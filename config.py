@@ -7,13 +7,13 @@ import argparse
 import difflib
 import json
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from run_record import code_revision
 from utils import UserError
 
 REQUIRED = object()
@@ -23,13 +23,14 @@ BERT_CONFIG = "configs/config_bert.json"
 @dataclass(frozen=True)
 class Key:
     """type: a type, a tuple of types or a nested table; default: REQUIRED or a value; help: one line; least:
-    the smallest value allowed.
+    the smallest value allowed; choices: the only values allowed.
     """
 
     type: type | tuple | dict
     default: object = REQUIRED
     help: str = ""
     least: int | None = None
+    choices: tuple = ()
 
 
 NUMBER = (float, int)
@@ -83,6 +84,14 @@ SHARED = {
     "schedular": Key(SCHEDULE, help="learning-rate schedule; `scheduler` is accepted too"),
     "num_workers": Key(int, 4, "data-loading processes per rank", least=0),
     "log_steps": Key(int, 50, "steps between two log lines", least=1),
+    "precision": Key(str, "fp32", "fp32, bf16 or fp16 (with loss scaling)", choices=("fp32", "bf16", "fp16")),
+    "grad_accumulation_steps": Key(int, 1, "batches whose mean gradient makes one step", least=1),
+    "save_every_steps": Key(int, 0, "checkpoints within an epoch; 0 = none", least=0),
+    "save_every_minutes": Key(NUMBER, 0, "as save_every_steps, by the clock", least=0),
+    "keep_last": Key(int, 2, "newest checkpoints kept, beside the best, or those of every epoch", least=1),
+    "max_nonfinite_steps": Key(
+        int, 5, "a run stops after so many steps in a row with a loss that is not finite", least=1
+    ),
 }
 MAX_BAD = Key(NUMBER, 0.05, "a run stops when a larger share of an epoch's images cannot be read")
 RANDAUGMENT = {"num_ops": Key(int, 2), "magnitude": Key(int, 7, "0 to 10")}
@@ -324,20 +333,15 @@ def _check_value(value: object, key: Key, path: str, name: str) -> object:
         raise UserError(f"config {path}: {name} must be {wanted}, found {value!r}")
     if key.least is not None and value < key.least:
         raise UserError(f"config {path}: {name} must be at least {key.least}, found {value!r}")
+    if key.choices and value not in key.choices:
+        raise UserError(f"config {path}: {name} must be one of {', '.join(key.choices)}, found {value!r}")
     return value
 
 
 def save_config(config: dict, output_dir: str) -> None:
     """Writes config.yaml with the git revision of the code as a comment."""
-    try:
-        where = Path(__file__).parent
-        revision = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = "unknown"
     with (Path(output_dir) / "config.yaml").open("w") as file:
-        file.write(f"# code revision: {revision}\n")
+        file.write(f"# code revision: {code_revision()}\n")
         YAML(typ="safe", pure=True).dump(config, file)
 
 

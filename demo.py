@@ -17,8 +17,9 @@ import torch
 from config import PRETRAIN, read_config
 from dataset.annotations import TEXT, read_annotations
 from dataset.demo import make_demo
+from launch import run_script
 from plots import import_pyplot, plot_gallery, plot_losses
-from utils import UserError, free_port, num_cores, run_script
+from utils import UserError, free_port, num_cores
 
 CONFIGS = Path("configs/demo")
 DATA = Path("data/demo")

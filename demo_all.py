@@ -21,11 +21,13 @@ from dataset.grounding import GroundingEvalData
 from dataset.items import Collate
 from dataset.text import build_tokenizer
 from demo import CONFIGS, DATA, draw_losses, gallery, launch, make_data, num_processes, spread
+from launch import run_script
 from metrics import RIGHT_IOU
 from models.gradcam import grad_cam
 from models.retrieval import SIMLARetrieval
 from plots import import_pyplot, plot_answers, plot_heat_maps
-from utils import UserError, run_script
+from saving import BEST, run_checkpoints
+from utils import UserError
 from vqa_accuracy import answer_scores
 
 GLOBAL_BATCH = 32
@@ -155,9 +157,8 @@ def evaluate(stage: Stage, folder: Path, checkpoint: str, seed: str) -> dict:
 def train(stage: Stage, folder: Path, start: str, seed: str) -> None:
     flags = ["--config", str(CONFIGS / stage.config), "--output_dir", str(folder), "--seed", seed]
     flags += stage.flags
-    newest = newest_checkpoint(folder)
-    if newest:
-        flags += ["--checkpoint", str(newest), "--resume"]
+    if run_checkpoints(folder):
+        flags += ["--resume"]
     elif start:
         flags += ["--checkpoint", start]
     launch(stage.script, *flags, "--overrides", *overrides(stage.script, folder.parent))
@@ -171,15 +172,10 @@ def overrides(script: str, out: Path) -> list[str]:
     return [f"batch_size_train={batch}"] + ["save_scores=true"] * (script in SCORED_BY_RETRIEVAL)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The one to resume from."""
-    found = [*folder.glob("checkpoint_last.pth"), *sorted(folder.glob("checkpoint_[0-9]*.pth"))]
-    return found[-1] if found else None
-
-
 def best_checkpoint(folder: Path) -> Path:
-    best = folder / "checkpoint_best.pth"
-    return best if best.is_file() else newest_checkpoint(folder)
+    """By the validation score, else the last."""
+    best = folder / BEST
+    return best if best.is_file() else run_checkpoints(folder)[0]
 
 
 def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
@@ -187,7 +183,7 @@ def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
     config = read_config(str(folder / "config.yaml"), GROUNDING)
     data, tokenizer = GroundingEvalData(config), build_tokenizer(config["text_encoder"])
     model = SIMLARetrieval.from_config(config)
-    load_weights(model, folder / "checkpoint_best.pth", "Grounding")
+    load_weights(model, folder / BEST, "Grounding")
     choices = json.loads((folder / "after" / "result" / "grounding.json").read_text())["choices"]
     shown = spread([i for i, target in enumerate(data.targets) if target.split != "val"], num_pictures)
     batch = Collate(tokenizer, model.text_encoder.config.max_position_embeddings)([data[i] for i in shown])

@@ -11,8 +11,9 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from torch import Tensor
 
+from launch import run_script
 from metrics import Box, resize_heat
-from utils import UserError, run_script
+from utils import UserError
 
 
 def chance_levels(config: dict) -> dict[str, float]:

@@ -7,13 +7,14 @@ checkpoint is a pickled OmegaConf object, OpenAI's image tokenizer a whole pickl
 """
 
 import builtins
+import mmap
 import pickle
 import re
 import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -189,7 +190,7 @@ class _Unpickler(pickle.Unpickler):
         return Storage(storage, dtype)
 
 
-def _load_zip(path: Path, mmap: bool) -> Any:
+def _load_zip(path: Path, mapped: mmap.mmap | None) -> Any:
     """torch.save since 1.6: a zip of data.pkl and one uncompressed record per storage."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         (pickle_name,) = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
@@ -198,7 +199,9 @@ def _load_zip(path: Path, mmap: bool) -> Any:
             order = archive.read(f"{folder}/byteorder").decode()
             if order != sys.byteorder:
                 raise ValueError(f"written on a {order}-endian machine")
-        whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size) if mmap else None
+        whole = None
+        if mapped is not None:
+            whole = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
         cached: dict[str, torch.UntypedStorage] = {}
 
         def storage(key: str, num_elements: int, dtype: torch.dtype) -> torch.UntypedStorage:
@@ -253,13 +256,28 @@ def safe_load(path: str | Path, mmap: bool = True) -> Any:
     With `mmap` the tensors are views of the file, read when touched; writing to them does not change it.
     Raises UserError when the file is missing, damaged, not from torch.save, or names code to run.
     """
+    return load_mapped(path, mmap)[0]
+
+
+def load_mapped(path: str | Path, use_mmap: bool = True) -> tuple[Any, Callable[[], None]]:
+    """As `safe_load`, and a function that gives back the memory of what was read so far.
+
+    Without it a file that is copied piece by piece would be in memory twice at the end. What was written to
+    the tensors is lost with it; they can be read again.
+    """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return {"model": safetensors.torch.load_file(path)}
+            return {"model": safetensors.torch.load_file(path)}, _nothing
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
-        return _load_zip(path, mmap) if is_zip else _load_legacy(path)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if is_zip and use_mmap else None
+        if not is_zip:
+            return _load_legacy(path), _nothing
+        release = _nothing
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            release = partial(mapped.madvise, mmap.MADV_DONTNEED)
+        return _load_zip(path, mapped), release
     except UserError:
         raise
     except OSError as error:
@@ -269,6 +287,10 @@ def safe_load(path: str | Path, mmap: bool = True) -> Any:
             f"{path}: not a complete PyTorch checkpoint ({type(error).__name__}: {error}); expected a file "
             "of torch.save or .safetensors. Copy or download it again and compare its size with the source"
         ) from error
+
+
+def _nothing() -> None:
+    pass
 
 
 def to_plain(value: Any) -> Any:

@@ -20,22 +20,12 @@ from dataset.items import Collate
 from dataset.retrieval import RetrievalEvalData
 from dataset.text import build_tokenizer, check_vocabulary, tokenize
 from engine import record_evaluation
+from launch import run_script, script_arguments, start
 from metrics import retrieval_chance, retrieval_recall
 from models.initial import starting_weights
 from models.rerank import rerank
 from models.retrieval import SIMLARetrieval
-from utils import (
-    all_gather_objects,
-    is_main,
-    log,
-    rank,
-    run_script,
-    save_result,
-    script_arguments,
-    start,
-    with_progress,
-    world_size,
-)
+from utils import all_gather_objects, is_main, log, rank, save_result, with_progress, world_size
 
 MAX_TEXT_TOKENS = 30
 
@@ -120,7 +110,7 @@ def report(
 
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
-    device = start(args)
+    device = start(args, config)
 
     # data
     data = RetrievalEvalData(config["test_file"], config["image_root"], config["image_res"])

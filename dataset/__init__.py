@@ -8,50 +8,52 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from faults import ignore_stop_signals
 from utils import UserError, rank, world_size
 
 
 class EpochSampler(Sampler):
     """This rank's share of a shuffled epoch, as (epoch, index); whole global batches only.
 
-    The epoch travels with the index, so that workers that live on between epochs know it.
+    The epoch travels with the index, so that workers that live on between epochs know it. `batch_size` is
+    what one rank takes for one step of the optimiser.
     """
 
     def __init__(self, num_items: int, batch_size: int, seed: int):
-        global_batch = batch_size * world_size()
-        if num_items < global_batch:
+        self.global_batch = batch_size * world_size()
+        if num_items < self.global_batch:
             raise UserError(
                 f"{num_items} training samples are fewer than one batch of {batch_size} on {world_size()} "
                 "rank(s); lower batch_size"
             )
-        self.num_items, self.seed, self.epoch = num_items, seed, 0
-        self.length = num_items // global_batch * batch_size
+        self.num_items, self.seed, self.epoch, self.first = num_items, seed, 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """`first`: samples at the head of the epoch's order that all ranks together have had already."""
+        self.epoch, self.first = epoch, first
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_items, generator=generator)
-        own = order[rank() : self.length * world_size() : world_size()]
+        own = order[self.first : self.first + len(self) * world_size()][rank() :: world_size()]
         return iter([(self.epoch, index) for index in own.tolist()])
 
     def __len__(self) -> int:
-        return self.length
+        return (self.num_items - self.first) // self.global_batch * (self.global_batch // world_size())
 
 
-def train_loader(
-    dataset: Dataset, batch_size: int, seed: int, num_workers: int, collate: Callable, pin_memory: bool
-) -> DataLoader:
+def train_loader(dataset: Dataset, batch_size: int, seed: int, config: dict, collate: Callable, pin: bool):
+    """Batches of a training set; `grad_accumulation_steps` of them make a step, and only whole ones come."""
+    num_workers = config["num_workers"]
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=EpochSampler(len(dataset), batch_size, seed),
+        sampler=EpochSampler(len(dataset), batch_size * config["grad_accumulation_steps"], seed),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=_start_worker,
         collate_fn=collate,
-        pin_memory=pin_memory,
+        pin_memory=pin,
         drop_last=True,
     )
 
@@ -72,6 +74,7 @@ def test_loader(
 
 
 def _start_worker(_: int) -> None:
+    ignore_stop_signals()
     cv2.setNumThreads(0)  # the loader's processes are the parallelism
 
 

@@ -38,7 +38,7 @@ class TrainItems(Dataset):
         return len(self.entries)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """(epoch, index) -> the entry with images (n, 3, R, R), a clean text and `bad`.
+        """(epoch, index) -> the entry with images (n, 3, R, R), their `files`, a clean text and `bad`.
 
         An entry with an image that cannot be read is replaced by another one, drawn from all; `bad` lists the
         images as (file, cause). After MAX_TRIES of them there are no `images`.
@@ -56,7 +56,8 @@ class TrainItems(Dataset):
                 continue
             text = entry["text"] if isinstance(entry["text"], str) else rng.python.choice(entry["text"])
             may_flip = self.flip_captions or not any(map(names_side, [text, *entry.get("answers", [])]))
-            return {**entry, "text": self.clean(text), **self.views(images, rng, may_flip), "bad": bad}
+            views = self.views(images, rng, may_flip)
+            return {**entry, "files": entry["images"], "text": self.clean(text), **views, "bad": bad}
         return {"bad": bad}
 
     def views(self, images: list[Image.Image], rng: ItemRandom, may_flip: bool) -> dict[str, Tensor]:
@@ -156,7 +157,7 @@ def finetune_loader(
     """
     items = finetune_items(entries, config, seed, **changes)
     collate = Collate(tokenizer, position_limit, max_tokens)
-    return train_loader(items, config["batch_size_train"], seed, config["num_workers"], collate, pin)
+    return train_loader(items, config["batch_size_train"], seed, config, collate, pin)
 
 
 def evaluation_loader(entries: list[dict], config: dict, tokenizer, position_limit: int):

@@ -98,7 +98,7 @@ def pretrain_loader(
     block_mask = BlockMask(grid_size, config["num_masking_patches"], config["min_num_patches"])
     dataset = PretrainData(entries, transform, block_mask, seed, released["flip_captions"])
     collate = PretrainCollate(tokenizer, config["max_tokens"], position_limit, config["mlm_probability"])
-    return train_loader(dataset, config["batch_size"], seed, config["num_workers"], collate, pin_memory=pin)
+    return train_loader(dataset, config["batch_size"], seed, config, collate, pin)
 
 
 def code_views(files: str | list[str], code_res: int, num_images: int) -> Iterator[Tensor]:

@@ -18,7 +18,8 @@ from dataset import train_loader
 from dataset.annotations import NUMBER, TEXT, TEXTS, expand, read_annotations, read_json
 from dataset.items import Collate, EvalItems, finetune_items
 from dataset.text import clean_question, tokenize
-from utils import UserError, run_script
+from launch import run_script
+from utils import UserError
 from vqa_accuracy import most_common_answer, normalize_answer
 
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
@@ -68,7 +69,7 @@ def vqa_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: boo
     clean = partial(clean_question, max_words=MAX_WORDS_IN_TRAINING)
     items = finetune_items(entries, config, seed, clean=clean)
     collate = AnswerCollate(tokenizer, position_limit, config["max_tokens"], config["eos"])
-    return train_loader(items, config["batch_size_train"], seed, config["num_workers"], collate, pin)
+    return train_loader(items, config["batch_size_train"], seed, config, collate, pin)
 
 
 class AnswerCollate(Collate):

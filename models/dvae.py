@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import atomic_write
 from safe_load import Inert, safe_load
+from saving import atomic_write
 from utils import UserError
 
 DALLE_URL = "https://cdn.openai.com/dall-e/encoder.pkl"

@@ -17,6 +17,8 @@ class MomentumModel(nn.Module):
 
     twin_names: tuple[str, ...] = ()
     without_gradient: tuple[str, ...] = ("visual_encoder.mask_token",)  # prefixes; only pre-training hides
+    momentum: float
+    holds_twins = False  # while a step's further batches are read: the online weights have not moved either
 
     def twins(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online, momentum) pairs."""
@@ -28,6 +30,11 @@ class MomentumModel(nn.Module):
         """
         for name in self.twin_names if names is None else names:
             make_twin(getattr(self, name), getattr(self, name + "_m"))
+
+    def update_twins(self) -> None:
+        """Once a step, before the twins are asked."""
+        if not self.holds_twins:
+            update_twins(self.twins(), self.momentum)
 
 
 @torch.no_grad()
@@ -48,12 +55,14 @@ def new_queue(embed_dim: int, queue_size: int) -> Tensor:
 def enqueue(queue: Tensor, pointer: Tensor, entries: Tensor) -> None:
     """Writes entries (n, E) into the columns of queue (E, Q) from `pointer` (1,) on, wrapping round.
 
-    Any n goes; of more than Q entries the last Q stay. The pointer is left to `advance`.
+    Any n goes; of more than Q entries the last Q stay. What is not finite would spoil the contrast of every
+    step to come: there the queue stays as it was. The pointer is left to `advance`.
     """
     queue_size = queue.shape[1]
     skipped = max(0, len(entries) - queue_size)
     columns = (pointer + torch.arange(skipped, len(entries), device=queue.device)) % queue_size
-    queue[:, columns] = entries[skipped:].T.to(queue.dtype)
+    fresh = entries[skipped:].T.to(queue.dtype)
+    queue[:, columns] = torch.where(fresh.isfinite(), fresh, queue[:, columns])
 
 
 @torch.no_grad()

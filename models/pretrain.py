@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models import losses
 from models.align import AlignmentModel, Draws, unit_features
 from models.bert import BertConfig, BertForMaskedLM
-from models.momentum import make_twin, update_twins
+from models.momentum import make_twin
 from models.vit import VisionTransformer, vit_sizes
 from utils import UserError
 
@@ -111,7 +111,7 @@ class SIMLA(AlignmentModel):
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
-            update_twins(self.twins(), self.momentum)
+            self.update_twins()
         # Every image is encoded twice, whole and with hidden patches: the same weights, so one batch.
         images, hidden = torch.cat([image, image]), torch.cat([torch.zeros_like(patch_mask), patch_mask])
         image_embeds, masked_embeds = self.visual_encoder(images, hidden).chunk(2)  # (B, N, D) each

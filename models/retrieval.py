@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models import losses
 from models.align import AlignmentModel, Draws, unit_features
 from models.bert import BertConfig, BertModel
-from models.momentum import make_twin, update_twins
+from models.momentum import make_twin
 from models.vit import VisionTransformer, vit_sizes
 
 
@@ -85,7 +85,7 @@ class SIMLARetrieval(AlignmentModel):
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
-            update_twins(self.twins(), self.momentum)
+            self.update_twins()
         image_embeds, image_feat = self.encode_image(image)  # (B, N, D), (B, E)
         feats = image_feat, self.encode_text(text_ids, text_mask)
         with torch.no_grad():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.bert import BertConfig, BertModel, CrossStates
 from models.losses import distilled_cross_entropy
-from models.momentum import MomentumModel, make_twin, update_twins
+from models.momentum import MomentumModel, make_twin
 from models.vit import VisionTransformer, vit_sizes
 
 
@@ -46,7 +46,7 @@ class SIMLAVE(MomentumModel):
 
         image (B, 3, R, R), in NLVR (2B, 3, R, R); text_ids, text_mask (B, T); label (B,)
         """
-        update_twins(self.twins(), self.momentum)
+        self.update_twins()
         logits = self.predict(image, text_ids, text_mask)  # (B, C)
         with torch.no_grad():  # without soft targets the twins need not be asked
             logits_m = self.predict(image, text_ids, text_mask, "_m") if alpha > 0 else logits.detach()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models import losses
 from models.bert import BertConfig, BertForMaskedLM, BertModel, CrossStates
-from models.momentum import MomentumModel, make_twin, update_twins
+from models.momentum import MomentumModel, make_twin
 from models.vit import VisionTransformer, vit_sizes
 
 
@@ -77,7 +77,7 @@ class SIMLAVQA(MomentumModel):
         student's soft log-probabilities are taken over the sequence, as published.
         """
         with torch.no_grad():
-            update_twins(self.twins(), self.momentum)
+            self.update_twins()
         online, momentum = zip(*self.twins(), strict=True)
         own = torch.arange(len(image), device=image.device).repeat_interleave(num_answers)  # (A,)
         inputs = image, question_ids, question_mask, answer_ids, answer_mask, own

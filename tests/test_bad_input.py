@@ -16,9 +16,10 @@ from config import PRETRAIN, TABLES, read_config
 from dataset.annotations import TEXT, TEXTS, read_annotations
 from dataset.pretrain import pretrain_loader
 from dataset.text import build_tokenizer
-from engine import BadImages
+from launch import script_arguments, start
 from models.dvae import KMeansCodebook
-from utils import UserError, script_arguments, start
+from training import BadImages
+from utils import UserError
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +256,7 @@ def test_checkpoint_of_another_shape_or_kind(monkeypatch, tiny, tmp_path):
 
 def test_resume_needs_a_checkpoint(monkeypatch, tiny, tmp_path):
     message = fails(monkeypatch, Pretrain, "--config", tiny["Pretrain"], "--output_dir", tmp_path, "--resume")
-    assert "--checkpoint" in message
+    assert f"{tmp_path} holds no good checkpoint" in message and "--checkpoint" in message
 
 
 def test_vocabulary_larger_than_the_model(monkeypatch, tiny, tmp_path):
@@ -286,13 +287,13 @@ def test_more_ranks_times_batch_than_samples(monkeypatch, tiny, tmp_path):
 def test_gpu_asked_for_where_there_is_none(tmp_path):
     args = script_arguments("x", "c", str(tmp_path)).parse_args(["--device", "cuda"])
     with pytest.raises(UserError, match="GPU 0 asked for, 0 found"):
-        start(args)
+        start(args, {})
 
 
 def test_device_that_does_not_exist(tmp_path):
     args = script_arguments("x", "c", str(tmp_path)).parse_args(["--device", "toaster"])
     with pytest.raises(UserError, match="expected auto, cpu, cuda"):
-        start(args)
+        start(args, {})
 
 
 def test_output_folder_that_cannot_be_written(tmp_path):
@@ -300,7 +301,7 @@ def test_output_folder_that_cannot_be_written(tmp_path):
     for folder in (tmp_path / "file", "/proc/simla"):
         args = script_arguments("x", "c", str(folder)).parse_args(["--device", "cpu"])
         with pytest.raises(UserError, match="cannot be written"):
-            start(args)
+            start(args, {})
     assert (tmp_path / "file").read_text() == "here first"
 
 
@@ -349,7 +350,7 @@ def test_a_failing_run_leaves_the_folder_of_an_earlier_one_alone(monkeypatch, ti
     for script, config in ((Pretrain, tiny["Pretrain"]), (zero_shot_retrieval, tiny["Retrieval"])):
         flags = ["--config", config, "--output_dir", tmp_path, "--checkpoint", tmp_path / "none.pth"]
         assert "none.pth" in fails(monkeypatch, script, *flags)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run.json"]
     assert (tmp_path / "config.yaml").read_text() == "of an earlier run"
 
 

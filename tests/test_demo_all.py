@@ -83,8 +83,7 @@ def test_a_failing_stage_stops_the_chain_and_the_next_call_resumes_it(chain):
     started = run()
     assert [command[0] for command in started][:3] == ["VQA.py", "VQA.py", "Pretrain_NLVR.py"]
     resumed = started[0]
-    assert resumed[resumed.index("--checkpoint") + 1] == str(out / "vqa" / "checkpoint_00.pth")
-    assert "--resume" in resumed and "--evaluate" in started[1]
+    assert "--resume" in resumed and "--checkpoint" not in resumed and "--evaluate" in started[1]
 
 
 def test_the_summary(chain, capsys):

@@ -21,6 +21,7 @@ from config import GROUNDING, read_config
 from dataset.grounding import GroundingEvalData, grounding_loader, read_plain_pickle
 from dataset.text import build_tokenizer
 from dataset.transforms import load_image, normalise, resized_crop, to_tensor
+from faults import leave_together
 from models.retrieval import SIMLARetrieval
 from utils import UserError
 
@@ -355,10 +356,9 @@ def test_an_interrupted_run_resumes_as_if_unbroken(tiny, tmp_path, monkeypatch):
 
         patch.setattr(Grounding, "evaluate", evaluate)
         grounding(patch, tiny, tmp_path / "broken")
-    checkpoint = tmp_path / "broken" / "checkpoint_last.pth"
-    resumed = grounding(monkeypatch, tiny, tmp_path / "broken", "--resume", "--checkpoint", checkpoint)
+    resumed = grounding(monkeypatch, tiny, tmp_path / "broken", "--resume")
     states = [
-        torch.load(tmp_path / run / "checkpoint_last.pth", weights_only=True) for run in ("whole", "broken")
+        torch.load(tmp_path / run / "checkpoint_01.pth", weights_only=True) for run in ("whole", "broken")
     ]
     assert [state["epoch"] for state in states] == [1, 1]
     for name, value in states[0]["model"].items():
@@ -456,7 +456,7 @@ def work(this_rank: int, num_ranks: int, config: str, checkpoint: str, folder: s
         ]
         Grounding.parse_and_run()
     if dist.is_initialized():
-        dist.barrier()
+        leave_together()
         dist.destroy_process_group()
 
 

@@ -12,12 +12,13 @@ from ruamel.yaml import YAML
 from tiny import make_tiny, run
 
 import Retrieval
-from checkpoint import save_checkpoint
+import saving
 from config import RETRIEVAL, read_config
 from models import losses
 from models.align import Draws
 from models.initial import starting_weights
 from models.retrieval import SIMLARetrieval
+from training import Training
 from utils import UserError
 
 IDS = torch.tensor([4, 7, 4, 4])
@@ -123,7 +124,7 @@ def test_the_best_checkpoint_is_chosen_on_validation(trained):
     best = max(records, key=lambda record: record["val_r_mean"])
     checkpoint = torch.load(trained / "checkpoint_best.pth", weights_only=True)
     assert checkpoint["epoch"] == best["epoch"] and checkpoint["best"]["val_r_mean"] == best["val_r_mean"]
-    assert torch.load(trained / "checkpoint_last.pth", weights_only=True)["epoch"] == 1
+    assert torch.load(trained / "checkpoint_01.pth", weights_only=True)["epoch"] == 1
     result = json.loads((trained / "result" / "retrieval.json").read_text())
     assert result["r_mean"] == best["test_r_mean"] and "checkpoint_best" in result["weights"]
     for name in ("loss_ita", "loss_itm", "lr", "bad_images"):
@@ -150,18 +151,17 @@ def test_resume_goes_on_as_if_nothing_had_happened(monkeypatch, tiny, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     called(monkeypatch, tiny, whole)
 
-    def save_and_stop(path, state):
-        save_checkpoint(path, state)
-        if path.name == "checkpoint_last.pth" and state["epoch"] == 0:
-            raise KeyboardInterrupt
+    def finish_and_stop(training, *args, original=Training.finish_epoch):
+        original(training, *args)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("engine.save_checkpoint", save_and_stop)
+        patched.setattr(Training, "finish_epoch", finish_and_stop)
         with pytest.raises(KeyboardInterrupt):
             called(patched, tiny, parts)
-    called(monkeypatch, tiny, parts, "--resume", "--checkpoint", parts / "checkpoint_last.pth")
+    called(monkeypatch, tiny, parts, "--resume", "--checkpoint", parts / "checkpoint_00.pth")
     assert records_of(whole) == records_of(parts)
-    first, second = (torch.load(p / "checkpoint_last.pth", weights_only=True) for p in (whole, parts))
+    first, second = (torch.load(p / "checkpoint_01.pth", weights_only=True) for p in (whole, parts))
     assert first["best"] == second["best"]
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
@@ -170,38 +170,47 @@ def test_resume_goes_on_as_if_nothing_had_happened(monkeypatch, tiny, tmp_path):
 def test_a_resumed_run_keeps_its_best_epoch_until_a_better_one_comes(monkeypatch, tiny, tmp_path):
     """As good as an unbroken run: the report is of the best epoch, which was before the resume."""
     called(monkeypatch, tiny, tmp_path, "--overrides", "schedular.epochs=1")
-    path = tmp_path / "checkpoint_last.pth"
+    path = tmp_path / "checkpoint_00.pth"
     state = torch.load(path, weights_only=True)
     state["best"] = {**state["best"], "val_r_mean": 1000.0, "test_r_mean": 77.0}
     torch.save(state, path)
     best = (tmp_path / "checkpoint_best.pth").read_bytes()
     for _ in range(2):  # the second time the run is complete already
-        called(monkeypatch, tiny, tmp_path, "--resume", "--checkpoint", path)
+        called(monkeypatch, tiny, tmp_path, "--resume")
         result = json.loads((tmp_path / "result" / "retrieval.json").read_text())
         assert result["r_mean"] == 77.0 and result["weights"].endswith(
             "checkpoint_best.pth, best by val_r_mean"
         )
-        assert torch.load(path, weights_only=True)["epoch"] == 1
+        assert torch.load(tmp_path / "checkpoint_01.pth", weights_only=True)["epoch"] == 1
         assert (tmp_path / "checkpoint_best.pth").read_bytes() == best
     assert [record["epoch"] for record in records_of(tmp_path)] == [0, 1]
 
 
 def test_the_best_checkpoint_is_on_the_disk_before_the_last_says_so(monkeypatch, tiny, tmp_path):
-    written = []
-    monkeypatch.setattr("engine.save_checkpoint", lambda path, state: written.append(path.name))
+    seen = []
+
+    def same_file(source, path, original=saving._same_file):
+        original(source, path)
+        seen.append((path.name, (tmp_path / "checkpoint_00.pth").exists()))
+
+    monkeypatch.setattr(saving, "_same_file", same_file)
     called(monkeypatch, tiny, tmp_path, "--overrides", "schedular.epochs=1")
-    assert written == ["checkpoint_best.pth", "checkpoint_last.pth"]
+    assert seen == [("checkpoint_best.pth", False)]
+    best, last = (
+        torch.load(tmp_path / f"checkpoint_{name}.pth", weights_only=True) for name in ("best", "00")
+    )
+    assert best["best"] == last["best"] and best["epoch"] == 0
 
 
 def test_identities_of_another_data_set_are_forgotten_at_the_start(monkeypatch, tiny, trained, tmp_path):
-    assert (torch.load(trained / "checkpoint_last.pth", weights_only=True)["model"]["idx_queue"] >= 0).any()
+    assert (torch.load(trained / "checkpoint_01.pth", weights_only=True)["model"]["idx_queue"] >= 0).any()
     model = SIMLARetrieval.from_config(read_config(str(tiny["Retrieval"]), RETRIEVAL))
-    starting_weights(model, {}, "Grounding", str(trained / "checkpoint_last.pth"))
+    starting_weights(model, {}, "Grounding", str(trained / "checkpoint_01.pth"))
     assert (model.idx_queue == -100).all()
 
 
 def test_evaluate_and_resume_together_are_refused(monkeypatch, tiny, trained, tmp_path):
-    flags = ("--evaluate", "--resume", "--checkpoint", trained / "checkpoint_last.pth")
+    flags = ("--evaluate", "--resume", "--checkpoint", trained / "checkpoint_01.pth")
     with pytest.raises(UserError, match="leave one out"):
         called(monkeypatch, tiny, tmp_path, *flags)
 
@@ -216,11 +225,11 @@ def test_fields_that_only_some_entries_have_do_no_harm(monkeypatch, tiny, tmp_pa
 
 
 def test_a_frozen_image_encoder_stays_as_it_was(monkeypatch, tiny, trained, tmp_path):
-    start = trained / "checkpoint_last.pth"
+    start = trained / "checkpoint_01.pth"
     flags = ["--checkpoint", start, "--freeze_visual_encoder"]
     called(monkeypatch, tiny, tmp_path, *flags, "--overrides", "schedular.epochs=1")
     before, after = (
-        torch.load(path, weights_only=True)["model"] for path in (start, tmp_path / "checkpoint_last.pth")
+        torch.load(path, weights_only=True)["model"] for path in (start, tmp_path / "checkpoint_00.pth")
     )
     for name, value in before.items():
         if name.startswith("visual_encoder."):

@@ -16,8 +16,8 @@ from test_pretrain_goldens import check_digest, check_losses, check_queues
 from test_retrieval_goldens import check_retrieval_losses
 
 from dataset import EpochSampler
-from engine import distribute
 from models.rerank import NOT_SCORED
+from training import distribute
 from utils import UserError
 
 WORKER = Path(__file__).parent / "two_rank_worker.py"

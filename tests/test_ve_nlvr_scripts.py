@@ -20,6 +20,7 @@ import NLVR
 import Pretrain
 import Pretrain_NLVR
 import VE
+from faults import leave_together
 
 TRAINING = {"optimizer": {"lr": 1e-3}, "schedular": {"epochs": 2, "warmup_epochs": 2, "warmup_step_size": 1}}
 NUM_ENTRIES = {"train": 16, "val": 2, "test": 7}  # of 3 ranks one has nothing of `val` to do
@@ -76,7 +77,7 @@ def work(rank: int, num_ranks: int, script, flags: list[str], meeting_place: str
     sys.argv = ["script", "--device", "cpu", "--dist_url", meeting_place, *flags]
     script.parse_and_run()
     if dist.is_initialized():
-        dist.barrier()
+        leave_together()
         dist.destroy_process_group()
 
 
@@ -184,7 +185,7 @@ def test_fine_tuning_keeps_the_best_checkpoint_of_validation(runs, task, classes
     best = max(records, key=lambda record: record["val_acc"])
     checkpoint = load(folder / task / "checkpoint_best.pth")
     assert checkpoint["epoch"] == best["epoch"] and checkpoint["best"]["val_acc"] == best["val_acc"]
-    assert load(folder / task / "checkpoint_last.pth")["epoch"] == 1
+    assert load(folder / task / "checkpoint_01.pth")["epoch"] == 1
     result = json.loads((folder / task / "result" / f"{task}.json").read_text())
     assert result["classes"] == list(classes) and "checkpoint_best" in result["weights"]
     for split in ("val", "test"):
@@ -229,7 +230,7 @@ def test_nlvr_starts_from_text_assignment_with_its_twins(runs):
     folder, printed = runs
     assert "(pretrain_nlvr checkpoint)" in printed["nlvr"]
     start, trained = (
-        load(folder / name)["model"] for name in ("assign/checkpoint_01.pth", "nlvr/checkpoint_last.pth")
+        load(folder / name)["model"] for name in ("assign/checkpoint_01.pth", "nlvr/checkpoint_01.pth")
     )
     for name in ("visual_encoder.pos_embed", "text_encoder.encoder.layer.2.attention.self.query.weight"):
         part, _, rest = name.partition(".")

@@ -24,11 +24,12 @@ from test_losses import CLOSE, cross_entropy, generator, log_softmax, mixed, one
 from test_pretrain_goldens import check_grads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from checkpoint import load_weights, save_checkpoint
+from checkpoint import load_weights
 from models import losses
 from models.bert import BertConfig
 from models.initial import load_initial_weights
 from models.vqa import SIMLAVQA, extend_beams, question_states
+from saving import save_checkpoint
 from utils import UserError
 
 # ---- recorded numbers ----

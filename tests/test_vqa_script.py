@@ -25,6 +25,7 @@ from dataset import vqa as vqa_data
 from dataset.items import Collate
 from dataset.text import build_tokenizer, clean_question
 from dataset.vqa import VQAEvalData, read_answer_list, vqa_loader
+from faults import leave_together
 from models.vqa import SIMLAVQA
 from plots import plot_answers
 from utils import UserError
@@ -341,8 +342,7 @@ def test_an_interrupted_run_resumes_as_if_unbroken(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(VQA, "answer", stop_at_second_call(VQA.answer))
         vqa(patch, tiny, tmp_path / "broken")
-    checkpoint = tmp_path / "broken" / "checkpoint_00.pth"
-    resumed = vqa(monkeypatch, tiny, tmp_path / "broken", "--resume", "--checkpoint", checkpoint)
+    resumed = vqa(monkeypatch, tiny, tmp_path / "broken", "--resume")
     assert resumed == whole and "accuracy" in whole
     states = [torch.load(tmp_path / name / "checkpoint_01.pth")["model"] for name in ("whole", "broken")]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -446,7 +446,7 @@ def work(this_rank: int, num_ranks: int, config: str, checkpoint: str, folder: s
         sys.argv = ["VQA.py", *flags.split()]
         VQA.parse_and_run()
     if dist.is_initialized():
-        dist.barrier()
+        leave_together()
         dist.destroy_process_group()
 
 

@@ -18,11 +18,13 @@ from test_retrieval_goldens import golden_retrieval_model, retrieval_inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dataset import EpochSampler
-from engine import distribute
+from faults import leave_together
+from launch import start
 from models.align import Draws
 from models.rerank import rerank
 from models.retrieval import SIMLARetrieval
-from utils import MetricLog, all_gather_rows, rank, start, world_size
+from training import distribute
+from utils import MetricLog, all_gather_rows, rank, world_size
 
 CPU = torch.device("cpu")
 
@@ -45,7 +47,7 @@ def pretrain_step() -> dict:
     fill_model(model, golden("pretrain_structure")["aliases"])
     seen = {"before": buffers(model)}
     spoil_buffers_unless_rank_0(model)
-    with mock.patch("engine.DistributedDataParallel", lambda model, *_, **__: model):
+    with mock.patch("training.DistributedDataParallel", lambda model, *_, **__: model):
         distribute(model, CPU)  # not every version of torch's wrapper would make them equal
     seen["after, torch's wrapper aside"] = buffers(model)
     spoil_buffers_unless_rank_0(model)
@@ -133,7 +135,18 @@ def gathered() -> dict:
 def work(this_rank: int, num_ranks: int, folder: str) -> None:
     os.environ |= {"RANK": str(this_rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(this_rank)}
     meeting_place = f"file://{folder}/meet_{num_ranks}"  # unlike a port, nobody else can have taken it
-    start(argparse.Namespace(device="cpu", dist_url=meeting_place, output_dir=folder, seed=0, resume=False))
+    start(
+        argparse.Namespace(
+            device="cpu",
+            dist_url=meeting_place,
+            output_dir=folder,
+            seed=0,
+            resume=False,
+            evaluate=True,
+            checkpoint="",
+        ),
+        {},
+    )
     result = {"scores": all_scores(), "shares": shares(), "gathered": gathered()}
     if num_ranks == 2:
         with sdpa_kernel(SDPBackend.MATH):
@@ -141,7 +154,7 @@ def work(this_rank: int, num_ranks: int, folder: str) -> None:
             result["retrieval"] = retrieval_step()
     torch.save(result, Path(folder) / f"{num_ranks}_{this_rank}.pt")
     if dist.is_initialized():
-        dist.barrier()
+        leave_together()
         dist.destroy_process_group()
 
 

@@ -1,0 +1,156 @@
+"""What ends a run early, and how: signals, a process that dies, losses that are not finite."""
+
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from saving import Saver
+from utils import UserError, rank, world_size
+
+RESUMABLE = 75  # exit code of a run that was told to stop and can go on: EX_TEMPFAIL of sysexits.h
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the scheduler's, Ctrl-C, SLURM's --signal=USR1@120
+
+
+class Stopped(Exception):
+    """The run ends as it was told to, and can be resumed."""
+
+
+class StopSignals:
+    """While open, a first stop signal is noted in `received`, for the end of the step; a second one, or any
+    while `at_once` is set, raises Stopped where the main thread is.
+    """
+
+    def __init__(self):
+        self.received = ""
+        self.at_once = False
+
+    def __enter__(self) -> "StopSignals":
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            for name in STOP_SIGNALS:
+                number = getattr(signal, name, None)
+                if number is not None:
+                    self.previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def stopping_at_once(self) -> Iterator[None]:
+        """For work that may be cut short, such as an evaluation after everything is saved."""
+        self.at_once = True
+        if self.received:
+            self._stop()
+        yield
+        self.at_once = False
+
+    def _handle(self, number: int, _frame) -> None:
+        again, self.received = bool(self.received), signal.Signals(number).name
+        if self.at_once or again:
+            self._stop()
+
+    def _stop(self) -> None:
+        leave()
+        raise Stopped(f"stopped by {self.received}")
+
+
+def ignore_stop_signals() -> None:
+    """For helper processes: Ctrl-C and schedulers signal every process, the main one decides what follows."""
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+# ---- several processes ----
+
+_leaving = threading.Event()
+_groups: dict[str, dist.ProcessGroup] = {}
+WATCH = "watch"
+
+
+def watch_peers() -> None:
+    """From here on the death of any process ends all others within seconds.
+
+    Collectives would wait half an hour for it. In a thread rank r waits for a message of rank r + 1 that
+    never comes; what comes is the end of the connection. Raises UserError where the processes cannot connect.
+    """
+    if world_size() == 1:
+        return
+    _leaving.clear()
+    try:
+        _groups["control"] = dist.new_group(backend="gloo")
+        _groups["watch"] = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        dist.barrier(_groups["watch"])  # connects
+    except RuntimeError as error:
+        raise UserError(
+            f"the processes cannot connect over gloo ({error}); set GLOO_SOCKET_IFNAME to the network "
+            "interface between the machines"
+        ) from error
+    threading.Thread(target=_watch, args=(_groups["watch"],), name=WATCH, daemon=True).start()
+
+
+def _watch(group: dist.ProcessGroup) -> None:
+    neighbour = (rank() + 1) % world_size()
+    with suppress(RuntimeError):
+        dist.recv(torch.zeros(1), src=neighbour, group=group)
+    if _leaving.is_set():
+        return
+    print(
+        f"error (rank {rank()}): lost rank {neighbour}; where it ended by itself, its own message says why",
+        file=sys.stderr,
+        flush=True,
+    )
+    Saver.wait()
+    os._exit(1)
+
+
+def leave() -> None:
+    """From here on this process does not mind the end of others."""
+    _leaving.set()
+
+
+def leave_together() -> None:
+    """As `leave`, when all processes have come here; ends the watching."""
+    leave()
+    if world_size() > 1 and _groups:
+        dist.barrier(_groups["control"])
+        dist.send(torch.zeros(1), dst=(rank() - 1) % world_size(), group=_groups["watch"])
+        for thread in threading.enumerate():
+            if thread.name == WATCH:
+                thread.join()
+        _groups.clear()
+
+
+def agree(flags: list[bool]) -> list[bool]:
+    """Each flag, true where it is true on any rank. On the CPU, over a group of its own."""
+    if world_size() == 1:
+        return flags
+    votes = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(votes, dist.ReduceOp.MAX, _groups["control"])
+    return votes.bool().tolist()
+
+
+# ---- losses that are not finite ----
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The 2-norm of all gradients, a scalar on the model's device."""
+    gradients = [param.grad for param in model.parameters() if param.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def not_finite(values: dict[str, Tensor]) -> list[str]:
+    """The names of the values, scalars, that are not finite."""
+    numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
+    return [name for name, number in zip(values, numbers, strict=True) if not math.isfinite(number)]

@@ -1,0 +1,241 @@
+"""Start and end of every script: flags, processes, device, seeds, what to resume, run.json, exit codes."""
+
+import argparse
+import logging
+import os
+import random
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from faults import RESUMABLE, Stopped, leave_together, watch_peers
+from run_record import RunRecord, previous_run
+from saving import Saver, check_undamaged, load_checkpoint, newest_good, run_checkpoints
+from utils import UserError, all_gather_objects, first_line, is_main, log, rank, world_size
+
+# ---- start and end ----
+
+
+def _launched_as() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's or SLURM's variables, else one process."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                "SLURM started several tasks but MASTER_ADDR is not set; in the batch script: export "
+                "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1) MASTER_PORT=29500"
+            )
+        os.environ.setdefault("MASTER_PORT", "29500")
+        return tuple(int(os.environ[key]) for key in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+    return 0, 1, 0
+
+
+def start(args: argparse.Namespace, config: dict) -> torch.device:
+    """Joins the other processes, picks the device, seeds all generators (differently on each rank), finds
+    what to resume and begins run.json. Sets args.run, the run's id.
+
+    Raises UserError for a --resume that finds nothing or comes with --evaluate, a GPU that is not there, a
+    taken port, or an output folder that cannot be written.
+    """
+    if args.resume and args.evaluate:
+        raise UserError("--evaluate scores --checkpoint as it is, --resume trains on from it; leave one out")
+    this_rank, num_ranks, local_rank = _launched_as()
+    logging.basicConfig(
+        level=logging.INFO if this_rank == 0 else logging.ERROR,
+        format="%(message)s",
+        stream=sys.stdout,
+        force=True,
+    )
+    device = _pick_device(args.device, local_rank)
+    if num_ranks > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(
+                backend,
+                init_method=args.dist_url,
+                rank=this_rank,
+                world_size=num_ranks,
+                device_id=device if device.type == "cuda" else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the {num_ranks} processes could not meet at {args.dist_url} (MASTER_ADDR="
+                f"{os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}): "
+                f"{first_line(error)}; is the port in use? Choose another with --master_port"
+            ) from error
+        watch_peers()
+    make_output_folder(args.output_dir)
+    run = _find_what_to_resume(args)
+    (args.run,) = set(all_gather_objects(run)) - {""}  # the main rank's
+    RunRecord(args.output_dir, args.run, config, device, args.checkpoint if args.resume else "")
+    seed = args.seed + rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return device
+
+
+def _find_what_to_resume(args: argparse.Namespace) -> str:
+    """Sets args.checkpoint and args.resume on all ranks alike; returns the run's id on the main one, else "".
+
+    --resume with --checkpoint: that file. --resume alone: the newest good one in the output folder. Without
+    either, started again by torchrun or SLURM: the newest good one of this very run, if it wrote any.
+    """
+    found, run = args.checkpoint if args.resume else "", uuid.uuid4().hex[:12]
+    if is_main() and not args.evaluate:
+        restarts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+        own = None
+        if any(count not in (None, "", "0") for count in restarts) and (
+            mine := previous_run(args.output_dir)
+        ):
+            own = newest_good(args.output_dir, mine)
+        if own is not None:
+            log.info(f"started again: going on from {own}")
+            found = str(own)
+        elif args.resume and not found:
+            newest = newest_good(args.output_dir)
+            if newest is None:
+                raise UserError(
+                    f"--resume: {args.output_dir} holds no good checkpoint; leave it out to start the run, "
+                    "or name a file with --checkpoint"
+                )
+            found = str(newest)
+        elif found:
+            check_undamaged(found)
+        if found:
+            run = load_checkpoint(found).get("run", run)
+        elif run_checkpoints(args.output_dir):
+            log.info(
+                f"{args.output_dir} holds checkpoints of an earlier run, which this one will overwrite as it "
+                "gets there; --resume would continue it"
+            )
+    found = all_gather_objects(found)[0]
+    if found:
+        args.checkpoint, args.resume = found, True
+    return run if is_main() else ""
+
+
+def _pick_device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda":
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        local_rank = (
+            0 if num_gpus == 1 and "SLURM_LOCALID" in os.environ else local_rank
+        )  # one GPU bound per task
+        index = local_rank if device.index is None else device.index
+        if index >= num_gpus:
+            raise UserError(
+                f"--device {name}: GPU {index} asked for, {num_gpus} found; use --device cpu or start "
+                "fewer processes"
+            )
+        torch.cuda.set_device(index)
+        device = torch.device("cuda", index)
+    return device
+
+
+def make_output_folder(folder: str) -> Path:
+    """Creates the folder and proves that a file can be written there; UserError if not."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write_test_{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+    return path
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a task script and ends run.json.
+
+    A UserError ends it as one sentence and exit code 1, without a traceback; a stop signal, once everything
+    is saved, with exit code 75, "resumable". What is being written is finished first, and every rank ends at
+    once, so that none waits for one that failed.
+    """
+    try:
+        main()
+    except UserError as error:
+        who = f" (rank {rank()})" if world_size() > 1 else ""
+        _end(1, "failed", f"error{who}: {error}")
+    except Stopped as stop:
+        _end(RESUMABLE, "stopped", f"{stop}; --resume goes on from here")
+    except RuntimeError as error:
+        if world_size() == 1 or ("by peer" not in str(error) and "NCCL" not in str(error)):
+            raise
+        _end(1, "failed", f"error (rank {rank()}): lost another process, whose own message says why")
+    except KeyboardInterrupt:
+        _end(130, "failed", "interrupted")
+    finally:
+        sys.stdout.flush()
+    if RunRecord.current:
+        RunRecord.current.finish("done")
+    if dist.is_initialized():
+        leave_together()
+        dist.destroy_process_group()
+
+
+def _end(code: int, status: str, message: str) -> None:
+    Saver.wait()
+    if RunRecord.current:
+        RunRecord.current.finish(status, message)
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+# ---- flags ----
+
+
+def boolean(text: str) -> bool:
+    """'True', 'false', '1', 'no', ... as a flag's value."""
+    if text.lower() in ("true", "t", "yes", "y", "1", "on"):
+        return True
+    if text.lower() in ("false", "f", "no", "n", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def add_flag(parser: argparse.ArgumentParser, name: str, help: str) -> None:
+    """A boolean flag that takes `--name`, `--name True` and `--name False`."""
+    parser.add_argument(name, nargs="?", const=True, default=False, type=boolean, help=help)
+
+
+def script_arguments(description: str, config: str, output_dir: str) -> argparse.ArgumentParser:
+    """The flags that all task scripts share."""
+    parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
+    parser.add_argument("--config", default=config, help="YAML file (default: %(default)s)")
+    parser.add_argument("--output_dir", default=output_dir, help="where results go (default: %(default)s)")
+    parser.add_argument("--checkpoint", default="", help="weights to start from")
+    add_flag(
+        parser, "--resume", "continue the run that --checkpoint was saved by, or the newest of --output_dir"
+    )
+    add_flag(parser, "--evaluate", "no training")
+    parser.add_argument("--text_encoder", default="", help="BERT name or folder; replaces the config's")
+    parser.add_argument("--text_decoder", default="", help="VQA: where the decoder's BERT weights come from")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--seed", default=42, type=int)
+    parser.add_argument(
+        "--world_size", default=1, type=int, help="read from the launcher; kept for old commands"
+    )
+    parser.add_argument(
+        "--dist_url", default="env://", help="where the processes meet (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--distributed", nargs="?", const=True, default=True, type=boolean, help="as --world_size"
+    )
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="config values, a.b=c"
+    )
+    return parser

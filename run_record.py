@@ -1,0 +1,109 @@
+"""run.json: what was run, with what, how long, and how it ended; written at the start and at the end."""
+
+import hashlib
+import json
+import platform
+import resource
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from saving import atomic_write
+from utils import UserError, all_gather_objects, is_main, log, world_size
+
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "Pillow", "safetensors", "ruamel.yaml")
+
+
+def code_revision() -> str:
+    """The git revision of this code, "-dirty" where files differ from it; "unknown" outside a clone."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        where = Path(__file__).parent
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def config_hash(config: dict) -> str:
+    """Equal for equal resolved configs, sha256."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def previous_run(output_dir: str) -> str:
+    """The id of the run that was last started in the folder, "" where none can be read."""
+    try:
+        return json.loads((Path(output_dir) / "run.json").read_text())["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+class RunRecord:
+    """The run.json of this process's run; the main rank writes it."""
+
+    current: "RunRecord | None" = None  # of the script that runs
+
+    def __init__(self, output_dir: str, run: str, config: dict, device: torch.device, resumed_from: str):
+        self.path, self.begin = Path(output_dir) / "run.json", time.monotonic()
+        self.content = {
+            "run": run,
+            "status": "running",
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "resumed_from": resumed_from,
+            "code_revision": code_revision() if is_main() else "",
+            "versions": versions() if is_main() else {},
+            "num_hosts": len(set(all_gather_objects(socket.gethostname()))),
+            "num_ranks": world_size(),
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else platform.processor() or "cpu",
+            "config_sha256": config_hash(config),
+            "start": _now(),
+        }
+        self._write()
+        RunRecord.current = self
+
+    def finish(self, status: str, message: str = "") -> None:
+        """status: done, stopped (and resumable) or failed; peak memory is the main rank's."""
+        kibibyte = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
+        self.content |= {
+            "status": status,
+            "message": message,
+            "end": _now(),
+            "seconds": round(time.monotonic() - self.begin, 1),
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte >> 20,
+        }
+        if torch.cuda.is_available():
+            self.content["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
+        self._write()
+
+    def _write(self) -> None:
+        if not is_main():
+            return
+        try:
+            with atomic_write(self.path) as file:
+                file.write(json.dumps(self.content, indent=1).encode())
+        except UserError as error:  # the record is not worth the run
+            log.error(error)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,276 @@
+"""Checkpoint files: written whole in the background, told apart when damaged, the newest and the best kept.
+
+A file is torch.save's zip archive; the CRC-32 that it holds of every tensor tells a damaged one. Names order
+a run's files: checkpoint_04.pth is the end of epoch 4, checkpoint_04_000250.pth step 250 within it.
+"""
+
+import os
+import re
+import shutil
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safe_load import safe_load
+from utils import UserError, first_line, log
+
+NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
+BEST = "checkpoint_best.pth"
+
+
+# ---- one file ----
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` in one step, once it is complete and on the disk.
+
+    On failure the file that was there stays. Raises UserError when writing fails (disk full, no permission).
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):  # torch's writer hides the system's error in its own
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise UserError(
+                f"{path} could not be written ({cause}); an earlier file of that name is unchanged. Free "
+                "some space or choose another folder"
+            ) from error
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _same_file(source: Path, path: Path) -> None:
+    """`path` becomes another name of `source`, or a copy where the disk knows no second names."""
+    temporary = _temporary(path)
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(source)
+    except OSError:
+        try:
+            shutil.copyfile(source, temporary)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise UserError(f"{path} could not be written ({error}); an earlier one is unchanged") from error
+    temporary.replace(path)
+
+
+def _plain(value: Any, name: str, tensor: Callable[[Tensor], Tensor]) -> Any:
+    """The value in built-in types; a config's own kinds of numbers would not load without its package."""
+    if isinstance(value, Tensor):
+        return tensor(value)
+    if value is None or isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, dict):
+        return {
+            _plain(key, name, tensor): _plain(item, f"{name}.{key}", tensor) for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(_plain(item, f"{name}[{i}]", tensor) for i, item in enumerate(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    for kind in (bool, int, float, str, bytes):
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint takes tensors and plain values")
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Writes tensors and plain values, atomically. Raises UserError (disk full), TypeError (other values)."""
+    state = _plain(state, "state", lambda tensor: tensor)
+    with atomic_write(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The dict of `save_checkpoint`, memory-mapped on the CPU. Raises UserError if it is none."""
+    checkpoint = safe_load(path)
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is not a training checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def check_undamaged(path: str | Path) -> None:
+    """Reads the whole file against its checksums; UserError naming what is damaged. Needs no memory."""
+    try:
+        if not zipfile.is_zipfile(
+            path
+        ):  # published files may be of torch.save's older kind, without checksums
+            safe_load(path)
+            return
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except UserError:
+        raise
+    except Exception as error:  # damage can show as any error
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {first_line(error)})") from error
+    if damaged:
+        raise UserError(f"{path} is damaged: the checksum of its part {damaged} does not match")
+
+
+# ---- a run's files ----
+
+
+def step_name(epoch: int, step: int) -> str:
+    """Of a checkpoint after `step` steps of the epoch in progress."""
+    return f"checkpoint_{epoch:02d}_{step:06d}.pth"
+
+
+def epoch_name(epoch: int) -> str:
+    """Of a checkpoint at the end of an epoch."""
+    return f"checkpoint_{epoch:02d}.pth"
+
+
+def progress(path: Path) -> tuple[int, int]:
+    """(epochs finished, steps of the next one), from the name."""
+    epoch, step = NAME.fullmatch(path.name).groups()
+    return (int(epoch) + 1, 0) if step is None else (int(epoch), int(step))
+
+
+def run_checkpoints(folder: str | Path) -> list[Path]:
+    """The files that a run in the folder can go on from, the furthest first."""
+    found = [path for path in Path(folder).glob("checkpoint_*.pth") if NAME.fullmatch(path.name)]
+    return sorted(found, key=progress, reverse=True)
+
+
+def newest_good(folder: str | Path, run: str | None = None) -> Path | None:
+    """The furthest undamaged checkpoint of the run (its id) in the folder; None where there is none.
+
+    run None: of the run that wrote last. Damaged files are skipped with a message.
+    """
+    runs: dict[str, list[Path]] = {}
+    wanted = run
+    for path in sorted(run_checkpoints(folder), key=lambda path: path.stat().st_mtime):
+        try:
+            owner = load_checkpoint(path).get("run", "")
+        except UserError as error:
+            log.warning(f"skipped: {error}")
+            continue
+        runs.setdefault(owner, []).append(path)
+        wanted = owner if run is None else run
+    for path in sorted(runs.get(wanted, []), key=progress, reverse=True):
+        try:
+            check_undamaged(path)
+            return path
+        except UserError as error:
+            log.warning(f"skipped: {error}")
+    return None
+
+
+class Saver:
+    """Writes a run's checkpoints behind the training's back, one at a time, and deletes what is too old.
+
+    `save` returns once the state is copied to host memory; a failed write is reported when it fails and
+    training goes on. Kept: the newest `keep_last`, every epoch's with `keep_epochs`, and the best. Only files
+    of this run are deleted: `saved` are the names of those from before a resume.
+    """
+
+    _writers: ClassVar[set[threading.Thread]] = set()
+
+    def __init__(self, folder: str | Path, keep_last: int, keep_epochs: bool, saved: list[str] | None = None):
+        self.folder, self.keep_last, self.keep_epochs = Path(folder), keep_last, keep_epochs
+        self.saved = list(saved or [])
+        self.error: UserError | None = None
+        for left_over in self.folder.glob(".checkpoint_*.tmp"):  # of a process killed while it saved
+            left_over.unlink(missing_ok=True)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.wait()
+
+    def save(self, name: str, state: dict, is_best: bool = False, replaces: str = "") -> None:
+        """Copies the state, then writes it as `name`, with `is_best` as checkpoint_best.pth too, and deletes
+        the file `replaces`.
+
+        Waits for the write before, if that is not done. Raises TypeError for values that are not plain.
+        """
+        self.wait()
+        copies: dict[tuple, Tensor] = {}  # tied weights stay one
+
+        def to_host(tensor: Tensor) -> Tensor:
+            key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if key not in copies or not tensor.numel():
+                copies[key] = tensor.detach().to("cpu", copy=True)
+            return copies[key]
+
+        names = [known for known in self.saved if known not in (name, replaces)] + [name]
+        snapshot = _plain({**state, "saved": names}, "state", to_host)
+        writer = threading.Thread(target=self._write, args=(name, snapshot, is_best, names), name="saver")
+        self._writers.add(writer)
+        writer.start()
+
+    def _write(self, name: str, snapshot: dict, is_best: bool, names: list[str]) -> None:
+        path = self.folder / name
+        try:
+            with atomic_write(path) as file:
+                torch.save(snapshot, file)
+                if is_best:  # first, and complete: whoever finds `name` relies on the best one's being there
+                    file.flush()
+                    os.fsync(file.fileno())
+                    _same_file(_temporary(path), self.folder / BEST)
+            for old in set(self.saved) - set(names):
+                (self.folder / old).unlink(missing_ok=True)
+            self.saved = names
+            self._delete_old()
+            self.error = None
+        except UserError as error:
+            self.error = error
+            log.error(f"checkpoint not saved, training goes on: {error}")
+        finally:
+            self._writers.discard(threading.current_thread())
+
+    def _delete_old(self) -> None:
+        names = sorted(self.saved, key=lambda name: progress(Path(name)))
+        for name in names[: -self.keep_last]:
+            if not (self.keep_epochs and NAME.fullmatch(name)[2] is None):
+                with suppress(OSError):
+                    (self.folder / name).unlink(missing_ok=True)
+                self.saved.remove(name)
+
+    @classmethod
+    def wait(cls) -> None:
+        """Returns when nothing is being written any more."""
+        for writer in list(cls._writers):
+            writer.join()
+
+    def close(self) -> None:
+        """Waits; raises UserError when the last checkpoint could not be written."""
+        self.wait()
+        if self.error:
+            raise self.error

@@ -1,0 +1,405 @@
+"""A training run: its steps, what they need to be repeatable, and the state that is saved of it."""
+
+import argparse
+import contextlib
+import inspect
+import itertools
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from checkpoint import resume
+from dataset import stop_at_unreadable
+from faults import Stopped, StopSignals, agree, gradient_norm, leave_together, not_finite
+from models.momentum import MomentumModel
+from optim import create_optimizer
+from safe_load import to_plain
+from saving import Saver, atomic_write, epoch_name, step_name
+from scheduler import create_scheduler
+from utils import LOG, MetricLog, UserError, all_gather_objects, is_main, log, rank, with_progress, world_size
+
+Losses = Callable[[nn.Module, dict, float], dict[str, Tensor]]  # (model, batch, alpha) -> named losses
+Scores = dict[str, float | list]  # lists: confusion matrices
+STEPS_LOG = "train_steps.jsonl"
+
+
+class Training:
+    """A run between two steps: model, optimiser and schedule, and how far it is. `state` has all of it.
+
+    epoch: the one in progress; step: its optimiser steps done; samples: those of its order that all ranks
+    together have taken. They, the random state of every rank and the weights decide the next step.
+    """
+
+    def __init__(
+        self,
+        model: MomentumModel,
+        loader: DataLoader,
+        losses: Losses,
+        config: dict,
+        args: argparse.Namespace,
+        device: torch.device,
+        epoch_step: str,
+        keep_epochs: bool,
+    ):
+        self.model, self.ddp_model = model, distribute(model, device)
+        self.loader, self.losses, self.config, self.device = loader, losses, config, device
+        self.output_dir, self.seed, self.run = args.output_dir, args.seed, args.run
+        self.optimizer = create_optimizer(model, config["optimizer"])
+        self.schedule = create_scheduler(self.optimizer, config["schedular"], epoch_step)
+        self.scaler = GradScaler(device.type, enabled=config["precision"] == "fp16")
+        self.accumulation = config["grad_accumulation_steps"]
+        self.epoch, self.step, self.samples = 0, 0, 0
+        self.own: dict | None = None  # this rank's part of a resumed state
+        self.not_finite_in_a_row = 0
+        self.last_save, self.saved_at = time.monotonic(), (0, 0)
+        self.saver = Saver(self.output_dir, config["keep_last"], keep_epochs)
+        trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
+        log.info(f"{trainable:,} trainable parameters")
+
+    # ---- save and resume ----
+
+    def state(self, best: Scores) -> dict:
+        """Everything that decides what follows, in the published layout; the same on all ranks.
+
+        epoch: the last one finished, as published files count.
+        """
+        own = {
+            "random": random_state(self.device),
+            "whole": self.whole.state_dict(),
+            "window": self.window.state_dict(),
+            "bad_images": self.bad_images.state_dict(),
+        }
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "config": self.config,
+            "epoch": self.epoch - 1,
+            "step": self.step,
+            "samples": self.samples,
+            "best": best,
+            "seed": self.seed,
+            "run": self.run,
+            "ranks": all_gather_objects(own),
+        }
+
+    def save(self, best: Scores, name: str = "", is_best: bool = False, replaces: str = "") -> None:
+        """All ranks come here; the main one writes, in the background. Not twice at one step."""
+        if self.saved_at == (self.epoch, self.step):
+            return
+        self.saved_at = self.epoch, self.step
+        state = self.state(best)
+        if is_main():
+            self.saver.save(name or step_name(self.epoch, self.step), state, is_best, replaces)
+        self.last_save = time.monotonic()
+
+    def finish_epoch(self, best: Scores, is_best: bool) -> None:
+        name, before_evaluation = epoch_name(self.epoch), step_name(self.epoch, self.step)
+        self.epoch, self.step, self.samples = self.epoch + 1, 0, 0
+        self.save(best, name, is_best, replaces=before_evaluation)
+
+    def resume(self, path: str) -> Scores:
+        """Takes up the state in the file; returns the scores of the best epoch so far.
+
+        Raises UserError for a file of another model, without training state, or of a run with another seed.
+        """
+        rest = resume(self.model, self.optimizer, self.schedule, path, self.scaler)
+        if rest.get("seed", self.seed) != self.seed:
+            raise UserError(f"{path} is of a run with --seed {rest['seed']}; resume it with that seed")
+        self.epoch, self.step = rest["epoch"] + 1, rest.get("step", 0)
+        self.samples = rest.get("samples", 0)
+        self.saver.saved = (
+            rest.get("saved", []) if Path(path).parent.resolve() == Path(self.output_dir).resolve() else []
+        )
+        if self.step:
+            ranks = rest["ranks"]
+            if len(ranks) == world_size():
+                self.own = ranks[rank()]
+            else:
+                log.info(
+                    f"{path} was saved by {len(ranks)} rank(s), here are {world_size()}: goes on at the same "
+                    "sample, weights and schedule, but not bit for bit: batches are composed anew, dropout "
+                    "and negatives drawn anew, and this epoch's means count from here"
+                )
+        elif "ranks" in rest and len(rest["ranks"]) != world_size():
+            log.info(f"{path} was saved by {len(rest['ranks'])} rank(s): not bit for bit with {world_size()}")
+        log.info(f"resumed {path}: epoch {self.epoch}" + f", step {self.step}" * bool(self.step))
+        for name, (old, new) in differences(to_plain(rest.get("config", {})), self.config).items():
+            log.info(f"config differs from the checkpoint's: {name} was {old!r}, is {new!r}")
+        if is_main():
+            first = self.epoch * self.num_steps() + self.step
+            forget_later_lines(Path(self.output_dir, LOG), lambda line: line.get("epoch", -1) >= self.epoch)
+            forget_later_lines(
+                Path(self.output_dir, STEPS_LOG),
+                lambda line: (
+                    line["epoch"] > self.epoch or (line["epoch"] == self.epoch and line["step"] >= first)
+                ),
+            )
+        return rest.get("best", {})
+
+    def num_steps(self) -> int:
+        """Of the epoch in progress, those done included."""
+        self.loader.sampler.set_epoch(self.epoch, self.samples)
+        return self.step + len(self.loader) // self.accumulation
+
+    # ---- train ----
+
+    def train_one_epoch(self, signals: StopSignals, best: Scores) -> dict[str, float]:
+        """The rest of the epoch in progress; returns the means of every loss and the learning rate over all
+        ranks, and counts of bad images.
+
+        The weight of the momentum targets ramps in epoch 0 of pre-training, and elsewhere where config
+        `warm_up` says so. Raises UserError for too many steps in a row that were not finite, and for an epoch
+        in which more than `max_bad_fraction` of the images could not be read; Stopped after a stop signal.
+        """
+        config, log_steps = self.config, self.config["log_steps"]
+        alpha = config["alpha"] if config.get("distill", True) else 0.0
+        self.model.train()
+        num_steps = self.num_steps()
+        self.schedule.start_epoch(self.epoch)
+        self.whole, self.window, self.bad_images = MetricLog(), MetricLog(), BadImages()
+        # Each epoch draws from its own seed, so that one resumed at its start is as an unbroken one.
+        torch.manual_seed((self.seed * 1_000_003 + self.epoch) * world_size() + rank() + 7919 * self.samples)
+        batches = iter(stop_at_unreadable(self.loader))
+        groups = iter(lambda: list(itertools.islice(batches, self.accumulation)), [])
+        if self.own:
+            self.whole.load_state_dict(self.own["whole"])
+            self.window.load_state_dict(self.own["window"])
+            self.bad_images.load_state_dict(self.own["bad_images"])
+        groups = with_progress(
+            groups, num_steps, f"Epoch {self.epoch}", log_steps, lambda: window_text(self.window), self.step
+        )
+        for group in groups:
+            if self.own:  # only now, since making the loader's workers draws a number too
+                set_random_state(self.own["random"], self.device)
+                self.own = None
+            if self.step % log_steps == 0 and self.step:
+                self.record_window(num_steps)
+            ramp = momentum_weight(alpha, self.epoch, self.step, num_steps, config.get("warm_up", True))
+            save, stop = self.one_step(group, ramp, signals)
+            self.schedule.after_step(self.epoch, self.step)
+            self.step += 1
+            self.samples += self.loader.sampler.global_batch
+            if (save and self.step < num_steps) or stop:  # what follows an epoch saves anyway
+                self.save(best)
+            if stop:
+                self.stop(signals)
+        self.own = None
+        self.record_window(num_steps)
+        self.schedule.end_epoch(self.epoch)
+        num_bad = self.bad_images.report()
+        return {**self.whole.global_means(), "bad_images": num_bad}
+
+    def stop(self, signals: StopSignals) -> None:
+        """All ranks come here. Raises Stopped when everything is on the disk, UserError when it cannot be."""
+        self.saver.close()
+        leave_together()
+        by = signals.received or "a signal to another rank"
+        raise Stopped(f"stopped by {by} in epoch {self.epoch} after step {self.step}")
+
+    def one_step(self, batches: list[dict], alpha: float, signals: StopSignals) -> tuple[bool, bool]:
+        """Zero the gradients, forward and backward of every batch, update; whether to save and to stop.
+
+        Gradients are the mean over the batches. A step of which any loss or the gradient is not finite, on
+        any rank, changes no weights. What one rank knows (a signal, the clock) all learn here.
+        """
+        self.optimizer.zero_grad()
+        means = {}
+        for number, batch in enumerate(batches):
+            self.model.holds_twins = number > 0
+            is_last = number == len(batches) - 1
+            self.bad_images.add(batch.pop("bad", []), self.loader.batch_size, self.config["max_bad_fraction"])
+            with contextlib.nullcontext() if is_last or world_size() == 1 else self.ddp_model.no_sync():
+                with self.autocast():
+                    named = self.losses(self.ddp_model, to_device(batch, self.device), alpha)
+                total = sum(named.values()) / len(batches)
+                self.scaler.scale(total).backward()
+            for name, loss in named.items():
+                means[name] = means.get(name, 0.0) + loss.detach() / len(batches)
+        checked = means if self.scaler.is_enabled() else {**means, "gradient": gradient_norm(self.model)}
+        names = not_finite(checked)  # the scaler sees to the gradients itself: with fp16 some overflow
+        stop, save, bad = agree([bool(signals.received), self.save_is_due(), bool(names)])
+        if bad:
+            self.leave_out_step(names, batches)
+            return False, stop
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.not_finite_in_a_row = 0
+        values = {**means, "lr": self.optimizer.param_groups[-1]["lr"]}
+        self.whole.add(values)
+        self.window.add(values)
+        return save, stop
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.config["precision"])
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def save_is_due(self) -> bool:
+        steps, minutes = self.config["save_every_steps"], self.config["save_every_minutes"]
+        by_steps = steps and (self.step + 1) % steps == 0
+        return bool(by_steps or (minutes and time.monotonic() - self.last_save >= 60 * minutes))
+
+    def leave_out_step(self, names: list[str], batches: list[dict]) -> None:
+        """Says whose loss was not finite, and where; UserError after `max_nonfinite_steps` in a row."""
+        where = f"epoch {self.epoch}, step {self.step}"
+        if names:
+            files = [file for batch in batches for files in batch.get("files", []) for file in files]
+            print(
+                f"{', '.join(names)} not finite in {where} on rank {rank()}; the step is left out. Files: "
+                f"{', '.join(files)}",
+                flush=True,
+            )
+        self.not_finite_in_a_row += 1
+        limit = self.config["max_nonfinite_steps"]
+        if self.not_finite_in_a_row >= limit:
+            raise UserError(
+                f"{limit} step(s) in a row with a loss or gradient that is not finite (max_nonfinite_steps), "
+                f"the last in {where}; saved checkpoints are unharmed. Lower the learning rate, or look for "
+                "broken data among the files named above"
+            )
+
+    def record_window(self, num_steps: int) -> None:
+        """Appends the means since the last call to train_steps.jsonl, for curves."""
+        if is_main():
+            place = {"step": self.epoch * num_steps + self.step, "epoch": self.epoch}
+            with (Path(self.output_dir) / STEPS_LOG).open("a") as file:
+                file.write(json.dumps({**place, **self.window.means()}) + "\n")
+        self.window = MetricLog()
+
+
+def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
+    """The model on its device, wrapped for data-parallel training where there are several ranks.
+
+    Buffers are made equal once and not broadcast every step: the queues take the same gathered features
+    everywhere.
+    """
+    model = model.to(device)
+    if world_size() == 1:
+        return model
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+    known = inspect.signature(DistributedDataParallel).parameters
+    no_sync = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # its older name
+    devices = [device.index] if device.type == "cuda" else None
+    # Parameters that no loss reaches would keep the wrapper waiting for their gradient.
+    ignored = [name for name, _ in model.named_parameters() if name.startswith(model.without_gradient)]
+    ignored += [f".{name}" for name in ignored]  # what the wrapper calls those of the outermost module
+    model._ddp_params_and_buffers_to_ignore = ignored
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{no_sync: False})
+
+
+def momentum_weight(alpha: float, epoch: int, step: int, num_steps: int, ramp: bool) -> float:
+    """Weight of the momentum targets; with `ramp` it grows linearly from 0 through epoch 0."""
+    return alpha * min(1.0, step / num_steps) if ramp and epoch == 0 else alpha
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def random_state(device: torch.device) -> dict:
+    """Of this rank's generators, in plain values."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["torch"].clone())
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].clone(), device)
+
+
+def differences(old: dict, new: dict, section: str = "") -> dict[str, tuple]:
+    """name -> (old, new) of the values that both configs have and that differ."""
+    found = {}
+    for name in old.keys() & new.keys():
+        if isinstance(old[name], dict) and isinstance(new[name], dict):
+            found |= differences(old[name], new[name], f"{section}{name}.")
+        elif old[name] != new[name]:
+            found[section + name] = old[name], new[name]
+    return dict(sorted(found.items()))
+
+
+def forget_later_lines(path: Path, comes_later: Callable[[dict], bool]) -> None:
+    """Drops from a log of JSON lines what a resumed run writes again, and a line that a kill cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if not comes_later(json.loads(line)):
+                kept.append(line)
+        except ValueError:
+            continue
+    with atomic_write(path) as file:
+        file.write("".join(f"{line}\n" for line in kept).encode())
+
+
+def window_text(window: MetricLog) -> str:
+    means = window.means().items()
+    return "  ".join(
+        f"{name} {value:.2e}" if name == "lr" else f"{name} {value:.4f}" for name, value in means
+    )
+
+
+class BadImages:
+    """Counts the images that were replaced, and names each file once."""
+
+    CHECK_AFTER = 200  # images, before a share is worth a verdict
+
+    def __init__(self):
+        self.num_bad, self.num_seen, self.named = 0, 0, set()
+
+    def add(self, bad: list[tuple[str, str]], num_images: int, max_fraction: float = 1.0) -> None:
+        """bad: (file, cause) of every failed read while `num_images` images were made.
+
+        Raises UserError when more than `max_fraction` of the reads on this rank failed.
+        """
+        self.num_bad += len(bad)
+        self.num_seen += num_images + len(bad)
+        for path, cause in bad:
+            if path not in self.named:
+                self.named.add(path)
+                print(f"replaced an image that cannot be read: {path} ({cause})", flush=True)
+        if self.num_seen >= self.CHECK_AFTER and self.num_bad > max_fraction * self.num_seen:
+            raise UserError(
+                f"{self.num_bad} of {self.num_seen} images could not be read, more than max_bad_fraction "
+                f"{max_fraction}; the last one: {bad[-1][0] if bad else 'see above'}"
+            )
+
+    def state_dict(self) -> dict:
+        return {"num_bad": self.num_bad, "num_seen": self.num_seen, "named": sorted(self.named)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.num_bad, self.num_seen, self.named = state["num_bad"], state["num_seen"], set(state["named"])
+
+    def report(self) -> int:
+        """The number of replaced images over all ranks."""
+        num_bad, num_seen = map(sum, zip(*all_gather_objects((self.num_bad, self.num_seen)), strict=True))
+        if num_bad:
+            log.info(f"{num_bad} of {num_seen} images could not be read and were replaced")
+        return num_bad
