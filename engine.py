@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from config import save_config
 from dataset import stop_at_unreadable
-from faults import StopSignals, agree
+from faults import StopSignals
 from metrics import confusion_counts
 from models.momentum import MomentumModel
 from saving import BEST, epoch_name
@@ -50,12 +50,10 @@ def fit(
     with StopSignals() as signals, training.saver:
         first_epoch = training.epoch
         for epoch in range(first_epoch, epochs):
-            stats = training.train_one_epoch(signals, kept_scores)
+            # Saved before a long evaluation, so that a kill during it costs no training.
+            stats = training.train_one_epoch(signals, kept_scores, save_last=evaluate is not None)
             scores = {}
             if evaluate:
-                training.save(kept_scores)  # a kill during a long evaluation costs no training
-                if agree([bool(signals.received)])[0]:
-                    training.stop(signals)
                 with signals.stopping_at_once():
                     scores = evaluate(epoch)
             record = {f"train_{name}": value for name, value in stats.items()}

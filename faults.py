@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -25,9 +26,11 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While open, a first stop signal is noted in `received`, for the end of the step; a second one, or any
-    while `at_once` is set, raises Stopped where the main thread is.
+    """While open, a stop signal is noted in `received`, for the end of the step. One while `at_once` is set,
+    or a second Ctrl-C, raises Stopped where the main thread is.
     """
+
+    REPEATED_AFTER = 1.0  # seconds: sooner it is the same one, passed on by a launcher
 
     def __init__(self):
         self.received = ""
@@ -56,7 +59,9 @@ class StopSignals:
         self.at_once = False
 
     def _handle(self, number: int, _frame) -> None:
-        again, self.received = bool(self.received), signal.Signals(number).name
+        if not self.received:
+            self.received, self.since = signal.Signals(number).name, time.monotonic()
+        again = number == signal.SIGINT and time.monotonic() - self.since > self.REPEATED_AFTER
         if self.at_once or again:
             self._stop()
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from safe_load import safe_load
-from utils import UserError, first_line, log
+from utils import UserError, first_line, is_main, log
 
 NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 BEST = "checkpoint_best.pth"
@@ -202,8 +202,9 @@ class Saver:
         self.folder, self.keep_last, self.keep_epochs = Path(folder), keep_last, keep_epochs
         self.saved = list(saved or [])
         self.error: UserError | None = None
-        for left_over in self.folder.glob(".checkpoint_*.tmp"):  # of a process killed while it saved
-            left_over.unlink(missing_ok=True)
+        if is_main():
+            for left_over in self.folder.glob(".checkpoint_*.tmp"):  # of a process killed while it saved
+                left_over.unlink(missing_ok=True)
 
     def __enter__(self) -> "Saver":
         return self
@@ -249,9 +250,10 @@ class Saver:
             self.saved = names
             self._delete_old()
             self.error = None
-        except UserError as error:
-            self.error = error
-            log.error(f"checkpoint not saved, training goes on: {error}")
+        except Exception as error:  # a thread's own end would go unnoticed
+            problem = f"{path} could not be written ({type(error).__name__}: {first_line(error)})"
+            self.error = error if isinstance(error, UserError) else UserError(problem)
+            log.error(f"checkpoint not saved, training goes on: {self.error}")
         finally:
             self._writers.discard(threading.current_thread())
 

@@ -26,7 +26,18 @@ from optim import create_optimizer
 from safe_load import to_plain
 from saving import Saver, atomic_write, epoch_name, step_name
 from scheduler import create_scheduler
-from utils import LOG, MetricLog, UserError, all_gather_objects, is_main, log, rank, with_progress, world_size
+from utils import (
+    LOG,
+    MetricLog,
+    UserError,
+    all_gather_objects,
+    append_line,
+    is_main,
+    log,
+    rank,
+    with_progress,
+    world_size,
+)
 
 Losses = Callable[[nn.Module, dict, float], dict[str, Tensor]]  # (model, batch, alpha) -> named losses
 Scores = dict[str, float | list]  # lists: confusion matrices
@@ -155,9 +166,9 @@ class Training:
 
     # ---- train ----
 
-    def train_one_epoch(self, signals: StopSignals, best: Scores) -> dict[str, float]:
+    def train_one_epoch(self, signals: StopSignals, best: Scores, save_last: bool) -> dict[str, float]:
         """The rest of the epoch in progress; returns the means of every loss and the learning rate over all
-        ranks, and counts of bad images.
+        ranks, and counts of bad images. `save_last`: saves after the last step, for work that follows it.
 
         The weight of the momentum targets ramps in epoch 0 of pre-training, and elsewhere where config
         `warm_up` says so. Raises UserError for too many steps in a row that were not finite, and for an epoch
@@ -191,11 +202,15 @@ class Training:
             self.schedule.after_step(self.epoch, self.step)
             self.step += 1
             self.samples += self.loader.sampler.global_batch
-            if (save and self.step < num_steps) or stop:  # what follows an epoch saves anyway
+            if (save and self.step < num_steps) or stop:  # the end of an epoch saves anyway
                 self.save(best)
             if stop:
                 self.stop(signals)
         self.own = None
+        if save_last:
+            self.save(best)
+            if agree([bool(signals.received)])[0]:
+                self.stop(signals)
         self.record_window(num_steps)
         self.schedule.end_epoch(self.epoch)
         num_bad = self.bad_images.report()
@@ -273,8 +288,7 @@ class Training:
         """Appends the means since the last call to train_steps.jsonl, for curves."""
         if is_main():
             place = {"step": self.epoch * num_steps + self.step, "epoch": self.epoch}
-            with (Path(self.output_dir) / STEPS_LOG).open("a") as file:
-                file.write(json.dumps({**place, **self.window.means()}) + "\n")
+            append_line(Path(self.output_dir) / STEPS_LOG, json.dumps({**place, **self.window.means()}))
         self.window = MetricLog()
 
 

@@ -142,8 +142,16 @@ def with_progress(
 def append_log(output_dir: str, record: dict) -> None:
     """One JSON object a line in log.txt; on the main rank only."""
     if is_main():
-        with (Path(output_dir) / LOG).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(Path(output_dir) / LOG, json.dumps(record))
+
+
+def append_line(path: Path, line: str) -> None:
+    """A line more in a log; a full disk costs the line, not the run."""
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        log.error(f"{path}: a line could not be written ({error.strerror})")
 
 
 def save_result(output_dir: str, name: str, content: dict | list) -> None:

@@ -1,0 +1,116 @@
+"""Steps whose loss or gradient is not finite: named, left out, the end of a run when they come in a row."""
+
+import json
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from tiny import make_tiny
+
+import Pretrain
+from faults import gradient_norm, not_finite
+from launch import script_arguments
+from models.momentum import enqueue
+from utils import UserError
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def pretrain(tiny, out, spoil, *overrides):
+    """Six steps an epoch; spoil(step, named losses, batch) may change what the losses are."""
+    steps = iter(range(100))
+
+    def losses(model, batch, alpha, image_tokenizer, original=Pretrain.losses):
+        named = original(model, batch, alpha, image_tokenizer)
+        return spoil(next(steps), named, batch) or named
+
+    flags = ["--device", "cpu", "--config", str(tiny["Pretrain"]), "--output_dir", str(out), "--overrides"]
+    argv = ["Pretrain.py", *flags, "schedular.epochs=1", "log_steps=1", *overrides]
+    with mock.patch.object(Pretrain, "losses", losses), mock.patch.object(sys, "argv", argv):
+        Pretrain.parse_and_run()
+    return torch.load(out / "checkpoint_00.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(tiny, tmp_path, capsys, value):
+    files = {}
+
+    def spoil(step, named, batch):
+        files[step] = [file for item in batch["files"] for file in item]
+        if step == 2:
+            return {**named, "loss_mim": named["loss_mim"] * value}
+        return None
+
+    checkpoint = pretrain(tiny, tmp_path, spoil)
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "not finite" in line]
+    assert "loss_mim" in line and "epoch 0, step 2 on rank 0" in line and "loss_ita" not in line
+    assert len(files[2]) == 4 and all(file in line for file in files[2])
+    assert not any(file in line for file in set(files[3]) - set(files[2]))
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint["model"].values())
+    assert {int(moment["step"]) for moment in checkpoint["optimizer"]["state"].values()} == {
+        5
+    }  # one left out
+    record = json.loads((tmp_path / "log.txt").read_text())
+    assert all(isinstance(number, float | int) and number == number for number in record.values())
+
+
+def test_a_gradient_that_is_not_finite_counts_too(tiny, tmp_path, capsys):
+    """A finite loss can have one: sqrt at 0."""
+
+    def spoil(step, named, batch):
+        if step == 1:
+            return {**named, "loss_psl": named["loss_psl"] + (named["loss_psl"] * 0).sqrt()}
+        return None
+
+    checkpoint = pretrain(tiny, tmp_path, spoil)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    assert line.startswith("gradient not finite in epoch 0, step 1")
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint["model"].values())
+
+
+def test_too_many_in_a_row_end_the_run_and_nothing_is_saved_over_a_good_checkpoint(tiny, tmp_path):
+    def from_step_3_on(step, named, batch):
+        return {name: loss * NAN for name, loss in named.items()} if step >= 3 else None
+
+    with pytest.raises(UserError, match=r"^3 step\(s\) in a row .*max_nonfinite_steps.*epoch 0, step 5"):
+        pretrain(tiny, tmp_path, from_step_3_on, "max_nonfinite_steps=3", "save_every_steps=1", "keep_last=1")
+    (left,) = tmp_path.glob("checkpoint*.pth")
+    checkpoint = torch.load(left, weights_only=True)
+    assert checkpoint["step"] == 3 and left.name == "checkpoint_00_000003.pth"
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint["model"].values())
+
+
+def test_only_steps_in_a_row_count(tiny, tmp_path):
+    def every_second(step, named, batch):
+        return {name: loss * NAN for name, loss in named.items()} if step % 2 else None
+
+    pretrain(tiny, tmp_path, every_second, "max_nonfinite_steps=2")
+
+
+def test_the_queue_takes_in_no_feature_that_is_not_finite():
+    queue, entries = torch.zeros(2, 4), torch.tensor([[1.0, 2.0], [NAN, 3.0], [4.0, INF]])
+    enqueue(queue, torch.tensor([2]), entries)  # wraps round
+    assert queue.tolist() == [[4, 0, 1, 0], [0, 0, 2, 3]]
+    identities = torch.full((1, 4), -100)
+    enqueue(identities, torch.tensor([0]), torch.tensor([[7], [8]]))
+    assert identities.tolist() == [[7, 8, -100, -100]]
+
+
+def test_names_and_norm():
+    values = {"a": torch.tensor(1.0), "b": torch.tensor(NAN, dtype=torch.float64), "c": torch.tensor(-INF)}
+    assert not_finite(values) == ["b", "c"]
+    model = torch.nn.Linear(2, 1)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])  # the bias has none
+    assert gradient_norm(model).item() == pytest.approx(5.0)
+
+
+def test_the_flag_s_help_says_what_resume_takes():
+    text = script_arguments("x", "c", "o").format_help()
+    assert "newest of --output_dir" in " ".join(text.split())

@@ -1,0 +1,294 @@
+"""Checkpoint files: background writing, damage, which are kept, which is the newest; a disk that is full."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import ROOT, make_tiny
+
+import saving
+from saving import Saver, check_undamaged, epoch_name, load_checkpoint, newest_good, step_name
+from utils import UserError
+
+
+def state(run="a", fill=0.0, **more):
+    return {"model": {"w": torch.full((1000,), fill)}, "run": run, **more}
+
+
+def saved(saver, *names, **more):
+    for name in names:
+        saver.save(name, state(**more))
+    saver.close()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- in the background ----
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Nothing is written before the event is set."""
+    go = threading.Event()
+    original = torch.save
+
+    def slow(*args):
+        assert go.wait(30)
+        original(*args)
+
+    monkeypatch.setattr(torch, "save", slow)
+    yield go
+    go.set()
+    Saver.wait()
+
+
+def test_what_is_saved_is_the_moment_of_the_call(tmp_path, slow_disk):
+    weight = torch.zeros(3)
+    saver = Saver(tmp_path, 2, False)
+    saver.save("checkpoint_00.pth", {"model": {"w": weight, "tied": weight}})
+    weight.fill_(1.0)  # training goes on
+    assert names(tmp_path) in ([], [".checkpoint_00.pth.tmp"])
+    slow_disk.set()
+    saver.close()
+    model = load_checkpoint(tmp_path / "checkpoint_00.pth")["model"]
+    assert not model["w"].any() and model["w"].data_ptr() == model["tied"].data_ptr()
+
+
+def test_one_at_a_time(tmp_path, slow_disk):
+    saver = Saver(tmp_path, 5, False)
+    saver.save("checkpoint_00.pth", state())
+    second = threading.Thread(target=saver.save, args=("checkpoint_01.pth", state()))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()  # waits for the first
+    slow_disk.set()
+    second.join()
+    saver.close()
+    assert names(tmp_path) == ["checkpoint_00.pth", "checkpoint_01.pth"]
+
+
+def test_a_failed_write_is_reported_and_the_next_good_one_makes_up_for_it(tmp_path, monkeypatch, caplog):
+    saver = Saver(tmp_path, 2, False)
+    saved(saver, "checkpoint_00.pth", fill=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        saver.save("checkpoint_00.pth", state(fill=2.0))
+        saver.wait()
+        assert "training goes on" in caplog.text and "No space left on device" in caplog.text
+        with pytest.raises(UserError, match=r"checkpoint_00\.pth could not be written .*No space left"):
+            saver.close()
+    assert names(tmp_path) == ["checkpoint_00.pth"]
+    assert load_checkpoint(tmp_path / "checkpoint_00.pth")["model"]["w"][0] == 1.0
+    saved(saver, "checkpoint_01.pth")
+    for error in (MemoryError("no memory"), AssertionError("a bug")):  # a thread would end without a word
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", lambda *_, error=error: (_ for _ in ()).throw(error))
+            saver.save("checkpoint_02.pth", state())
+            with pytest.raises(UserError, match=str(error)):
+                saver.close()
+
+
+def test_values_that_are_not_plain_are_refused_at_the_call(tmp_path):
+    with pytest.raises(TypeError, match=r"state\.config\.path"):
+        Saver(tmp_path, 2, False).save("checkpoint_00.pth", {"config": {"path": Path()}})
+
+
+# ---- which are kept ----
+
+
+def test_the_newest_are_kept_and_every_epoch_where_asked(tmp_path):
+    order = [
+        step_name(0, 5),
+        epoch_name(0),
+        step_name(1, 5),
+        step_name(1, 10),
+        epoch_name(1),
+        step_name(2, 5),
+    ]
+    for keep_epochs in (False, True):
+        folder = tmp_path / str(keep_epochs)
+        folder.mkdir()
+        (folder / "checkpoint_07.pth").write_text("of somebody else")
+        saved(Saver(folder, 2, keep_epochs), *order)
+        epochs = [epoch_name(0), epoch_name(1)] if keep_epochs else [epoch_name(1)]
+        assert names(folder) == [*epochs, step_name(2, 5), "checkpoint_07.pth"]
+
+
+def test_a_resumed_saver_deletes_what_the_run_wrote_before(tmp_path):
+    saved(Saver(tmp_path, 2, False), *map(epoch_name, range(3)))
+    known = load_checkpoint(tmp_path / epoch_name(2))["saved"]
+    saver = Saver(tmp_path, 2, False)
+    saver.saved = known
+    saved(saver, epoch_name(3))
+    assert names(tmp_path) == [epoch_name(2), epoch_name(3)]
+
+
+def test_the_checkpoint_before_an_evaluation_goes_when_the_epoch_s_is_there(tmp_path):
+    saver = Saver(tmp_path, 3, True)
+    saved(saver, epoch_name(0), step_name(1, 9))
+    saver.save(epoch_name(1), state(), replaces=step_name(1, 9))
+    saver.close()
+    assert names(tmp_path) == [epoch_name(0), epoch_name(1)]
+
+
+def test_the_best_is_a_second_name_or_a_copy(tmp_path, monkeypatch):
+    for can_link in (True, False):
+        if not can_link:
+            monkeypatch.setattr(
+                Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(1, "not on this disk"))
+            )
+        saver = Saver(tmp_path, 1, False)
+        saver.save(epoch_name(0), state(fill=float(can_link)), is_best=True)
+        saver.close()
+        saved(saver, epoch_name(1), fill=9.0)
+        assert names(tmp_path) == [epoch_name(1), saving.BEST]
+        assert load_checkpoint(tmp_path / saving.BEST)["model"]["w"][0] == float(can_link)
+
+
+# ---- damage, and the newest ----
+
+
+@given(where=st.floats(0, 1), flip=st.integers(1, 255))
+def test_a_changed_byte_is_told_or_does_not_matter(tmp_path_factory, where, flip):
+    """Some bytes are padding; a file that passes for good has its values."""
+    path = tmp_path_factory.mktemp("damage") / "c.pth"
+    saving.save_checkpoint(path, state(fill=3.0))
+    content = bytearray(path.read_bytes())
+    content[int(where * (len(content) - 1))] ^= flip
+    path.write_bytes(content)
+    try:
+        check_undamaged(path)
+        read = load_checkpoint(path)
+    except UserError as error:
+        assert str(path) in str(error)
+    else:
+        assert (read["model"]["w"] == 3.0).all() and read["run"] == "a"
+
+
+def test_every_changed_byte_of_a_tensor_is_told(tmp_path):
+    path = tmp_path / "c.pth"
+    saving.save_checkpoint(path, state(fill=3.0))
+    content = path.read_bytes()
+    start = content.index(torch.full((1000,), 3.0).numpy().tobytes())
+    for place in (start, start + 1999, start + 3999):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(UserError, match=r"checksum of its part .* does not match"):
+            check_undamaged(path)
+    path.write_bytes(content)
+    check_undamaged(path)
+
+
+def test_damaged_files_are_skipped_for_the_one_before(tmp_path, caplog):
+    order = [epoch_name(0), step_name(1, 4), epoch_name(1), step_name(2, 4)]
+    saved(Saver(tmp_path, 9, False), *order)
+    assert newest_good(tmp_path) == tmp_path / order[-1]
+    for name, damage in ((order[3], "cut"), (order[2], "flip"), (order[1], "empty")):
+        content = (tmp_path / name).read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        (tmp_path / name).write_bytes({"cut": content[:middle], "flip": flipped, "empty": b""}[damage])
+        assert newest_good(tmp_path) == tmp_path / order[order.index(name) - 1]
+        assert f"skipped: {tmp_path / name}" in caplog.text
+    (tmp_path / order[0]).write_bytes(b"PK\x03\x04 and rubbish")
+    assert newest_good(tmp_path) is None
+
+
+def test_another_run_s_further_file_is_not_the_newest(tmp_path):
+    saved(Saver(tmp_path, 9, True), epoch_name(8), epoch_name(9), run="earlier")
+    for name in (epoch_name(8), epoch_name(9)):
+        os.utime(tmp_path / name, (1, 1))
+    saved(Saver(tmp_path, 9, True), epoch_name(0), epoch_name(1), run="this")
+    assert newest_good(tmp_path) == tmp_path / epoch_name(1)
+    assert newest_good(tmp_path, "earlier") == tmp_path / epoch_name(9)
+    assert newest_good(tmp_path, "none") is None
+    assert newest_good(tmp_path / "nowhere") is None
+
+
+def test_files_of_a_killed_save_are_removed(tmp_path):
+    (tmp_path / ".checkpoint_03.pth.tmp").write_text("half")
+    saved(Saver(tmp_path, 2, False), epoch_name(4))
+    assert names(tmp_path) == [epoch_name(4)]
+
+
+# ---- a real full disk ----
+
+ON_A_SMALL_DISK = """
+import subprocess, sys
+from pathlib import Path
+import Pretrain
+from utils import UserError
+config, disk, out = sys.argv[1:4]
+mount = ["mount", "-t", "tmpfs", "tmpfs", disk, "-o"]
+subprocess.run([*mount, "size=4m"], check=True)
+flags = ["Pretrain.py", "--device", "cpu", "--config", config, "--output_dir", disk]
+sys.argv = flags
+try:
+    Pretrain.parse_and_run()
+except UserError as error:
+    print("at the end:", error, flush=True)
+print("on the disk:", sorted(path.name for path in Path(disk).glob("*.pth")), flush=True)
+print("lines:", len(Path(disk, "train_steps.jsonl").read_text().splitlines()), flush=True)
+subprocess.run([*mount[:4], disk, "-o", "remount,size=40m"], check=True)  # somebody made room
+sys.argv = [*flags, "--resume"]
+Pretrain.parse_and_run()
+Path(out).write_bytes(Path(disk, "checkpoint_01.pth").read_bytes())
+"""
+
+
+def can_mount() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="this user may not mount a small disk")
+def test_a_full_disk_costs_checkpoints_but_not_the_run(tmp_path):
+    """4 MB hold two checkpoints of 1.5 MB; the run writes five and keeps three."""
+    config = make_tiny(tmp_path)["Pretrain"]
+    text = config.read_text()
+    config.write_text(re.sub("log_steps: .*", "log_steps: 1\nsave_every_steps: 2", text))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = [
+        "unshare",
+        "-rm",
+        sys.executable,
+        "-c",
+        ON_A_SMALL_DISK,
+        config,
+        disk,
+        tmp_path / "resumed.pth",
+    ]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint not saved, training goes on" in done.stdout and "No space left" in done.stdout
+    assert "at the end:" in done.stdout and "Epoch 1  [6/6]" in done.stdout
+    assert "on the disk: ['checkpoint_00_000002.pth', 'checkpoint_00_000004.pth']" in done.stdout
+    assert "lines: 12" in done.stdout
+    whole = tmp_path / "whole"
+    flags = ["--device", "cpu", "--config", str(config), "--output_dir", str(whole)]
+    code = "import Pretrain; Pretrain.parse_and_run()"
+    subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, other = (
+        torch.load(path, weights_only=True)
+        for path in (whole / "checkpoint_01.pth", tmp_path / "resumed.pth")
+    )
+    for name, value in one["model"].items():
+        assert torch.equal(value, other["model"][name]), name
