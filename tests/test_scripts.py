@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from ruamel.yaml import YAML
+from timm.scheduler import CosineLRScheduler
 from tiny import make_tiny, run
 
 import Pretrain
 from config import PRETRAIN, read_config
 from launch import script_arguments
+from models.pretrain import SIMLA
 from utils import free_port
 
 
@@ -50,6 +52,29 @@ def test_checkpoints_hold_plain_values_and_published_names(pretrained):
     assert "text_encoder.bert.embeddings.word_embeddings.weight" in checkpoint["model"]
     assert int(checkpoint["model"]["queue_ptr"]) == 2 * 3 * 2 * 4 % 24
     assert len(checkpoint["optimizer"]["param_groups"]) == 2
+
+
+def test_code_that_expects_the_published_layout_can_go_on_from_our_checkpoint(pretrained, tiny):
+    """Plain torch and timm, as the published scripts resume: model, two AdamW groups, schedule, epoch."""
+    out, _ = pretrained
+    checkpoint = torch.load(out / "checkpoint_00.pth", weights_only=True)
+    config = read_config(str(tiny["Pretrain"]), PRETRAIN)
+    model = SIMLA.from_config(config, cls_id=2)
+    model.load_state_dict(checkpoint["model"])
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    no_decay = [param for name, param in named if param.ndim == 1 or name.endswith(".bias")]
+    decay = [param for name, param in named if not (param.ndim == 1 or name.endswith(".bias"))]
+    optimizer = torch.optim.AdamW([{"params": no_decay, "weight_decay": 0.0}, {"params": decay}])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    moments = checkpoint["optimizer"]["state"]
+    for i, param in enumerate([*no_decay, *decay]):
+        if i in moments:
+            assert torch.equal(optimizer.state[param]["exp_avg"], moments[i]["exp_avg"])
+    assert optimizer.param_groups[1]["lr"] == checkpoint["optimizer"]["param_groups"][1]["lr"] > 0
+    schedule = CosineLRScheduler(optimizer, t_initial=2)
+    schedule.load_state_dict(checkpoint["lr_scheduler"])
+    assert (schedule.t_initial, schedule.warmup_t) == (2, 2)
+    assert checkpoint["epoch"] + 1 == 1
 
 
 def test_resume_continues_at_the_next_epoch(pretrained, tiny, tmp_path):
