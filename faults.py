@@ -1,5 +1,6 @@
 """What ends a run early, and how: signals, a process that dies, losses that are not finite."""
 
+import ctypes
 import math
 import os
 import signal
@@ -19,6 +20,8 @@ from utils import UserError, rank, world_size
 
 RESUMABLE = 75  # exit code of a run that was told to stop and can go on: EX_TEMPFAIL of sysexits.h
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the scheduler's, Ctrl-C, SLURM's --signal=USR1@120
+
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal to get when the parent ends
 
 
 class Stopped(Exception):
@@ -70,11 +73,15 @@ class StopSignals:
         raise Stopped(f"stopped by {self.received}")
 
 
-def ignore_stop_signals() -> None:
-    """For helper processes: Ctrl-C and schedulers signal every process, the main one decides what follows."""
+def start_helper_process() -> None:
+    """For a loader's worker: Ctrl-C and schedulers signal every process, but the main one decides what
+    follows; and it must not outlive a killed one, whose connections to other ranks it holds open too.
+    """
     for name in STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 # ---- several processes ----

@@ -130,9 +130,8 @@ class Training:
             raise UserError(f"{path} is of a run with --seed {rest['seed']}; resume it with that seed")
         self.epoch, self.step = rest["epoch"] + 1, rest.get("step", 0)
         self.samples = rest.get("samples", 0)
-        self.saver.saved = (
-            rest.get("saved", []) if Path(path).parent.resolve() == Path(self.output_dir).resolve() else []
-        )
+        if Path(path).parent.resolve() == Path(self.output_dir).resolve():
+            self.saver.saved, self.saved_at = rest.get("saved", []), (self.epoch, self.step)
         if self.step:
             ranks = rest["ranks"]
             if len(ranks) == world_size():
@@ -153,9 +152,7 @@ class Training:
             forget_later_lines(Path(self.output_dir, LOG), lambda line: line.get("epoch", -1) >= self.epoch)
             forget_later_lines(
                 Path(self.output_dir, STEPS_LOG),
-                lambda line: (
-                    line["epoch"] > self.epoch or (line["epoch"] == self.epoch and line["step"] >= first)
-                ),
+                lambda line: (line["epoch"], line["step"]) >= (self.epoch, first),
             )
         return rest.get("best", {})
 

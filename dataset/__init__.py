@@ -8,7 +8,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from faults import ignore_stop_signals
+from faults import start_helper_process
 from utils import UserError, rank, world_size
 
 
@@ -74,7 +74,7 @@ def test_loader(
 
 
 def _start_worker(_: int) -> None:
-    ignore_stop_signals()
+    start_helper_process()
     cv2.setNumThreads(0)  # the loader's processes are the parallelism
 
 
