@@ -1,6 +1,7 @@
 # make demo    the embedded data set, pre-training and zero-shot retrieval on this machine
 # make demo-all   the whole chain: pre-training and every downstream task (some 30 minutes on 2 cores)
 # make test    the tests
+# make fault-test   kills a training run 30 times, half of them while it saves, and resumes it (some 5 minutes)
 # make lint    ruff
 # Each makes .venv first; `make demo PYTHON=python3 VENV=` uses the current interpreter's packages instead.
 # A smaller download for machines without a GPU: make demo INDEX=https://download.pytorch.org/whl/cpu
@@ -25,7 +26,7 @@ else
 INSTALL = $(PIP) --extra-index-url $(INDEX)
 endif
 
-.PHONY: demo demo-all test lint format clean
+.PHONY: demo demo-all test fault-test lint format clean
 
 demo: $(call READY,demo)
 	$(PY) demo.py
@@ -35,6 +36,9 @@ demo-all: $(call READY,demo)
 
 test: $(call READY,test)
 	$(PY) -m pytest
+
+fault-test: $(call READY,test)
+	$(PY) tests/fault_test.py
 
 lint: $(call READY,test)
 	$(PY) -m ruff check .

@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from utils import (
 Losses = Callable[[nn.Module, dict, float], dict[str, Tensor]]  # (model, batch, alpha) -> named losses
 Scores = dict[str, float | list]  # lists: confusion matrices
 STEPS_LOG = "train_steps.jsonl"
+STILL_OPEN = ("schedular.epochs", "schedular.warmup_step_size")  # what a resumed run takes from its config
 
 
 class Training:
@@ -49,6 +51,7 @@ class Training:
 
     epoch: the one in progress; step: its optimiser steps done; samples: those of its order that all ranks
     together have taken. They, the random state of every rank and the weights decide the next step.
+    total_steps: those of all epochs, which number the lines of train_steps.jsonl.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Training:
         self.schedule = create_scheduler(self.optimizer, config["schedular"], epoch_step)
         self.scaler = GradScaler(device.type, enabled=config["precision"] == "fp16")
         self.accumulation = config["grad_accumulation_steps"]
-        self.epoch, self.step, self.samples = 0, 0, 0
+        self.epoch, self.step, self.samples, self.total_steps = 0, 0, 0, 0
         self.own: dict | None = None  # this rank's part of a resumed state
         self.not_finite_in_a_row = 0
         self.last_save, self.saved_at = time.monotonic(), (0, 0)
@@ -99,6 +102,7 @@ class Training:
             "epoch": self.epoch - 1,
             "step": self.step,
             "samples": self.samples,
+            "total_steps": self.total_steps,
             "best": best,
             "seed": self.seed,
             "run": self.run,
@@ -130,6 +134,9 @@ class Training:
             raise UserError(f"{path} is of a run with --seed {rest['seed']}; resume it with that seed")
         self.epoch, self.step = rest["epoch"] + 1, rest.get("step", 0)
         self.samples = rest.get("samples", 0)
+        self.total_steps = rest.get(
+            "total_steps", self.epoch * self.num_steps() + self.step
+        )  # published: none
         if Path(path).parent.resolve() == Path(self.output_dir).resolve():
             self.saver.saved, self.saved_at = rest.get("saved", []), (self.epoch, self.step)
         if self.step:
@@ -137,22 +144,24 @@ class Training:
             if len(ranks) == world_size():
                 self.own = ranks[rank()]
             else:
+                self.own = accounts_of_other_ranks(ranks)
                 log.info(
                     f"{path} was saved by {len(ranks)} rank(s), here are {world_size()}: goes on at the same "
                     "sample, weights and schedule, but not bit for bit: batches are composed anew, dropout "
-                    "and negatives drawn anew, and this epoch's means count from here"
+                    "and negatives drawn anew"
                 )
         elif "ranks" in rest and len(rest["ranks"]) != world_size():
             log.info(f"{path} was saved by {len(rest['ranks'])} rank(s): not bit for bit with {world_size()}")
         log.info(f"resumed {path}: epoch {self.epoch}" + f", step {self.step}" * bool(self.step))
         for name, (old, new) in differences(to_plain(rest.get("config", {})), self.config).items():
-            log.info(f"config differs from the checkpoint's: {name} was {old!r}, is {new!r}")
+            in_vain = name.startswith(("optimizer.", "schedular.")) and name not in STILL_OPEN
+            without_effect = "; the checkpoint's optimiser and schedule stay in force" * in_vain
+            log.info(f"config differs from the checkpoint's: {name} was {old!r}, is {new!r}{without_effect}")
         if is_main():
-            first = self.epoch * self.num_steps() + self.step
             forget_later_lines(Path(self.output_dir, LOG), lambda line: line.get("epoch", -1) >= self.epoch)
             forget_later_lines(
                 Path(self.output_dir, STEPS_LOG),
-                lambda line: (line["epoch"], line["step"]) >= (self.epoch, first),
+                lambda line: (line["epoch"], line["step"]) >= (self.epoch, self.total_steps),
             )
         return rest.get("best", {})
 
@@ -179,6 +188,8 @@ class Training:
         self.whole, self.window, self.bad_images = MetricLog(), MetricLog(), BadImages()
         # Each epoch draws from its own seed, so that one resumed at its start is as an unbroken one.
         torch.manual_seed((self.seed * 1_000_003 + self.epoch) * world_size() + rank() + 7919 * self.samples)
+        # The loader draws from a generator of its own: workers that live on draw nothing at later epochs.
+        self.loader.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
         batches = iter(stop_at_unreadable(self.loader))
         groups = iter(lambda: list(itertools.islice(batches, self.accumulation)), [])
         if self.own:
@@ -188,16 +199,18 @@ class Training:
         groups = with_progress(
             groups, num_steps, f"Epoch {self.epoch}", log_steps, lambda: window_text(self.window), self.step
         )
-        for group in groups:
-            if self.own:  # only now, since making the loader's workers draws a number too
+        if self.own:
+            if "random" in self.own:
                 set_random_state(self.own["random"], self.device)
-                self.own = None
+            self.own = None
+        for group in groups:
             if self.step % log_steps == 0 and self.step:
-                self.record_window(num_steps)
+                self.record_window()
             ramp = momentum_weight(alpha, self.epoch, self.step, num_steps, config.get("warm_up", True))
             save, stop = self.one_step(group, ramp, signals)
             self.schedule.after_step(self.epoch, self.step)
             self.step += 1
+            self.total_steps += 1
             self.samples += self.loader.sampler.global_batch
             if (save and self.step < num_steps) or stop:  # the end of an epoch saves anyway
                 self.save(best)
@@ -208,7 +221,7 @@ class Training:
             self.save(best)
             if agree([bool(signals.received)])[0]:
                 self.stop(signals)
-        self.record_window(num_steps)
+        self.record_window()
         self.schedule.end_epoch(self.epoch)
         num_bad = self.bad_images.report()
         return {**self.whole.global_means(), "bad_images": num_bad}
@@ -281,10 +294,10 @@ class Training:
                 "broken data among the files named above"
             )
 
-    def record_window(self, num_steps: int) -> None:
+    def record_window(self) -> None:
         """Appends the means since the last call to train_steps.jsonl, for curves."""
-        if is_main():
-            place = {"step": self.epoch * num_steps + self.step, "epoch": self.epoch}
+        if is_main() and self.window.count:  # none where no step of the window was finite
+            place = {"step": self.total_steps, "epoch": self.epoch}
             append_line(Path(self.output_dir) / STEPS_LOG, json.dumps({**place, **self.window.means()}))
         self.window = MetricLog()
 
@@ -298,6 +311,11 @@ def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
     model = model.to(device)
     if world_size() == 1:
         return model
+    # Of more than two ranks the order of a sum depends on the bucket, and after its first step the wrapper
+    # sorts gradients into other buckets unless told to look for unused ones: resumed, sums would differ.
+    same_buckets = device.type == "cpu" and world_size() > 2
+    if same_buckets:
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified")
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     known = inspect.signature(DistributedDataParallel).parameters
@@ -309,7 +327,27 @@ def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
     ignored = [name for name, _ in model.named_parameters() if name.startswith(model.without_gradient)]
     ignored += [f".{name}" for name in ignored]  # what the wrapper calls those of the outermost module
     model._ddp_params_and_buffers_to_ignore = ignored
-    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{no_sync: False})
+    return DistributedDataParallel(
+        model,
+        devices,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=same_buckets,
+        **{no_sync: False},
+    )
+
+
+def accounts_of_other_ranks(ranks: list[dict]) -> dict:
+    """What a run with another number of ranks takes over: its main one the sums of all, for the log."""
+    whole, window, bad_images = MetricLog(), MetricLog(), BadImages()
+    for own in ranks if is_main() else []:
+        whole.merge(own["whole"])
+        window.merge(own["window"])
+        bad_images.merge(own["bad_images"])
+    return {
+        "whole": whole.state_dict(),
+        "window": window.state_dict(),
+        "bad_images": bad_images.state_dict(),
+    }
 
 
 def momentum_weight(alpha: float, epoch: int, step: int, num_steps: int, ramp: bool) -> float:
@@ -407,6 +445,12 @@ class BadImages:
 
     def load_state_dict(self, state: dict) -> None:
         self.num_bad, self.num_seen, self.named = state["num_bad"], state["num_seen"], set(state["named"])
+
+    def merge(self, state: dict) -> None:
+        """Adds the account of another rank."""
+        self.num_bad += state["num_bad"]
+        self.num_seen += state["num_seen"]
+        self.named |= set(state["named"])
 
     def report(self) -> int:
         """The number of replaced images over all ranks."""

@@ -106,6 +106,12 @@ class MetricLog:
     def load_state_dict(self, state: dict) -> None:
         self.sums, self.count = dict(state["sums"]), state["count"]
 
+    def merge(self, state: dict) -> None:
+        """Adds the sums of another rank."""
+        for name, total in state["sums"].items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+        self.count += state["count"]
+
     def global_means(self) -> dict[str, float]:
         """Means over the additions of all ranks, weighted by their number."""
         gathered = all_gather_objects(({name: float(total) for name, total in self.sums.items()}, self.count))

@@ -55,6 +55,7 @@ def train_loader(dataset: Dataset, batch_size: int, seed: int, config: dict, col
         collate_fn=collate,
         pin_memory=pin,
         drop_last=True,
+        generator=torch.Generator(),
     )
 
 
@@ -70,6 +71,7 @@ def test_loader(
         num_workers=num_workers,
         worker_init_fn=_start_worker,
         collate_fn=collate,
+        generator=torch.Generator(),  # so that an evaluation does not move the training's
     )
 
 

@@ -1,0 +1,269 @@
+"""What ends a run early, on real processes: kills, stop signals, a rank that is lost; and how it goes on.
+
+Run as a script (`test_faults.py FOLDER`) this file is most of those runs: one process imports everything and
+forks the ranks of each, since the imports take longer than the work. Under torch's launcher it is one rank.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fault_test import different, differing_values, fault_test
+from tiny import ROOT, make_tiny, run
+
+import Pretrain
+from faults import RESUMABLE, StopSignals
+from launch import _find_what_to_resume, run_script, script_arguments
+from saving import load_checkpoint, save_checkpoint
+from utils import LOG, UserError
+
+LOST, HANGS = 10, 100  # seconds: others end within LOST of a lost rank; a hanging step takes HANGS
+SETTINGS = ("save_every_steps=1", "keep_last=99")  # 2 epochs: on 2 ranks 3 steps each, on 1 rank 6
+
+# (folder, number of ranks, event, flags, other config values); those of one folder come one after the other
+RUNS = (
+    ("whole_2", 2, "", (), ()),
+    ("whole_1", 1, "", (), ()),
+    ("SIGTERM", 2, "SIGTERM", (), ()),
+    ("SIGTERM", 2, "", ("--resume",), ()),
+    ("SIGUSR1", 1, "SIGUSR1", (), ()),
+    ("SIGUSR1", 1, "", ("--resume",), ()),
+    ("SIGINT", 1, "SIGINT", (), ("num_workers=1",)),
+    ("SIGINT", 1, "", ("--resume",), ("num_workers=1",)),
+    ("hangs", 1, "hangs", (), ()),
+    ("killed", 2, "killed", (), ()),
+    ("bad_data", 2, "bad data", (), ()),
+)
+
+
+# ---- the processes ----
+
+
+def events(event: str, rank: int, batch: int) -> None:
+    """What happens in the process of a rank as it comes to a batch, from 1."""
+    if event.startswith("SIG") and batch == 2:  # as Ctrl-C: the loader's workers get it too
+        os.killpg(os.getpgrp(), signal.Signals[event])
+    if event == "hangs" and batch == 2:
+        for seconds in (0.0, 0.3, StopSignals.REPEATED_AFTER + 0.5):  # the second is passed on by a launcher
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+        time.sleep(HANGS)
+    if event == "killed" and (rank, batch) == (1, 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "bad data" and (rank, batch) == (1, 2):
+        raise UserError("broken.json cannot be read")
+    if event == "killed once" and (rank, batch) == (1, 5) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(event: str, rank: int) -> None:
+    """Pretrain.py with an event."""
+    original, batches = Pretrain.losses, iter(range(1, 1000))
+
+    def losses(*args) -> dict:
+        events(event, rank, next(batches))
+        return original(*args)
+
+    Pretrain.losses = losses
+    run_script(Pretrain.parse_and_run)
+
+
+def work(rank: int, num_ranks: int, output: Path, command: list[str], event: str) -> None:
+    os.setsid()
+    with output.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
+    sys.argv = ["Pretrain.py", *command]
+    train(event, rank)
+
+
+def run_all(folder: Path) -> None:
+    """RUNS; each leaves in its folder, by number, what was printed and run_N.json: the exit codes by rank and
+    the seconds from the first rank's end to the last one's.
+    """
+    for name, num_ranks, event, flags, values in RUNS:
+        out = folder / name
+        out.mkdir(exist_ok=True)
+        number = len(list(out.glob("run_*.json")))
+        meeting_place = f"file://{out}/meet_{number}"  # unlike a port, nobody else can have taken it
+        command = ["--device", "cpu", "--config", str(folder / "Pretrain.yaml"), "--output_dir", str(out)]
+        command += ["--dist_url", meeting_place, *flags, "--overrides", *SETTINGS, *values]
+        ranks = [
+            multiprocessing.Process(
+                target=work, args=(rank, num_ranks, out / f"run_{number}.txt", command, event)
+            )
+            for rank in range(num_ranks)
+        ]
+        for rank in ranks:
+            rank.start()
+        ends, deadline = {}, time.monotonic() + 40
+        while len(ends) < num_ranks and time.monotonic() < deadline:
+            ends |= {rank: time.monotonic() for rank in ranks if rank not in ends and not rank.is_alive()}
+            time.sleep(0.01)
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+        seconds = max(ends.values()) - min(ends.values()) if len(ends) == num_ranks else 40
+        result = {"codes": [rank.exitcode for rank in ranks], "seconds": seconds}
+        (out / f"run_{number}.json").write_text(json.dumps(result))
+
+
+# ---- the tests ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """All of RUNS."""
+    folder = tmp_path_factory.mktemp("faults")
+    make_tiny(folder)
+    command = [sys.executable, __file__, str(folder)]
+    environment = {name: value for name, value in os.environ.items() if "RANK" not in name}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def ended(out: Path, number: int = 0) -> tuple[list[int], float, str]:
+    """Of a run: exit codes, seconds from the first end to the last, what was printed."""
+    result = json.loads((out / f"run_{number}.json").read_text())
+    return result["codes"], result["seconds"], (out / f"run_{number}.txt").read_text()
+
+
+def record(out: Path) -> dict:
+    return json.loads((out / "run.json").read_text())
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights, optimiser, random states of the last epoch, and the losses of all, bit for bit."""
+    states = [load_checkpoint(out / "checkpoint_01.pth") for out in (one, other)]
+    for state in states:
+        for name in ("run", "saved", "config"):  # its id, files and number of workers
+            del state[name]
+    assert differing_values(*states, "state") == []
+    assert (one / LOG).read_text() == (other / LOG).read_text()
+
+
+def test_kills_at_random_moments_lose_nothing(tmp_path):
+    summary = fault_test(tmp_path, num_kills=3, seed=1)
+    assert summary["identical"], summary["failure"]
+    assert summary["kills"] == 3 and summary["kills_during_save"] >= 1
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_the_fault_test_finds_what_differs(folder, tmp_path):
+    shutil.copytree(folder / "whole_1", tmp_path / "copy")
+    assert different(folder / "whole_1", tmp_path / "copy") == []
+    name = "checkpoint_01.pth"
+    state = {**load_checkpoint(folder / "whole_1" / name), "epoch": 5}
+    moments = state["optimizer"]["state"][0]["exp_avg"] = state["optimizer"]["state"][0]["exp_avg"].clone()
+    moments.view(-1)[0] += 1e-7
+    save_checkpoint(tmp_path / "copy" / name, state)
+    with (tmp_path / "copy" / LOG).open("a") as log:
+        log.write("{}\n")
+    (tmp_path / "copy" / "checkpoint_00.pth").unlink()
+    assert different(folder / "whole_1", tmp_path / "copy") == [
+        "checkpoint_00.pth",
+        LOG,
+        f"{name}: optimizer: state: 0: exp_avg",
+        f"{name}: epoch",
+    ]
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), [("SIGTERM", 2), ("SIGUSR1", 1), ("SIGINT", 1)])
+def test_a_stop_signal_ends_the_step_saves_and_the_run_goes_on_as_if_it_had_not_come(folder, name, num_ranks):
+    out = folder / name
+    codes, _, printed = ended(out)
+    assert codes == [RESUMABLE] * num_ranks, printed
+    assert f"stopped by {name} in epoch 0 after step 2" in printed
+    assert "Traceback" not in printed
+    codes, _, printed = ended(out, 1)
+    assert codes == [0] * num_ranks, printed
+    assert f"resumed {out / 'checkpoint_00_000002.pth'}: epoch 0, step 2" in printed
+    assert record(out)["status"] == "done"
+    assert_same_end(folder / f"whole_{num_ranks}", out)
+
+
+def test_a_stopped_run_says_so_and_a_second_ctrl_c_ends_it_at_once(folder):
+    out = folder / "hangs"
+    (code,), _, printed = ended(out)
+    assert code == RESUMABLE, printed  # not killed, as one that hung on would be
+    assert record(out)["status"] == "stopped" and "SIGINT" in record(out)["message"]
+    assert record(out)["seconds"] < HANGS / 2
+    assert [path.name for path in out.glob("checkpoint_*")] == ["checkpoint_00_000001.pth"]
+
+
+def test_a_killed_rank_takes_the_other_with_it(folder):
+    codes, seconds, printed = ended(folder / "killed")
+    assert codes == [1, -signal.SIGKILL], printed
+    assert seconds < LOST, "the default timeout of a collective is half an hour"
+    assert "lost rank 1" in printed
+
+
+def test_bad_data_on_one_rank_ends_the_other(folder):
+    codes, seconds, printed = ended(folder / "bad_data")
+    assert codes == [1, 1], printed
+    assert seconds < LOST
+    assert "error (rank 1): broken.json cannot be read" in printed and "Traceback" not in printed
+
+
+def test_torchrun_starts_a_killed_run_again_by_itself(folder, tmp_path):
+    flags = ["--config", folder / "Pretrain.yaml", "--output_dir", tmp_path, "--overrides", *SETTINGS]
+    done = run(
+        "tests/test_faults.py",
+        *flags,
+        num_processes=2,
+        launcher="run",
+        env={"PET_MAX_RESTARTS": "1", "PYTHONPATH": str(ROOT)},  # as torchrun --max-restarts=1
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"started again: going on from {tmp_path / 'checkpoint_0'}" in done.stdout, done.stdout
+    assert_same_end(folder / "whole_2", tmp_path)
+
+
+@pytest.fixture
+def restarted(monkeypatch, tmp_path) -> Iterator:
+    """launch's choice in a folder with a checkpoint of run "earlier", as torchrun starts run "this" again."""
+    save_checkpoint(tmp_path / "checkpoint_07.pth", {"run": "earlier"})
+    (tmp_path / "run.json").write_text(json.dumps({"run": "this"}))
+
+    def choose(restarts: str, *flags: str) -> tuple[str, bool, str]:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        args = script_arguments("x", "c", str(tmp_path)).parse_args(list(flags))
+        found = _find_what_to_resume(args)
+        return Path(args.checkpoint).name, args.resume, found
+
+    return choose
+
+
+def test_a_restart_does_not_take_an_earlier_runs_checkpoint_for_its_own(restarted, tmp_path):
+    checkpoint, resume, found = restarted("1")
+    assert (checkpoint, resume) == ("", False) and found not in ("", "earlier")
+    save_checkpoint(tmp_path / "checkpoint_00_000002.pth", {"run": "this"})  # nearer to its start
+    assert restarted("1") == ("checkpoint_00_000002.pth", True, "this")
+    assert restarted("0")[:2] == ("", False)  # the first start
+
+
+def test_a_restart_of_a_resumed_run_goes_on_from_its_own_last_checkpoint(restarted, tmp_path):
+    flags = ["--resume", "--checkpoint", str(tmp_path / "checkpoint_07.pth")]
+    assert restarted("1", *flags) == ("checkpoint_07.pth", True, "earlier")  # nothing of its own yet
+    save_checkpoint(tmp_path / "checkpoint_08.pth", {"run": "this"})
+    assert restarted("1", *flags) == ("checkpoint_08.pth", True, "this")
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        train("killed once", int(os.environ["RANK"]))
+    else:
+        torch.set_num_threads(1)
+        multiprocessing.set_start_method("fork")
+        run_all(Path(sys.argv[1]))
