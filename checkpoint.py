@@ -52,6 +52,7 @@ class Row:
     fresh: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     interpolate: bool = True
+    may_lack_twins: bool = True  # and queues: all of them, as exported files do; not some
 
     def name_in_file(self, name: str, num_layers: int) -> str:
         for prefix, source, layer_rule in self.renames:
@@ -113,7 +114,8 @@ KINDS = (  # the first whose marker begins a name of the checkpoint
     ("pretrain", "concept_head."),
     ("retrieval", "itm_head."),
 )
-RESUME = Row(interpolate=False)
+RESUME = Row(interpolate=False, may_lack_twins=False)
+TWIN = re.compile(r"[a-z_]+_m\.")
 
 
 # ---- loading ----
@@ -167,12 +169,15 @@ def _match(
     """As `map_state`, with a given row."""
     num_layers = len(_layers(state))
     report = LoadReport(source, kind)
+    no_twins = row.may_lack_twins and not any(map(TWIN.match, state))
+    no_queues = row.may_lack_twins and not any(name.startswith(QUEUES) for name in state)
     tensors, missing, misshapen = {}, [], []
     for name, shape in shapes.items():
         name_in_file = row.name_in_file(name, num_layers)
         value = state.get(name_in_file)
         if value is None:
             is_fresh = name.startswith(row.fresh) or name.endswith(POSITION_IDS)
+            is_fresh |= (no_twins and TWIN.match(name)) or (no_queues and name.startswith(QUEUES))
             (report.fresh if is_fresh else missing).append(name)
             continue
         report.loaded[name] = name_in_file
@@ -197,29 +202,42 @@ def _match(
     return tensors, report
 
 
-def map_state(
-    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], task: str, source: str = "the checkpoint"
-) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensor of `state` for every name of `shapes` (the model's entries), and the account.
-
-    Raises UserError when the checkpoint is of a kind the task cannot start from, or does not fit its row.
-    """
+def kind_of(state: Mapping[str, Tensor], source: str = "the checkpoint") -> str:
+    """Which task's training wrote the checkpoint; UserError for ALBEF's and for what is none of ours."""
     cross = _layers(state, "crossattention")
     if cross and 0 not in cross:
         raise UserError(
             f"{source} is an ALBEF checkpoint: its text encoder has cross-attention in the upper layers "
             "only, SIMLA's in every layer. Use a SIMLA checkpoint, or pre-train without --checkpoint"
         )
-    kinds = [kind for kind, marker in KINDS if any(name.startswith(marker) for name in state)]
-    if not kinds:
-        raise UserError(f"{source} is not a SIMLA checkpoint: it holds {_some(list(state), 4) or 'nothing'}")
-    if (task, kinds[0]) not in ROWS:
+    for kind, marker in KINDS:
+        if any(name.startswith(marker) for name in state):
+            return kind
+    raise UserError(f"{source} is not a SIMLA checkpoint: it holds {_some(list(state), 4) or 'nothing'}")
+
+
+def row_of(task: str, kind: str, source: str = "the checkpoint") -> Row:
+    """How the task reads that kind; UserError where it cannot start from it."""
+    if (task, kind) not in ROWS:
         accepted = " or ".join(kind for row_task, kind in ROWS if row_task == task)
-        raise UserError(f"{source} is a {kinds[0]} checkpoint; {task} starts from a {accepted} checkpoint")
-    return _match(state, shapes, ROWS[task, kinds[0]], source, kinds[0])
+        raise UserError(f"{source} is a {kind} checkpoint; {task} starts from a {accepted} checkpoint")
+    return ROWS[task, kind]
 
 
-def _model_state(content: Any, source: str) -> dict[str, Tensor]:
+def map_state(
+    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], task: str, source: str = "the checkpoint"
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The tensor of `state` for every name of `shapes` (the model's entries), and the account.
+
+    A file with no momentum twins at all, or no queues, leaves those of the model as built. Raises UserError
+    when the checkpoint is of a kind the task cannot start from, or does not fit its row.
+    """
+    kind = kind_of(state, source)
+    return _match(state, shapes, row_of(task, kind, source), source, kind)
+
+
+def weights_in(content: Any, source: str) -> dict[str, Tensor]:
+    """The model's entries of what a file holds; UserError where there are none."""
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{source} holds no weights: expected a dict of tensors, alone or under 'model'")
@@ -234,14 +252,14 @@ def _copy_into(model: nn.Module, tensors: Mapping[str, Tensor], release: Callabl
         release()
 
 
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def load_weights(model: nn.Module, path: str | Path, task: str) -> LoadReport:
     """Copies the weights of the file into the model, in place. Raises UserError, the model then unchanged."""
     content, release = load_mapped(path)
-    tensors, report = map_state(_model_state(content, str(path)), _shapes(model), task, str(path))
+    tensors, report = map_state(weights_in(content, str(path)), shapes_of(model), task, str(path))
     _copy_into(model, tensors, release)
     return report
 
@@ -302,7 +320,7 @@ def resume(
             f"{path} cannot be resumed from, it has no {' and no '.join(absent)}; to start from its weights "
             "use --checkpoint without --resume"
         )
-    tensors, _ = _match(_model_state(checkpoint, source), _shapes(model), RESUME, source, "training")
+    tensors, _ = _match(weights_in(checkpoint, source), shapes_of(model), RESUME, source, "training")
     optimizer_state = _optimizer_state(optimizer, checkpoint["optimizer"], source, release)
     _copy_into(model, tensors, release)
     optimizer.load_state_dict(optimizer_state)
@@ -312,3 +330,10 @@ def resume(
     if checkpoint["epoch"] >= 0:
         scheduler.resume_at(checkpoint["epoch"] + 1)
     return {key: value for key, value in checkpoint.items() if key not in ("model", "optimizer")}
+
+
+if __name__ == "__main__":
+    from checkpoint_tools import main
+    from launch import run_script
+
+    run_script(main)

@@ -4,9 +4,10 @@ Command  make fault-test, or python tests/fault_test.py --kills 30 --output_dir 
 Expected "identical": true in summary.json, after some 10 seconds a kill on 2 cores
 
 Pretrain.py runs on two ranks under torch's launcher and saves after every step. SIGKILL takes all processes
-at once, as a power cut does, or one rank, whose peer must then end by itself: the launcher, which would end it,
-is halted. More than half of the kills aim at a save, the others come in steps and at start-up. Weights, optimiser, random states, log.txt
-and train_steps.jsonl must be those of a run that nobody killed, bit for bit. Needs Linux, for /proc.
+at once, as a power cut does, or one rank, whose peer must then end by itself: the launcher, which would end
+it, is halted. More than half of the kills aim at a save, the others come in steps and at start-up. Weights,
+optimiser, random states, log.txt and train_steps.jsonl must be those of a run that nobody killed, bit for
+bit. Needs Linux, for /proc.
 """
 
 import argparse
