@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from fault_test import differing_values
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import MODEL, ROOT, make_tiny, run
+from tiny import MODEL, ROOT, make_tiny
 
 import checkpoint_tools
+import Pretrain
+import zero_shot_retrieval
 from checkpoint import QUEUES, ROWS, TWIN, load_weights
 from checkpoint_tools import TASKS, export, inspect, read_shapes
 from config import read_config
@@ -157,30 +160,27 @@ def test_inspect_tells_both_kinds_of_files_alike(tmp_path):
     assert f"{len(model)} tensors, {sum(value.numel() for value in model.values()):,} values" in report
 
 
-def test_inspect_tells_what_a_run_saved(tmp_path):
-    paths = make_tiny(tmp_path)
-    out = tmp_path / "out"
-    flags = ["--config", paths["Pretrain"], "--output_dir", out, "--overrides", "schedular.epochs=1"]
-    assert run("Pretrain.py", *flags).returncode == 0
-    done = run_tool("inspect", out / "checkpoint_00.pth", "--check")
-    assert "epoch: 0" in done.stdout and "ranks: 1" in done.stdout and "MiB  (optimizer)" in done.stdout
-    assert f"{paths['data']}/pretrain_train.json" in done.stdout and "all checksums match" in done.stdout
+def test_inspect_and_export_what_a_run_saved(tmp_path, monkeypatch, capsys):
+    paths, out = make_tiny(tmp_path), tmp_path / "out"
 
-    target = out / "weights.safetensors"
-    assert run_tool("export", out / "checkpoint_00.pth", target, "--task", "Retrieval.py").returncode == 0
+    def command(main: Callable[[], None], *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    flags = ["--device", "cpu", "--config", paths["Pretrain"], "--output_dir", out]
+    command(Pretrain.parse_and_run, *flags, "--overrides", "schedular.epochs=1")
+    source, target = out / "checkpoint_00.pth", out / "weights.safetensors"
+    report = command(checkpoint_tools.main, "inspect", source, "--check")
+    assert "epoch: 0" in report and "ranks: 1" in report and "MiB  (optimizer)" in report
+    assert f"{paths['data']}/pretrain_train.json" in report and "all checksums match" in report
+
+    command(checkpoint_tools.main, "export", source, target, "--task", "Retrieval.py")
     scores = []
-    for number, weights in enumerate((out / "checkpoint_00.pth", target)):
+    for number, weights in enumerate((source, target)):
         results = tmp_path / f"scores_{number}"
-        flags = [
-            "--evaluate",
-            "--config",
-            paths["Retrieval"],
-            "--output_dir",
-            results,
-            "--checkpoint",
-            weights,
-        ]
-        assert run("zero_shot_retrieval.py", *flags).returncode == 0
+        flags = ["--device", "cpu", "--evaluate", "--config", paths["Retrieval"], "--output_dir", results]
+        command(zero_shot_retrieval.parse_and_run, *flags, "--checkpoint", weights)
         scores.append(json.loads((results / "log.txt").read_text()))
     assert scores[0] == scores[1] and "test_r_mean" in scores[0]
 
