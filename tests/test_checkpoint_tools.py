@@ -1,7 +1,6 @@
 """`python checkpoint.py export` and `inspect`, on files of every task."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -231,25 +230,32 @@ def read_shapes_of_nothing() -> tuple[dict, dict, int]:
     return {"conv.weight": torch.empty(3, device="meta")}, {}, 0
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "checkpoint.py", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def test_the_commands_end_with_one_sentence(tmp_path):
+def test_the_commands_end_with_one_sentence(tmp_path, monkeypatch, capsys):
     source = checkpoint_of("ve", tmp_path)
-    done = run_tool("export", source, tmp_path / "out.safetensors", "--inference")
-    assert done.returncode == 0 and "left out: " in done.stdout and "text_encoder_m (" in done.stdout
+
+    def command(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["checkpoint.py", *map(str, arguments)])
+        checkpoint_tools.main()
+
+    command("export", source, tmp_path / "out.safetensors", "--inference")
+    printed = capsys.readouterr().out
+    assert "left out: " in printed and "text_encoder_m (" in printed
+    for path in (tmp_path / "none.pth", tmp_path / "none.safetensors"):
+        with pytest.raises(UserError, match=str(path)):
+            command("inspect", path)
+    with pytest.raises(SystemExit, match="2"):
+        command("export", source, tmp_path / "o.safetensors", "--task", "Cooking")
+
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
     source.write_bytes(content)
-    done = run_tool("inspect", source, "--check")
+    done = subprocess.run(
+        [sys.executable, "checkpoint.py", "inspect", source, "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "ve.pth is damaged" in done.stderr and "Traceback" not in done.stderr
-    for path in (tmp_path / "none.pth", tmp_path / "none.safetensors"):
-        done = run_tool("inspect", path)
-        assert done.returncode == 1 and str(path) in done.stderr and "Traceback" not in done.stderr
-    assert run_tool("export", source, tmp_path / "o.safetensors", "--task", "Cooking").returncode == 2
 
 
 def test_sizes_come_from_the_header_of_a_safetensors_file(tmp_path):
