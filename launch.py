@@ -16,7 +16,7 @@ import torch.distributed as dist
 from faults import RESUMABLE, Stopped, leave_together, watch_peers
 from run_record import RunRecord, previous_run
 from saving import Saver, check_undamaged, load_checkpoint, newest_good, run_checkpoints
-from utils import UserError, all_gather_objects, first_line, is_main, log, rank, world_size
+from utils import UserError, all_gather_objects, first_line, is_main, log, rank, set_precision, world_size
 
 # ---- start and end ----
 
@@ -40,8 +40,8 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
     """Joins the other processes, picks the device, seeds all generators (differently on each rank), finds
     what to resume and begins run.json. Sets args.run, the run's id.
 
-    Raises UserError for a --resume that finds nothing or comes with --evaluate, a GPU that is not there, a
-    taken port, or an output folder that cannot be written.
+    Raises UserError for a --resume that finds nothing or comes with --evaluate, a GPU that is not there or
+    lacks config `precision`, a taken port, or an output folder that cannot be written.
     """
     if args.resume and args.evaluate:
         raise UserError("--evaluate scores --checkpoint as it is, --resume trains on from it; leave one out")
@@ -64,6 +64,7 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
             ) from error
         watch_peers()
     make_output_folder(args.output_dir)
+    set_precision(device, config["precision"])
     run = _find_what_to_resume(args)
     (args.run,) = set(all_gather_objects(run)) - {""}  # the main rank's
     RunRecord(args.output_dir, args.run, config, device, args.checkpoint if args.resume else "")

@@ -12,7 +12,7 @@ from dataset.items import Collate, TrainItems
 from dataset.masking import BlockMask
 from dataset.text import mask_tokens
 from dataset.transforms import BadImage, ItemRandom, PretrainTransform, load_image, resized_crop, to_tensor
-from utils import UserError
+from utils import UserError, find_places
 
 
 class PretrainData(TrainItems):
@@ -65,12 +65,15 @@ class PretrainCollate(Collate):
                 probability=self.mlm_probability,
                 generator=torch.Generator().manual_seed(items[row]["mask_seed"]),
             )
+        patch_mask = torch.stack(batch["patch_mask"])  # (B, h * w)
         return {
             **batch,
             "code_view": torch.stack(batch["code_view"]),  # (B, 3, r, r)
-            "patch_mask": torch.stack(batch["patch_mask"]),  # (B, h * w)
+            "patch_mask": patch_mask,
+            "mim_places": find_places(patch_mask),  # counted here, where nobody waits for it
             "mlm_ids": mlm_ids,  # (B, T)
             "mlm_labels": mlm_labels,
+            "mlm_places": find_places(mlm_labels != -100),
         }
 
 

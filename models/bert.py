@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from utils import UserError
 
@@ -82,7 +83,7 @@ class CrossStates:
     """The other stream's keys and values, projected once for every layer and shared by many rows.
 
     keys_values: per layer (keys, values), each (B', H, S, d). A query batch of B = B' * n rows attends n by n
-    to them; `rows` picks other assignments. mask: additive, (B', 1, 1, S) or None.
+    to them; `rows` picks other streams for its last rows. mask: additive, (B', 1, 1, S) or None.
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
@@ -90,15 +91,14 @@ class CrossStates:
     index: Tensor | None = None
 
     def rows(self, index: Tensor) -> "CrossStates":
-        """Row r of the query attends to stream index[r]; gathered layer by layer, after the projection."""
+        """The last len(index) rows of the query attend to streams index[0], index[1], ...; those before, if
+        there are any, n by n. Gathered layer by layer, after the projection.
+        """
         return CrossStates(self.keys_values, self.mask, index)
 
-    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        keys, values = self.keys_values[i]
-        if self.index is None:
-            return keys, values, self.mask
-        mask = None if self.mask is None else self.mask[self.index]
-        return keys[self.index], values[self.index], mask
+    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Keys, values, mask and index, as `Attention` takes them."""
+        return *self.keys_values[i], self.mask, self.index
 
 
 def padding_mask(
@@ -191,19 +191,37 @@ class Attention(nn.Module):
         """The rest of `forward` after `attention_map`, without dropout on the map."""
         return self.output((probabilities @ values).transpose(1, 2).reshape(hidden.shape), hidden)
 
-    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """hidden (B, T, D); keys, values (B', H, S, d) with B a multiple of B' -> (B, T, D)
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """hidden (B, T, D); keys, values (B', H, S, d), index as `CrossStates.rows` says -> (B, T, D)"""
+        query = self.self.query(hidden)
+        if index is None:
+            return self.output(self._attend(query, keys, values, mask), hidden)
+        first, last = query.split([len(query) - len(index), len(index)])
+        picked = [None if part is None else part.index_select(0, index) for part in (keys, values, mask)]
+        context = self._attend(last, *picked)
+        if len(first):
+            context = torch.cat([self._attend(first, keys, values, mask), context])
+        return self.output(context, hidden)
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """query (B, T, D); keys, values (B', H, S, d) with B a multiple of B' -> (B, T, D)
 
         With B' < B every B / B' consecutive rows share one stream: they ride on it as one long query, so that
         keys and values are never repeated in memory.
         """
-        query = self.self.query(hidden)
-        if len(keys) != len(hidden):
-            query = query.view(len(keys), -1, query.shape[-1])  # (B', n * T, D)
+        long = query.view(len(keys), -1, query.shape[-1])  # (B', n * T, D)
         dropout = self.dropout_prob if self.training else 0.0
-        mask = None if mask is None else mask.to(query.dtype)
-        context = F.scaled_dot_product_attention(self._heads(query), keys, values, mask, dropout)
-        return self.output(context.transpose(1, 2).reshape(hidden.shape), hidden)
+        if mask is not None:  # the lowest float32 would be -inf in half precision
+            mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
+        context = F.scaled_dot_product_attention(self._heads(long), keys, values, mask, dropout)
+        return context.transpose(1, 2).reshape(query.shape)
 
 
 class FeedForward(nn.Module):
@@ -227,11 +245,17 @@ class Layer(nn.Module):
         self,
         hidden: Tensor,
         mask: Tensor | None,
-        cross: tuple[Tensor, Tensor, Tensor | None] | None,
+        cross: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
+        places: Tensor | None = None,
     ) -> Tensor:
+        """hidden (B, T, D) -> (B, T, D), or with `places` (M,), numbers of tokens among the B * T, only those
+        through the feed-forward -> (M, D)
+        """
         hidden = self.attention(hidden, *self.attention.project(hidden), mask)
         if cross is not None:
             hidden = self.crossattention(hidden, *cross)
+        if places is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, places)
         return self.output(self.intermediate(hidden), hidden)
 
 
@@ -253,6 +277,7 @@ class BertModel(nn.Module):
     def __init__(self, config: BertConfig, two_images: bool = False):
         super().__init__()
         self.config, self.two_images = config, two_images
+        self.checkpoint_activations = False
         self.embeddings = Embeddings(config, token_types=two_images)
         self.encoder = Encoder(config, two_images)
         self.apply(self._init_weights)
@@ -267,13 +292,16 @@ class BertModel(nn.Module):
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
 
-    def project(self, states: Tensor, attention_mask: Tensor | None = None) -> CrossStates:
-        """The other stream as cross-attention reads it: states (B, S, encoder_width), attention_mask (B,
-        S).
+    def project(
+        self, states: Tensor, attention_mask: Tensor | None = None, num_layers: int | None = None
+    ) -> CrossStates:
+        """The other stream as cross-attention reads it, in layers[:num_layers]: states (B, S, encoder_width),
+        attention_mask (B, S).
         """
         lowest = torch.finfo(states.dtype).min
         mask = None if attention_mask is None else padding_mask(attention_mask, lowest, states.dtype)
-        return CrossStates([layer.crossattention.project(states) for layer in self.encoder.layer], mask)
+        layers = self.encoder.layer[:num_layers]
+        return CrossStates([layer.crossattention.project(states) for layer in layers], mask)
 
     def project_pair(self, image_embeds: Tensor) -> CrossStates:
         """Two images for each text, (2B, S, encoder_width), first images first: layer i reads image i mod
@@ -290,26 +318,53 @@ class BertModel(nn.Module):
         cross: CrossStates | None = None,
         inputs_embeds: Tensor | None = None,
         causal: bool = False,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states (B, T, D) of tokens (B, T) or of another encoder's states (B, T, D).
 
         attention_mask (B, T), None = no padding; causal: no token sees a later one (attention_mask must be
-        given). Raises UserError when T exceeds the position table.
+        given); places (M,): numbers of the tokens, among the B * T, whose states are wanted -> (M, D).
+        Raises UserError when T exceeds the position table.
         """
+        hidden, mask = self.before_last(input_ids, attention_mask, cross, inputs_embeds, causal)
+        return self.run_layer(-1, hidden, mask, cross, places)
+
+    def before_last(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross: CrossStates | None = None,
+        inputs_embeds: Tensor | None = None,
+        causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `forward` but for the last layer: the states that it reads (B, T, D) and its additive mask."""
         hidden = self.embeddings(input_ids, inputs_embeds)
         mask = None if attention_mask is None else (causal_mask if causal else padding_mask)(attention_mask)
-        for i, layer in enumerate(self.encoder.layer):
-            hidden = layer(hidden, mask, None if cross is None else cross.layer(i))
-        return hidden
+        for i in range(len(self.encoder.layer) - 1):
+            hidden = self.run_layer(i, hidden, mask, cross)
+        return hidden, mask
 
-    def last_self_attention(self, input_ids: Tensor, attention_mask: Tensor, cross: CrossStates) -> Tensor:
-        """The last layer's self-attention map (B, H, T, T); nothing after it is computed."""
-        hidden, mask = self.embeddings(input_ids), padding_mask(attention_mask)
-        *lower, last = self.encoder.layer
-        for i, layer in enumerate(lower):
-            hidden = layer(hidden, mask, cross.layer(i))
-        keys, _ = last.attention.project(hidden)
-        return last.attention.attention_map(hidden, keys, mask)
+    def run_layer(
+        self,
+        i: int,
+        hidden: Tensor,
+        mask: Tensor | None,
+        cross: CrossStates | None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """Layer i, as `Layer` says; with `checkpoint_activations` the backward pass computes it again instead
+        of keeping what it needs.
+        """
+        inputs = hidden, mask, None if cross is None else cross.layer(i), places
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(self.encoder.layer[i], *inputs, use_reentrant=False)
+        return self.encoder.layer[i](*inputs)
+
+    def last_self_attention(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """The last layer's self-attention map (B, H, T, T) of the states before it, (B, T, D)."""
+        attention = self.encoder.layer[-1].attention
+        keys, _ = attention.project(hidden)
+        return attention.attention_map(hidden, keys, mask)
 
 
 class PredictionTransform(nn.Module):

@@ -57,7 +57,7 @@ def itm_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, 
         for i in range(block):
             hidden = layers[i](hidden, mask, cross.layer(i))
         hidden = layer.attention(hidden, *layer.attention.project(hidden), mask)
-        keys, values, cross_mask = cross.layer(block)
+        keys, values, cross_mask, _ = cross.layer(block)
         probabilities = layer.crossattention.attention_map(hidden, keys, cross_mask)  # (B, H, T, N)
     with torch.enable_grad():
         probabilities.requires_grad_()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import losses
-from models.align import AlignmentModel, Draws, unit_features
+from models.align import AlignmentModel, Draws, itm_rows, pair_rows, unit_features
 from models.bert import BertConfig, BertModel
 from models.momentum import make_twin
 from models.vit import VisionTransformer, vit_sizes
@@ -98,13 +98,13 @@ class SIMLARetrieval(AlignmentModel):
         same = idx[:, None] == idx[None]
         image_neg, text_neg, has_negative = self._negatives(sim_i2t, sim_t2i, same, draws or Draws())
 
-        own = torch.arange(len(text_ids), device=text_ids.device)
-        hidden = self.text_encoder(
-            torch.cat([text_ids, text_ids, text_ids[text_neg]]),
-            torch.cat([text_mask, text_mask, text_mask[text_neg]]),
-            self.text_encoder.project(image_embeds).rows(torch.cat([own, image_neg, own])),
-        )  # (3B, T, D)
-        return {"loss_ita": loss_ita, "loss_itm": self._itm_loss(hidden[:, 0], has_negative)}
+        cls_states = self.text_encoder(
+            pair_rows([text_ids, text_ids[text_neg]], text_ids),
+            pair_rows([text_mask, text_mask[text_neg]], text_mask),
+            self.text_encoder.project(image_embeds).rows(image_neg),
+            places=itm_rows(2, len(text_ids), text_ids.device) * text_ids.shape[1],
+        )  # (3B, D)
+        return {"loss_ita": loss_ita, "loss_itm": self._itm_loss(cls_states, has_negative)}
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, R, R) -> token states (B, N, D), unit-length features (B, E)"""

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from utils import UserError
 
@@ -82,6 +83,7 @@ class VisionTransformer(TimmVisionTransformer):
             global_pool="",
             weight_init="jax",  # Xavier: with timm's std of 0.02 narrow models start from scratch slowly
         )
+        self.checkpoint_activations = False
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if mask_token else None
         if mask_token:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -101,7 +103,10 @@ class VisionTransformer(TimmVisionTransformer):
         """
         tokens = self.embed(image, patch_mask)
         for block in self.blocks:
-            tokens = block(tokens)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
         return self.norm(tokens)
 
 
