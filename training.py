@@ -73,9 +73,9 @@ class Training:
         for module in model.modules():
             if isinstance(module, VisionTransformer | BertModel):
                 module.checkpoint_activations = config["checkpoint_activations"]
-            if config["compile"] and isinstance(module, Block | Layer):
-                module.compile(dynamic=True)  # by layer: one compilation serves all, at any length of text
-        self.model, self.ddp_model = model, distribute(model, device)
+        if config["compile"]:
+            compile_layers(model)
+        self.model, self.ddp_model = model, distribute(model, device, config["grad_accumulation_steps"])
         self.loader, self.losses, self.config, self.device = loader, losses, config, device
         self.output_dir, self.seed, self.run = args.output_dir, args.seed, args.run
         self.optimizer = create_optimizer(model, config["optimizer"])
@@ -328,7 +328,18 @@ class Training:
         self.window = MetricLog()
 
 
-def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
+def compile_layers(model: nn.Module) -> None:
+    """torch.compile of every layer of the encoders, in place: all of a kind share what is compiled, and it
+    serves any length of text.
+    """
+    # A layer is compiled for each of its uses (a dozen: modes, with and without gradient), then no more.
+    torch._dynamo.config.recompile_limit = 32
+    for module in model.modules():
+        if isinstance(module, Block | Layer):
+            module.compile(dynamic=True)
+
+
+def distribute(model: MomentumModel, device: torch.device, accumulation: int = 1) -> nn.Module:
     """The model on its device, wrapped for data-parallel training where there are several ranks.
 
     Buffers are made equal once and not broadcast every step: the queues take the same gathered features
@@ -349,6 +360,8 @@ def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )  # its older name
     devices = [device.index] if device.type == "cuda" else None
+    # Every step reaches the same parameters; the wrapper has no such mode for steps of several batches.
+    is_static = not same_buckets and accumulation == 1
     # Parameters that no loss reaches would keep the wrapper waiting for their gradient.
     ignored = [name for name, _ in model.named_parameters() if name.startswith(model.without_gradient)]
     ignored += [f".{name}" for name in ignored]  # what the wrapper calls those of the outermost module
@@ -358,6 +371,7 @@ def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
         devices,
         gradient_as_bucket_view=True,
         find_unused_parameters=same_buckets,
+        static_graph=is_static,
         **{no_sync: False},
     )
 

@@ -145,7 +145,7 @@ def work(this_rank: int, num_ranks: int, folder: str) -> None:
             evaluate=True,
             checkpoint="",
         ),
-        {},
+        {"precision": "fp32"},
     )
     result = {"scores": all_scores(), "shares": shares(), "gathered": gathered()}
     if num_ranks == 2:
