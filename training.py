@@ -70,9 +70,7 @@ class Training:
         epoch_step: str,
         keep_epochs: bool,
     ):
-        for module in model.modules():
-            if isinstance(module, VisionTransformer | BertModel):
-                module.checkpoint_activations = config["checkpoint_activations"]
+        set_checkpointing(model, config["checkpoint_activations"])
         if config["compile"]:
             compile_layers(model)
         self.model, self.ddp_model = model, distribute(model, device, config["grad_accumulation_steps"])
@@ -326,6 +324,13 @@ class Training:
             place = {"step": self.total_steps, "epoch": self.epoch}
             append_line(Path(self.output_dir) / STEPS_LOG, json.dumps({**place, **self.window.means()}))
         self.window = MetricLog()
+
+
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Whether both encoders compute their layers again in the backward pass, to save memory."""
+    for module in model.modules():
+        if isinstance(module, VisionTransformer | BertModel):
+            module.checkpoint_activations = on
 
 
 def compile_layers(model: nn.Module) -> None:
