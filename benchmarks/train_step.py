@@ -31,6 +31,8 @@ from measure import (
     utilization,
 )
 from plain import PlainRetrieval, PlainSIMLA
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
 from torch.profiler import ProfilerActivity, profile
 
 from config import PRETRAIN, RETRIEVAL, read_config
@@ -163,8 +165,9 @@ def measure(args: argparse.Namespace) -> dict:
     model = (plain if is_plain else ours).from_config(config, **extra).to(device)
     if is_plain:
         for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+            if isinstance(module, Block):
+                module.attn.fused_attn = False
+                module.mlp.__class__ = Mlp
         groups = param_groups(model.named_parameters(), 0.02)
         optimizer = torch.optim.AdamW(groups, lr=1e-4)
     else:

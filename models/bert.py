@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from models.recompute import gelu_linear, run_layer
 from utils import UserError
 
 PADDING_SCORE = -10000.0  # finite, so that a row of nothing but padding stays finite
@@ -161,7 +161,10 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return self.add(self.dense(x), residual)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(x) + residual)
 
 
 class Attention(nn.Module):
@@ -229,9 +232,6 @@ class FeedForward(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.gelu(self.dense(hidden))
-
 
 class Layer(nn.Module):
     def __init__(self, config: BertConfig):
@@ -256,7 +256,11 @@ class Layer(nn.Module):
             hidden = self.crossattention(hidden, *cross)
         if places is not None:
             hidden = hidden.flatten(0, 1).index_select(0, places)
-        return self.output(self.intermediate(hidden), hidden)
+        return self.feed_forward(hidden)
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        inner = self.intermediate.dense(hidden)
+        return self.output.add(gelu_linear(inner, self.output.dense), hidden)
 
 
 class Encoder(nn.Module):
@@ -356,9 +360,7 @@ class BertModel(nn.Module):
         of keeping what it needs.
         """
         inputs = hidden, mask, None if cross is None else cross.layer(i), places
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(self.encoder.layer[i], *inputs, use_reentrant=False)
-        return self.encoder.layer[i](*inputs)
+        return run_layer(self.encoder.layer[i], *inputs, again=self.checkpoint_activations)
 
     def last_self_attention(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """The last layer's self-attention map (B, H, T, T) of the states before it, (B, T, D)."""

@@ -62,7 +62,7 @@ def itm_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, 
     with torch.enable_grad():
         probabilities.requires_grad_()
         hidden = layer.crossattention.read(probabilities, values, hidden)
-        hidden = layer.output(layer.intermediate(hidden), hidden)
+        hidden = layer.feed_forward(hidden)
         for i in range(block + 1, len(layers)):
             hidden = layers[i](hidden, mask, cross.layer(i))
         logits = model.itm_head(hidden[:, 0])[:, 1]  # (B,)
