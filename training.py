@@ -33,6 +33,7 @@ from utils import (
     UserError,
     all_gather_objects,
     append_line,
+    autocast,
     is_main,
     log,
     rank,
@@ -246,7 +247,7 @@ class Training:
             is_last = number == len(batches) - 1
             self.bad_images.add(batch.pop("bad", []), self.loader.batch_size, self.config["max_bad_fraction"])
             with contextlib.nullcontext() if is_last or world_size() == 1 else self.ddp_model.no_sync():
-                with self.autocast():
+                with autocast(self.device, self.config["precision"]):
                     named = self.losses(self.ddp_model, to_device(batch, self.device), alpha)
                 total = sum(named.values()) / len(batches)
                 self.scaler.scale(total).backward()
@@ -265,10 +266,6 @@ class Training:
         self.whole.add(values)
         self.window.add(values)
         return save, stop
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.config["precision"])
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def save_is_due(self) -> bool:
         steps, minutes = self.config["save_every_steps"], self.config["save_every_minutes"]

@@ -3,6 +3,7 @@
 Every helper works without a process group, as one process of one.
 """
 
+import contextlib
 import datetime
 import json
 import logging
@@ -18,6 +19,7 @@ from torch import Tensor
 
 log = logging.getLogger("simla")
 LOG = "log.txt"
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class UserError(Exception):
@@ -54,6 +56,23 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def all_gather_shares(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    """The rows (n, ...) of all ranks in rank order, where the ranks have `counts` of them; no gradient."""
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = all_gather_rows(padded).view(len(counts), *padded.shape)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def gather_in_order(rows: Tensor, total: int) -> Tensor:
+    """The rows of all items (total, ...), of which each rank has those of every world_size-th."""
+    counts = [len(range(r, total, world_size())) for r in range(world_size())]
+    gathered = rows.new_empty(total, *rows.shape[1:])
+    for r, part in enumerate(all_gather_shares(rows, counts)):
+        gathered[r :: world_size()] = part
+    return gathered
+
+
 def all_gather_objects(value: object) -> list:
     """Any small picklable value of all ranks, in rank order."""
     if world_size() == 1:
@@ -61,6 +80,11 @@ def all_gather_objects(value: object) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The arithmetic of config `precision`, in training and evaluation; fp32: no change."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def first_line(error: BaseException) -> str:

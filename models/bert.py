@@ -104,8 +104,11 @@ class CrossStates:
 def padding_mask(
     attention_mask: Tensor, score: float = PADDING_SCORE, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """attention_mask (B, S) with 1 = token, 0 = padding -> additive scores (B, 1, 1, S)."""
-    return (1.0 - attention_mask[:, None, None, :].to(dtype)) * score
+    """attention_mask (B, S) with 1 = token, 0 = padding -> additive scores (B, 1, 1, S); (B, T, S), which
+    token sees which -> (B, 1, T, S).
+    """
+    seen = attention_mask[:, None, None] if attention_mask.dim() == 2 else attention_mask[:, None]
+    return (1.0 - seen.to(dtype)) * score
 
 
 def causal_mask(attention_mask: Tensor) -> Tensor:
@@ -127,17 +130,23 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """input_ids (B, T) or inputs_embeds (B, T, D) -> (B, T, D)"""
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids (B, T) or inputs_embeds (B, T, D); position_ids (B, T), None = 0 to T-1 -> (B, T, D)"""
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         length, limit = inputs_embeds.shape[1], self.position_embeddings.num_embeddings
-        if length > limit:
+        if position_ids is None and length > limit:
             raise UserError(
                 f"a sequence of {length} tokens is longer than the {limit} positions of the text encoder; "
                 "truncate the text, lower image_res, or raise max_position_embeddings in bert_config"
             )
-        positions = self.position_embeddings.weight[:length]
+        table = self.position_embeddings.weight
+        positions = table[:length] if position_ids is None else table[position_ids]
         if self.token_type_embeddings is not None:
             positions = positions + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(inputs_embeds + positions))
@@ -228,8 +237,11 @@ class Layer(nn.Module):
         hidden: Tensor,
         mask: Tensor | None,
         cross: tuple[Tensor, Tensor, Tensor | None] | None,
+        first_only: bool = False,
     ) -> Tensor:
-        hidden = self.attention(hidden, *self.attention.project(hidden), mask)
+        """hidden (B, T, D) -> the same; first_only: only the first token is computed, (B, 1, D)"""
+        keys, values = self.attention.project(hidden)
+        hidden = self.attention(hidden[:, :1] if first_only else hidden, keys, values, mask)
         if cross is not None:
             hidden = self.crossattention(hidden, *cross)
         return self.output(self.intermediate(hidden), hidden)
@@ -290,26 +302,41 @@ class BertModel(nn.Module):
         cross: CrossStates | None = None,
         inputs_embeds: Tensor | None = None,
         causal: bool = False,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states (B, T, D) of tokens (B, T) or of another encoder's states (B, T, D).
 
-        attention_mask (B, T), None = no padding; causal: no token sees a later one (attention_mask must be
-        given). Raises UserError when T exceeds the position table.
+        attention_mask (B, T), None = no padding, or (B, T, T): which token sees which; causal: no token sees
+        a later one (attention_mask (B, T) must be given); position_ids (B, T), None = 0 to T-1. Raises
+        UserError when T exceeds the position table.
         """
-        hidden = self.embeddings(input_ids, inputs_embeds)
+        hidden = self.embeddings(input_ids, inputs_embeds, position_ids)
         mask = None if attention_mask is None else (causal_mask if causal else padding_mask)(attention_mask)
         for i, layer in enumerate(self.encoder.layer):
             hidden = layer(hidden, mask, None if cross is None else cross.layer(i))
         return hidden
 
+    def first_state(self, input_ids: Tensor, attention_mask: Tensor, cross: CrossStates) -> Tensor:
+        """`forward` for the first token alone (B, D): the last layer computes no other."""
+        hidden, mask = self._below_last(input_ids, attention_mask, cross)
+        last = len(self.encoder.layer) - 1
+        return self.encoder.layer[last](hidden, mask, cross.layer(last), first_only=True)[:, 0]
+
     def last_self_attention(self, input_ids: Tensor, attention_mask: Tensor, cross: CrossStates) -> Tensor:
         """The last layer's self-attention map (B, H, T, T); nothing after it is computed."""
+        hidden, mask = self._below_last(input_ids, attention_mask, cross)
+        attention = self.encoder.layer[-1].attention
+        keys, _ = attention.project(hidden)
+        return attention.attention_map(hidden, keys, mask)
+
+    def _below_last(
+        self, input_ids: Tensor, attention_mask: Tensor, cross: CrossStates
+    ) -> tuple[Tensor, Tensor]:
+        """The states that the last layer reads (B, T, D), and the padding as additive scores."""
         hidden, mask = self.embeddings(input_ids), padding_mask(attention_mask)
-        *lower, last = self.encoder.layer
-        for i, layer in enumerate(lower):
+        for i, layer in enumerate(self.encoder.layer[:-1]):
             hidden = layer(hidden, mask, cross.layer(i))
-        keys, _ = last.attention.project(hidden)
-        return last.attention.attention_map(hidden, keys, mask)
+        return hidden, mask
 
 
 class PredictionTransform(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models import losses
 from models.align import AlignmentModel, Draws, unit_features
-from models.bert import BertConfig, BertModel
+from models.bert import BertConfig, BertModel, CrossStates
 from models.momentum import make_twin
 from models.vit import VisionTransformer, vit_sizes
 
@@ -115,11 +115,10 @@ class SIMLARetrieval(AlignmentModel):
         """text_ids, text_mask (B, T) -> unit-length features (B, E)"""
         return unit_features(self.text_proj, self.text_encoder(text_ids, text_mask))
 
-    def match(self, image_embeds: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+    def match(self, cross: CrossStates, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """The "match" logit of every text with its image.
 
-        image_embeds (I, N, D) of I images; text_ids, text_mask (I * n, T): n texts for each in turn -> (I *
-        n,)
+        cross: I images as `text_encoder.project` has them; text_ids, text_mask (I * n, T): n texts for each
+        in turn -> (I * n,)
         """
-        hidden = self.text_encoder(text_ids, text_mask, self.text_encoder.project(image_embeds))
-        return self.itm_head(hidden[:, 0])[:, 1]
+        return self.itm_head(self.text_encoder.first_state(text_ids, text_mask, cross))[:, 1]
