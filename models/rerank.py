@@ -6,9 +6,9 @@ direction, so each pair is scored once. Images with about as many texts form a g
 keys and values once for all its texts, which ride on them as one long query; the group's texts go through the
 encoder from long to short, in calls of about equally many tokens, padded to the longest of the call.
 
-A rank scores the images that it holds, every world_size-th. How many texts they have differs, but its sum
-over hundreds of images hardly: the busiest of 8 ranks has some 3% more than the mean for the 5,000 images of
-COCO, some 6% for the 1,000 of Flickr30k, where the texts of an image vary by two thirds of their mean.
+A rank scores the images that it holds, every world_size-th. How many texts they have differs, their sum
+over a hundred images or more hardly: in simulated features the busiest of 8 ranks has 1% more than the mean
+of COCO's 5,000 images and 3% more of Flickr30k's 1,000, which pays for no exchange of image states.
 
 Memory beside the model's: on the device the projections of one group, one call's activations, and some 10
 bytes for each pair (image, text) of the whole matrix; image states and the result stay on the host.
@@ -26,7 +26,7 @@ from utils import all_gather_shares, rank, world_size
 NOT_SCORED = -100.0
 # Images to a group and tokens to a call. A GPU wants few, large calls; a processor wants little padding, and
 # with one image to a group no score depends on which other images a rank holds, down to the last bit.
-SIZES = {"cuda": (16, 16384), "cpu": (1, 1024)}
+SIZES = {"cuda": (16, 16384), "cpu": (1, 2048)}
 
 
 def candidate_pairs(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
