@@ -131,13 +131,13 @@ class SIMLAVQA(MomentumModel):
             self.visual_encoder, self.text_encoder, image, question_ids, question_mask
         )
         ranked = [
-            self._rank(questions[rows], question_mask[rows], answers, k, chunk_rows)
+            self.rank_states(questions[rows], question_mask[rows], answers, k, chunk_rows)
             for rows in torch.arange(len(image), device=image.device).split(max(1, chunk_rows // k))
         ]
         numbers, probabilities = map(torch.cat, zip(*ranked, strict=True))
         return numbers, probabilities
 
-    def _rank(
+    def rank_states(
         self, questions: Tensor, question_mask: Tensor, answers: AnswerTree, k: int, chunk_rows: int
     ) -> tuple[Tensor, Tensor]:
         """`rank_answers` with question states (B, T, D) of few enough questions."""
