@@ -19,6 +19,7 @@ from torch import Tensor
 
 log = logging.getLogger("simla")
 LOG = "log.txt"
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class UserError(Exception):
@@ -55,6 +56,23 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def all_gather_shares(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    """The rows (n, ...) of all ranks in rank order, where the ranks have `counts` of them; no gradient."""
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = all_gather_rows(padded).view(len(counts), *padded.shape)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def gather_in_order(rows: Tensor, total: int) -> Tensor:
+    """The rows of all items (total, ...), of which each rank has those of every world_size-th."""
+    counts = [len(range(r, total, world_size())) for r in range(world_size())]
+    gathered = rows.new_empty(total, *rows.shape[1:])
+    for r, part in enumerate(all_gather_shares(rows, counts)):
+        gathered[r :: world_size()] = part
+    return gathered
+
+
 def all_gather_objects(value: object) -> list:
     """Any small picklable value of all ranks, in rank order."""
     if world_size() == 1:
@@ -66,8 +84,8 @@ def all_gather_objects(value: object) -> list:
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """The arithmetic of config `precision` in training and evaluation; fp32 and tf32: see `set_precision`."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def set_precision(device: torch.device, precision: str) -> None:

@@ -64,14 +64,17 @@ class PlainAlignment:
     def align(self, bert, bert_m, image, text_ids, text_mask, positives, same, alpha, draws, idx=None):
         image_embeds = self.visual_encoder(image)
         text_embeds, _ = read(bert, text_ids, text_mask)
-        feats = unit_features(self.vision_proj, image_embeds), unit_features(self.text_proj, text_embeds)
+        feats = (
+            unit_features(self.vision_proj, image_embeds[:, 0]),
+            unit_features(self.text_proj, text_embeds[:, 0]),
+        )
         with torch.no_grad():
             move_twins(self)
             image_embeds_m = self.visual_encoder_m(image)
             text_embeds_m, _ = read(bert_m, text_ids, text_mask)
             feats_m = (
-                unit_features(self.vision_proj_m, image_embeds_m),
-                unit_features(self.text_proj_m, text_embeds_m),
+                unit_features(self.vision_proj_m, image_embeds_m[:, 0]),
+                unit_features(self.text_proj_m, text_embeds_m[:, 0]),
             )
         loss_ita, sim_i2t, sim_t2i = self._ita(feats, feats_m, positives, alpha)
         self._enqueue(feats_m, idx)

@@ -22,9 +22,9 @@ class Draws:
     text_neg: Tensor | None = None  # (B,) the text drawn for each image
 
 
-def unit_features(projection: nn.Module, embeds: Tensor) -> Tensor:
-    """The projected [CLS] state at unit length: embeds (B, N, D) -> (B, E) float32, whatever the precision"""
-    return F.normalize(projection(embeds[:, 0]).float(), dim=-1)
+def unit_features(projection: nn.Module, cls_states: Tensor) -> Tensor:
+    """The projected [CLS] states at unit length: (B, D) -> (B, E) float32, whatever the precision"""
+    return F.normalize(projection(cls_states).float(), dim=-1)
 
 
 def pair_rows(own: list[Tensor], apart: Tensor) -> Tensor:

@@ -104,8 +104,11 @@ class CrossStates:
 def padding_mask(
     attention_mask: Tensor, score: float = PADDING_SCORE, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """attention_mask (B, S) with 1 = token, 0 = padding -> additive scores (B, 1, 1, S)."""
-    return (1.0 - attention_mask[:, None, None, :].to(dtype)) * score
+    """attention_mask (B, S) with 1 = token, 0 = padding -> additive scores (B, 1, 1, S); (B, T, S), which
+    token sees which -> (B, 1, T, S).
+    """
+    seen = attention_mask[:, None, None] if attention_mask.dim() == 2 else attention_mask[:, None]
+    return (1.0 - seen.to(dtype)) * score
 
 
 def causal_mask(attention_mask: Tensor) -> Tensor:
@@ -127,17 +130,23 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """input_ids (B, T) or inputs_embeds (B, T, D) -> (B, T, D)"""
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids (B, T) or inputs_embeds (B, T, D); position_ids (B, T), None = 0 to T-1 -> (B, T, D)"""
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         length, limit = inputs_embeds.shape[1], self.position_embeddings.num_embeddings
-        if length > limit:
+        if position_ids is None and length > limit:
             raise UserError(
                 f"a sequence of {length} tokens is longer than the {limit} positions of the text encoder; "
                 "truncate the text, lower image_res, or raise max_position_embeddings in bert_config"
             )
-        positions = self.position_embeddings.weight[:length]
+        table = self.position_embeddings.weight
+        positions = table[:length] if position_ids is None else table[position_ids]
         if self.token_type_embeddings is not None:
             positions = positions + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(inputs_embeds + positions))
@@ -247,11 +256,13 @@ class Layer(nn.Module):
         mask: Tensor | None,
         cross: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
         places: Tensor | None = None,
+        first_only: bool = False,
     ) -> Tensor:
-        """hidden (B, T, D) -> (B, T, D), or with `places` (M,), numbers of tokens among the B * T, only those
-        through the feed-forward -> (M, D)
+        """hidden (B, T, D) -> (B, T, D); first_only: of every row's first token alone, (B, 1, D); with
+        `places` (M,), numbers of tokens among the B * T, only those through the feed-forward, (M, D)
         """
-        hidden = self.attention(hidden, *self.attention.project(hidden), mask)
+        keys, values = self.attention.project(hidden)
+        hidden = self.attention(hidden[:, :1] if first_only else hidden, keys, values, mask)
         if cross is not None:
             hidden = self.crossattention(hidden, *cross)
         if places is not None:
@@ -322,16 +333,25 @@ class BertModel(nn.Module):
         cross: CrossStates | None = None,
         inputs_embeds: Tensor | None = None,
         causal: bool = False,
+        position_ids: Tensor | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states (B, T, D) of tokens (B, T) or of another encoder's states (B, T, D).
 
-        attention_mask (B, T), None = no padding; causal: no token sees a later one (attention_mask must be
-        given); places (M,): numbers of the tokens, among the B * T, whose states are wanted -> (M, D).
-        Raises UserError when T exceeds the position table.
+        attention_mask (B, T), None = no padding, or (B, T, T): which token sees which; causal: no token sees
+        a later one (attention_mask (B, T) must be given); position_ids (B, T), None = 0 to T-1; places (M,):
+        numbers of the tokens, among the B * T, whose states are wanted -> (M, D). Raises UserError when T
+        exceeds the position table.
         """
-        hidden, mask = self.before_last(input_ids, attention_mask, cross, inputs_embeds, causal)
+        hidden, mask = self.before_last(input_ids, attention_mask, cross, inputs_embeds, causal, position_ids)
         return self.run_layer(-1, hidden, mask, cross, places)
+
+    def first_state(
+        self, input_ids: Tensor, attention_mask: Tensor, cross: CrossStates | None = None
+    ) -> Tensor:
+        """`forward` for the first token alone (B, D): the last layer computes no other."""
+        hidden, mask = self.before_last(input_ids, attention_mask, cross)
+        return self.run_layer(-1, hidden, mask, cross, first_only=True)[:, 0]
 
     def before_last(
         self,
@@ -340,9 +360,10 @@ class BertModel(nn.Module):
         cross: CrossStates | None = None,
         inputs_embeds: Tensor | None = None,
         causal: bool = False,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `forward` but for the last layer: the states that it reads (B, T, D) and its additive mask."""
-        hidden = self.embeddings(input_ids, inputs_embeds)
+        hidden = self.embeddings(input_ids, inputs_embeds, position_ids)
         mask = None if attention_mask is None else (causal_mask if causal else padding_mask)(attention_mask)
         for i in range(len(self.encoder.layer) - 1):
             hidden = self.run_layer(i, hidden, mask, cross)
@@ -355,11 +376,12 @@ class BertModel(nn.Module):
         mask: Tensor | None,
         cross: CrossStates | None,
         places: Tensor | None = None,
+        first_only: bool = False,
     ) -> Tensor:
         """Layer i, as `Layer` says; with `checkpoint_activations` the backward pass computes it again instead
         of keeping what it needs.
         """
-        inputs = hidden, mask, None if cross is None else cross.layer(i), places
+        inputs = hidden, mask, None if cross is None else cross.layer(i), places, first_only
         return run_layer(self.encoder.layer[i], *inputs, again=self.checkpoint_activations)
 
     def last_self_attention(self, hidden: Tensor, mask: Tensor | None) -> Tensor:

@@ -86,7 +86,7 @@ def itc_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, 
         tokens = read(blocks[block], probabilities, values, tokens)
         for upper in blocks[block + 1 :]:
             tokens = upper(tokens)
-        image_feat = unit_features(model.vision_proj, model.visual_encoder.norm(tokens))
+        image_feat = unit_features(model.vision_proj, model.visual_encoder.norm(tokens)[:, 0])
         similarity = (image_feat * text_feat).sum(-1) / model.temp  # (B,)
     return _weigh(probabilities, similarity)[:, :, 0, 1:].mean(1)
 

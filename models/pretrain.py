@@ -121,13 +121,14 @@ class SIMLA(AlignmentModel):
         # Every image is encoded twice, whole and with hidden patches: the same weights, so one batch.
         images, hidden = torch.cat([image, image]), torch.cat([torch.zeros_like(patch_mask), patch_mask])
         image_embeds, masked_embeds = self.visual_encoder(images, hidden).chunk(2)  # (B, N, D) each
-        text_embeds = self.text_encoder.bert(text_ids, text_mask)  # (B, T, D)
-        feats = unit_features(self.vision_proj, image_embeds), unit_features(self.text_proj, text_embeds)
+        text_cls = self.text_encoder.bert.first_state(text_ids, text_mask)  # (B, D)
+        image_feat = unit_features(self.vision_proj, image_embeds[:, 0])  # (B, E)
+        feats = image_feat, unit_features(self.text_proj, text_cls)
         with torch.no_grad():
             image_embeds_m, masked_embeds_m = self.visual_encoder_m(images, hidden).chunk(2)
-            text_embeds_m = self.text_encoder_m.bert(text_ids, text_mask)
-            image_feat_m = unit_features(self.vision_proj_m, image_embeds_m)  # (B, E)
-            feats_m = image_feat_m, unit_features(self.text_proj_m, text_embeds_m)
+            text_cls_m = self.text_encoder_m.bert.first_state(text_ids, text_mask)
+            image_feat_m = unit_features(self.vision_proj_m, image_embeds_m[:, 0])
+            feats_m = image_feat_m, unit_features(self.text_proj_m, text_cls_m)
 
         itself = torch.eye(len(image), dtype=torch.bool, device=image.device)
         positives = nn.functional.pad(itself.float(), (0, self.image_queue.shape[1]))  # (B, B+Q)
@@ -143,7 +144,7 @@ class SIMLA(AlignmentModel):
         loss_mim = self._mim(
             masked_embeds, masked_embeds_m, text_ids, text_mask, mim_places, visual_codes, alpha
         )
-        loss_psl = self._psl(feats[0], image_feat_m, attention_m, text_ids, text_mask, alpha)
+        loss_psl = self._psl(image_feat, image_feat_m, attention_m, text_ids, text_mask, alpha)
         return {
             "loss_ita": loss_ita,
             "loss_itm": loss_itm,
