@@ -33,7 +33,7 @@ def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
     """The answers' token cross-entropy."""
     questions = batch["image"], batch["text_ids"], batch["text_mask"]
     answers = batch["answer_ids"], batch["answer_mask"], batch["weights"], batch["num_answers"]
-    return model(*questions, *answers, alpha)
+    return model(*questions, *answers, alpha, batch["answer_places"])
 
 
 def answer(

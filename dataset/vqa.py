@@ -19,7 +19,7 @@ from dataset.annotations import NUMBER, TEXT, TEXTS, expand, read_annotations, r
 from dataset.items import Collate, EvalItems, finetune_items
 from dataset.text import clean_question, tokenize
 from launch import run_script
-from utils import UserError
+from utils import UserError, find_places
 from vqa_accuracy import most_common_answer, normalize_answer
 
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
@@ -74,7 +74,8 @@ def vqa_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: boo
 
 class AnswerCollate(Collate):
     """Adds answer_ids, answer_mask (A, L): the answers of all questions in turn, each with the end mark
-    `eos`; weights (A,): an answer's share of the annotators; num_answers (B,): of each question, A in all.
+    `eos`; weights (A,): an answer's share of the annotators; num_answers (B,): of each question, A in all;
+    answer_places: see `SIMLAVQA.forward`.
     """
 
     def __init__(self, tokenizer, position_limit: int, max_tokens: int, eos: str):
@@ -96,6 +97,7 @@ class AnswerCollate(Collate):
             "answer_mask": answer_mask,
             "weights": torch.tensor(list(chain(*batch["weights"]))),
             "num_answers": torch.tensor(list(map(len, batch["answers"]))),
+            "answer_places": find_places(answer_mask[:, 1:]),  # counted here, where nobody waits for it
         }
 
 

@@ -14,6 +14,7 @@ from models.answer_tree import AnswerTree
 from models.bert import BertConfig, BertForMaskedLM, BertModel, CrossStates
 from models.momentum import MomentumModel, make_twin
 from models.vit import VisionTransformer, vit_sizes
+from utils import find_places
 
 
 class SIMLAVQA(MomentumModel):
@@ -68,46 +69,40 @@ class SIMLAVQA(MomentumModel):
         weights: Tensor,
         num_answers: Tensor,
         alpha: float,
+        answer_places: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The cross-entropy of the answers' tokens after [CLS], weighted, for each question.
 
         image (B, 3, R, R); question_ids, question_mask (B, T); answer_ids, answer_mask (A, L): the answers of
         question 0, then of question 1, ...; weights (A,); num_answers (B,) of each question, A in all; alpha:
         weight of the momentum targets. vqa_no_distill: none, as published. mlm_distill_over_sequence: the
-        student's soft log-probabilities are taken over the sequence, as published.
+        student's soft log-probabilities are taken over the sequence, as published. answer_places (M,) of A *
+        (L-1): the numbers of the answers' tokens after [CLS], without padding; without them the host waits
+        for the device to count.
         """
+        labels, is_next = answer_ids[:, 1:], answer_mask[:, 1:].bool()  # (A, L-1)
+        places = find_places(is_next) if answer_places is None else answer_places
+        with_teacher = alpha > 0 and not self.vqa_no_distill
+        over_sequence = with_teacher and self.mlm_distill_over_sequence
         with torch.no_grad():
             self.update_twins()
         online, momentum = zip(*self.twins(), strict=True)
-        own = torch.arange(len(image), device=image.device).repeat_interleave(num_answers)  # (A,)
+        numbers = torch.arange(len(image), device=image.device)
+        own = numbers.repeat_interleave(num_answers, output_size=len(answer_ids))  # (A,)
         inputs = image, question_ids, question_mask, answer_ids, answer_mask, own
-        hidden = answer_states(online, *inputs)  # (A, L-1, D)
-        hidden_m = None
-        if alpha > 0 and not self.vqa_no_distill:
+        inputs += (None if over_sequence else places,)
+        logits = self.text_decoder.predict(answer_states(online, *inputs))  # (M, V), or (A, L-1, V)
+        logits_m = None
+        if with_teacher:
             with torch.no_grad():
-                hidden_m = answer_states(momentum, *inputs)
+                logits_m = self.text_decoder_m.predict(answer_states(momentum, *inputs))
         weights = weights / len(image)
-        return {"loss": self._answer_loss(hidden, hidden_m, answer_ids, answer_mask, weights, alpha)}
-
-    def _answer_loss(
-        self,
-        hidden: Tensor,
-        hidden_m: Tensor | None,
-        answer_ids: Tensor,
-        answer_mask: Tensor,
-        weights: Tensor,
-        alpha: float,
-    ) -> Tensor:
-        """hidden, hidden_m (A, L-1, D), of which only what the loss counts goes through the wide LM head."""
-        labels, is_next = answer_ids[:, 1:], answer_mask[:, 1:].bool()  # (A, L-1)
-        if hidden_m is not None and self.mlm_distill_over_sequence:
-            logits, logits_m = self.text_decoder.predict(hidden), self.text_decoder_m.predict(hidden_m)
+        if over_sequence:
             labels = labels.masked_fill(~is_next, -100)
-            return losses.answer_loss_over_sequence(logits, labels, logits_m, weights, alpha)
-        logits = self.text_decoder.predict(hidden[is_next])  # (M, V)
-        logits_m = None if hidden_m is None else self.text_decoder_m.predict(hidden_m[is_next])
-        token_weights = weights[:, None].expand_as(is_next)[is_next]  # (M,)
-        return losses.answer_loss(logits, labels[is_next], logits_m, token_weights, alpha)
+            return {"loss": losses.answer_loss_over_sequence(logits, labels, logits_m, weights, alpha)}
+        token_labels = labels.flatten().index_select(0, places)
+        token_weights = weights.index_select(0, places // labels.shape[1])
+        return {"loss": losses.answer_loss(logits, token_labels, logits_m, token_weights, alpha)}
 
     @torch.no_grad()
     def rank_answers(
@@ -223,12 +218,15 @@ def answer_states(
     answer_ids: Tensor,
     answer_mask: Tensor,
     own: Tensor,
+    places: Tensor | None = None,
 ) -> Tensor:
-    """The states that predict tokens 1 to L-1 of every answer: own (A,) its question -> (A, L-1, D)"""
+    """The states that predict tokens 1 to L-1 of every answer: own (A,) its question -> (A, L-1, D), or those
+    at `places` (M,) of A * (L-1) -> (M, D)
+    """
     visual_encoder, text_encoder, decoder = modules
     questions = question_states(visual_encoder, text_encoder, image, question_ids, question_mask)
     cross = decoder.bert.project(questions, question_mask).rows(own)
-    return decoder.bert(answer_ids[:, :-1], answer_mask[:, :-1], cross, causal=True)
+    return decoder.bert(answer_ids[:, :-1], answer_mask[:, :-1], cross, causal=True, places=places)
 
 
 def is_finished(ids: Tensor, sep_id: int, pad_id: int) -> Tensor:
