@@ -84,7 +84,12 @@ SHARED = {
     "schedular": Key(SCHEDULE, help="learning-rate schedule; `scheduler` is accepted too"),
     "num_workers": Key(int, 4, "data-loading processes per rank", least=0),
     "log_steps": Key(int, 50, "steps between two log lines", least=1),
-    "precision": Key(str, "fp32", "fp32, bf16 or fp16 (with loss scaling)", choices=("fp32", "bf16", "fp16")),
+    "precision": Key(
+        str,
+        "fp32",
+        "fp32, bf16 or fp16 (with loss scaling); of retrieval scores and VQA answers, too",
+        choices=("fp32", "bf16", "fp16"),
+    ),
     "grad_accumulation_steps": Key(int, 1, "batches whose mean gradient makes one step", least=1),
     "save_every_steps": Key(int, 0, "checkpoints within an epoch; 0 = none", least=0),
     "save_every_minutes": Key(NUMBER, 0, "as save_every_steps, by the clock", least=0),
