@@ -87,7 +87,7 @@ SHARED = {
     "precision": Key(
         str,
         "fp32",
-        "of the encoders' arithmetic: fp32, tf32, bf16 or fp16 (with loss scaling)",
+        "fp32, tf32, bf16 or fp16 (with loss scaling); of retrieval scores and VQA answers, too",
         choices=("fp32", "tf32", "bf16", "fp16"),
     ),
     "compile": Key(bool, False, "torch.compile the encoders' layers; the first steps take minutes"),

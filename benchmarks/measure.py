@@ -47,6 +47,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def reset_peak(device: torch.device) -> None:
+    """On a GPU `peak_bytes` counts from here; of a process it counts from its start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_bytes(device: torch.device) -> int:
     """Of the GPU's memory as torch counts it, or else of this process."""
     if device.type == "cuda":

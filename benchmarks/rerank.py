@@ -30,6 +30,7 @@ from measure import (
     layer_flops,
     peak_bytes,
     projection_flops,
+    reset_peak,
     row,
     utilization,
 )
@@ -160,13 +161,13 @@ def main() -> None:
         our_scores(model, own[:1], states, ids, mask)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        for number, images in enumerate(
-            torch.arange(len(own)).chunk(num_queries)
-        ):  # in turn: others may compute
+        parts = torch.arange(len(own)).chunk(num_queries)
+        for number, images in enumerate(parts):  # in turn, as others may compute beside us
             took, found = clock(
                 lambda n=number: plain_queries(model, similarity, k, states, ids, mask, n), device
             )
             plain_seconds, plain = plain_seconds + took, plain | found
+            reset_peak(device)
             took, (values, done) = clock(
                 lambda i=images: our_scores(model, own[i], states[i[0] :], ids, mask), device
             )
@@ -174,6 +175,7 @@ def main() -> None:
         scores, peak = torch.cat(scores), peak_bytes(device)
         whole = {}
         if num_own is None:  # with candidates, masks and matrices
+            reset_peak(device)
             whole["rerank_seconds"], _ = clock(
                 lambda: rerank(model, similarity, k, states, ids, mask), device
             )

@@ -27,6 +27,7 @@ from measure import (
     layer_flops,
     peak_bytes,
     projection_flops,
+    reset_peak,
     row,
     utilization,
 )
@@ -40,7 +41,7 @@ from utils import autocast
 CLS, SEP = 101, 102
 SHARE_OF_LENGTHS = [0.6, 0.26, 0.08, 0.04, 0.01, 0.01]  # one to six word pieces
 # questions measured the plain way and ours, taken in turn in so many parts
-SHAPES = {"cpu": (8, 8, 4), "cuda": (16, 256, 1), "tiny": (4, 4, 2)}
+SHAPES = {"cpu": (16, 16, 2), "cuda": (16, 256, 1), "tiny": (4, 4, 2)}
 QUESTION_TOKENS = 9
 
 
@@ -131,8 +132,7 @@ def main() -> None:
         for part in range(num_parts):  # in turn, as others may compute beside us
             took, found = clock(lambda p=part: plain(torch.arange(num_plain).chunk(num_parts)[p]), device)
             plain_seconds, by_plain = plain_seconds + took, [*by_plain, found]
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+            reset_peak(device)
             took, found = clock(lambda p=part: ours(torch.arange(num_ours).chunk(num_parts)[p]), device)
             seconds, by_ours = seconds + took, [*by_ours, found]
         peak = peak_bytes(device)
