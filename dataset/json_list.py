@@ -312,7 +312,8 @@ def _keep(path: Path, content: bytes, places: list[Path]) -> tuple[bytes | mmap.
             with place.open("rb") as file:
                 index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, UserError):
-            scratch.unlink(missing_ok=True)
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
             continue
         log.info(f"{path}: index kept as {place}")
         return index, place
