@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 import struct
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from saving import atomic_write
-from utils import UserError, log, with_progress
+from utils import UserError, is_main, log, with_progress
 
 FORMAT = 1  # raise it whenever an index is laid out differently or a check of entries becomes stricter
 BLOCK_BYTES = 1 << 20  # read and parsed at a time
@@ -68,7 +69,10 @@ class JsonList(Sequence):
         if self.file is None:
             self._open_again()
         begin, checksum, end = RECORD_AND_NEXT.unpack_from(self.index, HEADER_BYTES + number * RECORD.size)
-        text = os.pread(self.file.fileno(), end - begin, begin)
+        try:
+            text = os.pread(self.file.fileno(), end - begin, begin)
+        except OSError as error:
+            raise _cannot_be_read(self.path, error) from error
         if zlib.crc32(text) != checksum:
             if self.kept_as:
                 with suppress(OSError):
@@ -109,9 +113,11 @@ def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb", buffering=0)
     except OSError as error:
-        raise UserError(
-            f"annotation file {path} cannot be read: {error.strerror}; check the config's paths"
-        ) from error
+        raise _cannot_be_read(path, error) from error
+
+
+def _cannot_be_read(path: Path, error: OSError) -> UserError:
+    return UserError(f"annotation file {path} cannot be read: {error.strerror}; check the config's paths")
 
 
 def _not_json(path: Path, problem: object) -> UserError:
@@ -183,9 +189,9 @@ def _next_entry(text: str, at: int) -> tuple[object, int, bool]:
     return entry, separator.end(), separator[1] is not None
 
 
-def _scan(path: Path, file: BinaryIO, num_bytes: int, check: Check) -> bytes:
-    """The records of all entries, each checked. UserError where the text is no JSON list."""
-    window, records, number = _Window(path, file, num_bytes), bytearray(), 0
+def _scan(path: Path, file: BinaryIO, num_bytes: int, check: Check) -> bytearray:
+    """An index without its header, each entry checked. UserError where the text is no JSON list."""
+    window, index, number = _Window(path, file, num_bytes), bytearray(HEADER_BYTES), 0
     try:
         is_last = _enter_list(path, window)
         while not is_last:
@@ -199,9 +205,9 @@ def _scan(path: Path, file: BinaryIO, num_bytes: int, check: Check) -> bytes:
                 raise
             check(entry, f"{path}: entry {number}")
             begin = window.offset
-            records += RECORD.pack(begin, zlib.crc32(window.pass_to(end)))
+            index += RECORD.pack(begin, zlib.crc32(window.pass_to(end)))
             number += 1
-        records += RECORD.pack(window.offset, 0)
+        index += RECORD.pack(window.offset, 0)
         while window.at == len(window.text) and window.read_on():
             window.pass_to(SPACE.match(window.text, window.at).end())
         if window.at < len(window.text):
@@ -212,7 +218,7 @@ def _scan(path: Path, file: BinaryIO, num_bytes: int, check: Check) -> bytes:
         raise _not_json(path, f"{error.msg}, line {line}, byte {byte}, entry {number}") from error
     except ValueError as error:
         raise _not_json(path, error) from error
-    return bytes(records)
+    return index
 
 
 def _enter_list(path: Path, window: _Window) -> bool:
@@ -235,11 +241,11 @@ def _enter_list(path: Path, window: _Window) -> bool:
 
 def _find_or_make_index(
     path: Path, file: BinaryIO, stamp: list, check: Check, check_name: str
-) -> tuple[bytes | mmap.mmap, Path | None]:
+) -> tuple[bytearray | mmap.mmap, Path | None]:
     """An index, and its file if it has one."""
     num_bytes = stamp[0]
     if num_bytes < KEPT_FROM_BYTES:
-        return _pack(stamp, [check_name], _scan(path, file, num_bytes, check)), None
+        return _scan(path, file, num_bytes, check), None
     places = list(index_places(path))
 
     def find() -> tuple[mmap.mmap, list[str], Path] | None:
@@ -248,12 +254,16 @@ def _find_or_make_index(
 
     index = find()
     if index is None or check_name not in index[1]:
+        log.info(f"{path}: its entries are being looked through, once until it changes")
+        if not is_main():
+            time.sleep(1)  # the main rank, whose progress is shown, comes first
         with _one_at_a_time(file):
             index = find()  # another process may just have made it
             if index is None or check_name not in index[1]:
                 known = index[1] if index else []
-                records = _scan(path, file, num_bytes, check)
-                return _keep(path, _pack(stamp, [*known, check_name], records), places)
+                content = _scan(path, file, num_bytes, check)
+                _write_header(content, stamp, [*known, check_name])
+                return _keep(path, content, places)
     return index[0], index[2]
 
 
@@ -274,10 +284,15 @@ def _stamp(file: BinaryIO) -> list:
     return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
 
 
-def _pack(stamp: list, checks: list[str], records: bytes) -> bytes:
-    """The content of an index file."""
-    header = {"format": FORMAT, "file": stamp, "crc": zlib.crc32(records), "checks": checks[-MAX_CHECKS:]}
-    return json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n" + records
+def _write_header(index: bytearray, stamp: list, checks: list[str]) -> None:
+    header = {"format": FORMAT, "file": stamp, "crc": _checksum(index), "checks": checks[-MAX_CHECKS:]}
+    index[:HEADER_BYTES] = json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n"
+
+
+def _checksum(index: bytearray | mmap.mmap) -> int:
+    """Of the records."""
+    with memoryview(index) as whole, whole[HEADER_BYTES:] as records:
+        return zlib.crc32(records)
 
 
 def _read_index(place: Path, stamp: list) -> tuple[mmap.mmap, list[str]] | None:
@@ -288,9 +303,8 @@ def _read_index(place: Path, stamp: list) -> tuple[mmap.mmap, list[str]] | None:
         header = json.loads(index[:HEADER_BYTES])
         if (header["format"], header["file"]) != (FORMAT, stamp):
             return None
-        with memoryview(index) as whole, whole[HEADER_BYTES:] as records:
-            if zlib.crc32(records) == header["crc"]:
-                return index, list(header["checks"])
+        if _checksum(index) == header["crc"]:
+            return index, list(header["checks"])
     except OSError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -299,7 +313,7 @@ def _read_index(place: Path, stamp: list) -> tuple[mmap.mmap, list[str]] | None:
     return None
 
 
-def _keep(path: Path, content: bytes, places: list[Path]) -> tuple[bytes | mmap.mmap, Path | None]:
+def _keep(path: Path, content: bytearray, places: list[Path]) -> tuple[bytearray | mmap.mmap, Path | None]:
     """Writes an index to the first place that takes it; returns what to read it from, and that place."""
     for place in places:
         # Of its own name: on a disk that several machines share another one may be writing, too.
@@ -308,9 +322,9 @@ def _keep(path: Path, content: bytes, places: list[Path]) -> tuple[bytes | mmap.
             place.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(scratch) as file:
                 file.write(content)
-            scratch.replace(place)
-            with place.open("rb") as file:
+            with scratch.open("rb") as file:
                 index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            scratch.replace(place)
         except (OSError, UserError):
             with suppress(OSError):
                 scratch.unlink(missing_ok=True)
