@@ -1,13 +1,15 @@
 """Image-caption pairs for pre-training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dataset import train_loader
-from dataset.annotations import TEXT, TEXTS, read_annotations
+from dataset.annotations import TEXT, TEXTS, Mapped, item_of, read_annotations
 from dataset.items import Collate, TrainItems
 from dataset.masking import BlockMask
 from dataset.text import mask_tokens
@@ -22,7 +24,7 @@ class PretrainData(TrainItems):
 
     def __init__(
         self,
-        entries: list[dict],
+        entries: Sequence[dict],
         transform: PretrainTransform,
         block_mask: BlockMask,
         seed: int,
@@ -77,12 +79,10 @@ class PretrainCollate(Collate):
         }
 
 
-def read_pairs(files: str | list[str], image_root: str = "") -> list[dict]:
+def read_pairs(files: str | list[str], image_root: str = "") -> Mapped:
     """Entries of pre-training files, `text` being the caption or captions."""
     entries = read_annotations(files, {"image": TEXT, "caption": TEXTS}, image_root)
-    return [
-        {"images": entry["images"], "text": entry["caption"], "where": entry["where"]} for entry in entries
-    ]
+    return Mapped(entries, partial(item_of, text="caption"))
 
 
 def pretrain_loader(
@@ -110,7 +110,7 @@ def code_views(files: str | list[str], code_res: int, num_images: int) -> Iterat
     Raises UserError where none can be read.
     """
     num_read = 0
-    for entry in read_pairs(files)[:num_images]:
+    for entry in islice(read_pairs(files), num_images):
         try:
             image = load_image(entry["images"][0])
         except BadImage as error:
