@@ -1,5 +1,6 @@
-"""The benchmarks of ranking run, and both ways agree; how fast they are no test says."""
+"""The benchmarks run, and both ways agree; how fast they are no test says."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -7,6 +8,12 @@ import sys
 
 import pytest
 from tiny import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import run as bench
+import train_step
 
 KEYS = {"ratio", "seconds", "flops", "mfu", "peak_memory_bytes", "max_abs_difference", "device", "versions"}
 
@@ -26,3 +33,32 @@ def test_the_last_line_has_the_figures(name):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() >= KEYS and found["benchmark"] == name
     assert found["max_abs_difference"] <= 1e-5 and 0 < found["flops"] < found["plain_flops"]
+
+
+@pytest.mark.parametrize(("task", "num_losses"), [("pretrain", 5), ("retrieval", 2)])
+def test_the_plain_training_step_has_the_same_losses_and_the_arithmetic_is_counted_right(task, num_losses):
+    options = {"task": task, "scale": "tiny", "device": "cpu", "precision": "fp32", "batch": 4, "steps": 1}
+    off = {"compile": False, "checkpoint_activations": False, "profile": task == "pretrain"}
+    args = argparse.Namespace(**options, **off)
+    losses = {}
+    for args.measure in ("plain", "ours"):
+        with FlopCounterMode(display=False) as counted:
+            found = train_step.measure(args)
+        losses[args.measure] = found["losses"]
+    assert len(losses["plain"]) == num_losses
+    assert losses["ours"] == pytest.approx(losses["plain"], rel=5e-6)
+    if task == "pretrain":
+        assert sum(one["share"] for one in found["profile"]) <= 1 and len(found["profile"]) == 15
+    else:  # torch counts no attention on CPUs, and we no savings in the last of here only two layers
+        total = 2 * args.batch * sum(train_step.flops(train_step.settings(args), task).values())
+        assert 0.8 * total < counted.get_total_flops() < total
+
+
+def test_results_of_one_benchmark_leave_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    about = {"command": "c", "run_seconds": 1.0, "device": "d", "versions": {"torch": "2"}, "date": "today"}
+    one = {**about, "code_revision": "r", "ratio": 2.0, "output": "a table\nof two lines"}
+    bench.write({"data": one, "rerank": {**one, "ratio": 6.5}})
+    assert bench.earlier() == {"data": one, "rerank": {**one, "ratio": 6.5}}
+    assert json.loads((tmp_path / "results.json").read_text())["rerank"]["ratio"] == 6.5
+    assert "## data" in (tmp_path / "RESULTS.md").read_text()
