@@ -154,7 +154,7 @@ def main() -> None:
         write_pairs(plain, min(args.entries, MAX_PLAIN))
         found["plain"] = in_a_process(plain, "--plain")
     finally:
-        for file in (path, small, plain, index, next(index_places(plain))):
+        for file in (path, small, plain, index):
             file.unlink(missing_ok=True)
     report(args.entries, sizes, found)
 
