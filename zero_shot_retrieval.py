@@ -25,6 +25,7 @@ from metrics import retrieval_chance, retrieval_recall
 from models.initial import starting_weights
 from models.rerank import rerank
 from models.retrieval import SIMLARetrieval
+from training import to_device
 from utils import all_gather_objects, is_main, log, rank, save_result, with_progress, world_size
 
 MAX_TEXT_TOKENS = 30
@@ -36,11 +37,12 @@ def score(model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: dic
     model.eval()
     batch_size = config["batch_size_test"]
     limit = model.text_encoder.config.max_position_embeddings
-    loader = test_loader(data, batch_size, config["num_workers"], Collate(tokenizer, limit))
+    collate, pin = Collate(tokenizer, limit), device.type == "cuda"
+    loader = test_loader(data, batch_size, config["num_workers"], collate, pin)
     embeds = []
     feats = [torch.empty(0, model.vision_proj.out_features, device=device)]  # a rank may hold no image
     for batch in with_progress(stop_at_unreadable(loader), len(loader), "Images", config["log_steps"]):
-        image_embeds, image_feat = model.encode_image(batch["image"].to(device))
+        image_embeds, image_feat = model.encode_image(to_device(batch, device)["image"])
         embeds += image_embeds.split(1)
         feats.append(image_feat)
     own = range(rank(), len(data), world_size())

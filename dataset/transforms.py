@@ -1,27 +1,32 @@
 """From an image file to the tensors of the model: loading, crops, flips, RandAugment, normalisation.
 
-Nothing here reads global random state. Every draw comes from the item's own `ItemRandom`, so a sample is the
-same whichever worker or rank reads it. R is the side of the square output, in pixels.
+Items and batches hold bytes, which are floats only on the device (`unit_range`, `normalise`): a quarter of
+the memory and of the traffic between processes. Nothing here reads global random state. Every draw comes
+from the item's own `ItemRandom`, so a sample is the same whichever worker or rank reads it. R is the side of
+the square output, in pixels.
 """
 
 import hashlib
 import math
 import random
-from contextlib import suppress
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dataset.randaugment import RandAugment
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-_MEAN, _STD = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+JPEG_SCALES = (8, 4, 2, 1)  # the decoder skips the rest of the work for a half, a quarter, an eighth
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
@@ -37,17 +42,39 @@ class BadImage(Exception):
 
 def load_image(path: str | Path) -> Image.Image:
     """The image as RGB, upright by its EXIF tag, transparency over white. Raises `BadImage`."""
+    with _bad_image(path), Image.open(path) as image:
+        return _upright_rgb(image)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """As `load_image`, but of a plain JPEG only the header is read: `crops` decodes it. Raises `BadImage`."""
+    with _bad_image(path):
+        image = Image.open(path)
+        orientation = 1
+        with suppress(Exception):
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
+            return image
+        with image:
+            return _upright_rgb(image)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    with suppress(Exception):  # broken EXIF does not spoil the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8 instead of scaling
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+@contextmanager
+def _bad_image(path: str | Path) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            image.load()
-            with suppress(Exception):  # broken EXIF does not spoil the pixels
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8 instead of scaling
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        yield
     except Exception as error:  # each decoder has its own types
         raise BadImage(path, _cause(Path(path), error)) from error
 
@@ -78,22 +105,78 @@ class ItemRandom:
         return np.random.RandomState(np.frombuffer(self._key[8:], "<u4"))
 
 
+# ---- pixels and tensors
+
+
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
+    """(H, W, 3) -> (3, H, W), uint8."""
+    return torch.from_numpy(np.stack(cv2.split(pixels)))
 
 
-def normalise(image: Tensor) -> Tensor:
-    """(3, H, W) in [0, 1] -> the encoder's scale, by the channel means and deviations of CLIP."""
-    return image.sub(_MEAN).div_(_STD)
+@lru_cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest byte, and mean and deviation (3, 1, 1)."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    return torch.tensor(255.0, device=device), mean, std
 
 
-def resized_crop(image: Image.Image, box: Box | None, res: int, mirrored: bool = False) -> np.ndarray:
-    """The box of the image (None: all of it) at (res, res, 3) uint8, bicubic with antialiasing."""
-    if box is not None:
-        image = image.crop(box)
-    pixels = np.array(image.resize((res, res), Image.Resampling.BICUBIC))
-    return cv2.flip(pixels, 1) if mirrored else pixels
+def unit_range(images: Tensor) -> Tensor:
+    """(..., 3, H, W) uint8 -> float32 in [0, 1]."""
+    # By a tensor: a GPU multiplies by the reciprocal of a Python number, which rounds another way.
+    return images.float().div_(_constants(images.device)[0])
+
+
+def normalise(images: Tensor) -> Tensor:
+    """(..., 3, H, W) uint8 -> float32 on the encoder's scale, by the channel means and deviations of CLIP."""
+    _, mean, std = _constants(images.device)
+    return unit_range(images).sub_(mean).div_(std)
+
+
+# ---- crops
+
+
+class View(NamedTuple):
+    """What to show: a part of the image (None: all of it), whether mirrored, at (res, res) pixels."""
+
+    box: Box | None
+    mirrored: bool
+    res: int
+
+
+def crops(image: Image.Image, views: Sequence[View]) -> list[np.ndarray]:
+    """The views of an image from `open_image` or `load_image`, (res, res, 3) uint8 each. Raises `BadImage`.
+
+    A JPEG is decoded once, as small as still has a pixel for each pixel of the views. Their edges then move
+    to its whole pixels, by at most half a pixel of the view.
+    """
+    boxes = [view.box or (0, 0, *image.size) for view in views]
+    scale = min(map(_decoding_scale, boxes, [view.res for view in views]))
+    if isinstance(image, ImageFile.ImageFile):
+        with _bad_image(image.filename):
+            if not image.draft(None, (image.width // scale, image.height // scale)):
+                scale = 1
+            image.load()
+    else:
+        scale = 1
+    found = []
+    for view, box in zip(views, boxes, strict=True):
+        part = image.crop([(edge + scale // 2) // scale for edge in box])
+        pixels = resize(np.array(part if part.mode == "RGB" else part.convert("RGB")), view.res)
+        found.append(cv2.flip(pixels, 1) if view.mirrored else pixels)
+    return found
+
+
+def _decoding_scale(box: Box, res: int) -> int:
+    side = min(box[2] - box[0], box[3] - box[1])
+    return next(scale for scale in JPEG_SCALES if scale == 1 or side >= scale * res)
+
+
+def resize(pixels: np.ndarray, res: int) -> np.ndarray:
+    """(H, W, 3) -> (res, res, 3), uint8. PIL's antialiased bicubic filter, to a level, at several times the
+    speed."""
+    planes = torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
+    planes = F.interpolate(planes, size=(res, res), mode="bicubic", antialias=True)
+    return cv2.merge(list(planes[0].numpy()))
 
 
 def draw_crop(width: int, height: int, min_scale: float, rng: random.Random) -> Box:
@@ -113,7 +196,7 @@ def draw_crop(width: int, height: int, min_scale: float, rng: random.Random) -> 
 
 
 class TrainTransform:
-    """Fine-tuning: crop (`crop=False`, as in grounding: the whole image), flip, RandAugment, normalise."""
+    """Fine-tuning: crop (`crop=False`, as in grounding: the whole image), flip, RandAugment."""
 
     def __init__(
         self,
@@ -128,16 +211,14 @@ class TrainTransform:
         self.augment = RandAugment(*randaugment)
 
     def __call__(self, image: Image.Image, rng: ItemRandom, may_flip: bool = True) -> Tensor:
-        """RGB -> (3, R, R) float32. `may_flip`: False where the text names a side."""
-        box, mirrored = self.draw_view(image, rng, may_flip)
-        pixels = self.augment(resized_crop(image, box, self.image_res, mirrored), rng.numpy)
-        return normalise(to_tensor(pixels))
+        """-> (3, R, R) uint8. `may_flip`: False where the text names a side. Raises `BadImage`."""
+        (pixels,) = crops(image, [self.draw_view(image, rng, may_flip)])
+        return to_tensor(self.augment(pixels, rng.numpy))
 
-    def draw_view(self, image: Image.Image, rng: ItemRandom, may_flip: bool) -> tuple[Box | None, bool]:
-        """The part of the image to show, and whether mirrored."""
+    def draw_view(self, image: Image.Image, rng: ItemRandom, may_flip: bool) -> View:
         box = draw_crop(*image.size, self.min_scale, rng.python) if self.crop else None
         heads = rng.python.random() < 0.5  # drawn in any case, so that the text does not shift later draws
-        return box, heads and self.flip and may_flip
+        return View(box, heads and self.flip and may_flip, self.image_res)
 
 
 class PretrainTransform:
@@ -160,19 +241,20 @@ class PretrainTransform:
     def __call__(
         self, image: Image.Image, rng: ItemRandom, may_flip: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """RGB -> (3, R, R) float32 normalised, and (3, code_res, code_res) float32 in [0, 1] or None."""
-        view = self.encoder_view
-        box, mirrored = view.draw_view(image, rng, may_flip)
-        encoder_pixels = view.augment(resized_crop(image, box, view.image_res, mirrored), rng.numpy)
-        code_image = None
-        if self.code_res is not None:
-            if self.independent_code_view:
-                box, mirrored = view.draw_view(image, rng, may_flip)
-            code_pixels = resized_crop(image, box, self.code_res, mirrored)
-            if self.independent_code_view:
-                code_pixels = view.augment(code_pixels, rng.numpy)
-            code_image = to_tensor(code_pixels)
-        return normalise(to_tensor(encoder_pixels)), code_image
+        """-> (3, R, R) uint8, and (3, code_res, code_res) uint8 or None. Raises `BadImage`."""
+        encoder = self.encoder_view
+        views = [encoder.draw_view(image, rng, may_flip)]
+        if self.code_res is not None and self.independent_code_view:
+            views.append(encoder.draw_view(image, rng, may_flip)._replace(res=self.code_res))
+        elif self.code_res is not None and self.code_res > encoder.image_res:
+            views.append(views[0]._replace(res=self.code_res))
+        pixels, *code_pixels = crops(image, views)
+        if self.code_res is not None and not code_pixels:
+            code_pixels = [resize(pixels, self.code_res)]  # differs by rounding from one of the source
+        pixels = encoder.augment(pixels, rng.numpy)
+        if self.independent_code_view:
+            code_pixels = [encoder.augment(code, rng.numpy) for code in code_pixels]
+        return to_tensor(pixels), to_tensor(code_pixels[0]) if code_pixels else None
 
 
 class EvalTransform:
@@ -180,5 +262,6 @@ class EvalTransform:
         self.image_res = image_res
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """RGB -> (3, R, R) float32."""
-        return normalise(to_tensor(resized_crop(image, None, self.image_res)))
+        """RGB -> (3, R, R) uint8: all of the image, by PIL itself, to the level."""
+        resized = image.resize((self.image_res, self.image_res), Image.Resampling.BICUBIC)
+        return to_tensor(np.asarray(resized))
