@@ -45,7 +45,7 @@ CAPTION = "A small dog, and three more dogs beside a red bus on the street."
 
 
 class PlainItems(PretrainData):
-    """What one writes with torchvision: PIL decodes all of the image, each view is resized from it, floats."""
+    """What one writes with torchvision: PIL decodes all pixels, each view is resized from them, floats."""
 
     def __init__(self, entries: list[dict], block_mask: BlockMask, seed: int):
         super().__init__(entries, PretrainTransform(IMAGE_RES), block_mask, seed, flip_captions=False)

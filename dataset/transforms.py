@@ -7,6 +7,7 @@ the square output, in pixels.
 """
 
 import hashlib
+import io
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -19,14 +20,19 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dataset.randaugment import RandAugment
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-JPEG_SCALES = (8, 4, 2, 1)  # the decoder skips the rest of the work for a half, a quarter, an eighth
+REDUCED = {  # scale -> the decoder's flag for a picture of 1/scale, which it makes in less time
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    1: cv2.IMREAD_COLOR,
+}
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
@@ -46,17 +52,35 @@ def load_image(path: str | Path) -> Image.Image:
         return _upright_rgb(image)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """As `load_image`, but of a plain JPEG only the header is read: `crops` decodes it. Raises `BadImage`."""
+def open_image(path: str | Path) -> "Image.Image | JpegFile":
+    """As `load_image`, but of a JPEG in RGB or grey that is upright only the header is read. Raises
+    `BadImage`."""
     with _bad_image(path):
-        image = Image.open(path)
-        orientation = 1
-        with suppress(Exception):
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
-            return image
-        with image:
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            orientation = 1
+            with suppress(Exception):
+                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
+                return JpegFile(path, content, image.size)
             return _upright_rgb(image)
+
+
+class JpegFile:
+    """A JPEG that waits to be decoded until the size to decode it at is known."""
+
+    def __init__(self, path: str | Path, content: bytes, size: tuple[int, int]) -> None:
+        """`size`: width, height."""
+        self.path, self.content, self.size = path, content, size
+
+    def decode(self, scale: int) -> np.ndarray:
+        """(H, W, 3) uint8 in the order blue, green, red, at 1/scale of the size. Raises `BadImage`."""
+        with _bad_image(self.path):
+            flags = REDUCED[scale] | cv2.IMREAD_IGNORE_ORIENTATION
+            pixels = cv2.imdecode(np.frombuffer(self.content, np.uint8), flags)
+        if pixels is None:  # PIL reads it, or says what is wrong
+            pixels = cv2.cvtColor(np.asarray(load_image(self.path).reduce(scale)), cv2.COLOR_RGB2BGR)
+        return pixels
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -101,8 +125,17 @@ class ItemRandom:
 
     @cached_property
     def numpy(self) -> np.random.RandomState:
+        generator = np.random.RandomState(np.random.MT19937(_NoEntropy()))
         # The other half of the key: both are Mersenne twisters, and equal seeds would make equal draws.
-        return np.random.RandomState(np.frombuffer(self._key[8:], "<u4"))
+        generator.seed(np.frombuffer(self._key[8:], "<u4"))
+        return generator
+
+
+class _NoEntropy(np.random.bit_generator.ISeedSequence):
+    """The first state of a generator that is seeded at once; the system's entropy would take 0.1 ms."""
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        return np.zeros(n_words, dtype)
 
 
 # ---- pixels and tensors
@@ -110,7 +143,9 @@ class ItemRandom:
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """(H, W, 3) -> (3, H, W), uint8."""
-    return torch.from_numpy(np.stack(cv2.split(pixels)))
+    planes = np.empty((3, *pixels.shape[:2]), np.uint8)
+    cv2.split(pixels, list(planes))
+    return torch.from_numpy(planes)
 
 
 @lru_cache
@@ -143,32 +178,31 @@ class View(NamedTuple):
     res: int
 
 
-def crops(image: Image.Image, views: Sequence[View]) -> list[np.ndarray]:
-    """The views of an image from `open_image` or `load_image`, (res, res, 3) uint8 each. Raises `BadImage`.
+def crops(image: Image.Image | JpegFile, views: Sequence[View]) -> list[np.ndarray]:
+    """The views of an RGB image, (res, res, 3) uint8 each. Raises `BadImage`.
 
-    A JPEG is decoded once, as small as still has a pixel for each pixel of the views. Their edges then move
-    to its whole pixels, by at most half a pixel of the view.
+    A JPEG is decoded once, at the smallest scale that still has a pixel for each pixel of the views. Their
+    edges then move to its whole pixels, by at most half a pixel of the view.
     """
     boxes = [view.box or (0, 0, *image.size) for view in views]
-    scale = min(map(_decoding_scale, boxes, [view.res for view in views]))
-    if isinstance(image, ImageFile.ImageFile):
-        with _bad_image(image.filename):
-            if not image.draft(None, (image.width // scale, image.height // scale)):
-                scale = 1
-            image.load()
+    if isinstance(image, JpegFile):
+        scale = min(_decoding_scale(box, view.res) for box, view in zip(boxes, views, strict=True))
+        pixels = image.decode(scale)
     else:
-        scale = 1
+        scale, pixels = 1, np.array(image)
     found = []
     for view, box in zip(views, boxes, strict=True):
-        part = image.crop([(edge + scale // 2) // scale for edge in box])
-        pixels = resize(np.array(part if part.mode == "RGB" else part.convert("RGB")), view.res)
-        found.append(cv2.flip(pixels, 1) if view.mirrored else pixels)
+        left, top, right, bottom = ((edge + scale // 2) // scale for edge in box)
+        part = resize(pixels[top:bottom, left:right], view.res)
+        if isinstance(image, JpegFile):
+            part = cv2.cvtColor(part, cv2.COLOR_BGR2RGB)
+        found.append(cv2.flip(part, 1) if view.mirrored else part)
     return found
 
 
 def _decoding_scale(box: Box, res: int) -> int:
     side = min(box[2] - box[0], box[3] - box[1])
-    return next(scale for scale in JPEG_SCALES if scale == 1 or side >= scale * res)
+    return next(scale for scale in REDUCED if scale == 1 or side >= scale * res)
 
 
 def resize(pixels: np.ndarray, res: int) -> np.ndarray:
@@ -210,13 +244,13 @@ class TrainTransform:
         self.image_res, self.min_scale, self.crop, self.flip = image_res, min_scale, crop, flip
         self.augment = RandAugment(*randaugment)
 
-    def __call__(self, image: Image.Image, rng: ItemRandom, may_flip: bool = True) -> Tensor:
+    def __call__(self, image: Image.Image | JpegFile, rng: ItemRandom, may_flip: bool = True) -> Tensor:
         """-> (3, R, R) uint8. `may_flip`: False where the text names a side. Raises `BadImage`."""
-        (pixels,) = crops(image, [self.draw_view(image, rng, may_flip)])
+        (pixels,) = crops(image, [self.draw_view(image.size, rng, may_flip)])
         return to_tensor(self.augment(pixels, rng.numpy))
 
-    def draw_view(self, image: Image.Image, rng: ItemRandom, may_flip: bool) -> View:
-        box = draw_crop(*image.size, self.min_scale, rng.python) if self.crop else None
+    def draw_view(self, size: tuple[int, int], rng: ItemRandom, may_flip: bool) -> View:
+        box = draw_crop(*size, self.min_scale, rng.python) if self.crop else None
         heads = rng.python.random() < 0.5  # drawn in any case, so that the text does not shift later draws
         return View(box, heads and self.flip and may_flip, self.image_res)
 
@@ -239,22 +273,24 @@ class PretrainTransform:
         self.code_res, self.independent_code_view = code_res, independent_code_view
 
     def __call__(
-        self, image: Image.Image, rng: ItemRandom, may_flip: bool = True
+        self, image: Image.Image | JpegFile, rng: ItemRandom, may_flip: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """-> (3, R, R) uint8, and (3, code_res, code_res) uint8 or None. Raises `BadImage`."""
-        encoder = self.encoder_view
-        views = [encoder.draw_view(image, rng, may_flip)]
-        if self.code_res is not None and self.independent_code_view:
-            views.append(encoder.draw_view(image, rng, may_flip)._replace(res=self.code_res))
-        elif self.code_res is not None and self.code_res > encoder.image_res:
-            views.append(views[0]._replace(res=self.code_res))
-        pixels, *code_pixels = crops(image, views)
-        if self.code_res is not None and not code_pixels:
-            code_pixels = [resize(pixels, self.code_res)]  # differs by rounding from one of the source
-        pixels = encoder.augment(pixels, rng.numpy)
+        encoder, code_res = self.encoder_view, self.code_res
+        views = [encoder.draw_view(image.size, rng, may_flip)]
+        if code_res is not None and self.independent_code_view:
+            views.append(encoder.draw_view(image.size, rng, may_flip)._replace(res=code_res))
+        elif code_res is not None and code_res > encoder.image_res:
+            views.append(views[0]._replace(res=code_res))
+        pixels, *own = crops(image, views)
+        augmented = to_tensor(encoder.augment(pixels, rng.numpy))
+        if code_res is None:
+            return augmented, None
+        # Half of the encoder's pixels, which is what the source would give but for rounding.
+        code_pixels = own[0] if own else resize(pixels, code_res)
         if self.independent_code_view:
-            code_pixels = [encoder.augment(code, rng.numpy) for code in code_pixels]
-        return to_tensor(pixels), to_tensor(code_pixels[0]) if code_pixels else None
+            code_pixels = encoder.augment(code_pixels, rng.numpy)
+        return augmented, to_tensor(code_pixels)
 
 
 class EvalTransform:
