@@ -23,6 +23,7 @@ from dataset.text import build_tokenizer
 from dataset.transforms import View, crops, load_image, to_tensor
 from faults import leave_together
 from models.retrieval import SIMLARetrieval
+from training import to_device
 from utils import UserError
 
 ENTRY = {"image": "images/val/00000.jpg", "text": "a cup", "ref_id": 1}
