@@ -11,12 +11,12 @@ two; then two loader processes each make batches. The pictures are made here and
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -49,7 +49,7 @@ class PlainItems(PretrainData):
 
     def __init__(self, entries: list[dict], block_mask: BlockMask, seed: int):
         super().__init__(entries, PretrainTransform(IMAGE_RES), block_mask, seed, flip_captions=False)
-        self.randaugment = RandAugment(2, 7)
+        self.randaugment, self.draws = RandAugment(2, 7), np.random.RandomState(0)
         self.to_input = tv.Compose([tv.ToTensor(), tv.Normalize(MEAN, STD)])
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
@@ -63,7 +63,7 @@ class PlainItems(PretrainData):
         )
         if torch.rand(()) < 0.5 and not names_side(entry["text"]):
             view, code_view = tvf.hflip(view), tvf.hflip(code_view)
-        view = self.to_input(self.randaugment(np.array(view), np.random.mtrand._rand))
+        view = self.to_input(self.randaugment(np.array(view), self.draws))
         return {
             **entry,
             "files": entry["images"],
@@ -151,21 +151,21 @@ def two_workers(files: list[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=Path("output/benchmark-data"), type=Path, help="made, then deleted")
+    parser.add_argument(
+        "--out", default=Path("output/benchmark-data"), type=Path, help="where the pictures are while it runs"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True)  # an existing folder is not ours to delete
+    args.out.mkdir(parents=True, exist_ok=True)
     found = {}
-    try:
+    with TemporaryDirectory(dir=args.out) as folder:
         for (width, height), num in SIZES.items():
-            files = [str(args.out / f"{width}_{number}.jpg") for number in range(num)]
+            files = [f"{folder}/{width}_{number}.jpg" for number in range(num)]
             for number, file in enumerate(files):
                 photo(width, height, number).save(file, quality=QUALITY)
             kilobytes = sum(Path(file).stat().st_size for file in files) / num / 1000
             measured = {"one_core": one_process(files), f"{NUM_WORKERS}_workers": two_workers(files)}
             found[f"{width}x{height}"] = {"jpeg_kilobytes": round(kilobytes), **measured}
-    finally:
-        shutil.rmtree(args.out)
     report(found)
 
 
