@@ -2,6 +2,7 @@
 # make demo-all   the whole chain: pre-training and every downstream task (some 30 minutes on 2 cores)
 # make test    the tests
 # make fault-test   kills a training run 30 times, half of them while it saves, and resumes it (some 5 minutes)
+# make bench   every benchmark at the size for a CPU (some 20 minutes), results in benchmarks/RESULTS.md
 # make lint    ruff
 # Each makes .venv first; `make demo PYTHON=python3 VENV=` uses the current interpreter's packages instead.
 # A smaller download for machines without a GPU: make demo INDEX=https://download.pytorch.org/whl/cpu
@@ -26,7 +27,7 @@ else
 INSTALL = $(PIP) --extra-index-url $(INDEX)
 endif
 
-.PHONY: demo demo-all test fault-test lint format clean
+.PHONY: demo demo-all test fault-test bench lint format clean
 
 demo: $(call READY,demo)
 	$(PY) demo.py
@@ -39,6 +40,9 @@ test: $(call READY,test)
 
 fault-test: $(call READY,test)
 	$(PY) tests/fault_test.py
+
+bench: $(call READY,test)
+	$(PY) benchmarks/run.py
 
 lint: $(call READY,test)
 	$(PY) -m ruff check .

@@ -35,6 +35,8 @@ def losses(model: nn.Module, batch: dict, alpha: float, image_tokenizer: nn.Modu
         batch["patch_mask"],
         visual_codes,
         alpha,
+        batch["mlm_places"],
+        batch["mim_places"],
     )
 
 

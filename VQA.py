@@ -21,10 +21,11 @@ from dataset.text import build_tokenizer, check_vocabulary
 from dataset.vqa import AnswerList, VQAEvalData, eos_token, read_answer_list, vqa_loader
 from engine import fit, record_evaluation
 from launch import run_script, script_arguments, start
+from models.answer_tree import AnswerTree
 from models.initial import starting_weights
 from models.vqa import SIMLAVQA
 from training import to_device
-from utils import UserError, all_gather_objects, log, save_result, with_progress
+from utils import UserError, all_gather_objects, autocast, log, save_result, with_progress
 from vqa_accuracy import answer_scores, best_constant, mean_by_label
 
 
@@ -32,7 +33,7 @@ def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
     """The answers' token cross-entropy."""
     questions = batch["image"], batch["text_ids"], batch["text_mask"]
     answers = batch["answer_ids"], batch["answer_mask"], batch["weights"], batch["num_answers"]
-    return model(*questions, *answers, alpha)
+    return model(*questions, *answers, alpha, batch["answer_places"])
 
 
 def answer(
@@ -44,19 +45,22 @@ def answer(
     limit = model.text_encoder.config.max_position_embeddings
     collate, pin = Collate(tokenizer, limit), device.type == "cuda"
     loader = test_loader(data, config["batch_size_test"], config["num_workers"], collate, pin)
+    tree = None if candidates is None else AnswerTree.build(candidates.ids, candidates.mask).to(device)
     own, top = [], config["num_top_answers"]
     for batch in with_progress(stop_at_unreadable(loader), len(loader), "Questions", config["log_steps"]):
         batch = to_device(batch, device)
         questions = batch["image"], batch["text_ids"], batch["text_mask"]
-        if candidates is not None:
-            ids, mask = candidates.ids.to(device), candidates.mask.to(device)
-            numbers, probabilities = model.rank_answers(*questions, ids, mask, config["k_test"])
-            texts = [[candidates.texts[number] for number in row] for row in numbers[:, :top].tolist()]
-        else:
-            ends = tokenizer.cls_token_id, eos_token(tokenizer, config["eos"]), tokenizer.pad_token_id
-            ids, scores = model.generate(*questions, config["num_beams"], config["max_answer_tokens"], *ends)
-            texts = [tokenizer.batch_decode(row, skip_special_tokens=True) for row in ids[:, :top]]
-            probabilities = scores.exp()
+        with autocast(device, config["precision"]):
+            if tree is not None:
+                numbers, probabilities = model.rank_answers(*questions, tree, config["k_test"])
+                texts = [[candidates.texts[number] for number in row] for row in numbers[:, :top].tolist()]
+            else:
+                ends = tokenizer.cls_token_id, eos_token(tokenizer, config["eos"]), tokenizer.pad_token_id
+                ids, scores = model.generate(
+                    *questions, config["num_beams"], config["max_answer_tokens"], *ends
+                )
+                texts = [tokenizer.batch_decode(row, skip_special_tokens=True) for row in ids[:, :top]]
+                probabilities = scores.exp()
         own += zip(batch["index"].tolist(), texts, probabilities[:, :top].tolist(), strict=True)
     gathered = sorted(row for rows in all_gather_objects(own) for row in rows)
     return [{"answers": texts, "probabilities": shares} for _, texts, shares in gathered]

@@ -176,9 +176,9 @@ def _match(
         name_in_file = row.name_in_file(name, num_layers)
         value = state.get(name_in_file)
         if value is None:
-            is_fresh = name.startswith(row.fresh) or name.endswith(POSITION_IDS)
-            is_fresh |= (no_twins and TWIN.match(name)) or (no_queues and name.startswith(QUEUES))
-            (report.fresh if is_fresh else missing).append(name)
+            fresh = name.startswith(row.fresh) or name.endswith(POSITION_IDS)
+            fresh = fresh or (no_twins and TWIN.match(name)) or (no_queues and name.startswith(QUEUES))
+            (report.fresh if fresh else missing).append(name)
             continue
         report.loaded[name] = name_in_file
         is_resizable = name in POS_EMBEDS and value.ndim == 3 and value.shape[::2] == tuple(shape)[::2]
@@ -202,16 +202,20 @@ def _match(
     return tensors, report
 
 
-def kind_of(state: Mapping[str, Tensor], source: str = "the checkpoint") -> str:
-    """Which task's training wrote the checkpoint; UserError for ALBEF's and for what is none of ours."""
+def kind_of(state: Mapping[str, Tensor], source: str = "the checkpoint", metadata: dict | None = None) -> str:
+    """Which task's training wrote the checkpoint; UserError for ALBEF's and for what is none of ours.
+
+    metadata: those of an exported file, which say it; what the markers name may have been left out.
+    """
     cross = _layers(state, "crossattention")
     if cross and 0 not in cross:
         raise UserError(
             f"{source} is an ALBEF checkpoint: its text encoder has cross-attention in the upper layers "
             "only, SIMLA's in every layer. Use a SIMLA checkpoint, or pre-train without --checkpoint"
         )
+    stated = (metadata or {}).get("kind")
     for kind, marker in KINDS:
-        if any(name.startswith(marker) for name in state):
+        if kind == stated or (stated is None and any(name.startswith(marker) for name in state)):
             return kind
     raise UserError(f"{source} is not a SIMLA checkpoint: it holds {_some(list(state), 4) or 'nothing'}")
 
@@ -225,14 +229,18 @@ def row_of(task: str, kind: str, source: str = "the checkpoint") -> Row:
 
 
 def map_state(
-    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], task: str, source: str = "the checkpoint"
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    task: str,
+    source: str = "the checkpoint",
+    metadata: dict | None = None,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """The tensor of `state` for every name of `shapes` (the model's entries), and the account.
 
     A file with no momentum twins at all, or no queues, leaves those of the model as built. Raises UserError
     when the checkpoint is of a kind the task cannot start from, or does not fit its row.
     """
-    kind = kind_of(state, source)
+    kind = kind_of(state, source, metadata)
     return _match(state, shapes, row_of(task, kind, source), source, kind)
 
 
@@ -259,7 +267,8 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
 def load_weights(model: nn.Module, path: str | Path, task: str) -> LoadReport:
     """Copies the weights of the file into the model, in place. Raises UserError, the model then unchanged."""
     content, release = load_mapped(path)
-    tensors, report = map_state(weights_in(content, str(path)), shapes_of(model), task, str(path))
+    state = weights_in(content, str(path))
+    tensors, report = map_state(state, shapes_of(model), task, str(path), content.get("metadata"))
     _copy_into(model, tensors, release)
     return report
 

@@ -20,6 +20,7 @@ from models.pretrain import SIMLA
 from models.pretrain_nlvr import SIMLAPretrainNLVR
 from models.retrieval import SIMLARetrieval
 from models.ve import SIMLAVE
+from models.vit import without_memory
 from models.vqa import SIMLAVQA
 from run_record import code_revision
 from safe_load import load_mapped, to_plain
@@ -45,7 +46,7 @@ PROVENANCE = ("epoch", "step", "best", "run", "seed")
 # ---- export ----
 
 
-def export(source: str, target: str, task: str = "", inference: bool = False) -> list[str]:
+def export(source: str, target: str, task: str | None = None, inference: bool = False) -> list[str]:
     """Writes the weights of `source` alone into the .safetensors file `target`; returns the names left out.
 
     task: leaves out what that script has no place for; inference: also what only training uses, momentum
@@ -56,21 +57,22 @@ def export(source: str, target: str, task: str = "", inference: bool = False) ->
         raise UserError(f"{target}: the exported file's name must end in .safetensors")
     content, _ = load_mapped(source)
     state = weights_in(content, source)
-    kind = kind_of(state, source)
+    metadata = content.get("metadata", {})  # of a file that was exported before
+    kind = kind_of(state, source, metadata)
     unused = row_of(task, kind, source).unused if task else ()
     left_out = [name for name in state if name.startswith(unused)]
     if inference:
         left_out += [name for name in state if TWIN.match(name) or name.startswith(QUEUES)]
     kept = {name: value for name, value in state.items() if name not in set(left_out)}
-    metadata = {
+    metadata |= {
         "format": "pt",  # what other readers of safetensors look for
         "simla_format": FORMAT,
         "kind": kind,
         "source": Path(source).name,
         "code_revision": code_revision(),
-        "config": json.dumps(to_plain(content.get("config", {}))),
     }
-    metadata |= {key: json.dumps(content[key]) for key in PROVENANCE if key in content}
+    told = {key: content[key] for key in (*PROVENANCE, "config") if key in content}
+    metadata |= {key: json.dumps(to_plain(value)) for key, value in told.items()}
     with atomic_write(target) as file:
         try:
             save_file(_untied(kept), file.name, metadata)
@@ -140,13 +142,20 @@ def sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
     return dict(found)
 
 
-def verdict(state: Mapping[str, Tensor], task: str, config: str, overrides: list[str], source: str) -> str:
+def verdict(
+    state: Mapping[str, Tensor],
+    task: str,
+    config: str,
+    overrides: list[str],
+    source: str,
+    metadata: dict | None = None,
+) -> str:
     """What the task's model of that config would take from the file, or why it would refuse it."""
     table, build = TASKS[task]
-    with torch.device("meta"):
+    with without_memory():
         model = build(read_config(config, table, overrides))
     try:
-        _, report = map_state(state, shapes_of(model), task, source)
+        _, report = map_state(state, shapes_of(model), task, source, metadata)
     except UserError as error:
         return f"{task} with {config} would refuse it: {error}"
     lists = {label: getattr(report, label) for label in ("interpolated", "fresh", "unused")}
@@ -160,22 +169,24 @@ def verdict(state: Mapping[str, Tensor], task: str, config: str, overrides: list
     )
 
 
-def inspect(path: str, task: str = "", config: str = "", overrides: list[str] | None = None) -> str:
+def inspect(path: str, task: str | None = None, config: str = "", overrides: list[str] | None = None) -> str:
     """The report on a file; see `read_shapes` for what it raises."""
     state, rest, optimizer = read_shapes(path)
-    lines = [f"{path}: {kind_of(state, path)} checkpoint, {Path(path).stat().st_size / MEBIBYTE:.1f} MiB"]
-    plain = to_plain(rest.pop("config", {}))
-    lines += [f"{key}: {to_plain(value)}" for key, value in rest.items()]
+    kind = kind_of(state, path, rest)
+    lines = [f"{path}: {kind} checkpoint, {Path(path).stat().st_size / MEBIBYTE:.1f} MiB"]
+    plain = to_plain(rest.get("config", {}))
+    lines += [f"{key}: {to_plain(value)}" for key, value in rest.items() if key != "config"]
     num_values = sum(value.numel() for value in state.values())
     lines.append(f"{len(state)} tensors, {num_values:,} values")
     lines += [f"{size / MEBIBYTE:10.1f} MiB  {name}" for name, size in sizes(state).items()]
     if optimizer:
         lines.append(f"{optimizer / MEBIBYTE:10.1f} MiB  (optimizer)")
-    text = io.StringIO()
-    YAML(typ="safe", pure=True).dump(plain, text)
+    text, yaml = io.StringIO(), YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(plain, text)
     lines.append(f"config:\n{text.getvalue().rstrip()}")
     if task:
-        lines.append(verdict(state, task, config, overrides or [], path))
+        lines.append(verdict(state, task, config, overrides or [], path, rest))
     return "\n".join(lines)
 
 
@@ -183,7 +194,7 @@ def inspect(path: str, task: str = "", config: str = "", overrides: list[str] | 
 
 
 def task_name(text: str) -> str:
-    name = text.removesuffix(".py")
+    name = text.removesuffix(".py")  # of the script
     if name not in TASKS:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(TASKS)}, got {text!r}")
     return name
@@ -195,11 +206,15 @@ def main() -> None:
     out = commands.add_parser("export", help="weights alone, as safetensors")
     out.add_argument("source", help=".pth file, of this code or published")
     out.add_argument("target", help=".safetensors file; every script takes it as --checkpoint")
-    out.add_argument("--task", type=task_name, default="", help="leave out what this script has no place for")
+    out.add_argument(
+        "--task", type=task_name, default=None, help="leave out what this script has no place for"
+    )
     out.add_argument("--inference", action="store_true", help="leave out momentum twins and queues")
     show = commands.add_parser("inspect", help="what a file holds, without reading its weights")
     show.add_argument("file")
-    show.add_argument("--task", type=task_name, default="", help="with --config: would this script take it?")
+    show.add_argument(
+        "--task", type=task_name, default=None, help="with --config: would this script take it?"
+    )
     show.add_argument("--config", default="", help="YAML file of the task")
     show.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE")
     show.add_argument("--check", action="store_true", help="read the whole file against its checksums, too")

@@ -84,8 +84,18 @@ SHARED = {
     "schedular": Key(SCHEDULE, help="learning-rate schedule; `scheduler` is accepted too"),
     "num_workers": Key(int, 4, "data-loading processes per rank", least=0),
     "log_steps": Key(int, 50, "steps between two log lines", least=1),
-    "precision": Key(str, "fp32", "fp32, bf16 or fp16 (with loss scaling)", choices=("fp32", "bf16", "fp16")),
+    "precision": Key(
+        str,
+        "fp32",
+        "fp32, tf32, bf16 or fp16 (with loss scaling); of retrieval scores and VQA answers, too",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+    ),
+    "compile": Key(bool, False, "torch.compile the encoders' layers; the first steps take minutes"),
+    "checkpoint_activations": Key(bool, False, "half the memory for a third more time"),
     "grad_accumulation_steps": Key(int, 1, "batches whose mean gradient makes one step", least=1),
+    "clip_grad_norm": Key(
+        NUMBER, 0, "longest gradient of a step, longer ones are shortened; 0 = any", least=0
+    ),
     "save_every_steps": Key(int, 0, "checkpoints within an epoch; 0 = none", least=0),
     "save_every_minutes": Key(NUMBER, 0, "as save_every_steps, by the clock", least=0),
     "keep_last": Key(int, 2, "newest checkpoints kept, beside the best, or those of every epoch", least=1),

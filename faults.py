@@ -1,7 +1,6 @@
 """What ends a run early, and how: signals, a process that dies, losses that are not finite."""
 
 import ctypes
-import math
 import os
 import signal
 import sys
@@ -162,7 +161,29 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients)
 
 
-def not_finite(values: dict[str, Tensor]) -> list[str]:
-    """The names of the values, scalars, that are not finite."""
-    numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
-    return [name for name, number in zip(values, numbers, strict=True) if not math.isfinite(number)]
+class FiniteCheck:
+    """Whether named scalars are finite on all ranks: at once on the device, for the host later.
+
+    bad: float scalar on the device, 1 where any value of any rank is not.
+    """
+
+    def __init__(self, values: dict[str, Tensor]):
+        self.names = list(values)
+        wrong = ~torch.stack([value.detach().float() for value in values.values()]).isfinite()  # (K,)
+        self.bad = wrong.any().float()
+        if world_size() > 1:
+            dist.all_reduce(self.bad, dist.ReduceOp.MAX)
+        flags = torch.cat([self.bad[None].bool(), wrong])
+        self.on_host, self.arrived = flags, None
+        if flags.is_cuda:
+            self.on_host = torch.empty_like(flags, device="cpu", pin_memory=True)
+            self.on_host.copy_(flags, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> tuple[bool, list[str]]:
+        """Waits for the device; whether any is not finite, and the names of this rank's."""
+        if self.arrived:
+            self.arrived.synchronize()
+        bad, *wrong = self.on_host.tolist()
+        return bad, [name for name, is_wrong in zip(self.names, wrong, strict=True) if is_wrong]

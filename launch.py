@@ -16,7 +16,7 @@ import torch.distributed as dist
 from faults import RESUMABLE, Stopped, leave_together, watch_peers
 from run_record import RunRecord, previous_run
 from saving import Saver, check_undamaged, load_checkpoint, newest_good, run_checkpoints
-from utils import UserError, all_gather_objects, first_line, is_main, log, rank, world_size
+from utils import UserError, all_gather_objects, first_line, is_main, log, rank, set_precision, world_size
 
 # ---- start and end ----
 
@@ -40,8 +40,8 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
     """Joins the other processes, picks the device, seeds all generators (differently on each rank), finds
     what to resume and begins run.json. Sets args.run, the run's id.
 
-    Raises UserError for a --resume that finds nothing or comes with --evaluate, a GPU that is not there, a
-    taken port, or an output folder that cannot be written.
+    Raises UserError for a --resume that finds nothing or comes with --evaluate, a GPU that is not there or
+    lacks config `precision`, a taken port, or an output folder that cannot be written.
     """
     if args.resume and args.evaluate:
         raise UserError("--evaluate scores --checkpoint as it is, --resume trains on from it; leave one out")
@@ -54,15 +54,8 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
     )
     device = _pick_device(args.device, local_rank)
     if num_ranks > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(
-                backend,
-                init_method=args.dist_url,
-                rank=this_rank,
-                world_size=num_ranks,
-                device_id=device if device.type == "cuda" else None,
-            )
+            _meet(args.dist_url, this_rank, num_ranks, device)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"the {num_ranks} processes could not meet at {args.dist_url} (MASTER_ADDR="
@@ -71,6 +64,7 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
             ) from error
         watch_peers()
     make_output_folder(args.output_dir)
+    set_precision(device, config["precision"])
     run = _find_what_to_resume(args)
     (args.run,) = set(all_gather_objects(run)) - {""}  # the main rank's
     RunRecord(args.output_dir, args.run, config, device, args.checkpoint if args.resume else "")
@@ -79,6 +73,26 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
     np.random.seed(seed)
     torch.manual_seed(seed)
     return device
+
+
+def _meet(url: str, this_rank: int, num_ranks: int, device: torch.device) -> None:
+    """Joins the other processes: NCCL on GPUs, gloo on CPUs.
+
+    torchrun's store outlives a restart, and with it the addresses of the processes before: those started
+    again meet under a name of their own. Only where one launcher counts the restarts, several may differ.
+    """
+    store, this_rank, num_ranks = next(dist.rendezvous(url, this_rank, num_ranks))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"restart_{restarts}", store)
+    is_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if is_gpu else "gloo",
+        store=store,
+        rank=this_rank,
+        world_size=num_ranks,
+        device_id=device if is_gpu else None,
+    )
 
 
 def _find_what_to_resume(args: argparse.Namespace) -> str:

@@ -251,7 +251,8 @@ def _load_legacy(path: Path) -> Any:
 
 
 def safe_load(path: str | Path, mmap: bool = True) -> Any:
-    """What torch.save wrote into the file, on the CPU; a .safetensors file gives {"model": tensors}.
+    """What torch.save wrote into the file, on the CPU; a .safetensors file gives {"model": tensors,
+    "metadata": texts}.
 
     With `mmap` the tensors are views of the file, read when touched; writing to them does not change it.
     Raises UserError when the file is missing, damaged, not from torch.save, or names code to run.
@@ -268,7 +269,9 @@ def load_mapped(path: str | Path, use_mmap: bool = True) -> tuple[Any, Callable[
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return {"model": safetensors.torch.load_file(path)}, _nothing
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            return {"model": safetensors.torch.load_file(path), "metadata": metadata}, _nothing
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if is_zip and use_mmap else None

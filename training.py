@@ -14,17 +14,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import DataLoader
 
 from checkpoint import resume
 from dataset import stop_at_unreadable
 from dataset.transforms import normalise, unit_range
-from faults import Stopped, StopSignals, agree, gradient_norm, leave_together, not_finite
+from faults import FiniteCheck, Stopped, StopSignals, agree, gradient_norm, leave_together
+from models.bert import BertModel, Layer
 from models.momentum import MomentumModel
-from optim import create_optimizer
+from models.vit import VisionTransformer
+from optim import create_optimizer, step_unless
 from safe_load import to_plain
 from saving import Saver, atomic_write, epoch_name, step_name
 from scheduler import create_scheduler
@@ -34,6 +38,7 @@ from utils import (
     UserError,
     all_gather_objects,
     append_line,
+    autocast,
     is_main,
     log,
     rank,
@@ -66,7 +71,10 @@ class Training:
         epoch_step: str,
         keep_epochs: bool,
     ):
-        self.model, self.ddp_model = model, distribute(model, device)
+        set_checkpointing(model, config["checkpoint_activations"])
+        if config["compile"]:
+            compile_layers(model)
+        self.model, self.ddp_model = model, distribute(model, device, config["grad_accumulation_steps"])
         self.loader, self.losses, self.config, self.device = loader, losses, config, device
         self.output_dir, self.seed, self.run = args.output_dir, args.seed, args.run
         self.optimizer = create_optimizer(model, config["optimizer"])
@@ -75,7 +83,7 @@ class Training:
         self.accumulation = config["grad_accumulation_steps"]
         self.epoch, self.step, self.samples, self.total_steps = 0, 0, 0, 0
         self.own: dict | None = None  # this rank's part of a resumed state
-        self.not_finite_in_a_row = 0
+        self.not_finite_in_a_row, self.unread = 0, None
         self.last_save, self.saved_at = time.monotonic(), (0, 0)
         self.saver = Saver(self.output_dir, config["keep_last"], keep_epochs)
         trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
@@ -207,16 +215,20 @@ class Training:
         for group in groups:
             if self.step % log_steps == 0 and self.step:
                 self.record_window()
+            self.read_check()
             ramp = momentum_weight(alpha, self.epoch, self.step, num_steps, config.get("warm_up", True))
-            save, stop = self.one_step(group, ramp, signals)
+            self.one_step(group, ramp)
+            save, stop = agree([self.save_is_due(), bool(signals.received)])
             self.schedule.after_step(self.epoch, self.step)
             self.step += 1
             self.total_steps += 1
             self.samples += self.loader.sampler.global_batch
-            if (save and self.step < num_steps) or stop:  # the end of an epoch saves anyway
+            save = save and self.step < num_steps  # the end of an epoch saves anyway
+            if (save and self.read_check()) or stop:
                 self.save(best)
             if stop:
                 self.stop(signals)
+        self.read_check()
         self.own = None
         if save_last:
             self.save(best)
@@ -234,11 +246,11 @@ class Training:
         by = signals.received or "a signal to another rank"
         raise Stopped(f"stopped by {by} in epoch {self.epoch} after step {self.step}")
 
-    def one_step(self, batches: list[dict], alpha: float, signals: StopSignals) -> tuple[bool, bool]:
-        """Zero the gradients, forward and backward of every batch, update; whether to save and to stop.
+    def one_step(self, batches: list[dict], alpha: float) -> None:
+        """Zero the gradients, forward and backward of every batch, update.
 
         Gradients are the mean over the batches. A step of which any loss or the gradient is not finite, on
-        any rank, changes no weights. What one rank knows (a signal, the clock) all learn here.
+        any rank, changes no weights. The host only launches work here and never waits for the device.
         """
         self.optimizer.zero_grad()
         means = {}
@@ -247,40 +259,46 @@ class Training:
             is_last = number == len(batches) - 1
             self.bad_images.add(batch.pop("bad", []), self.loader.batch_size, self.config["max_bad_fraction"])
             with contextlib.nullcontext() if is_last or world_size() == 1 else self.ddp_model.no_sync():
-                with self.autocast():
+                with autocast(self.device, self.config["precision"]):
                     named = self.losses(self.ddp_model, to_device(batch, self.device), alpha)
                 total = sum(named.values()) / len(batches)
                 self.scaler.scale(total).backward()
             for name, loss in named.items():
                 means[name] = means.get(name, 0.0) + loss.detach() / len(batches)
-        checked = means if self.scaler.is_enabled() else {**means, "gradient": gradient_norm(self.model)}
-        names = not_finite(checked)  # the scaler sees to the gradients itself: with fp16 some overflow
-        stop, save, bad = agree([bool(signals.received), self.save_is_due(), bool(names)])
-        if bad:
-            self.leave_out_step(names, batches)
-            return False, stop
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.not_finite_in_a_row = 0
+        check = self.update(means)
+        files = [file for batch in batches for files in batch.get("files", []) for file in files]
+        self.unread = check, f"epoch {self.epoch}, step {self.step}", files
         values = {**means, "lr": self.optimizer.param_groups[-1]["lr"]}
-        self.whole.add(values)
-        self.window.add(values)
-        return save, stop
+        self.whole.add(values, check.bad == 0)
+        self.window.add(values, check.bad == 0)
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.config["precision"])
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+    def update(self, means: dict[str, Tensor]) -> FiniteCheck:
+        """Clips the gradient and moves the weights, if all is finite; means: the losses of the step."""
+        self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.model)
+        if self.config["clip_grad_norm"]:
+            clip_grads_with_norm_(self.model.parameters(), self.config["clip_grad_norm"], norm)
+        if self.scaler.is_enabled():  # it sees to the gradients itself: with fp16 some overflow
+            check = FiniteCheck(means)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            check = FiniteCheck({**means, "gradient": norm})
+            step_unless(check.bad, self.optimizer)
+        return check
 
-    def save_is_due(self) -> bool:
-        steps, minutes = self.config["save_every_steps"], self.config["save_every_minutes"]
-        by_steps = steps and (self.step + 1) % steps == 0
-        return bool(by_steps or (minutes and time.monotonic() - self.last_save >= 60 * minutes))
-
-    def leave_out_step(self, names: list[str], batches: list[dict]) -> None:
-        """Says whose loss was not finite, and where; UserError after `max_nonfinite_steps` in a row."""
-        where = f"epoch {self.epoch}, step {self.step}"
+    def read_check(self) -> bool:
+        """Whether the last step was finite. Where not, says whose loss was not and in which files; raises
+        UserError after `max_nonfinite_steps` in a row.
+        """
+        if self.unread is None:
+            return self.not_finite_in_a_row == 0
+        (check, where, files), self.unread = self.unread, None
+        bad, names = check.read()
+        if not bad:
+            self.not_finite_in_a_row = 0
+            return True
         if names:
-            files = [file for batch in batches for files in batch.get("files", []) for file in files]
             print(
                 f"{', '.join(names)} not finite in {where} on rank {rank()}; the step is left out. Files: "
                 f"{', '.join(files)}",
@@ -294,6 +312,12 @@ class Training:
                 f"the last in {where}; saved checkpoints are unharmed. Lower the learning rate, or look for "
                 "broken data among the files named above"
             )
+        return False
+
+    def save_is_due(self) -> bool:
+        steps, minutes = self.config["save_every_steps"], self.config["save_every_minutes"]
+        by_steps = steps and (self.step + 1) % steps == 0
+        return bool(by_steps or (minutes and time.monotonic() - self.last_save >= 60 * minutes))
 
     def record_window(self) -> None:
         """Appends the means since the last call to train_steps.jsonl, for curves."""
@@ -303,7 +327,25 @@ class Training:
         self.window = MetricLog()
 
 
-def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Whether both encoders compute their layers again in the backward pass, to save memory."""
+    for module in model.modules():
+        if isinstance(module, VisionTransformer | BertModel):
+            module.checkpoint_activations = on
+
+
+def compile_layers(model: nn.Module) -> None:
+    """torch.compile of every layer of the encoders, in place: all of a kind share what is compiled, and it
+    serves any length of text.
+    """
+    # A layer is compiled for each of its uses (a dozen: modes, with and without gradient), then no more.
+    torch._dynamo.config.recompile_limit = 32
+    for module in model.modules():
+        if isinstance(module, Block | Layer):
+            module.compile(dynamic=True)
+
+
+def distribute(model: MomentumModel, device: torch.device, accumulation: int = 1) -> nn.Module:
     """The model on its device, wrapped for data-parallel training where there are several ranks.
 
     Buffers are made equal once and not broadcast every step: the queues take the same gathered features
@@ -324,6 +366,8 @@ def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )  # its older name
     devices = [device.index] if device.type == "cuda" else None
+    # Every step reaches the same parameters; the wrapper has no such mode for steps of several batches.
+    is_static = not same_buckets and accumulation == 1
     # Parameters that no loss reaches would keep the wrapper waiting for their gradient.
     ignored = [name for name, _ in model.named_parameters() if name.startswith(model.without_gradient)]
     ignored += [f".{name}" for name in ignored]  # what the wrapper calls those of the outermost module
@@ -333,6 +377,7 @@ def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
         devices,
         gradient_as_bucket_view=True,
         find_unused_parameters=same_buckets,
+        static_graph=is_static,
         **{no_sync: False},
     )
 

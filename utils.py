@@ -3,6 +3,7 @@
 Every helper works without a process group, as one process of one.
 """
 
+import contextlib
 import datetime
 import json
 import logging
@@ -18,6 +19,7 @@ from torch import Tensor
 
 log = logging.getLogger("simla")
 LOG = "log.txt"
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class UserError(Exception):
@@ -54,6 +56,23 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def all_gather_shares(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    """The rows (n, ...) of all ranks in rank order, where the ranks have `counts` of them; no gradient."""
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = all_gather_rows(padded).view(len(counts), *padded.shape)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def gather_in_order(rows: Tensor, total: int) -> Tensor:
+    """The rows of all items (total, ...), of which each rank has those of every world_size-th."""
+    counts = [len(range(r, total, world_size())) for r in range(world_size())]
+    gathered = rows.new_empty(total, *rows.shape[1:])
+    for r, part in enumerate(all_gather_shares(rows, counts)):
+        gathered[r :: world_size()] = part
+    return gathered
+
+
 def all_gather_objects(value: object) -> list:
     """Any small picklable value of all ranks, in rank order."""
     if world_size() == 1:
@@ -61,6 +80,34 @@ def all_gather_objects(value: object) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The arithmetic of config `precision` in training and evaluation; fp32 and tf32: see `set_precision`."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def set_precision(device: torch.device, precision: str) -> None:
+    """How float32 is multiplied on a GPU: in full, or with `tf32` in its tensor cores.
+
+    Raises UserError where the GPU has no such arithmetic.
+    """
+    if (
+        device.type == "cuda"
+        and precision in ("bf16", "tf32")
+        and torch.cuda.get_device_capability(device) < (8,)
+    ):
+        raise UserError(
+            f"precision {precision}: {torch.cuda.get_device_name(device)} does not have it, GPUs since the "
+            "A100 and RTX 30 do; use precision: fp16 or fp32"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def find_places(chosen: Tensor) -> Tensor:
+    """The numbers of the true entries: bool, of any shape -> (M,). The host waits for the device to count."""
+    return chosen.flatten().nonzero().squeeze(1)
 
 
 def first_line(error: BaseException) -> str:
@@ -88,20 +135,25 @@ class MetricLog:
 
     def __init__(self):
         self.sums: dict[str, Tensor | float] = {}
-        self.count = 0
+        self.count: Tensor | int = 0
 
-    def add(self, values: dict[str, Tensor | float]) -> None:
+    def add(self, values: dict[str, Tensor | float], counted: Tensor | None = None) -> None:
+        """counted: bool scalar on the values' device, false where they do not count; None = they do."""
         for name, value in values.items():
-            value = value.detach().double() if isinstance(value, Tensor) else float(value)
+            if isinstance(value, Tensor):
+                value = value.detach().double()
+                value = value if counted is None else torch.where(counted, value, 0.0)
+            elif counted is not None:
+                value = counted.double() * value
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
+        self.count = self.count + (1 if counted is None else counted.long())
 
     def means(self) -> dict[str, float]:
         """Means over this rank's additions."""
-        return {name: float(total) / max(self.count, 1) for name, total in self.sums.items()}
+        return {name: float(total) / max(int(self.count), 1) for name, total in self.sums.items()}
 
     def state_dict(self) -> dict:
-        return {"sums": {name: float(total) for name, total in self.sums.items()}, "count": self.count}
+        return {"sums": {name: float(total) for name, total in self.sums.items()}, "count": int(self.count)}
 
     def load_state_dict(self, state: dict) -> None:
         self.sums, self.count = dict(state["sums"]), state["count"]
@@ -114,10 +166,10 @@ class MetricLog:
 
     def global_means(self) -> dict[str, float]:
         """Means over the additions of all ranks, weighted by their number."""
-        gathered = all_gather_objects(({name: float(total) for name, total in self.sums.items()}, self.count))
-        total = sum(count for _, count in gathered)
-        names = gathered[0][0]
-        return {name: sum(sums.get(name, 0.0) for sums, _ in gathered) / max(total, 1) for name in names}
+        gathered = all_gather_objects(self.state_dict())
+        total = sum(state["count"] for state in gathered)
+        names = gathered[0]["sums"]
+        return {name: sum(s["sums"].get(name, 0.0) for s in gathered) / max(total, 1) for name in names}
 
 
 def with_progress(

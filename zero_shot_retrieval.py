@@ -8,7 +8,6 @@ Expected Flickr30k test, k_test 128 (the paper's numbers): TR@1 86.2, IR@1 69.5 
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,17 @@ from models.initial import starting_weights
 from models.rerank import rerank
 from models.retrieval import SIMLARetrieval
 from training import to_device
-from utils import all_gather_objects, is_main, log, rank, save_result, with_progress, world_size
+from utils import (
+    PRECISIONS,
+    autocast,
+    gather_in_order,
+    is_main,
+    log,
+    rank,
+    save_result,
+    with_progress,
+    world_size,
+)
 
 MAX_TEXT_TOKENS = 30
 
@@ -35,45 +44,50 @@ MAX_TEXT_TOKENS = 30
 def score(model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: dict, device: torch.device):
     """The two score matrices of `rerank`, equal on all ranks: images (I), texts (T) -> (I, T), (T, I)"""
     model.eval()
-    batch_size = config["batch_size_test"]
     limit = model.text_encoder.config.max_position_embeddings
-    collate, pin = Collate(tokenizer, limit), device.type == "cuda"
-    loader = test_loader(data, batch_size, config["num_workers"], collate, pin)
-    embeds = []
-    feats = [torch.empty(0, model.vision_proj.out_features, device=device)]  # a rank may hold no image
-    for batch in with_progress(stop_at_unreadable(loader), len(loader), "Images", config["log_steps"]):
-        image_embeds, image_feat = model.encode_image(to_device(batch, device)["image"])
-        embeds += image_embeds.split(1)
-        feats.append(image_feat)
-    own = range(rank(), len(data), world_size())
-    image_embeds = dict(zip(own, embeds, strict=True))  # image -> (1, N, D)
-    image_feats = gather_in_order(own, torch.cat(feats), len(data))  # (I, E)
-
     text_ids, text_mask = tokenize(tokenizer, data.texts, MAX_TEXT_TOKENS, "max_length", limit)
-    text_ids, text_mask = text_ids.to(device), text_mask.to(device)
-    mine = range(rank(), len(data.texts), world_size())
-    rows = torch.tensor(list(mine), dtype=torch.long).split(batch_size)
-    text_feats = torch.cat([model.encode_text(text_ids[row], text_mask[row]) for row in rows])
-    text_feats = gather_in_order(mine, text_feats, len(data.texts))  # (T, E)
-
-    progress = partial(with_progress, header="Re-ranking", log_steps=config["log_steps"])
-    return rerank(
-        image_feats @ text_feats.T,
-        config["k_test"],
-        image_embeds,
-        text_ids,
-        text_mask,
-        model.match,
-        progress=lambda images: progress(images, len(images)),
-    )
+    texts = text_ids.to(device), text_mask.to(device)
+    with autocast(device, config["precision"]):
+        image_embeds, image_feats = encode_images(model, data, Collate(tokenizer, limit), config, device)
+        text_feats = encode_texts(model, *texts, config["batch_size_test"])
+    similarity = image_feats @ text_feats.T  # never in half precision
+    with autocast(device, config["precision"]):
+        return rerank(
+            model,
+            similarity,
+            config["k_test"],
+            image_embeds,
+            *texts,
+            progress=lambda groups: with_progress(groups, len(groups), "Re-ranking", config["log_steps"]),
+        )
 
 
-def gather_in_order(own: range, rows: Tensor, total: int) -> Tensor:
-    """Rows that the ranks computed for their own items (n, E) -> the rows of all items (total, E)."""
-    gathered = torch.empty(total, rows.shape[1], device=rows.device)
-    for items, part in all_gather_objects((list(own), rows.cpu())):
-        gathered[items] = part.to(rows.device)
-    return gathered
+def encode_images(
+    model: SIMLARetrieval, data: RetrievalEvalData, collate: Collate, config: dict, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Token states of this rank's images (n, N, D), on the host; features of all (I, E)
+
+    The states, 0.9 MB an image of 384 x 384 in half precision, would fill a GPU; that precision costs
+    nothing, since autocast rounds them so anyway before it projects them.
+    """
+    own = len(range(rank(), len(data), world_size()))
+    precision, pinned = PRECISIONS[config["precision"]], device.type == "cuda"
+    size = model.visual_encoder.pos_embed.shape[1:]  # N, D
+    states = torch.empty(own, *size, dtype=precision, pin_memory=pinned)
+    feats = torch.empty(own, model.vision_proj.out_features, device=device)
+    loader = test_loader(data, config["batch_size_test"], config["num_workers"], collate, pinned)
+    for batch in with_progress(stop_at_unreadable(loader), len(loader), "Images", config["log_steps"]):
+        rows = batch["index"] // world_size()
+        embeds, feat = model.encode_image(to_device(batch, device)["image"])
+        states[rows], feats[rows] = embeds.to("cpu", precision), feat.float()
+    return states, gather_in_order(feats, len(data))
+
+
+def encode_texts(model: SIMLARetrieval, text_ids: Tensor, text_mask: Tensor, batch_size: int) -> Tensor:
+    """text_ids, text_mask (T, L) -> features (T, E); every rank computes its share"""
+    shares = (part[rank() :: world_size()].split(batch_size) for part in (text_ids, text_mask))
+    feats = [model.encode_text(*rows).float() for rows in zip(*shares, strict=True)]
+    return gather_in_order(torch.cat(feats), len(text_ids))
 
 
 def evaluate(

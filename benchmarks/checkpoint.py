@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from measure import last_line
 
 from checkpoint import resume
 from config import PRETRAIN, read_config
@@ -232,8 +233,16 @@ def main() -> None:
         for name in (OURS, PUBLISHED, "checkpoint_01.pth", "plain.pth"):
             (args.out / name).unlink(missing_ok=True)
     found["two_at_once"] = {"device_bytes": sum(one["device_bytes"] for one in both), "file_bytes": size}
-    (args.out / "checkpoint.json").write_text(json.dumps(found, indent=1))
     report(found)
+    plain, ours = found["plain_load"], found["our_load"]
+    state = found["make"]["state_bytes"]
+    figures = {
+        "ratio": plain["seconds"] / ours["seconds"],  # of resuming
+        "save_ratio": found["plain_save"]["blocked_seconds"] / found["make"]["blocked_seconds"],
+        "resume_peak_states": (ours["peak_bytes"] - ours["imports_bytes"]) / state,
+        "plain_resume_peak_states": (plain["peak_bytes"] - plain["imports_bytes"]) / state,
+    }
+    last_line({**figures, "scale": args.scale, **found}, torch.device("cpu"))
 
 
 def report(found: dict) -> None:

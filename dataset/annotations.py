@@ -1,9 +1,12 @@
 """Reads annotation files: JSON lists of entries, checked field by field, with image paths made absolute."""
 
-import json
 import os
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
+from dataset.json_list import JsonList
 from utils import UserError
 
 TEXT = (str,)
@@ -12,29 +15,74 @@ NUMBER = (int,)
 ANY = (object,)
 
 
+class Annotations(Sequence):
+    """The entries of several files, as `read_annotations` says; each is made when it is asked for."""
+
+    def __init__(self, lists: list[JsonList], roots: list[Path], has_images: bool, suffix: str):
+        self.lists, self.roots, self.has_images, self.suffix = lists, roots, has_images, suffix
+        self.ends = list(accumulate(map(len, lists)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> dict:
+        index = range(len(self))[index]
+        place = bisect_right(self.ends, index)
+        entries, root = self.lists[place], self.roots[place]
+        number = index - self.ends[place] + len(entries)
+        entry = entries[number]
+        images = entry["images"] if self.has_images else [entry["image"]]
+        images = [str(root / (image + self.suffix)) for image in images]
+        return {**entry, "images": images, "where": f"{entries.path}: entry {number}"}
+
+
+class Mapped(Sequence):
+    """function(entry) of all entries, called when one is asked for; picklable where the function is."""
+
+    def __init__(self, entries: Sequence, function: Callable[[dict], dict]):
+        self.entries, self.function = entries, function
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.function(self.entries[index])
+
+
+def item_of(entry: dict, text: str) -> dict:
+    """What every task takes of an entry; its text is the field of that name."""
+    return {"images": entry["images"], "text": entry[text], "where": entry["where"]}
+
+
 def read_annotations(
-    files: str | list[str], fields: dict[str, tuple], image_root: str = "", suffix: str = ""
-) -> list[dict]:
+    files: str | list[str],
+    fields: dict[str, tuple],
+    image_root: str = "",
+    suffix: str = "",
+    check: Callable[[dict, str], None] | None = None,
+) -> Annotations:
     """The entries of all files; `images` lists the absolute paths of the field `image` (or `images`),
     `suffix` added, and `where` says which entry of which file it is.
 
-    fields: name -> accepted types, all required. An image path may be absolute, relative to `image_root`, or,
-    where that is empty, relative to the annotation file. Raises UserError, naming file and entry, for a
-    missing, truncated or empty file and for an entry that lacks a field or has one of another type.
+    fields: name -> accepted types, all required; check(entry, where), a function of a module, may refuse an
+    entry for other reasons. An image path may be absolute, relative to `image_root`, or, where that is empty,
+    relative to the annotation file. Raises UserError, naming file and entry, for a missing, truncated or
+    empty file and for an entry that lacks a field or has one of another type.
     """
-    entries = []
-    for name in [files] if isinstance(files, str) else files:
-        path = expand(name)
-        root = expand(image_root) if image_root else path.parent
-        for number, entry in enumerate(read_json(path, list)):
-            where = f"{path}: entry {number}"
-            _check_entry(entry, fields, where)
-            images = entry["images"] if "images" in fields else [entry["image"]]
-            images = [str((root / (image + suffix)).absolute()) for image in images]
-            entries.append({**entry, "images": images, "where": where})
-    if not entries:
+
+    def check_entry(entry: object, where: str) -> None:
+        _check_fields(entry, fields, where)
+        if check is not None:
+            check(entry, where)
+
+    paths = [expand(name) for name in ([files] if isinstance(files, str) else files)]
+    name = ", ".join(f"{field}: {'|'.join(kind.__name__ for kind in fields[field])}" for field in fields)
+    name += f", {check.__module__}.{check.__qualname__}" if check else ""
+    lists = [JsonList(path, check_entry, name) for path in paths]
+    if not any(map(len, lists)):
         raise UserError(f"no entries in {files}; an annotation file is a JSON list of {_example(fields)}")
-    return entries
+    roots = [(expand(image_root) if image_root else path.parent).absolute() for path in paths]
+    return Annotations(lists, roots, "images" in fields, suffix)
 
 
 def expand(path: str) -> Path:
@@ -42,23 +90,7 @@ def expand(path: str) -> Path:
     return Path(os.path.expandvars(path)).expanduser()
 
 
-def read_json(path: Path, kind: type[list] | type[dict]) -> list | dict:
-    """What the file holds; UserError where it is missing, truncated or holds no list (or object)."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"annotation file {path} cannot be read: {error.strerror}; check the config's paths"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"annotation file {path} is not valid JSON (truncated?): {error}") from error
-    if not isinstance(content, kind):
-        wanted = {list: "list", dict: "object"}[kind]
-        raise UserError(f"annotation file {path} must hold a JSON {wanted}, found {type(content).__name__}")
-    return content
-
-
-def _check_entry(entry: object, fields: dict[str, tuple], where: str) -> None:
+def _check_fields(entry: object, fields: dict[str, tuple], where: str) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{where} must be an object {_example(fields)}, found {entry!r}"[:500])
     for field, types in fields.items():

@@ -2,13 +2,16 @@
 
 import math
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dataset.annotations import NUMBER, TEXT, expand, read_annotations, read_json
+from dataset.annotations import NUMBER, TEXT, Annotations, Mapped, expand, item_of, read_annotations
 from dataset.items import EvalItems, finetune_loader
-from dataset.retrieval import with_identities
+from dataset.json_list import read_json
+from dataset.retrieval import WithIdentities
 from utils import UserError
 
 SPLITS = ("val", "testA", "testB")  # of evaluation
@@ -20,10 +23,12 @@ def grounding_loader(config: dict, tokenizer, position_limit: int, seed: int, pi
     shown, since a crop could lose the object.
     """
     entries = read_annotations(config["train_file"], {"image": TEXT, "text": TEXT}, config["image_root"])
-    kept = ("images", "text", "where")
-    named = [{**{key: e[key] for key in kept}, "file": Path(e["image"]).name} for e in entries]
-    entries = with_identities(named, "file")
-    return finetune_loader(entries, config, tokenizer, position_limit, seed, pin, crop=False)
+    named = WithIdentities(_items(entries), (Path(entry["image"]).name for entry in entries))
+    return finetune_loader(named, config, tokenizer, position_limit, seed, pin, crop=False)
+
+
+def _items(entries: Annotations) -> Mapped:
+    return Mapped(entries, partial(item_of, text="text"))
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,7 @@ class GroundingEvalData(EvalItems):
         """Raises UserError, naming file and entry, where the files of the config do not fit together."""
         fields = {"image": TEXT, "text": TEXT, "ref_id": NUMBER}
         entries = read_annotations(config["test_file"], fields, config["image_root"])
-        kept = ("images", "text", "where")
-        super().__init__([{key: entry[key] for key in kept} for entry in entries], config["image_res"])
+        super().__init__(_items(entries), config["image_res"])
         det_file = expand(config["det_file"]) if config["det_file"] else None
         self.targets = read_targets(entries, expand(config["refcoco_data"]), det_file)
 
@@ -64,7 +68,7 @@ class GroundingEvalData(EvalItems):
 # ---- RefCOCO+ ----
 
 
-def read_targets(entries: list[dict], refcoco: Path, det_file: Path | None) -> list[Target]:
+def read_targets(entries: Iterable[dict], refcoco: Path, det_file: Path | None) -> list[Target]:
     """ref_id -> reference -> annotation, image size, split and detector boxes, every step checked."""
     refs_file, instances_file = refcoco / REFS_FILE, refcoco / INSTANCES_FILE
     refs = _by_id(read_plain_pickle(refs_file), "ref_id", refs_file)

@@ -4,7 +4,7 @@ An entry is {"images": [file, ...], "text": str or list of texts, "where": its p
 and what else the task needs}, as `dataset.annotations.read_annotations` makes it. B items of n images each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from dataset import test_loader, train_loader
 from dataset.text import clean_caption, names_side, tokenize
 from dataset.transforms import BadImage, EvalTransform, ItemRandom, TrainTransform, load_image, open_image
+from utils import UserError
 
 MAX_TRIES = 50
 
@@ -25,7 +26,7 @@ class TrainItems(Dataset):
 
     def __init__(
         self,
-        entries: list[dict],
+        entries: Sequence[dict],
         transform: Callable,
         seed: int,
         flip_captions: bool = False,
@@ -41,18 +42,21 @@ class TrainItems(Dataset):
         """(epoch, index) -> the entry with images (n, 3, R, R) uint8, their `files`, a clean text and `bad`.
 
         An entry with an image that cannot be read is replaced by another one, drawn from all; `bad` lists the
-        images as (file, cause). After MAX_TRIES of them there are no `images`.
+        images as (file, cause). After MAX_TRIES of them there are no `images`; of an entry that itself cannot
+        be read there is only `unreadable`, the message.
         """
         epoch, index = key
         rng = ItemRandom(self.seed, epoch, index)
         bad = []
         for _ in range(MAX_TRIES):
-            entry = self.entries[index]
             try:
+                entry = self.entries[index]
                 images = [open_image(file) for file in entry["images"]]
                 text = entry["text"] if isinstance(entry["text"], str) else rng.python.choice(entry["text"])
                 may_flip = self.flip_captions or not any(map(names_side, [text, *entry.get("answers", [])]))
                 views = self.views(images, rng, may_flip)  # decodes
+            except UserError as error:
+                return {"unreadable": str(error)}
             except BadImage as error:
                 bad.append((error.path, error.cause))
                 index = rng.python.randrange(len(self.entries))
@@ -68,7 +72,7 @@ class TrainItems(Dataset):
 class EvalItems(Dataset):
     """Every entry as it is, images resized."""
 
-    def __init__(self, entries: list[dict], image_res: int, clean: Callable[[str], str] = clean_caption):
+    def __init__(self, entries: Sequence[dict], image_res: int, clean: Callable[[str], str] = clean_caption):
         self.entries, self.transform, self.clean = entries, EvalTransform(image_res), clean
 
     def __len__(self) -> int:
@@ -78,15 +82,17 @@ class EvalItems(Dataset):
         """The entry with images (n, 3, R, R) uint8, its text clean and `index`, its number, or only
         `unreadable`, the message for a file that cannot be read.
         """
-        entry = self.entries[index]
         try:
+            entry = self.entries[index]
             images = torch.stack([self.transform(load_image(file)) for file in entry["images"]])
+        except UserError as error:
+            return {"unreadable": str(error)}
         except BadImage as error:
             return {"unreadable": f"{error}; {entry['where']}: scores without it would not compare"}
         return {**entry, "images": images, "text": self.clean(entry["text"]), "index": index}
 
 
-def finetune_items(entries: list[dict], config: dict, seed: int, **changes) -> TrainItems:
+def finetune_items(entries: Sequence[dict], config: dict, seed: int, **changes) -> TrainItems:
     """Training items with the crops, flips and RandAugment of a fine-tuning config; `changes` go to
     TrainItems or, `crop=False`, to the transform.
     """
@@ -143,7 +149,7 @@ def _batched(values: list) -> Tensor | list:
 
 
 def finetune_loader(
-    entries: list[dict],
+    entries: Sequence[dict],
     config: dict,
     tokenizer,
     position_limit: int,
@@ -160,7 +166,7 @@ def finetune_loader(
     return train_loader(items, config["batch_size_train"], seed, config, collate, pin)
 
 
-def evaluation_loader(entries: list[dict], config: dict, tokenizer, position_limit: int, pin: bool):
+def evaluation_loader(entries: Sequence[dict], config: dict, tokenizer, position_limit: int, pin: bool):
     """This rank's share of the entries, none left out and none twice."""
     items = EvalItems(entries, config["image_res"])
     collate = Collate(tokenizer, position_limit)

@@ -1,13 +1,15 @@
 """Image-caption pairs for pre-training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dataset import train_loader
-from dataset.annotations import TEXT, TEXTS, read_annotations
+from dataset.annotations import TEXT, TEXTS, Mapped, item_of, read_annotations
 from dataset.items import Collate, TrainItems
 from dataset.masking import BlockMask
 from dataset.text import mask_tokens
@@ -21,7 +23,7 @@ from dataset.transforms import (
     to_tensor,
     unit_range,
 )
-from utils import UserError
+from utils import UserError, find_places
 
 
 class PretrainData(TrainItems):
@@ -31,7 +33,7 @@ class PretrainData(TrainItems):
 
     def __init__(
         self,
-        entries: list[dict],
+        entries: Sequence[dict],
         transform: PretrainTransform,
         block_mask: BlockMask,
         seed: int,
@@ -74,21 +76,22 @@ class PretrainCollate(Collate):
                 probability=self.mlm_probability,
                 generator=torch.Generator().manual_seed(items[row]["mask_seed"]),
             )
+        patch_mask = torch.stack(batch["patch_mask"])  # (B, h * w)
         return {
             **batch,
             "code_view": torch.stack(batch["code_view"]),  # (B, 3, r, r)
-            "patch_mask": torch.stack(batch["patch_mask"]),  # (B, h * w)
+            "patch_mask": patch_mask,
+            "mim_places": find_places(patch_mask),  # counted here, where nobody waits for it
             "mlm_ids": mlm_ids,  # (B, T)
             "mlm_labels": mlm_labels,
+            "mlm_places": find_places(mlm_labels != -100),
         }
 
 
-def read_pairs(files: str | list[str], image_root: str = "") -> list[dict]:
+def read_pairs(files: str | list[str], image_root: str = "") -> Mapped:
     """Entries of pre-training files, `text` being the caption or captions."""
     entries = read_annotations(files, {"image": TEXT, "caption": TEXTS}, image_root)
-    return [
-        {"images": entry["images"], "text": entry["caption"], "where": entry["where"]} for entry in entries
-    ]
+    return Mapped(entries, partial(item_of, text="caption"))
 
 
 def pretrain_loader(
@@ -116,7 +119,7 @@ def code_views(files: str | list[str], code_res: int, num_images: int) -> Iterat
     Raises UserError where none can be read.
     """
     num_read = 0
-    for entry in read_pairs(files)[:num_images]:
+    for entry in islice(read_pairs(files), num_images):
         try:
             (pixels,) = crops(open_image(entry["images"][0]), [View(None, False, code_res)])
         except BadImage as error:

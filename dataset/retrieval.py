@@ -1,26 +1,40 @@
 """Images with their captions, for retrieval fine-tuning and evaluation."""
 
-from dataset.annotations import ANY, TEXT, read_annotations
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from dataset.annotations import ANY, TEXT, Mapped, item_of, read_annotations
 from dataset.items import EvalItems, finetune_loader
 from dataset.text import clean_caption
 
 
-def with_identities(entries: list[dict], key: str) -> list[dict]:
-    """The entries with `idx`, equal for equal values of `key`: 0, 1, ... in order of appearance."""
-    numbers: dict = {}
-    return [{**entry, "idx": numbers.setdefault(repr(entry[key]), len(numbers))} for entry in entries]
+class WithIdentities(Sequence):
+    """The entries with `idx`, equal for equal `values`, one of each entry: 0, 1, ... as they appear."""
+
+    def __init__(self, entries: Sequence, values: Iterable):
+        numbers: dict[str, int] = {}
+        found = (numbers.setdefault(repr(value), len(numbers)) for value in values)
+        self.entries = entries
+        # a tensor: what spawned loader processes get of it is not a copy
+        self.idx = torch.from_numpy(np.fromiter(found, np.int64, len(entries)))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.entries[index], "idx": int(self.idx[index])}
 
 
 def retrieval_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
     """Training batches with image, text_ids, text_mask and idx (B,), the identity of each row's image."""
     fields = {"image": TEXT, "caption": TEXT, "image_id": ANY}
-    entries = with_identities(
-        read_annotations(config["train_file"], fields, config["image_root"]), "image_id"
-    )
-    entries = [
-        {"images": e["images"], "text": e["caption"], "idx": e["idx"], "where": e["where"]} for e in entries
-    ]
-    return finetune_loader(entries, config, tokenizer, position_limit, seed, pin)
+    entries = read_annotations(config["train_file"], fields, config["image_root"])
+    pairs = Mapped(entries, partial(item_of, text="caption"))
+    identified = WithIdentities(pairs, (entry["image_id"] for entry in entries))
+    return finetune_loader(identified, config, tokenizer, position_limit, seed, pin)
 
 
 class RetrievalEvalData(EvalItems):
@@ -32,8 +46,7 @@ class RetrievalEvalData(EvalItems):
 
     def __init__(self, file: str, image_root: str, image_res: int, max_words: int = 30):
         entries = read_annotations(file, {"image": TEXT, "caption": (list,)}, image_root)
-        shown = [{"images": entry["images"], "text": "", "where": entry["where"]} for entry in entries]
-        super().__init__(shown, image_res)
+        super().__init__(Mapped(entries, _without_text), image_res)
         self.texts: list[str] = []
         self.img2txt: list[list[int]] = []
         self.txt2img: list[int] = []
@@ -42,3 +55,7 @@ class RetrievalEvalData(EvalItems):
             self.texts += [clean_caption(caption, max_words) for caption in entry["caption"]]
             self.img2txt.append(list(range(first, len(self.texts))))
             self.txt2img += [number] * len(entry["caption"])
+
+
+def _without_text(entry: dict) -> dict:
+    return {"images": entry["images"], "text": "", "where": entry["where"]}

@@ -10,16 +10,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dataset import train_loader
-from dataset.annotations import NUMBER, TEXT, TEXTS, expand, read_annotations, read_json
+from dataset.annotations import NUMBER, TEXT, TEXTS, Mapped, expand, item_of, read_annotations
 from dataset.items import Collate, EvalItems, finetune_items
+from dataset.json_list import read_json
 from dataset.text import clean_question, tokenize
 from launch import run_script
-from utils import UserError
+from utils import UserError, find_places
 from vqa_accuracy import most_common_answer, normalize_answer
 
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
@@ -28,19 +30,23 @@ WEIGHT_OF_ALL_ANSWERS = {"vqa": 1.0, "vg": 0.5}  # a Visual Genome question has 
 MAX_WORDS_IN_TRAINING, MAX_WORDS_IN_EVALUATION = 30, 50
 
 
-def read_questions(files: str | list[str], config: dict, **fields: tuple) -> list[dict]:
+def read_questions(files: str | list[str], config: dict, **fields: tuple) -> Mapped:
     """The entries of VQA annotation files, which have `fields` beside FIELDS; image paths are relative to the
     root of the entry's data set, or where the config has none to image_root, or else to the file.
     """
-    entries = read_annotations(files, {**FIELDS, **fields}, config["image_root"])
-    roots = {name: expand(config[key]) if config[key] else None for name, key in ROOTS.items()}
-    for entry in entries:
-        name = entry["dataset"]
-        if name not in roots:
-            raise UserError(f"{entry['where']}: 'dataset' must be 'vqa' or 'vg', found {name!r}")
-        if roots[name]:
-            entry["images"] = [str((roots[name] / entry["image"]).absolute())]
-    return entries
+    entries = read_annotations(files, {**FIELDS, **fields}, config["image_root"], check=_check_data_set)
+    roots = {name: expand(config[key]).absolute() for name, key in ROOTS.items() if config[key]}
+    return Mapped(entries, partial(_at_its_root, roots=roots))
+
+
+def _check_data_set(entry: dict, where: str) -> None:
+    if entry["dataset"] not in ROOTS:
+        raise UserError(f"{where}: 'dataset' must be 'vqa' or 'vg', found {entry['dataset']!r}")
+
+
+def _at_its_root(entry: dict, roots: dict[str, Path]) -> dict:
+    root = roots.get(entry["dataset"])
+    return {**entry, "images": [str(root / entry["image"])]} if root else entry
 
 
 def given_answers(entry: dict) -> list[str]:
@@ -53,28 +59,24 @@ def given_answers(entry: dict) -> list[str]:
 
 def vqa_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
     """Training batches: see `AnswerCollate`."""
-    entries = []
-    for entry in read_questions(config["train_file"], config, answer=TEXTS):
-        counts = Counter(given_answers(entry))
-        share = WEIGHT_OF_ALL_ANSWERS[entry["dataset"]] / counts.total()
-        entries.append(
-            {
-                "images": entry["images"],
-                "text": entry["question"],
-                "answers": list(counts),
-                "weights": [share * count for count in counts.values()],
-                "where": entry["where"],
-            }
-        )
+    entries = Mapped(read_questions(config["train_file"], config, answer=TEXTS), _with_weights)
     clean = partial(clean_question, max_words=MAX_WORDS_IN_TRAINING)
     items = finetune_items(entries, config, seed, clean=clean)
     collate = AnswerCollate(tokenizer, position_limit, config["max_tokens"], config["eos"])
     return train_loader(items, config["batch_size_train"], seed, config, collate, pin)
 
 
+def _with_weights(entry: dict) -> dict:
+    counts = Counter(given_answers(entry))
+    share = WEIGHT_OF_ALL_ANSWERS[entry["dataset"]] / counts.total()
+    weights = [share * count for count in counts.values()]
+    return {**item_of(entry, "question"), "answers": list(counts), "weights": weights}
+
+
 class AnswerCollate(Collate):
     """Adds answer_ids, answer_mask (A, L): the answers of all questions in turn, each with the end mark
-    `eos`; weights (A,): an answer's share of the annotators; num_answers (B,): of each question, A in all.
+    `eos`; weights (A,): an answer's share of the annotators; num_answers (B,): of each question, A in all;
+    answer_places: see `SIMLAVQA.forward`.
     """
 
     def __init__(self, tokenizer, position_limit: int, max_tokens: int, eos: str):
@@ -96,6 +98,7 @@ class AnswerCollate(Collate):
             "answer_mask": answer_mask,
             "weights": torch.tensor(list(chain(*batch["weights"]))),
             "num_answers": torch.tensor(list(map(len, batch["answers"]))),
+            "answer_places": find_places(answer_mask[:, 1:]),  # counted here, where nobody waits for it
         }
 
 
@@ -117,10 +120,9 @@ class VQAEvalData(EvalItems):
             questions = read_questions(files, config, **fields)
         if is_test:
             check_question_ids(questions)
-        kept = [{"images": e["images"], "text": e["question"], "where": e["where"]} for e in questions]
-        super().__init__(
-            kept, config["image_res"], partial(clean_question, max_words=MAX_WORDS_IN_EVALUATION)
-        )
+        items = Mapped(questions, partial(item_of, text="question"))
+        clean = partial(clean_question, max_words=MAX_WORDS_IN_EVALUATION)
+        super().__init__(items, config["image_res"], clean)
         self.questions = questions
         self.annotations = list(map(given_answers, questions)) if "answer" in fields else None
 
@@ -129,7 +131,7 @@ class VQAEvalData(EvalItems):
         return [entry.get(field) for entry in self.questions]
 
 
-def check_question_ids(questions: list[dict]) -> None:
+def check_question_ids(questions: Iterable[dict]) -> None:
     places: dict[int, str] = {}
     for entry in questions:
         number, where = entry["question_id"], entry["where"]

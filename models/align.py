@@ -22,9 +22,24 @@ class Draws:
     text_neg: Tensor | None = None  # (B,) the text drawn for each image
 
 
-def unit_features(projection: nn.Module, embeds: Tensor) -> Tensor:
-    """The projected [CLS] state at unit length: embeds (B, N, D) -> (B, E)"""
-    return F.normalize(projection(embeds[:, 0]), dim=-1)
+def unit_features(projection: nn.Module, cls_states: Tensor) -> Tensor:
+    """The projected [CLS] states at unit length: (B, D) -> (B, E) float32, whatever the precision"""
+    return F.normalize(projection(cls_states).float(), dim=-1)
+
+
+def pair_rows(own: list[Tensor], apart: Tensor) -> Tensor:
+    """The rows of a multimodal pass: n texts that read each image, each (B, T), image by image, then the B
+    texts `apart` (B, T) that read other images -> ((n + 1) * B, T)
+    """
+    return torch.cat([torch.stack(own, dim=1).flatten(0, 1), apart])
+
+
+def itm_rows(num_own: int, batch: int, device: torch.device) -> Tensor:
+    """Where `pair_rows` has the pairs of ITM, the first two of the n own texts being the true and the
+    negative one -> (3B,): true pairs, (text i, negative image), (negative text, image i)
+    """
+    number = torch.arange(batch, device=device)
+    return torch.cat([num_own * number, num_own * batch + number, num_own * number + 1])
 
 
 class AlignmentModel(MomentumModel):
@@ -47,14 +62,15 @@ class AlignmentModel(MomentumModel):
         loss, sim_i2t (B, B), sim_t2i (B, B): the similarities within the batch
         """
         (image_feat, text_feat), (image_feat_m, text_feat_m) = feats, feats_m
-        texts = torch.cat([text_feat_m.T, self.text_queue], dim=1)  # (E, B+Q)
-        images = torch.cat([image_feat_m.T, self.image_queue], dim=1)
-        sim_i2t = image_feat @ texts / self.temp
-        sim_t2i = text_feat @ images / self.temp
-        with torch.no_grad():
-            target_i2t = losses.contrast_targets(image_feat_m @ texts / self.temp, positives, alpha)
-            target_t2i = losses.contrast_targets(text_feat_m @ images / self.temp, positives, alpha)
-        loss = losses.ita_loss(sim_i2t, sim_t2i, target_i2t, target_t2i)
+        with torch.autocast(image_feat.device.type, enabled=False):  # differences of 1e-3 decide here
+            texts = torch.cat([text_feat_m.T, self.text_queue], dim=1)  # (E, B+Q)
+            images = torch.cat([image_feat_m.T, self.image_queue], dim=1)
+            sim_i2t = image_feat @ texts / self.temp
+            sim_t2i = text_feat @ images / self.temp
+            with torch.no_grad():
+                target_i2t = losses.contrast_targets(image_feat_m @ texts / self.temp, positives, alpha)
+                target_t2i = losses.contrast_targets(text_feat_m @ images / self.temp, positives, alpha)
+            loss = losses.ita_loss(sim_i2t, sim_t2i, target_i2t, target_t2i)
         batch = len(image_feat)
         return loss, sim_i2t[:, :batch], sim_t2i[:, :batch]
 

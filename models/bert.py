@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.recompute import gelu_linear, run_layer
 from utils import UserError
 
 PADDING_SCORE = -10000.0  # finite, so that a row of nothing but padding stays finite
@@ -82,7 +83,7 @@ class CrossStates:
     """The other stream's keys and values, projected once for every layer and shared by many rows.
 
     keys_values: per layer (keys, values), each (B', H, S, d). A query batch of B = B' * n rows attends n by n
-    to them; `rows` picks other assignments. mask: additive, (B', 1, 1, S) or None.
+    to them; `rows` picks other streams for its last rows. mask: additive, (B', 1, 1, S) or None.
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
@@ -90,22 +91,24 @@ class CrossStates:
     index: Tensor | None = None
 
     def rows(self, index: Tensor) -> "CrossStates":
-        """Row r of the query attends to stream index[r]; gathered layer by layer, after the projection."""
+        """The last len(index) rows of the query attend to streams index[0], index[1], ...; those before, if
+        there are any, n by n. Gathered layer by layer, after the projection.
+        """
         return CrossStates(self.keys_values, self.mask, index)
 
-    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        keys, values = self.keys_values[i]
-        if self.index is None:
-            return keys, values, self.mask
-        mask = None if self.mask is None else self.mask[self.index]
-        return keys[self.index], values[self.index], mask
+    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Keys, values, mask and index, as `Attention` takes them."""
+        return *self.keys_values[i], self.mask, self.index
 
 
 def padding_mask(
     attention_mask: Tensor, score: float = PADDING_SCORE, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """attention_mask (B, S) with 1 = token, 0 = padding -> additive scores (B, 1, 1, S)."""
-    return (1.0 - attention_mask[:, None, None, :].to(dtype)) * score
+    """attention_mask (B, S) with 1 = token, 0 = padding -> additive scores (B, 1, 1, S); (B, T, S), which
+    token sees which -> (B, 1, T, S).
+    """
+    seen = attention_mask[:, None, None] if attention_mask.dim() == 2 else attention_mask[:, None]
+    return (1.0 - seen.to(dtype)) * score
 
 
 def causal_mask(attention_mask: Tensor) -> Tensor:
@@ -127,17 +130,23 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """input_ids (B, T) or inputs_embeds (B, T, D) -> (B, T, D)"""
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids (B, T) or inputs_embeds (B, T, D); position_ids (B, T), None = 0 to T-1 -> (B, T, D)"""
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         length, limit = inputs_embeds.shape[1], self.position_embeddings.num_embeddings
-        if length > limit:
+        if position_ids is None and length > limit:
             raise UserError(
                 f"a sequence of {length} tokens is longer than the {limit} positions of the text encoder; "
                 "truncate the text, lower image_res, or raise max_position_embeddings in bert_config"
             )
-        positions = self.position_embeddings.weight[:length]
+        table = self.position_embeddings.weight
+        positions = table[:length] if position_ids is None else table[position_ids]
         if self.token_type_embeddings is not None:
             positions = positions + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(inputs_embeds + positions))
@@ -161,7 +170,10 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return self.add(self.dense(x), residual)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(x) + residual)
 
 
 class Attention(nn.Module):
@@ -191,28 +203,43 @@ class Attention(nn.Module):
         """The rest of `forward` after `attention_map`, without dropout on the map."""
         return self.output((probabilities @ values).transpose(1, 2).reshape(hidden.shape), hidden)
 
-    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """hidden (B, T, D); keys, values (B', H, S, d) with B a multiple of B' -> (B, T, D)
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """hidden (B, T, D); keys, values (B', H, S, d), index as `CrossStates.rows` says -> (B, T, D)"""
+        query = self.self.query(hidden)
+        if index is None:
+            return self.output(self._attend(query, keys, values, mask), hidden)
+        first, last = query.split([len(query) - len(index), len(index)])
+        picked = [None if part is None else part.index_select(0, index) for part in (keys, values, mask)]
+        context = self._attend(last, *picked)
+        if len(first):
+            context = torch.cat([self._attend(first, keys, values, mask), context])
+        return self.output(context, hidden)
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """query (B, T, D); keys, values (B', H, S, d) with B a multiple of B' -> (B, T, D)
 
         With B' < B every B / B' consecutive rows share one stream: they ride on it as one long query, so that
         keys and values are never repeated in memory.
         """
-        query = self.self.query(hidden)
-        if len(keys) != len(hidden):
-            query = query.view(len(keys), -1, query.shape[-1])  # (B', n * T, D)
+        long = query.view(len(keys), -1, query.shape[-1])  # (B', n * T, D)
         dropout = self.dropout_prob if self.training else 0.0
-        mask = None if mask is None else mask.to(query.dtype)
-        context = F.scaled_dot_product_attention(self._heads(query), keys, values, mask, dropout)
-        return self.output(context.transpose(1, 2).reshape(hidden.shape), hidden)
+        if mask is not None:  # the lowest float32 would be -inf in half precision
+            mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
+        context = F.scaled_dot_product_attention(self._heads(long), keys, values, mask, dropout)
+        return context.transpose(1, 2).reshape(query.shape)
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.gelu(self.dense(hidden))
 
 
 class Layer(nn.Module):
@@ -227,12 +254,24 @@ class Layer(nn.Module):
         self,
         hidden: Tensor,
         mask: Tensor | None,
-        cross: tuple[Tensor, Tensor, Tensor | None] | None,
+        cross: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
+        places: Tensor | None = None,
+        first_only: bool = False,
     ) -> Tensor:
-        hidden = self.attention(hidden, *self.attention.project(hidden), mask)
+        """hidden (B, T, D) -> (B, T, D); first_only: of every row's first token alone, (B, 1, D); with
+        `places` (M,), numbers of tokens among the B * T, only those through the feed-forward, (M, D)
+        """
+        keys, values = self.attention.project(hidden)
+        hidden = self.attention(hidden[:, :1] if first_only else hidden, keys, values, mask)
         if cross is not None:
             hidden = self.crossattention(hidden, *cross)
-        return self.output(self.intermediate(hidden), hidden)
+        if places is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, places)
+        return self.feed_forward(hidden)
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        inner = self.intermediate.dense(hidden)
+        return self.output.add(gelu_linear(inner, self.output.dense), hidden)
 
 
 class Encoder(nn.Module):
@@ -253,6 +292,7 @@ class BertModel(nn.Module):
     def __init__(self, config: BertConfig, two_images: bool = False):
         super().__init__()
         self.config, self.two_images = config, two_images
+        self.checkpoint_activations = False
         self.embeddings = Embeddings(config, token_types=two_images)
         self.encoder = Encoder(config, two_images)
         self.apply(self._init_weights)
@@ -267,13 +307,16 @@ class BertModel(nn.Module):
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
 
-    def project(self, states: Tensor, attention_mask: Tensor | None = None) -> CrossStates:
-        """The other stream as cross-attention reads it: states (B, S, encoder_width), attention_mask (B,
-        S).
+    def project(
+        self, states: Tensor, attention_mask: Tensor | None = None, num_layers: int | None = None
+    ) -> CrossStates:
+        """The other stream as cross-attention reads it, in layers[:num_layers]: states (B, S, encoder_width),
+        attention_mask (B, S).
         """
         lowest = torch.finfo(states.dtype).min
         mask = None if attention_mask is None else padding_mask(attention_mask, lowest, states.dtype)
-        return CrossStates([layer.crossattention.project(states) for layer in self.encoder.layer], mask)
+        layers = self.encoder.layer[:num_layers]
+        return CrossStates([layer.crossattention.project(states) for layer in layers], mask)
 
     def project_pair(self, image_embeds: Tensor) -> CrossStates:
         """Two images for each text, (2B, S, encoder_width), first images first: layer i reads image i mod
@@ -290,26 +333,62 @@ class BertModel(nn.Module):
         cross: CrossStates | None = None,
         inputs_embeds: Tensor | None = None,
         causal: bool = False,
+        position_ids: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states (B, T, D) of tokens (B, T) or of another encoder's states (B, T, D).
 
-        attention_mask (B, T), None = no padding; causal: no token sees a later one (attention_mask must be
-        given). Raises UserError when T exceeds the position table.
+        attention_mask (B, T), None = no padding, or (B, T, T): which token sees which; causal: no token sees
+        a later one (attention_mask (B, T) must be given); position_ids (B, T), None = 0 to T-1; places (M,):
+        numbers of the tokens, among the B * T, whose states are wanted -> (M, D). Raises UserError when T
+        exceeds the position table.
         """
-        hidden = self.embeddings(input_ids, inputs_embeds)
-        mask = None if attention_mask is None else (causal_mask if causal else padding_mask)(attention_mask)
-        for i, layer in enumerate(self.encoder.layer):
-            hidden = layer(hidden, mask, None if cross is None else cross.layer(i))
-        return hidden
+        hidden, mask = self.before_last(input_ids, attention_mask, cross, inputs_embeds, causal, position_ids)
+        return self.run_layer(-1, hidden, mask, cross, places)
 
-    def last_self_attention(self, input_ids: Tensor, attention_mask: Tensor, cross: CrossStates) -> Tensor:
-        """The last layer's self-attention map (B, H, T, T); nothing after it is computed."""
-        hidden, mask = self.embeddings(input_ids), padding_mask(attention_mask)
-        *lower, last = self.encoder.layer
-        for i, layer in enumerate(lower):
-            hidden = layer(hidden, mask, cross.layer(i))
-        keys, _ = last.attention.project(hidden)
-        return last.attention.attention_map(hidden, keys, mask)
+    def first_state(
+        self, input_ids: Tensor, attention_mask: Tensor, cross: CrossStates | None = None
+    ) -> Tensor:
+        """`forward` for the first token alone (B, D): the last layer computes no other."""
+        hidden, mask = self.before_last(input_ids, attention_mask, cross)
+        return self.run_layer(-1, hidden, mask, cross, first_only=True)[:, 0]
+
+    def before_last(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross: CrossStates | None = None,
+        inputs_embeds: Tensor | None = None,
+        causal: bool = False,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `forward` but for the last layer: the states that it reads (B, T, D) and its additive mask."""
+        hidden = self.embeddings(input_ids, inputs_embeds, position_ids)
+        mask = None if attention_mask is None else (causal_mask if causal else padding_mask)(attention_mask)
+        for i in range(len(self.encoder.layer) - 1):
+            hidden = self.run_layer(i, hidden, mask, cross)
+        return hidden, mask
+
+    def run_layer(
+        self,
+        i: int,
+        hidden: Tensor,
+        mask: Tensor | None,
+        cross: CrossStates | None,
+        places: Tensor | None = None,
+        first_only: bool = False,
+    ) -> Tensor:
+        """Layer i, as `Layer` says; with `checkpoint_activations` the backward pass computes it again instead
+        of keeping what it needs.
+        """
+        inputs = hidden, mask, None if cross is None else cross.layer(i), places, first_only
+        return run_layer(self.encoder.layer[i], *inputs, again=self.checkpoint_activations)
+
+    def last_self_attention(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """The last layer's self-attention map (B, H, T, T) of the states before it, (B, T, D)."""
+        attention = self.encoder.layer[-1].attention
+        keys, _ = attention.project(hidden)
+        return attention.attention_map(hidden, keys, mask)
 
 
 class PredictionTransform(nn.Module):

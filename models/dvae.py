@@ -86,7 +86,8 @@ class DalleEncoder(nn.Module):
     @torch.no_grad()
     def logits(self, code_view: Tensor) -> Tensor:
         """(B, 3, R, R) in [0, 1] -> (B, V, R/8, R/8) float32."""
-        x = 0.8 * code_view.float() + 0.1  # the logit-Laplace range [0.1, 0.9] of DALL-E
+        x = code_view.float().contiguous(memory_format=torch.channels_last)
+        x = 0.8 * x + 0.1  # the logit-Laplace range [0.1, 0.9] of DALL-E
         device = x.device.type
         # As published: half precision on GPUs but for the output layer, whatever the training's precision is.
         with torch.autocast(device, dtype=torch.float16, enabled=device == "cuda"):
@@ -119,7 +120,7 @@ def _dalle_from_state(state: dict[str, Tensor], source: str) -> DalleEncoder:
             f"{source} does not hold DALL-E's image encoder ({str(error)[:200]}); get {DALLE_URL}, "
             f"{OTHERWISE}"
         ) from error
-    return model
+    return model.to(memory_format=torch.channels_last)  # as half-precision convolutions want it
 
 
 def _module_state(module: Inert, prefix: str = "") -> dict[str, Tensor]:

@@ -57,12 +57,12 @@ def itm_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, 
         for i in range(block):
             hidden = layers[i](hidden, mask, cross.layer(i))
         hidden = layer.attention(hidden, *layer.attention.project(hidden), mask)
-        keys, values, cross_mask = cross.layer(block)
+        keys, values, cross_mask, _ = cross.layer(block)
         probabilities = layer.crossattention.attention_map(hidden, keys, cross_mask)  # (B, H, T, N)
     with torch.enable_grad():
         probabilities.requires_grad_()
         hidden = layer.crossattention.read(probabilities, values, hidden)
-        hidden = layer.output(layer.intermediate(hidden), hidden)
+        hidden = layer.feed_forward(hidden)
         for i in range(block + 1, len(layers)):
             hidden = layers[i](hidden, mask, cross.layer(i))
         logits = model.itm_head(hidden[:, 0])[:, 1]  # (B,)
@@ -86,7 +86,7 @@ def itc_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, 
         tokens = read(blocks[block], probabilities, values, tokens)
         for upper in blocks[block + 1 :]:
             tokens = upper(tokens)
-        image_feat = unit_features(model.vision_proj, model.visual_encoder.norm(tokens))
+        image_feat = unit_features(model.vision_proj, model.visual_encoder.norm(tokens)[:, 0])
         similarity = (image_feat * text_feat).sum(-1) / model.temp  # (B,)
     return _weigh(probabilities, similarity)[:, :, 0, 1:].mean(1)
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from models import losses
-from models.align import AlignmentModel, Draws, unit_features
+from models.align import AlignmentModel, Draws, itm_rows, pair_rows, unit_features
 from models.bert import BertConfig, BertForMaskedLM
 from models.momentum import make_twin
 from models.vit import VisionTransformer, vit_sizes
-from utils import UserError
+from utils import UserError, find_places
 
 
 class SIMLA(AlignmentModel):
@@ -101,40 +101,50 @@ class SIMLA(AlignmentModel):
         patch_mask: Tensor,
         visual_codes: Tensor,
         alpha: float,
+        mlm_places: Tensor | None = None,
+        mim_places: Tensor | None = None,
         draws: Draws | None = None,
     ) -> dict[str, Tensor]:
         """The five losses of one batch.
 
         image (B, 3, R, R); text_ids, text_mask, mlm_ids, mlm_labels (B, T): the caption, its padding mask,
         the caption with masked words, their ids (-100 elsewhere); patch_mask (B, N-1) bool: patches hidden
-        from MIM; visual_codes (B, N-1): their targets; alpha: weight of the momentum targets.
+        from MIM; visual_codes (B, N-1): their targets; alpha: weight of the momentum targets; mlm_places (M,)
+        of B * T, mim_places (K,) of B * (N-1): the numbers of the masked words and patches. Without them the
+        host waits for the device to count.
         """
+        mlm_places = find_places(mlm_labels != -100) if mlm_places is None else mlm_places
+        mim_places = find_places(patch_mask) if mim_places is None else mim_places
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
             self.update_twins()
         # Every image is encoded twice, whole and with hidden patches: the same weights, so one batch.
         images, hidden = torch.cat([image, image]), torch.cat([torch.zeros_like(patch_mask), patch_mask])
         image_embeds, masked_embeds = self.visual_encoder(images, hidden).chunk(2)  # (B, N, D) each
-        text_embeds = self.text_encoder.bert(text_ids, text_mask)  # (B, T, D)
-        feats = unit_features(self.vision_proj, image_embeds), unit_features(self.text_proj, text_embeds)
+        text_cls = self.text_encoder.bert.first_state(text_ids, text_mask)  # (B, D)
+        image_feat = unit_features(self.vision_proj, image_embeds[:, 0])  # (B, E)
+        feats = image_feat, unit_features(self.text_proj, text_cls)
         with torch.no_grad():
             image_embeds_m, masked_embeds_m = self.visual_encoder_m(images, hidden).chunk(2)
-            text_embeds_m = self.text_encoder_m.bert(text_ids, text_mask)
-            image_feat_m = unit_features(self.vision_proj_m, image_embeds_m)  # (B, E)
-            feats_m = image_feat_m, unit_features(self.text_proj_m, text_embeds_m)
+            text_cls_m = self.text_encoder_m.bert.first_state(text_ids, text_mask)
+            image_feat_m = unit_features(self.vision_proj_m, image_embeds_m[:, 0])
+            feats_m = image_feat_m, unit_features(self.text_proj_m, text_cls_m)
 
         itself = torch.eye(len(image), dtype=torch.bool, device=image.device)
         positives = nn.functional.pad(itself.float(), (0, self.image_queue.shape[1]))  # (B, B+Q)
         loss_ita, sim_i2t, sim_t2i = self._ita(feats, feats_m, positives, alpha)
         self._enqueue(feats_m)
         negatives = self._negatives(sim_i2t, sim_t2i, itself, draws or Draws())
+        words_m, attention_m = self._momentum_reads(
+            image_embeds, image_embeds_m, text_ids, text_mask, mlm_ids, mlm_places
+        )
         loss_itm, loss_mlm = self._itm_mlm(
-            image_embeds, image_embeds_m, text_ids, text_mask, mlm_ids, mlm_labels, negatives, alpha
+            image_embeds, text_ids, text_mask, mlm_ids, mlm_labels, mlm_places, negatives, words_m, alpha
         )
         loss_mim = self._mim(
-            masked_embeds, masked_embeds_m, text_ids, text_mask, patch_mask, visual_codes, alpha
+            masked_embeds, masked_embeds_m, text_ids, text_mask, mim_places, visual_codes, alpha
         )
-        loss_psl = self._psl(image_embeds, feats[0], image_feat_m, text_ids, text_mask, alpha)
+        loss_psl = self._psl(image_feat, image_feat_m, attention_m, text_ids, text_mask, alpha)
         return {
             "loss_ita": loss_ita,
             "loss_itm": loss_itm,
@@ -143,44 +153,67 @@ class SIMLA(AlignmentModel):
             "loss_psl": loss_psl,
         }
 
-    def _itm_mlm(
+    @torch.no_grad()
+    def _momentum_reads(
         self,
         image_embeds: Tensor,
         image_embeds_m: Tensor,
         text_ids: Tensor,
         text_mask: Tensor,
         mlm_ids: Tensor,
+        mlm_places: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What the momentum encoder makes of image and text, for MLM and PSL: one batch of 2B rows, up to the
+        last layer.
+
+        -> logits at the masked words (M, V), of the text with masked words and the momentum image states, or
+        with mlm_distill_over_sequence everywhere (B, T, V); the last layer's self-attention map (B, H, T, T)
+        of the whole text and the online image states
+        """
+        bert_m, batch = self.text_encoder_m.bert, len(text_ids)
+        last = bert_m.encoder.layer[-1]
+        cross = bert_m.project(torch.cat([image_embeds_m, image_embeds]), num_layers=-1)
+        cross.keys_values.append(last.crossattention.project(image_embeds_m))
+        hidden, mask = bert_m.before_last(torch.cat([mlm_ids, text_ids]), torch.cat([text_mask] * 2), cross)
+        places = None if self.mlm_distill_over_sequence else mlm_places
+        words = bert_m.run_layer(-1, hidden[:batch], mask[:batch], cross, places)
+        return self.text_encoder_m.predict(words), bert_m.last_self_attention(hidden[batch:], mask[batch:])
+
+    def _itm_mlm(
+        self,
+        image_embeds: Tensor,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        mlm_ids: Tensor,
         mlm_labels: Tensor,
+        mlm_places: Tensor,
         negatives: tuple[Tensor, Tensor, Tensor],
+        logits_m: Tensor,
         alpha: float,
     ) -> tuple[Tensor, Tensor]:
-        """Matching and masked words in one multimodal pass of 4B rows over the same projected image keys.
-
-        Rows: true pairs; (text i, negative image); (negative text, image i); (text i with masked words, image
-        i).
+        """Matching and masked words in one multimodal pass of 4B rows over the same projected image keys:
+        each image is read by its text, a negative one and its text with masked words; B texts read a negative
+        image.
         """
         image_neg, text_neg, has_negative = negatives
-        batch, own = len(text_ids), torch.arange(len(text_ids), device=text_ids.device)
+        batch, length = text_ids.shape
+        number_in_pass = 3 * (mlm_places // length) + 2  # the row of a masked word's text
+        words = number_in_pass * length + mlm_places % length  # (M,)
+        cls = itm_rows(3, batch, text_ids.device) * length  # (3B,)
         hidden = self.text_encoder.bert(
-            torch.cat([text_ids, text_ids, text_ids[text_neg], mlm_ids]),
-            torch.cat([text_mask, text_mask, text_mask[text_neg], text_mask]),
-            self.text_encoder.bert.project(image_embeds).rows(torch.cat([own, image_neg, own, own])),
-        )  # (4B, T, D)
-
-        loss_itm = self._itm_loss(hidden[: 3 * batch, 0], has_negative)
-
-        hidden_mlm = hidden[3 * batch :]  # (B, T, D)
-        with torch.no_grad():
-            bert_m = self.text_encoder_m.bert
-            hidden_m = bert_m(mlm_ids, text_mask, bert_m.project(image_embeds_m))
-        if self.mlm_distill_over_sequence:
-            logits_m = self.text_encoder_m.predict(hidden_m)
-            logits = self.text_encoder.predict(hidden_mlm)
+            pair_rows([text_ids, text_ids[text_neg], mlm_ids], text_ids),
+            pair_rows([text_mask, text_mask[text_neg], text_mask], text_mask),
+            self.text_encoder.bert.project(image_embeds).rows(image_neg),
+            places=None if self.mlm_distill_over_sequence else torch.cat([cls, words]),
+        )  # (3B + M, D)
+        if self.mlm_distill_over_sequence:  # (4B, T, D)
+            loss_itm = self._itm_loss(hidden.flatten(0, 1)[cls], has_negative)
+            logits = self.text_encoder.predict(hidden[2 : 3 * batch : 3])
             return loss_itm, losses.mlm_loss_over_sequence(logits, mlm_labels, logits_m, alpha)
-        masked = mlm_labels != -100  # (B, T)
-        logits_m = self.text_encoder_m.predict(hidden_m[masked])
-        logits = self.text_encoder.predict(hidden_mlm[masked])
-        return loss_itm, losses.mlm_loss(logits, mlm_labels[masked], logits_m, alpha)
+        loss_itm = self._itm_loss(hidden[: len(cls)], has_negative)
+        logits = self.text_encoder.predict(hidden[len(cls) :])
+        labels = mlm_labels.flatten().index_select(0, mlm_places)
+        return loss_itm, losses.mlm_loss(logits, labels, logits_m, alpha)
 
     def _mim(
         self,
@@ -188,7 +221,7 @@ class SIMLA(AlignmentModel):
         masked_embeds_m: Tensor,
         text_ids: Tensor,
         text_mask: Tensor,
-        patch_mask: Tensor,
+        mim_places: Tensor,
         visual_codes: Tensor,
         alpha: float,
     ) -> Tensor:
@@ -196,27 +229,27 @@ class SIMLA(AlignmentModel):
         read the text's embeddings; both momentum and online pass read the online ones."""
         bert, bert_m = self.text_encoder.bert, self.text_encoder_m.bert
         words = bert.embeddings(text_ids)  # (B, T, D)
-        hidden = bert(inputs_embeds=masked_embeds, cross=bert.project(words, text_mask))  # (B, N, D)
-        logits = self.mim_head(hidden[:, 1:][patch_mask])  # (M, visual vocabulary)
+        places = mim_places + mim_places // visual_codes.shape[1] + 1  # each image has its [CLS] before it
+        cross = bert.project(words, text_mask)
+        logits = self.mim_head(bert(inputs_embeds=masked_embeds, cross=cross, places=places))  # (K, codes)
         with torch.no_grad():
-            hidden_m = bert_m(inputs_embeds=masked_embeds_m, cross=bert_m.project(words, text_mask))
-            logits_m = self.mim_head_m(hidden_m[:, 1:][patch_mask])
-        return losses.mim_loss(logits, visual_codes[patch_mask], logits_m, alpha)
+            cross_m = bert_m.project(words, text_mask)
+            logits_m = self.mim_head_m(bert_m(inputs_embeds=masked_embeds_m, cross=cross_m, places=places))
+        codes = visual_codes.flatten().index_select(0, mim_places)
+        return losses.mim_loss(logits, codes, logits_m, alpha)
 
     def _psl(
         self,
-        image_embeds: Tensor,
         image_feat: Tensor,
         image_feat_m: Tensor,
+        attention_m: Tensor,
         text_ids: Tensor,
         text_mask: Tensor,
         alpha: float,
     ) -> Tensor:
         """The words that the momentum encoder's [CLS] attends to most, predicted from the image feature."""
         with torch.no_grad():
-            bert_m = self.text_encoder_m.bert
-            attention = bert_m.last_self_attention(text_ids, text_mask, bert_m.project(image_embeds))
-            votes = losses.keyword_votes(attention[:, :, 0], None if self.psl_padding else text_mask)
+            votes = losses.keyword_votes(attention_m[:, :, 0], None if self.psl_padding else text_mask)
             positions, counted = losses.choose_keywords(votes)
             vocab_size = self.concept_head.out_features
             target = losses.keyword_targets(text_ids, positions, counted, vocab_size, self.cls_id)

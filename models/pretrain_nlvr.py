@@ -82,7 +82,7 @@ class SIMLAPretrainNLVR(MomentumModel):
         """
         image_embeds = self.visual_encoder(image)  # (B, N, D)
         with torch.no_grad():
-            image_feat = unit_features(self.vision_proj, image_embeds)  # (B, E)
+            image_feat = unit_features(self.vision_proj, image_embeds[:, 0])  # (B, E)
             own = torch.eye(len(image), dtype=torch.bool, device=image.device)
             similarity = image_feat @ image_feat.T / NEGATIVES_TEMP
             weights, has_negative = losses.negative_weights(similarity, own)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from models import losses
-from models.align import AlignmentModel, Draws, unit_features
-from models.bert import BertConfig, BertModel
+from models.align import AlignmentModel, Draws, itm_rows, pair_rows, unit_features
+from models.bert import BertConfig, BertModel, CrossStates
 from models.momentum import make_twin
 from models.vit import VisionTransformer, vit_sizes
 
@@ -89,8 +89,10 @@ class SIMLARetrieval(AlignmentModel):
         image_embeds, image_feat = self.encode_image(image)  # (B, N, D), (B, E)
         feats = image_feat, self.encode_text(text_ids, text_mask)
         with torch.no_grad():
-            image_feat_m = unit_features(self.vision_proj_m, self.visual_encoder_m(image))
-            text_feat_m = unit_features(self.text_proj_m, self.text_encoder_m(text_ids, text_mask))
+            image_feat_m = unit_features(self.vision_proj_m, self.visual_encoder_m(image)[:, 0])
+            text_feat_m = unit_features(
+                self.text_proj_m, self.text_encoder_m.first_state(text_ids, text_mask)
+            )
 
         positives = losses.identity_positives(idx, self.idx_queue)
         loss_ita, sim_i2t, sim_t2i = self._ita(feats, (image_feat_m, text_feat_m), positives, alpha)
@@ -98,28 +100,27 @@ class SIMLARetrieval(AlignmentModel):
         same = idx[:, None] == idx[None]
         image_neg, text_neg, has_negative = self._negatives(sim_i2t, sim_t2i, same, draws or Draws())
 
-        own = torch.arange(len(text_ids), device=text_ids.device)
-        hidden = self.text_encoder(
-            torch.cat([text_ids, text_ids, text_ids[text_neg]]),
-            torch.cat([text_mask, text_mask, text_mask[text_neg]]),
-            self.text_encoder.project(image_embeds).rows(torch.cat([own, image_neg, own])),
-        )  # (3B, T, D)
-        return {"loss_ita": loss_ita, "loss_itm": self._itm_loss(hidden[:, 0], has_negative)}
+        cls_states = self.text_encoder(
+            pair_rows([text_ids, text_ids[text_neg]], text_ids),
+            pair_rows([text_mask, text_mask[text_neg]], text_mask),
+            self.text_encoder.project(image_embeds).rows(image_neg),
+            places=itm_rows(2, len(text_ids), text_ids.device) * text_ids.shape[1],
+        )  # (3B, D)
+        return {"loss_ita": loss_ita, "loss_itm": self._itm_loss(cls_states, has_negative)}
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, R, R) -> token states (B, N, D), unit-length features (B, E)"""
         image_embeds = self.visual_encoder(image)
-        return image_embeds, unit_features(self.vision_proj, image_embeds)
+        return image_embeds, unit_features(self.vision_proj, image_embeds[:, 0])
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """text_ids, text_mask (B, T) -> unit-length features (B, E)"""
-        return unit_features(self.text_proj, self.text_encoder(text_ids, text_mask))
+        return unit_features(self.text_proj, self.text_encoder.first_state(text_ids, text_mask))
 
-    def match(self, image_embeds: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+    def match(self, cross: CrossStates, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """The "match" logit of every text with its image.
 
-        image_embeds (I, N, D) of I images; text_ids, text_mask (I * n, T): n texts for each in turn -> (I *
-        n,)
+        cross: I images as `text_encoder.project` has them; text_ids, text_mask (I * n, T): n texts for each
+        in turn -> (I * n,)
         """
-        hidden = self.text_encoder(text_ids, text_mask, self.text_encoder.project(image_embeds))
-        return self.itm_head(hidden[:, 0])[:, 1]
+        return self.itm_head(self.text_encoder.first_state(text_ids, text_mask, cross))[:, 1]

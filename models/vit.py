@@ -3,14 +3,38 @@
 Shapes: B batch, N tokens = 1 [CLS] + patches row by row, D width, H heads, d = D / H.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from models.recompute import gelu_linear, run_layer
 from utils import UserError
+
+
+class _LinspaceOnCpu(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Callable, types, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        on_cpu = {"device": "cpu"} if function is torch.linspace else {}
+        return function(*args, **{**(kwargs or {}), **on_cpu})
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Models built inside have names and shapes but no numbers, at any size in no time.
+
+    As `torch.device("meta")`, but older timm reads numbers that it makes by linspace.
+    """
+    with torch.device("meta"), _LinspaceOnCpu():
+        yield
 
 
 def vit_sizes(config: dict) -> dict:
@@ -23,6 +47,13 @@ def vit_sizes(config: dict) -> dict:
         ),  # pre-training, which always has it, has no such key
         **config["vit"],
     }
+
+
+class LeanMlp(Mlp):
+    """timm's, without dropout and norm, as the image encoder has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_linear(self.fc1(x), self.fc2)
 
 
 class VisionTransformer(TimmVisionTransformer):
@@ -56,10 +87,12 @@ class VisionTransformer(TimmVisionTransformer):
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+            mlp_layer=LeanMlp,
             num_classes=0,
             global_pool="",
             weight_init="jax",  # Xavier: with timm's std of 0.02 narrow models start from scratch slowly
         )
+        self.checkpoint_activations = False
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if mask_token else None
         if mask_token:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -79,7 +112,7 @@ class VisionTransformer(TimmVisionTransformer):
         """
         tokens = self.embed(image, patch_mask)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = run_layer(block, tokens, again=self.checkpoint_activations)
         return self.norm(tokens)
 
 

@@ -7,13 +7,14 @@ vocabulary, K candidate answers.
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models import losses
+from models.answer_tree import AnswerTree
 from models.bert import BertConfig, BertForMaskedLM, BertModel, CrossStates
 from models.momentum import MomentumModel, make_twin
 from models.vit import VisionTransformer, vit_sizes
+from utils import find_places
 
 
 class SIMLAVQA(MomentumModel):
@@ -68,46 +69,40 @@ class SIMLAVQA(MomentumModel):
         weights: Tensor,
         num_answers: Tensor,
         alpha: float,
+        answer_places: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The cross-entropy of the answers' tokens after [CLS], weighted, for each question.
 
         image (B, 3, R, R); question_ids, question_mask (B, T); answer_ids, answer_mask (A, L): the answers of
         question 0, then of question 1, ...; weights (A,); num_answers (B,) of each question, A in all; alpha:
         weight of the momentum targets. vqa_no_distill: none, as published. mlm_distill_over_sequence: the
-        student's soft log-probabilities are taken over the sequence, as published.
+        student's soft log-probabilities are taken over the sequence, as published. answer_places (M,) of A *
+        (L-1): the numbers of the answers' tokens after [CLS], without padding; without them the host waits
+        for the device to count.
         """
+        labels, is_next = answer_ids[:, 1:], answer_mask[:, 1:].bool()  # (A, L-1)
+        places = find_places(is_next) if answer_places is None else answer_places
+        with_teacher = alpha > 0 and not self.vqa_no_distill
+        over_sequence = with_teacher and self.mlm_distill_over_sequence
         with torch.no_grad():
             self.update_twins()
         online, momentum = zip(*self.twins(), strict=True)
-        own = torch.arange(len(image), device=image.device).repeat_interleave(num_answers)  # (A,)
+        numbers = torch.arange(len(image), device=image.device)
+        own = numbers.repeat_interleave(num_answers, output_size=len(answer_ids))  # (A,)
         inputs = image, question_ids, question_mask, answer_ids, answer_mask, own
-        hidden = answer_states(online, *inputs)  # (A, L-1, D)
-        hidden_m = None
-        if alpha > 0 and not self.vqa_no_distill:
+        inputs += (None if over_sequence else places,)
+        logits = self.text_decoder.predict(answer_states(online, *inputs))  # (M, V), or (A, L-1, V)
+        logits_m = None
+        if with_teacher:
             with torch.no_grad():
-                hidden_m = answer_states(momentum, *inputs)
+                logits_m = self.text_decoder_m.predict(answer_states(momentum, *inputs))
         weights = weights / len(image)
-        return {"loss": self._answer_loss(hidden, hidden_m, answer_ids, answer_mask, weights, alpha)}
-
-    def _answer_loss(
-        self,
-        hidden: Tensor,
-        hidden_m: Tensor | None,
-        answer_ids: Tensor,
-        answer_mask: Tensor,
-        weights: Tensor,
-        alpha: float,
-    ) -> Tensor:
-        """hidden, hidden_m (A, L-1, D), of which only what the loss counts goes through the wide LM head."""
-        labels, is_next = answer_ids[:, 1:], answer_mask[:, 1:].bool()  # (A, L-1)
-        if hidden_m is not None and self.mlm_distill_over_sequence:
-            logits, logits_m = self.text_decoder.predict(hidden), self.text_decoder_m.predict(hidden_m)
+        if over_sequence:
             labels = labels.masked_fill(~is_next, -100)
-            return losses.answer_loss_over_sequence(logits, labels, logits_m, weights, alpha)
-        logits = self.text_decoder.predict(hidden[is_next])  # (M, V)
-        logits_m = None if hidden_m is None else self.text_decoder_m.predict(hidden_m[is_next])
-        token_weights = weights[:, None].expand_as(is_next)[is_next]  # (M,)
-        return losses.answer_loss(logits, labels[is_next], logits_m, token_weights, alpha)
+            return {"loss": losses.answer_loss_over_sequence(logits, labels, logits_m, weights, alpha)}
+        token_labels = labels.flatten().index_select(0, places)
+        token_weights = weights.index_select(0, places // labels.shape[1])
+        return {"loss": losses.answer_loss(logits, token_labels, logits_m, token_weights, alpha)}
 
     @torch.no_grad()
     def rank_answers(
@@ -115,62 +110,62 @@ class SIMLAVQA(MomentumModel):
         image: Tensor,
         question_ids: Tensor,
         question_mask: Tensor,
-        answer_ids: Tensor,
-        answer_mask: Tensor,
+        answers: AnswerTree,
         k: int,
         chunk_rows: int = 1024,
     ) -> tuple[Tensor, Tensor]:
-        """The k best of a fixed list of answers to each question, best first.
+        """The k best of a fixed list of K answers to each question, best first.
 
-        answer_ids, answer_mask (K, L): the list, every answer from [CLS] on; k may exceed K; the decoder
-        reads at most chunk_rows answers at a time -> numbers of answers and their probabilities among the k,
-        (B, min(k, K)). The first token's probability picks the k; their score is its logarithm plus the
-        log-likelihood of the whole answer, which counts the first token again, as published. Of equal answers
-        the earlier one stands first.
+        k may exceed K; at most chunk_rows answers are scored at a time -> numbers of answers and their
+        probabilities among the k, (B, min(k, K)). The first token's probability picks the k; their score is
+        its logarithm plus the log-likelihood of the whole answer, which counts the first token again, as
+        published. Of equal answers the earlier one stands first.
         """
-        k = min(k, len(answer_ids))
+        k = min(k, len(answers.ids))
         questions = question_states(
             self.visual_encoder, self.text_encoder, image, question_ids, question_mask
         )
         ranked = [
-            self._rank(questions[rows], question_mask[rows], answer_ids, answer_mask, k, chunk_rows)
+            self.rank_states(questions[rows], question_mask[rows], answers, k, chunk_rows)
             for rows in torch.arange(len(image), device=image.device).split(max(1, chunk_rows // k))
         ]
         numbers, probabilities = map(torch.cat, zip(*ranked, strict=True))
         return numbers, probabilities
 
-    def _rank(
-        self,
-        questions: Tensor,
-        question_mask: Tensor,
-        answer_ids: Tensor,
-        answer_mask: Tensor,
-        k: int,
-        chunk_rows: int,
+    def rank_states(
+        self, questions: Tensor, question_mask: Tensor, answers: AnswerTree, k: int, chunk_rows: int
     ) -> tuple[Tensor, Tensor]:
         """`rank_answers` with question states (B, T, D) of few enough questions."""
         cross = self.text_decoder.bert.project(questions, question_mask)
-        start = answer_ids[:1, :1].expand(len(questions), 1)  # [CLS]
+        start = answers.ids[:1, :1].expand(len(questions), 1)  # [CLS]
         hidden = self.text_decoder.bert(start, torch.ones_like(start), cross, causal=True)
-        first = self.text_decoder.predict(hidden[:, 0]).log_softmax(-1)[:, answer_ids[:, 1]]  # (B, K)
+        first = (
+            self.text_decoder.predict(hidden[:, 0]).float().log_softmax(-1)[:, answers.ids[:, 1]]
+        )  # (B, K)
         first, chosen = (part[:, :k] for part in first.sort(descending=True, stable=True))
-        likelihoods = [
-            self._log_likelihood(answer_ids[part], answer_mask[part], cross)
-            for part in chosen.split(chunk_rows, dim=1)
-        ]
-        scores, order = (first + torch.cat(likelihoods, dim=1)).sort(descending=True, stable=True)
+        rest = [self._log_likelihood(answers, part, cross) for part in chosen.split(chunk_rows, dim=1)]
+        scores, order = (2 * first + torch.cat(rest, dim=1)).sort(descending=True, stable=True)
         return chosen.gather(1, order), scores.softmax(-1).float()
 
-    def _log_likelihood(self, answer_ids: Tensor, answer_mask: Tensor, cross: CrossStates) -> Tensor:
-        """n answers to each question, (B, n, L) -> (B, n); they ride on its keys and values as one query."""
-        longest = int(answer_mask.sum(-1).max())
-        ids, mask = answer_ids[..., :longest].flatten(0, 1), answer_mask[..., :longest].flatten(0, 1)
-        hidden = self.text_decoder.bert(ids[:, :-1], mask[:, :-1], cross, causal=True)
-        is_next = mask[:, 1:].bool()
-        logits = self.text_decoder.predict(hidden[is_next])
+    def _log_likelihood(self, answers: AnswerTree, chosen: Tensor, cross: CrossStates) -> Tensor:
+        """Of what follows an answer's first two tokens: chosen (B, k) -> (B, k)
+
+        The wide LM head sees each beginning once, and [CLS], which predicts the second token, not again.
+        """
+        branches = answers.branches(chosen)
+        hidden = self.text_decoder.bert(
+            branches.ids, branches.seen, cross, position_ids=branches.positions
+        )  # (B, n, D)
+        column = torch.arange(hidden.shape[1], device=hidden.device)
+        predicts = (column > 0) & (column < branches.num[:, None])  # (B, n), M of them
+        log_probs = self.text_decoder.predict(hidden[predicts]).float().log_softmax(-1)  # (M, V)
+        rows = (predicts.flatten().cumsum(0) - 1).view_as(predicts)
+        is_next = answers.mask[chosen][..., 2:].bool()  # (B, k, L-2)
+        labels, places = answers.ids[chosen][..., 2:], branches.places[..., 1:]
+        rows = rows.gather(1, places.flatten(1)).view_as(places)
         likelihoods = torch.zeros_like(is_next, dtype=torch.float64)  # sums near -30 would round in float32
-        likelihoods[is_next] = -F.cross_entropy(logits, ids[:, 1:][is_next], reduction="none").double()
-        return likelihoods.sum(1).view(answer_ids.shape[:2])
+        likelihoods[is_next] = log_probs[rows[is_next], labels[is_next]].double()
+        return likelihoods.sum(-1)
 
     @torch.no_grad()
     def generate(
@@ -201,7 +196,7 @@ class SIMLAVQA(MomentumModel):
         for _ in range(min(max_tokens, decoder.bert.config.max_position_embeddings)):
             rows = ids.flatten(0, 1)
             hidden = decoder.bert(rows, torch.ones_like(rows), cross, causal=True)[:, -1]
-            following = decoder.predict(hidden).log_softmax(-1).unflatten(0, scores.shape)
+            following = decoder.predict(hidden).float().log_softmax(-1).unflatten(0, scores.shape)
             ids, scores = extend_beams(ids, scores, following, sep_id, pad_id)
             if (is_finished(ids, sep_id, pad_id) | scores.isinf()).all():
                 break
@@ -223,12 +218,15 @@ def answer_states(
     answer_ids: Tensor,
     answer_mask: Tensor,
     own: Tensor,
+    places: Tensor | None = None,
 ) -> Tensor:
-    """The states that predict tokens 1 to L-1 of every answer: own (A,) its question -> (A, L-1, D)"""
+    """The states that predict tokens 1 to L-1 of every answer: own (A,) its question -> (A, L-1, D), or those
+    at `places` (M,) of A * (L-1) -> (M, D)
+    """
     visual_encoder, text_encoder, decoder = modules
     questions = question_states(visual_encoder, text_encoder, image, question_ids, question_mask)
     cross = decoder.bert.project(questions, question_mask).rows(own)
-    return decoder.bert(answer_ids[:, :-1], answer_mask[:, :-1], cross, causal=True)
+    return decoder.bert(answer_ids[:, :-1], answer_mask[:, :-1], cross, causal=True, places=places)
 
 
 def is_finished(ids: Tensor, sep_id: int, pad_id: int) -> Tensor:

@@ -4,10 +4,12 @@ import difflib
 from collections.abc import Iterable
 
 from timm.optim import create_optimizer_v2, list_optimizers
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils import UserError
+
+FUSED = ("adam", "adamw", "sgd")  # torch has them as one kernel, on GPUs and CPUs
 
 
 def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
@@ -23,6 +25,18 @@ def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
     return [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
 
 
+def step_unless(bad: Tensor, optimizer: Optimizer) -> None:
+    """One step, or none where bad, a float scalar on the parameters' device, is 1.
+
+    A fused optimiser reads it there, so that the host need not wait for the device.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, bad
+        optimizer.step()
+    elif not bad.item():
+        optimizer.step()
+
+
 def create_optimizer(model: nn.Module, config: dict) -> Optimizer:
     """The optimiser of the config section {opt, lr, weight_decay, optional eps and betas}.
 
@@ -30,6 +44,7 @@ def create_optimizer(model: nn.Module, config: dict) -> Optimizer:
     """
     groups = param_groups(model.named_parameters(), config["weight_decay"])
     name = config["opt"].lower()
+    fused = {"fused": True} if name in FUSED else {}
     try:
         return create_optimizer_v2(
             groups,
@@ -38,6 +53,7 @@ def create_optimizer(model: nn.Module, config: dict) -> Optimizer:
             weight_decay=config["weight_decay"],
             eps=config.get("eps", 1e-8),
             betas=tuple(config.get("betas", (0.9, 0.999))),
+            **fused,
         )
     except (ValueError, TypeError) as error:
         known = list_optimizers()

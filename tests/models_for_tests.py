@@ -1,8 +1,5 @@
 """The tiny models that the recorded numbers were made with."""
 
-from contextlib import contextmanager
-from unittest import mock
-
 import torch
 from goldens_io import golden, golden_image
 
@@ -56,17 +53,6 @@ TINY_BERT = BertConfig(
     encoder_width=24,
 )
 TINY_CLS_ID = 1
-
-
-@contextmanager
-def without_memory():
-    """Modules built inside have shapes but no numbers. (Old timm reads numbers off a linspace.)"""
-    linspace = torch.linspace
-    on_cpu = mock.patch(
-        "torch.linspace", lambda *args, **kwargs: linspace(*args, **{**kwargs, "device": "cpu"})
-    )
-    with on_cpu, torch.device("meta"):
-        yield
 
 
 def shake(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.nn.Module:

@@ -262,7 +262,10 @@ def test_a_restart_of_a_resumed_run_goes_on_from_its_own_last_checkpoint(restart
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
-        train("killed once", int(os.environ["RANK"]))
+        this_rank = int(os.environ["RANK"])
+        if (this_rank, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (1, "1"):
+            time.sleep(3)  # so that the other one could find the address it had before
+        train("killed once", this_rank)
     else:
         torch.set_num_threads(1)
         multiprocessing.set_start_method("fork")

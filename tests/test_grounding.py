@@ -195,7 +195,7 @@ def slow_maps(model: SIMLARetrieval, image: torch.Tensor, ids: torch.Tensor, mod
                 parts = own.query(hidden), own.key(states), own.value(states)
                 mixed = slow_attention(*parts, attention.num_heads, seen)
                 hidden = attention.output(mixed, hidden)
-            hidden = layer.output(layer.intermediate(hidden), hidden)
+            hidden = layer.feed_forward(hidden)
         return hidden[0]
 
     if mode == "itm":

@@ -9,7 +9,7 @@ import torch
 from tiny import make_tiny
 
 import Pretrain
-from faults import gradient_norm, not_finite
+from faults import FiniteCheck, gradient_norm
 from launch import script_arguments
 from models.momentum import enqueue
 from utils import UserError
@@ -105,7 +105,10 @@ def test_the_queue_takes_in_no_feature_that_is_not_finite():
 
 def test_names_and_norm():
     values = {"a": torch.tensor(1.0), "b": torch.tensor(NAN, dtype=torch.float64), "c": torch.tensor(-INF)}
-    assert not_finite(values) == ["b", "c"]
+    check = FiniteCheck(values)
+    assert check.bad == 1 and check.read() == (True, ["b", "c"])
+    check = FiniteCheck({"a": values["a"]})
+    assert check.bad == 0 and check.read() == (False, [])
     model = torch.nn.Linear(2, 1)
     model.weight.grad = torch.tensor([[3.0, 4.0]])  # the bias has none
     assert gradient_norm(model).item() == pytest.approx(5.0)

@@ -16,7 +16,6 @@ from models_for_tests import (
     shake,
     tiny_batch,
     tiny_pretrain_model,
-    without_memory,
 )
 from transformers import BertConfig as HubConfig
 from transformers import BertForMaskedLM as HubBertForMaskedLM
@@ -24,6 +23,7 @@ from transformers import BertForMaskedLM as HubBertForMaskedLM
 from config import PRETRAIN, RETRIEVAL, read_config
 from models.pretrain import SIMLA, Draws
 from models.retrieval import SIMLARetrieval
+from models.vit import without_memory
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]

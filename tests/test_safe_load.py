@@ -103,8 +103,10 @@ def test_a_compressed_archive_is_read_too(tmp_path):
 
 
 def test_safetensors(tmp_path):
-    safetensors.torch.save_file({"a": torch.arange(3)}, tmp_path / "file.safetensors")
-    assert_equal(safe_load(tmp_path / "file.safetensors"), {"model": {"a": torch.arange(3)}})
+    for metadata in ({}, {"kind": "ve"}):
+        safetensors.torch.save_file({"a": torch.arange(3)}, tmp_path / "file.safetensors", metadata)
+        expected = {"model": {"a": torch.arange(3)}, "metadata": metadata}
+        assert_equal(safe_load(tmp_path / "file.safetensors"), expected)
 
 
 @pytest.fixture

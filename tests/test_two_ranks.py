@@ -128,6 +128,15 @@ def test_scores_do_not_depend_on_the_number_of_ranks(results, case):
             assert torch.equal(scores, expected)
 
 
+@pytest.mark.parametrize("case", ["7 images", "2 images", "1 images"])
+def test_grouped_scores_of_all_ranks_are_equal_and_close_to_those_of_one(results, case):
+    """Which images make a group depends on the number of ranks, and with it the rounding."""
+    for (num_ranks, _), result in results.items():
+        for which, scores in enumerate(result["scores"][f"{case}, grouped"]):
+            assert torch.equal(scores, results[num_ranks, 0]["scores"][f"{case}, grouped"][which])
+            torch.testing.assert_close(scores, results[1, 0]["scores"][case][which], rtol=1e-5, atol=1e-5)
+
+
 def test_scores_of_two_ranks_are_the_recorded_ones(results):
     """The published code adds up one matrix per rank, so its entries are 100 lower."""
     recorded = golden("retrieval_ws2")["evaluation"]
@@ -144,6 +153,11 @@ def test_gathered_values(results):
         values = [value for rank in range(num_ranks) for value in range(rank + 1)]
         assert result["gathered"]["means"] == {"value": pytest.approx(sum(values) / len(values))}
         assert result["gathered"]["rows"].flatten().tolist() == [r for r in range(num_ranks) for _ in (0, 1)]
+        assert [rows.tolist() for rows in result["gathered"]["shares"]] == [
+            [[rank] * 2] * rank for rank in range(num_ranks)
+        ]
+        for total, rows in zip((7, 2, 1), result["gathered"]["in order"], strict=True):
+            assert rows.tolist() == list(range(total))
 
 
 # ---- training samples ----

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from goldens_io import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import TINY_BERT, TINY_VIT, check_gradients, shake, tiny_texts, without_memory
+from models_for_tests import TINY_BERT, TINY_VIT, check_gradients, shake, tiny_texts
 from test_initial import SIZES, bert_folder, deit_file  # noqa: F401 (fixtures)
 from torch import nn
 from transformers import BertForMaskedLM as HubBert
@@ -21,6 +21,7 @@ from models.losses import negative_weights
 from models.nlvr import SIMLANLVR
 from models.pretrain_nlvr import NEITHER, PairDraws, SIMLAPretrainNLVR, draw_pairs, make_pairs
 from models.ve import SIMLAVE
+from models.vit import without_memory
 from utils import UserError
 
 CLASSIFIERS = {"VE": SIMLAVE, "NLVR": SIMLANLVR}

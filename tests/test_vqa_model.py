@@ -26,11 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoint import load_weights
 from models import losses
+from models.answer_tree import AnswerTree
 from models.bert import BertConfig
 from models.initial import load_initial_weights
 from models.vqa import SIMLAVQA, extend_beams, question_states
 from saving import save_checkpoint
-from utils import UserError
+from utils import UserError, autocast
 
 # ---- recorded numbers ----
 
@@ -98,8 +99,8 @@ def test_one_step(filled, alpha):
 @pytest.mark.parametrize("chunk_rows", [1024, 9, 3, 1])
 def test_recorded_ranking(filled, chunk_rows):
     recorded = golden("vqa")["rank_answer"]
-    candidates = text(recorded["candidates"])
-    numbers, probabilities = filled.rank_answers(*golden_questions(), *candidates, recorded["k"], chunk_rows)
+    answers = AnswerTree.build(*text(recorded["candidates"]))
+    numbers, probabilities = filled.rank_answers(*golden_questions(), answers, recorded["k"], chunk_rows)
     assert numbers.tolist() == recorded["topk_ids"]
     for row, expected in zip(probabilities.tolist(), recorded["topk_probs"], strict=True):
         assert row == pytest.approx(expected, rel=5e-6)
@@ -216,7 +217,10 @@ def test_padding_changes_nothing():
     more = [questions[0], *(torch.nn.functional.pad(part, (0, 4)) for part in questions[1:])]
     wide = [torch.nn.functional.pad(part, (0, 4)) for part in candidates]
     for one, other in (
-        (model.rank_answers(*questions, *candidates, 5), model.rank_answers(*more, *wide, 5)),
+        tuple(
+            model.rank_answers(*asked, AnswerTree.build(*listed), 5)
+            for asked, listed in ((questions, candidates), (more, wide))
+        ),
         (model.generate(*questions, 2, 4, 1, 2), model.generate(*more, 2, 4, 1, 2)),
     ):
         assert torch.equal(one[0], other[0])
@@ -276,7 +280,7 @@ def slow_ranking(model: SIMLAVQA, questions: tuple, candidates: tuple, k: int) -
 @torch.no_grad()
 def test_ranking_is_the_slow_way_made_fast(k, chunk_rows):
     model, (questions, candidates) = tiny_model(), ranking_inputs(10)
-    numbers, probabilities = model.rank_answers(*questions, *candidates, k, chunk_rows)
+    numbers, probabilities = model.rank_answers(*questions, AnswerTree.build(*candidates), k, chunk_rows)
     assert numbers.shape == probabilities.shape == (3, min(k, 10))
     slow = slow_ranking(model, questions, candidates, k)
     for row, shares, expected in zip(numbers.tolist(), probabilities.tolist(), slow, strict=True):
@@ -286,25 +290,105 @@ def test_ranking_is_the_slow_way_made_fast(k, chunk_rows):
 
 def test_of_equal_answers_the_earlier_ones_are_kept():
     model, (questions, (ids, mask)) = tiny_model(), ranking_inputs(1)
-    numbers, probabilities = model.rank_answers(*questions, ids.repeat(30, 1), mask.repeat(30, 1), 4)
+    answers = AnswerTree.build(ids.repeat(30, 1), mask.repeat(30, 1))
+    numbers, probabilities = model.rank_answers(*questions, answers, 4)
     assert numbers.tolist() == [[0, 1, 2, 3]] * 3
     assert probabilities.flatten().tolist() == pytest.approx([0.25] * 12)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 4, 7, 16])
-def test_ranking_reads_a_bounded_number_of_rows_and_keeps_one_stream_a_question(chunk_rows, monkeypatch):
-    model, (questions, candidates) = tiny_model(), ranking_inputs(10)
-    seen, original = [], model.text_decoder.bert.forward
+def chosen_by(model: SIMLAVQA, monkeypatch, *ranking) -> tuple[list, list]:
+    """What the decoder read while it ranked, (streams, tokens to each), and the rows of its LM head."""
+    read, predicted = [], []
+    original, predict = model.text_decoder.bert.forward, model.text_decoder.predict
 
-    def forward(ids, mask, cross, causal):
-        seen.append((len(ids), len(cross.keys_values[0][0]), cross.index))
-        return original(ids, mask, cross, causal=causal)
+    def forward(ids, mask, cross, **rest):
+        read.append((len(cross.keys_values[0][0]), ids.shape[1]))
+        assert cross.index is None and len(ids) == read[-1][0]
+        return original(ids, mask, cross, **rest)
+
+    def spied_predict(hidden):
+        predicted.append(len(hidden))
+        return predict(hidden)
 
     monkeypatch.setattr(model.text_decoder.bert, "forward", forward)
-    model.rank_answers(*questions, *candidates, 6, chunk_rows)
-    assert max(rows for rows, _, _ in seen) <= chunk_rows
-    assert all(streams == min(3, max(1, chunk_rows // 6)) or streams == 1 for _, streams, _ in seen)
-    assert all(index is None for _, _, index in seen)
+    monkeypatch.setattr(model.text_decoder, "predict", spied_predict)
+    model.rank_answers(*ranking)
+    return read, predicted
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 7, 16])
+def test_ranking_scores_a_bounded_number_of_answers_and_keeps_one_stream_a_question(chunk_rows, monkeypatch):
+    model, (questions, candidates) = tiny_model(), ranking_inputs(10)
+    answers = AnswerTree.build(*candidates)
+    read, predicted = chosen_by(model, monkeypatch, *questions, answers, 6, chunk_rows)
+    assert {streams for streams, _ in read} <= {min(3, max(1, chunk_rows // 6)), 1}
+    longest = int(candidates[1].sum(1).max()) - 2  # beginnings of an answer beside [CLS], which all share
+    assert all(streams * (tokens - 1) <= chunk_rows * longest for streams, tokens in read)
+    assert max(predicted) <= max(3, chunk_rows * longest)
+
+
+def test_what_answers_begin_with_is_read_and_predicted_from_once(monkeypatch):
+    model, (questions, _) = tiny_model(), ranking_inputs(1)
+    listed = [[1, 5, 2], [1, 5, 6, 2], [1, 5, 6, 7, 2], [1, 5, 6, 8, 2], [1, 9, 2], [1, 5, 6, 8, 2]]
+    beginnings = {tuple(row[:end]) for row in listed for end in range(1, len(row))}
+    ids = torch.tensor([row + [0] * (5 - len(row)) for row in listed])
+    answers = AnswerTree.build(ids, (ids > 0).long())
+    read, predicted = chosen_by(model, monkeypatch, *questions, answers, 99)
+    assert read == [(3, 1), (3, len(beginnings))]
+    assert predicted == [3, 3 * (len(beginnings) - 1)]
+
+
+@pytest.mark.parametrize("lengths", [[2, 2, 2], [2, 5, 2, 2]])
+@torch.no_grad()
+def test_answers_that_end_after_a_word_are_ranked_too(lengths):
+    model, (questions, _) = tiny_model(), ranking_inputs(1)
+    candidates = tiny_texts(lengths, 5, generator(4))
+    numbers, probabilities = model.rank_answers(*questions, AnswerTree.build(*candidates), 2, 1024)
+    slow = slow_ranking(model, questions, candidates, 2)
+    for row, shares, expected in zip(numbers.tolist(), probabilities.tolist(), slow, strict=True):
+        assert row == [number for _, number in expected]
+        assert shares == pytest.approx(softmax([score for score, _ in expected]), rel=1e-4, abs=1e-6)
+
+
+@given(seeds, st.integers(1, 12), st.integers(1, 9))
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_branches_are_the_beginnings_of_the_chosen_answers(seed, num_answers, k):
+    """Few words and short answers, so that many begin alike."""
+    rng = generator(seed)
+    ids = torch.randint(1, 4, (num_answers, 5), generator=rng)
+    ids[:, 0] = TINY_CLS_ID
+    lengths = torch.randint(2, 6, (num_answers,), generator=rng)
+    mask = (torch.arange(5) < lengths[:, None]).long()
+    chosen = torch.randint(0, num_answers, (2, k), generator=rng)
+    branches = AnswerTree.build(ids * mask, mask).branches(chosen)
+    for question, numbers in enumerate(chosen.tolist()):
+        answers = [ids[number, : lengths[number]].tolist() for number in numbers]
+        expected = {tuple(answer[:end]) for answer in answers for end in range(1, len(answer))}
+        num = int(branches.num[question])
+        found = []
+        for row in range(num):
+            seen = branches.seen[question, row].nonzero().flatten().tolist()
+            assert branches.positions[question, seen].tolist() == list(range(len(seen))) and seen[-1] == row
+            found.append(tuple(branches.ids[question, seen].tolist()))
+        assert len(found) == len(expected) and set(found) == expected
+        for answer, places in zip(answers, branches.places[question].tolist(), strict=True):
+            assert [found[place] for place in places[: len(answer) - 1]] == [
+                tuple(answer[:end]) for end in range(1, len(answer))
+            ]
+            assert not any(places[len(answer) - 1 :])
+
+
+def test_ranking_and_writing_in_half_precision_are_close():
+    """bf16 keeps 8 bits of every step; scores and probabilities are single precision."""
+    model, (questions, candidates) = shake(tiny_model(), std=0.1), ranking_inputs(10)
+    answers = AnswerTree.build(*candidates)
+    numbers, probabilities = model.rank_answers(*questions, answers, 10)
+    with autocast(torch.device("cpu"), "bf16"):
+        found, shares = model.rank_answers(*questions, answers, 10)
+        _, scores = model.generate(*questions, 2, 4, 1, 2)
+    assert shares.dtype == scores.dtype == torch.float32
+    in_list_order = [p.gather(1, n.argsort(1)) for n, p in ((numbers, probabilities), (found, shares))]
+    torch.testing.assert_close(*in_list_order, rtol=0.1, atol=0.01)
 
 
 # ---- generation ----

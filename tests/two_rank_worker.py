@@ -24,7 +24,7 @@ from models.align import Draws
 from models.rerank import rerank
 from models.retrieval import SIMLARetrieval
 from training import distribute
-from utils import MetricLog, all_gather_rows, rank, world_size
+from utils import MetricLog, all_gather_rows, all_gather_shares, gather_in_order, rank, world_size
 
 CPU = torch.device("cpu")
 
@@ -87,13 +87,17 @@ def retrieval_step() -> dict:
 
 
 def share_of_scores(
-    model: SIMLARetrieval, image: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, k: int
+    model: SIMLARetrieval,
+    image: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    k: int,
+    sizes: tuple[int, int] = (1, 20),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Re-ranking where this rank holds every world_size-th image."""
     image_embeds, image_feat = model.encode_image(image)
     similarity = image_feat @ model.encode_text(ids, mask).T
-    held = {i: image_embeds[i : i + 1] for i in range(rank(), len(image), world_size())}
-    return rerank(similarity, k, held, ids, mask, model.match, chunk_size=4)
+    return rerank(model, similarity, k, image_embeds[rank() :: world_size()], ids, mask, sizes)
 
 
 @torch.no_grad()
@@ -111,6 +115,7 @@ def all_scores() -> dict:
         image = torch.randn(num_images, *recorded["image_shape"][1:], generator=rng)
         texts = tiny_texts(lengths, 8, rng)
         scores[f"{num_images} images"] = share_of_scores(model, image, *texts, k=3)
+        scores[f"{num_images} images, grouped"] = share_of_scores(model, image, *texts, k=3, sizes=(4, 50))
     return scores
 
 
@@ -129,7 +134,13 @@ def gathered() -> dict:
     log = MetricLog()
     for value in range(rank() + 1):  # rank r adds r + 1 values: 0, then 0 and 1, ...
         log.add({"value": float(value)})
-    return {"means": log.global_means(), "rows": all_gather_rows(torch.full((2, 1), float(rank())))}
+    own = torch.arange(rank(), 7, world_size())
+    return {
+        "means": log.global_means(),
+        "rows": all_gather_rows(torch.full((2, 1), float(rank()))),
+        "shares": all_gather_shares(torch.full((rank(), 2), rank()), list(range(world_size()))),
+        "in order": [gather_in_order(own[own < total], total) for total in (7, 2, 1)],
+    }
 
 
 def work(this_rank: int, num_ranks: int, folder: str) -> None:
@@ -145,7 +156,7 @@ def work(this_rank: int, num_ranks: int, folder: str) -> None:
             evaluate=True,
             checkpoint="",
         ),
-        {},
+        {"precision": "fp32"},
     )
     result = {"scores": all_scores(), "shares": shares(), "gathered": gathered()}
     if num_ranks == 2:

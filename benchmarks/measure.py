@@ -1,0 +1,96 @@
+"""What the benchmarks of ranking share: clock, memory, FLOPs, the tiny model, the last line."""
+
+import argparse
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+# Dense peak of the matrix units in FLOP/s (data sheets); fp32 is without TF32, as torch computes by default.
+PEAK = {
+    "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
+    "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
+    "A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
+}
+TINY = [
+    *("vision_width=32", "vit.depth=2", "vit.num_heads=2", "image_res=32", "init=scratch"),
+    *("bert_config.hidden_size=32", "bert_config.encoder_width=32", "bert_config.num_hidden_layers=2"),
+    *("bert_config.num_attention_heads=2", "bert_config.intermediate_size=64"),
+]
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", default="full", choices=("full", "tiny"), help="tiny: does it run at all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32"
+    )
+    return parser
+
+
+def clock(function: Callable[[], object], device: torch.device) -> tuple[float, object]:
+    """Seconds until the device has done it all, and what it returned."""
+    synchronize(device)
+    begin = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return time.perf_counter() - begin, result
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """On a GPU `peak_bytes` counts from here; of a process it counts from its start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Of the GPU's memory as torch counts it, or else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def utilization(flops_per_second: float, device: torch.device, precision: str) -> float | None:
+    """Share of the GPU's peak; None where the peak is not known."""
+    name = device_name(device)
+    peaks = [peak[precision] for gpu, peak in PEAK.items() if device.type == "cuda" and gpu in name]
+    return flops_per_second / peaks[0] if peaks else None
+
+
+def layer_flops(config, tokens: float, own: float, other: float) -> float:
+    """One BERT layer for `tokens` tokens that each see `own` tokens of their stream and `other` of the other
+    one, without projecting that one: config: BertConfig. A multiply-add counts two.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    return 2 * tokens * (6 * width**2 + 2 * width * inner + 2 * width * (own + other))
+
+
+def projection_flops(config, tokens: float) -> float:
+    """Keys and values of `tokens` tokens of the other stream for one layer."""
+    return 4 * tokens * config.encoder_width * config.hidden_size
+
+
+def row(label: str, *values: object) -> None:
+    print(f"{label:44}" + "".join(f"{v:>14.4g}" if isinstance(v, float) else f"{v:>14}" for v in values))
+
+
+def last_line(found: dict, device: torch.device) -> None:
+    """All figures as one line of JSON."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    print(json.dumps({**found, "device": device_name(device), "versions": versions}), flush=True)

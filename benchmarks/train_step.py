@@ -1,0 +1,302 @@
+"""A training step, ours against the plain formulation: seconds, arithmetic, peak memory, equal losses.
+
+python benchmarks/train_step.py [--task retrieval] [--batch 4] [--device cuda] [--precision bf16] [--compile]
+
+The model of configs/Pretrain.yaml (256 x 256, 25 tokens) or configs/Retrieval_coco.yaml (384 x 384) with
+random weights and inputs; a step is the image tokenizer, forward, backward and AdamW. Either way is a process
+of its own, so that its peak memory means something. The first step, without dropout and with given negatives,
+shows that the losses are equal; the others are timed. plain.py says what plain means.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from measure import (
+    TINY,
+    arguments,
+    clock,
+    last_line,
+    layer_flops,
+    peak_bytes,
+    projection_flops,
+    row,
+    utilization,
+)
+from plain import PlainRetrieval, PlainSIMLA
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
+from torch.profiler import ProfilerActivity, profile
+
+from config import PRETRAIN, RETRIEVAL, read_config
+from models.align import Draws
+from models.bert import BertConfig
+from models.dvae import DalleEncoder
+from models.pretrain import SIMLA
+from models.retrieval import SIMLARetrieval
+from optim import create_optimizer, param_groups
+from training import compile_layers, set_checkpointing
+from utils import autocast, find_places, set_precision
+
+TOKENS, WORDS_MASKED, PATCHES_MASKED = 25, 4, 75
+TASKS = {  # config, its table, our model, the plain one
+    "pretrain": ("configs/Pretrain.yaml", PRETRAIN, SIMLA, PlainSIMLA),
+    "retrieval": ("configs/Retrieval_coco.yaml", RETRIEVAL, SIMLARetrieval, PlainRetrieval),
+}
+
+
+def settings(args: argparse.Namespace) -> dict:
+    path, table, *_ = TASKS[args.task]
+    overrides = ["test_file=none"] if args.task == "retrieval" else []
+    if args.scale == "tiny":
+        overrides += [*TINY, "queue_size=64", "vit.patch_size=8"]
+        overrides += ["image_tokenizer.vocab_size=64"] if args.task == "pretrain" else []
+    return read_config(str(ROOT / path), table, overrides)
+
+
+# ---- arithmetic ----
+
+
+def flops(config: dict, task: str) -> dict[str, float]:
+    """Multiply-adds times two of one sample's step, by part; a backward pass costs twice its forward pass.
+
+    Of the image tokenizer, see `tokenizer_flops`. Normalisations, softmax and the optimiser are left out.
+    """
+    bert = BertConfig.read(config["bert_config"])
+    vit, width = config["vit"], config["vision_width"]
+    patches = (config["image_res"] // vit["patch_size"]) ** 2
+    image, layers = patches + 1, bert.num_hidden_layers
+    block = 2 * image * (4 * width**2 + 2 * vit["mlp_ratio"] * width**2 + 2 * image * width)
+    encode = vit["depth"] * block + 2 * patches * width * 3 * vit["patch_size"] ** 2
+    read = layers * layer_flops(bert, TOKENS, TOKENS, image)  # a text with an image
+    text = layers * (layer_flops(bert, TOKENS, TOKENS, 0) - 4 * TOKENS * bert.hidden_size**2)
+    keys = layers * projection_flops(bert, image)
+    if task == "retrieval":
+        return {
+            "image encoder": 3 * encode,
+            "image encoder, momentum": encode,
+            "texts": 3 * text,
+            "texts, momentum": text,
+            "texts with images": 3 * (3 * read + keys),
+        }
+    mim = layers * (layer_flops(bert, image, image, TOKENS) + projection_flops(bert, TOKENS))
+    words = 2 * bert.hidden_size * (bert.hidden_size + bert.vocab_size) * WORDS_MASKED
+    codes = 2 * bert.hidden_size * config["image_tokenizer"]["vocab_size"] * PATCHES_MASKED
+    concepts = 2 * config["embed_dim"] * bert.vocab_size
+    return {
+        "image encoder, whole and masked": 3 * 2 * encode,
+        "image encoder, momentum": 2 * encode,
+        "texts": 3 * text,
+        "texts, momentum": text,
+        "texts with images (ITM, MLM)": 3 * (4 * read + keys),
+        "texts with images, momentum (MLM, PSL)": 2 * (read + keys),
+        "images with texts (MIM)": 3 * mim,
+        "images with texts, momentum": mim,
+        "heads": 4 * (words + codes + concepts),
+    }
+
+
+def tokenizer_flops(tokenizer: DalleEncoder, size: int) -> float:
+    """Of one image, from the convolutions' shapes."""
+    total, handles = 0.0, []
+
+    def count(module, inputs, output) -> None:
+        nonlocal total
+        total += 2 * output[0].numel() * module.w[0].numel()
+
+    for module in tokenizer.modules():
+        if hasattr(module, "w"):
+            handles.append(module.register_forward_hook(count))
+    tokenizer.logits(torch.zeros(1, 3, size, size))
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+# ---- one way, in a process of its own ----
+
+
+def inputs(config: dict, task: str, batch: int, device: torch.device) -> dict:
+    """Random, the same for both ways."""
+    generator = torch.Generator().manual_seed(1)
+    vocab_size = BertConfig.read(config["bert_config"]).vocab_size
+    text_ids = torch.randint(110, vocab_size, (batch, TOKENS), generator=generator)
+    found = {
+        "image": torch.randn(batch, 3, *[config["image_res"]] * 2, generator=generator),
+        "text_ids": text_ids,
+        "text_mask": torch.ones_like(text_ids),
+    }
+    if task == "retrieval":
+        found["idx"] = torch.arange(batch)
+    else:
+        patches = (config["image_res"] // config["vit"]["patch_size"]) ** 2
+        words = torch.rand(batch, TOKENS - 1, generator=generator).topk(WORDS_MASKED).indices + 1
+        labels = torch.full_like(text_ids, -100).scatter(1, words, text_ids.gather(1, words))
+        hidden = (
+            torch.rand(batch, patches, generator=generator).topk(min(PATCHES_MASKED, patches // 3)).indices
+        )
+        patch_mask = torch.zeros(batch, patches, dtype=torch.bool).scatter(1, hidden, True)
+        found |= {
+            "mlm_ids": text_ids.masked_fill(labels != -100, 103),
+            "mlm_labels": labels,
+            "patch_mask": patch_mask,
+            "mlm_places": find_places(labels != -100),
+            "mim_places": find_places(patch_mask),
+            "code_view": torch.rand(batch, 3, *[8 * int(patches**0.5)] * 2, generator=generator),
+        }
+    return {name: value.to(device) for name, value in found.items()}
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Seconds a step, peak memory, the first step's losses, where the time goes."""
+    config, device = settings(args), torch.device(args.device)
+    set_precision(device, args.precision)
+    torch.manual_seed(0)
+    _, _, ours, plain = TASKS[args.task]
+    extra = {"cls_id": 101} if args.task == "pretrain" else {}
+    is_plain = args.measure == "plain"
+    model = (plain if is_plain else ours).from_config(config, **extra).to(device)
+    if is_plain:
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.attn.fused_attn = False
+                module.mlp.__class__ = Mlp
+        groups = param_groups(model.named_parameters(), 0.02)
+        optimizer = torch.optim.AdamW(groups, lr=1e-4)
+    else:
+        optimizer = create_optimizer(model, {"opt": "adamw", "lr": 1e-4, "weight_decay": 0.02})
+        set_checkpointing(model, args.checkpoint_activations)
+    tokenizer, batch = None, inputs(config, args.task, args.batch, device)
+    if args.task == "pretrain":
+        tokenizer = DalleEncoder(*((8, 64) if args.scale == "tiny" else ())).to(device)
+        tokenizer = tokenizer if is_plain else tokenizer.to(memory_format=torch.channels_last)
+    others = torch.arange(args.batch, device=device).roll(1)
+
+    def step(draws: Draws | None = None) -> dict[str, torch.Tensor]:
+        given = {**batch, "alpha": 0.4, "draws": draws}
+        optimizer.zero_grad()
+        with autocast(device, args.precision):
+            if tokenizer:
+                given["visual_codes"] = tokenizer(given.pop("code_view"))
+            named = model(**given)
+        sum(named.values()).backward()
+        optimizer.step()
+        return named
+
+    model.eval()
+    losses = {name: loss.item() for name, loss in step(Draws(others, others)).items()}
+    model.train()
+    if args.compile and not is_plain:
+        compile_layers(model)
+        step()
+    seconds = [clock(step, device)[0] for _ in range(args.steps)]
+    found = {
+        "seconds": statistics.median(seconds),
+        "peak_bytes": peak_bytes(device),
+        "losses": losses,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    if tokenizer:
+        view = batch["code_view"].shape[-1]
+        found["tokenizer_flops"] = tokenizer_flops(tokenizer.cpu(), view)
+        tokenizer.to(device)
+    if args.profile:
+        on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+        with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
+            step()
+        order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        events = sorted(profiler.key_averages(), key=lambda e: -operator_time(e, on_gpu))
+        total = sum(operator_time(event, on_gpu) for event in events)
+        found["profile"] = [
+            {"operator": e.key, "share": operator_time(e, on_gpu) / total, "calls": e.count}
+            for e in events[:15]
+        ]
+        found["profile_by"] = order
+    return found
+
+
+def operator_time(event, on_gpu: object) -> float:
+    return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+
+# ---- the whole ----
+
+
+def run(args: argparse.Namespace, way: str) -> dict:
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure", way]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"a measurement failed, see above: {' '.join(command)}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(args: argparse.Namespace, ways: dict[str, dict]) -> dict:
+    config, device = settings(args), torch.device(args.device)
+    parts = flops(config, args.task)
+    if "tokenizer_flops" in ways["ours"]:
+        parts["image tokenizer"] = ways["ours"]["tokenizer_flops"]
+    total = sum(parts.values())
+    print(f"\n{args.task}, {args.scale} size, batch {args.batch}, {args.precision}, {args.device}")
+    row("", *ways)
+    row("seconds a step", *(way["seconds"] for way in ways.values()))
+    row("samples a second", *(args.batch / way["seconds"] for way in ways.values()))
+    row("peak memory, GiB", *(way["peak_bytes"] / 2**30 for way in ways.values()))
+    found = {f"{name}_{key}": way[key] for name, way in ways.items() for key in ("seconds", "peak_bytes")}
+    ours = ways["ours"]
+    if "plain" in ways:
+        plain = ways["plain"]
+        found["ratio"] = plain["seconds"] / ours["seconds"]
+        found["memory_ratio"] = ours["peak_bytes"] / plain["peak_bytes"]
+        found["loss_difference"] = max(
+            abs(ours["losses"][name] - loss) / abs(loss) for name, loss in plain["losses"].items()
+        )
+        print(f"{found['ratio']:.2f} times as fast, {found['memory_ratio']:.2f} of the memory; ", end="")
+        print(f"losses differ by {found['loss_difference']:.1e} at most")
+    print(f"\n{'arithmetic of one sample':44}{'GFLOP':>14}{'share':>14}")
+    for name, value in parts.items():
+        print(f"{name:44}{value / 1e9:>14.1f}{value / total:>14.1%}")
+    rate = total * args.batch / ours["seconds"]
+    used = utilization(rate, device, args.precision)
+    print(f"{'in all':44}{total / 1e9:>14.1f}; {rate / 1e12:.3f} TFLOP/s", end="")
+    print("" if used is None else f", {used:.1%} of the device's peak")
+    for name, way in ways.items():
+        if "profile" in way:
+            print(f"\n{name}: the operators that take longest, by {way['profile_by']}")
+            for one in way["profile"]:
+                print(f"{one['operator'][:60]:60}{one['share']:>8.1%}{one['calls']:>8} calls")
+    found |= {"samples_per_second": args.batch / ours["seconds"], "flops_per_sample": total, "mfu": used}
+    found |= {"flops_by_part": parts, "profiles": {name: way.get("profile") for name, way in ways.items()}}
+    found |= {key: getattr(args, key) for key in ("task", "scale", "batch", "precision", "compile")}
+    return found | {"checkpoint_activations": args.checkpoint_activations}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--task", default="pretrain", choices=TASKS)
+    parser.add_argument("--batch", type=int, help="default: 64 on a GPU, else 4")
+    parser.add_argument("--steps", type=int, help="timed ones; default: 10 on a GPU, else 2")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--checkpoint_activations", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="one step more, by operator")
+    parser.add_argument("--only_ours", action="store_true")
+    parser.add_argument("--measure", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    on_gpu = args.device.startswith("cuda")
+    args.precision = args.precision or ("bf16" if on_gpu else "fp32")
+    args.batch, args.steps = args.batch or (64 if on_gpu else 4), args.steps or (10 if on_gpu else 2)
+    if args.measure:
+        print(json.dumps(measure(args)))
+        return
+    ways = {name: run(args, name) for name in (("ours",) if args.only_ours else ("plain", "ours"))}
+    last_line(report(args, ways), torch.device(args.device))
+
+
+if __name__ == "__main__":
+    main()

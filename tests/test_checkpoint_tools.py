@@ -1,0 +1,268 @@
+"""`python checkpoint.py export` and `inspect`, on files of every task."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fault_test import differing_values
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import MODEL, ROOT, make_tiny
+
+import checkpoint_tools
+import Pretrain
+import zero_shot_retrieval
+from checkpoint import QUEUES, ROWS, TWIN, load_weights
+from checkpoint_tools import TASKS, export, inspect, read_shapes
+from config import read_config
+from saving import load_checkpoint, save_checkpoint
+from utils import UserError
+
+REQUIRED = {
+    "optimizer": {"lr": 1e-4},
+    "schedular": {"epochs": 3},
+    "train_file": "train.json",
+    "val_file": "val.json",
+    "test_file": "test.json",
+    "refcoco_data": "data",
+    "image_tokenizer": {"kind": "kmeans", "vocab_size": 16},
+}
+BUILDERS = {"pretrain": "Pretrain", "retrieval": "Retrieval", "vqa": "VQA", "ve": "VE"}  # kind -> task
+BUILDERS |= {"nlvr": "NLVR", "pretrain_nlvr": "Pretrain_NLVR"}
+
+
+def config_of(task: str, folder: Path) -> Path:
+    """A tiny config of the task, as a file."""
+    table, _ = TASKS[task]
+    path = folder / f"{task}.yaml"
+    content = {key: value for key, value in {**MODEL, **REQUIRED}.items() if key in table}
+    path.write_text(json.dumps(content))  # JSON is YAML
+    return path
+
+
+def model_of(task: str, folder: Path, seed: int) -> torch.nn.Module:
+    table, build = TASKS[task]
+    torch.manual_seed(seed)
+    model = build(read_config(str(config_of(task, folder)), table, []))
+    for parameter in model.parameters():  # twins, too, and nothing stays at zero
+        parameter.data.normal_()
+    return model
+
+
+def checkpoint_of(kind: str, folder: Path) -> Path:
+    """A training checkpoint, without the optimiser's state."""
+    path = folder / f"{kind}.pth"
+    content = {
+        "model": model_of(BUILDERS[kind], folder, seed=0).state_dict(),
+        "config": {"image_res": 32},
+        "epoch": 4,
+        "step": 0,
+        "best": {"r_mean": 71.5},
+        "run": "a1b2",
+        "seed": 42,
+    }
+    save_checkpoint(path, content)
+    return path
+
+
+@pytest.mark.parametrize(("task", "kind"), ROWS)
+def test_every_script_takes_the_exported_weights_as_it_takes_the_checkpoint(task, kind, tmp_path):
+    source = checkpoint_of(kind, tmp_path)
+    target = tmp_path / "out.safetensors"
+    export(str(source), str(target), task)
+    models = [model_of(task, tmp_path, seed=1) for _ in range(2)]
+    reports = [load_weights(model, path, task) for model, path in zip(models, (source, target), strict=True)]
+    assert reports[0].loaded == reports[1].loaded and reports[0].loaded
+    assert differing_values(*[dict(model.state_dict()) for model in models], "model") == []
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_for_inference_twins_and_queues_are_left_out_and_stay_as_built(kind, tmp_path):
+    source, target = checkpoint_of(kind, tmp_path), tmp_path / "out.safetensors"
+    left_out = export(str(source), str(target), inference=True)
+    weights, all_weights = load_file(target), load_checkpoint(source)["model"]
+    assert left_out == sorted(set(all_weights) - set(weights))
+    assert all(TWIN.match(name) or name.startswith(QUEUES) for name in left_out)
+    assert not any(TWIN.match(name) or name.startswith(QUEUES) for name in weights)
+    assert differing_values({name: all_weights[name] for name in weights}, weights, "model") == []
+    task = BUILDERS[kind]
+    model = model_of(task, tmp_path, seed=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_weights(model, target, task)
+    assert sorted(report.fresh) == left_out
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in left_out)
+
+
+def test_a_file_with_some_of_the_twins_is_damaged_not_exported(tmp_path):
+    source = checkpoint_of("ve", tmp_path)
+    content = load_checkpoint(source)
+    del content["model"]["cls_head_m.0.weight"]
+    save_checkpoint(tmp_path / "some.pth", content)
+    with pytest.raises(UserError, match=r"missing: cls_head_m\.0\.weight"):
+        load_weights(model_of("VE", tmp_path, seed=1), tmp_path / "some.pth", "VE")
+
+
+def test_the_metadata_say_where_the_weights_come_from(tmp_path):
+    target = tmp_path / "out.safetensors"
+    export(str(checkpoint_of("pretrain", tmp_path)), str(target))
+    with safe_open(target, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt" and metadata["kind"] == "pretrain"
+    assert metadata["source"] == "pretrain.pth" and metadata["code_revision"]
+    assert json.loads(metadata["config"]) == {"image_res": 32}
+    assert json.loads(metadata["epoch"]) == 4 and json.loads(metadata["best"]) == {"r_mean": 71.5}
+    assert metadata["run"] == '"a1b2"' and "optimizer" not in metadata
+
+
+def test_what_cannot_be_exported(tmp_path):
+    source = str(checkpoint_of("pretrain", tmp_path))
+    for bad_source, target, task, message in (
+        (source, "out.pth", "", r"must end in \.safetensors"),
+        (source, "out.safetensors", "NLVR", "NLVR starts from a pretrain_nlvr or nlvr checkpoint"),
+        (str(tmp_path / "none.pth"), "out.safetensors", "", "none.pth: cannot be read"),
+        (str(ROOT / "README.md"), "out.safetensors", "", "README.md: not a complete PyTorch checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(bad_source, str(tmp_path / target), task)
+        assert not (tmp_path / target).exists()
+
+
+def test_a_failed_export_leaves_the_earlier_file(tmp_path, monkeypatch):
+    source, target = str(checkpoint_of("ve", tmp_path)), tmp_path / "out.safetensors"
+    export(source, str(target))
+    before = target.read_bytes()
+
+    def full(*_) -> None:
+        raise checkpoint_tools.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint_tools, "save_file", full)
+    with pytest.raises(UserError, match=r"out\.safetensors could not be written \(No space left on device\)"):
+        export(source, str(target))
+    assert target.read_bytes() == before and not list(tmp_path.glob(".out*"))
+
+
+def test_inspect_tells_both_kinds_of_files_alike(tmp_path):
+    source, target = checkpoint_of("pretrain", tmp_path), tmp_path / "out.safetensors"
+    export(str(source), str(target))
+    for path in (source, target):
+        report = inspect(str(path))
+        assert f"{path}: pretrain checkpoint, " in report
+        assert "epoch: 4" in report and "best: {'r_mean': 71.5}" in report and "run: a1b2" in report
+        assert report.endswith("config:\nimage_res: 32")
+    model = load_checkpoint(source)["model"]
+    num_bytes = sum(value.nbytes for name, value in model.items() if name.startswith("visual_encoder_m."))
+    assert f"{num_bytes / 2**20:10.1f} MiB  visual_encoder_m" in report
+    assert f"{len(model)} tensors, {sum(value.numel() for value in model.values()):,} values" in report
+
+
+def test_inspect_and_export_what_a_run_saved(tmp_path, monkeypatch, capsys):
+    paths, out = make_tiny(tmp_path), tmp_path / "out"
+
+    def command(main: Callable[[], None], *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    flags = ["--device", "cpu", "--config", paths["Pretrain"], "--output_dir", out]
+    command(Pretrain.parse_and_run, *flags, "--overrides", "schedular.epochs=1")
+    source, target = out / "checkpoint_00.pth", out / "weights.safetensors"
+    report = command(checkpoint_tools.main, "inspect", source, "--check")
+    assert "epoch: 0" in report and "ranks: 1" in report and "MiB  (optimizer)" in report
+    assert f"{paths['data']}/pretrain_train.json" in report and "all checksums match" in report
+
+    command(checkpoint_tools.main, "export", source, target, "--task", "Retrieval.py")
+    scores = []
+    for number, weights in enumerate((source, target)):
+        results = tmp_path / f"scores_{number}"
+        flags = ["--device", "cpu", "--evaluate", "--config", paths["Retrieval"], "--output_dir", results]
+        command(zero_shot_retrieval.parse_and_run, *flags, "--checkpoint", weights)
+        scores.append(json.loads((results / "log.txt").read_text()))
+    assert scores[0] == scores[1] and "test_r_mean" in scores[0]
+
+
+@pytest.mark.parametrize("name", ["big.pth", "big.safetensors"])
+def test_inspect_does_not_read_the_weights(name, tmp_path):
+    """Resident memory counts pages of mapped files, too."""
+    content = checkpoint_of("ve", tmp_path)
+    state = {**load_checkpoint(content)["model"], "cls_head.9.weight": torch.zeros(64, 2**20)}  # 256 MiB
+    save_checkpoint(tmp_path / "big.pth", {"model": state})
+    if name.endswith("safetensors"):
+        export(str(tmp_path / "big.pth"), str(tmp_path / name))
+    code = f"""
+import re, sys, checkpoint_tools
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+checkpoint_tools.inspect({str(content)!r})
+before = resident()
+assert "256.0 MiB" in checkpoint_tools.inspect({str(tmp_path / name)!r})
+sys.exit(str(resident() - before) if resident() - before > 64 * 1024 else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inspect_says_whether_a_task_would_take_the_file(tmp_path):
+    source = str(checkpoint_of("pretrain", tmp_path))
+    text = inspect(source, "Retrieval", str(config_of("Retrieval", tmp_path)))
+    assert "Retrieval with" in text and "tensors; fresh: idx_queue" in text and "mim_head.weight" in text
+    text = inspect(source, "Retrieval", str(config_of("Retrieval", tmp_path)), ["queue_size=8"])
+    assert "would refuse it" in text and "image_queue ((16, 24) in the file, (16, 8) in the model)" in text
+    text = inspect(source, "NLVR", str(config_of("NLVR", tmp_path)))
+    assert "would refuse it" in text and "NLVR starts from a pretrain_nlvr or nlvr checkpoint" in text
+    text = inspect(source, "Pretrain", str(config_of("Pretrain", tmp_path)))
+    assert text.endswith("all of the file")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_published_config_is_compared_without_building_the_model(task):
+    """At full size it would take gigabytes."""
+    names = {"Retrieval": "Retrieval_flickr", "zero_shot_retrieval": "Retrieval_flickr"}
+    names["Pretrain_NLVR"] = "NLVR_Pretrain"
+    config = ROOT / "configs" / f"{names.get(task, task)}.yaml"
+    state, _, _ = read_shapes_of_nothing()
+    assert "would refuse it" in checkpoint_tools.verdict(state, task, str(config), [], "x.pth")
+
+
+def read_shapes_of_nothing() -> tuple[dict, dict, int]:
+    return {"conv.weight": torch.empty(3, device="meta")}, {}, 0
+
+
+def test_the_commands_end_with_one_sentence(tmp_path, monkeypatch, capsys):
+    source = checkpoint_of("ve", tmp_path)
+
+    def command(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["checkpoint.py", *map(str, arguments)])
+        checkpoint_tools.main()
+
+    command("export", source, tmp_path / "out.safetensors", "--inference")
+    printed = capsys.readouterr().out
+    assert "left out: " in printed and "text_encoder_m (" in printed
+    for path in (tmp_path / "none.pth", tmp_path / "none.safetensors"):
+        with pytest.raises(UserError, match=str(path)):
+            command("inspect", path)
+    with pytest.raises(SystemExit, match="2"):
+        command("export", source, tmp_path / "o.safetensors", "--task", "Cooking")
+
+    content = bytearray(source.read_bytes())
+    content[len(content) // 2] ^= 1
+    source.write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "checkpoint.py", "inspect", source, "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "ve.pth is damaged" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_sizes_come_from_the_header_of_a_safetensors_file(tmp_path):
+    source, target = checkpoint_of("nlvr", tmp_path), tmp_path / "out.safetensors"
+    export(str(source), str(target))
+    for path in (source, target):
+        state, _, optimizer_bytes = read_shapes(str(path))
+        stored = load_checkpoint(source)["model"]
+        assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in stored.items()}
+        assert all(value.device.type == "meta" for value in state.values()) and optimizer_bytes == 0
