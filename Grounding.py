@@ -25,6 +25,7 @@ from models.gradcam import MODES, check_block, grad_cam
 from models.initial import starting_weights
 from models.retrieval import SIMLARetrieval
 from Retrieval import losses
+from training import to_device
 from utils import UserError, all_gather_objects, log, save_result, with_progress
 
 
@@ -46,11 +47,13 @@ def evaluate(
 ) -> list[dict]:
     """The `choice` for every expression, in order, on every rank."""
     model.eval()
-    collate = Collate(tokenizer, model.text_encoder.config.max_position_embeddings)
-    loader = test_loader(data, config["batch_size_test"], config["num_workers"], collate)
+    limit = model.text_encoder.config.max_position_embeddings
+    collate, pin = Collate(tokenizer, limit), device.type == "cuda"
+    loader = test_loader(data, config["batch_size_test"], config["num_workers"], collate, pin)
     own = {}
     for batch in with_progress(stop_at_unreadable(loader), len(loader), "Grad-CAM", config["log_steps"]):
-        inputs = (batch[name].to(device) for name in ("image", "text_ids", "text_mask"))
+        batch = to_device(batch, device)
+        inputs = batch["image"], batch["text_ids"], batch["text_mask"]
         heats = grad_cam(model, args.gradcam_mode, args.block_num, *inputs).float().cpu()
         for index, heat in zip(batch["index"].tolist(), heats, strict=True):
             own[index] = choice(heat, data.targets[index])

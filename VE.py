@@ -57,7 +57,8 @@ def train_and_evaluate(
     belong to and the scores of `evaluate`.
     """
     limit = model.text_encoder.config.max_position_embeddings
-    loaders = {split: evaluation_loader(entries[split], config, tokenizer, limit) for split in SPLITS}
+    pin = device.type == "cuda"
+    loaders = {split: evaluation_loader(entries[split], config, tokenizer, limit, pin) for split in SPLITS}
 
     def evaluate_splits(epoch: int = 0) -> dict:
         return evaluate(model, loaders, num_classes, config, device)
@@ -66,7 +67,7 @@ def train_and_evaluate(
         scores = evaluate_splits()
         record_evaluation(scores, config, args.output_dir)
         return weights, scores
-    loader = finetune_loader(entries["train"], config, tokenizer, limit, args.seed, device.type == "cuda")
+    loader = finetune_loader(entries["train"], config, tokenizer, limit, args.seed, pin)
     return fit(model, loader, losses, config, args, device, "end", evaluate_splits, best="val_acc")
 
 

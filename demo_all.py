@@ -20,6 +20,7 @@ from config import GROUNDING, read_config
 from dataset.grounding import GroundingEvalData
 from dataset.items import Collate
 from dataset.text import build_tokenizer
+from dataset.transforms import normalise
 from demo import CONFIGS, DATA, draw_losses, gallery, launch, make_data, num_processes, spread
 from launch import run_script
 from metrics import RIGHT_IOU
@@ -188,7 +189,8 @@ def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
     shown = spread([i for i, target in enumerate(data.targets) if target.split != "val"], num_pictures)
     batch = Collate(tokenizer, model.text_encoder.config.max_position_embeddings)([data[i] for i in shown])
     mode, block = GROUNDING_FLAGS[1], int(GROUNDING_FLAGS[3])
-    heats = grad_cam(model.eval(), mode, block, batch["image"], batch["text_ids"], batch["text_mask"])
+    inputs = normalise(batch["image"]), batch["text_ids"], batch["text_mask"]
+    heats = grad_cam(model.eval(), mode, block, *inputs)
     plot_heat_maps(
         [data.entries[i]["images"][0] for i in shown],
         batch["text"],

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from checkpoint import resume
 from dataset import stop_at_unreadable
+from dataset.transforms import normalise, unit_range
 from faults import FiniteCheck, Stopped, StopSignals, agree, gradient_norm, leave_together
 from models.bert import BertModel, Layer
 from models.momentum import MomentumModel
@@ -401,10 +402,15 @@ def momentum_weight(alpha: float, epoch: int, step: int, num_steps: int, ramp: b
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {
+    """The batch on the device, where the bytes of its images become the floats that models take."""
+    moved = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
+    moved["image"] = normalise(moved["image"])
+    if "code_view" in moved:
+        moved["code_view"] = unit_range(moved["code_view"])
+    return moved
 
 
 def random_state(device: torch.device) -> dict:

@@ -24,6 +24,7 @@ from metrics import retrieval_chance, retrieval_recall
 from models.initial import starting_weights
 from models.rerank import rerank
 from models.retrieval import SIMLARetrieval
+from training import to_device
 from utils import (
     PRECISIONS,
     autocast,
@@ -74,10 +75,10 @@ def encode_images(
     size = model.visual_encoder.pos_embed.shape[1:]  # N, D
     states = torch.empty(own, *size, dtype=precision, pin_memory=pinned)
     feats = torch.empty(own, model.vision_proj.out_features, device=device)
-    loader = test_loader(data, config["batch_size_test"], config["num_workers"], collate)
+    loader = test_loader(data, config["batch_size_test"], config["num_workers"], collate, pinned)
     for batch in with_progress(stop_at_unreadable(loader), len(loader), "Images", config["log_steps"]):
         rows = batch["index"] // world_size()
-        embeds, feat = model.encode_image(batch["image"].to(device))
+        embeds, feat = model.encode_image(to_device(batch, device)["image"])
         states[rows], feats[rows] = embeds.to("cpu", precision), feat.float()
     return states, gather_in_order(feats, len(data))
 

@@ -62,7 +62,7 @@ def train_loader(dataset: Dataset, batch_size: int, seed: int, config: dict, col
 
 
 def test_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, collate: Callable | None = None
+    dataset: Dataset, batch_size: int, num_workers: int, collate: Callable, pin: bool
 ) -> DataLoader:
     """This rank's share of the items (every world_size-th), in order, none left out and none twice."""
     share = range(rank(), len(dataset), world_size())
@@ -73,6 +73,7 @@ def test_loader(
         num_workers=num_workers,
         worker_init_fn=_start_worker,
         collate_fn=collate,
+        pin_memory=pin,
         generator=torch.Generator(),  # so that an evaluation does not move the training's
     )
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from dataset import test_loader, train_loader
 from dataset.text import clean_caption, names_side, tokenize
-from dataset.transforms import BadImage, EvalTransform, ItemRandom, TrainTransform, load_image
+from dataset.transforms import BadImage, EvalTransform, ItemRandom, TrainTransform, load_image, open_image
 from utils import UserError
 
 MAX_TRIES = 50
@@ -39,7 +39,7 @@ class TrainItems(Dataset):
         return len(self.entries)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """(epoch, index) -> the entry with images (n, 3, R, R), their `files`, a clean text and `bad`.
+        """(epoch, index) -> the entry with images (n, 3, R, R) uint8, their `files`, a clean text and `bad`.
 
         An entry with an image that cannot be read is replaced by another one, drawn from all; `bad` lists the
         images as (file, cause). After MAX_TRIES of them there are no `images`; of an entry that itself cannot
@@ -51,16 +51,16 @@ class TrainItems(Dataset):
         for _ in range(MAX_TRIES):
             try:
                 entry = self.entries[index]
-                images = [load_image(file) for file in entry["images"]]
+                images = [open_image(file) for file in entry["images"]]
+                text = entry["text"] if isinstance(entry["text"], str) else rng.python.choice(entry["text"])
+                may_flip = self.flip_captions or not any(map(names_side, [text, *entry.get("answers", [])]))
+                views = self.views(images, rng, may_flip)  # decodes
             except UserError as error:
                 return {"unreadable": str(error)}
             except BadImage as error:
                 bad.append((error.path, error.cause))
                 index = rng.python.randrange(len(self.entries))
                 continue
-            text = entry["text"] if isinstance(entry["text"], str) else rng.python.choice(entry["text"])
-            may_flip = self.flip_captions or not any(map(names_side, [text, *entry.get("answers", [])]))
-            views = self.views(images, rng, may_flip)
             return {**entry, "files": entry["images"], "text": self.clean(text), **views, "bad": bad}
         return {"bad": bad}
 
@@ -79,8 +79,8 @@ class EvalItems(Dataset):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict:
-        """The entry with images (n, 3, R, R), its text clean and `index`, its number, or only `unreadable`,
-        the message for a file that cannot be read.
+        """The entry with images (n, 3, R, R) uint8, its text clean and `index`, its number, or only
+        `unreadable`, the message for a file that cannot be read.
         """
         try:
             entry = self.entries[index]
@@ -107,8 +107,8 @@ def finetune_items(entries: Sequence[dict], config: dict, seed: int, **changes) 
 
 
 class Collate:
-    """Items -> a batch: image (n * B, 3, R, R), all first images first; text_ids, text_mask (B, T), padded to
-    the longest; every other field as a tensor (numbers) or a list; `bad` of all items together.
+    """Items -> a batch: image (n * B, 3, R, R) uint8, all first images first; text_ids, text_mask (B, T),
+    padded to the longest; every other field as a tensor (numbers) or a list; `bad` of all items together.
     """
 
     def __init__(self, tokenizer, position_limit: int, max_tokens: int | None = None):
@@ -166,8 +166,8 @@ def finetune_loader(
     return train_loader(items, config["batch_size_train"], seed, config, collate, pin)
 
 
-def evaluation_loader(entries: Sequence[dict], config: dict, tokenizer, position_limit: int):
+def evaluation_loader(entries: Sequence[dict], config: dict, tokenizer, position_limit: int, pin: bool):
     """This rank's share of the entries, none left out and none twice."""
     items = EvalItems(entries, config["image_res"])
     collate = Collate(tokenizer, position_limit)
-    return test_loader(items, config["batch_size_test"], config["num_workers"], collate)
+    return test_loader(items, config["batch_size_test"], config["num_workers"], collate, pin)

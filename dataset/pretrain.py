@@ -13,13 +13,22 @@ from dataset.annotations import TEXT, TEXTS, Mapped, item_of, read_annotations
 from dataset.items import Collate, TrainItems
 from dataset.masking import BlockMask
 from dataset.text import mask_tokens
-from dataset.transforms import BadImage, ItemRandom, PretrainTransform, load_image, resized_crop, to_tensor
+from dataset.transforms import (
+    BadImage,
+    ItemRandom,
+    PretrainTransform,
+    View,
+    crops,
+    open_image,
+    to_tensor,
+    unit_range,
+)
 from utils import UserError, find_places
 
 
 class PretrainData(TrainItems):
     """Entries {"image", "caption": text or list of texts}. Beside `images` (1, 3, R, R) an item has code_view
-    (3, r, r), patch_mask (h * w,) bool and mask_seed, from which the masked words are drawn.
+    (3, r, r) uint8, patch_mask (h * w,) bool and mask_seed, from which the masked words are drawn.
     """
 
     def __init__(
@@ -112,11 +121,11 @@ def code_views(files: str | list[str], code_res: int, num_images: int) -> Iterat
     num_read = 0
     for entry in islice(read_pairs(files), num_images):
         try:
-            image = load_image(entry["images"][0])
+            (pixels,) = crops(open_image(entry["images"][0]), [View(None, False, code_res)])
         except BadImage as error:
             problem = error
             continue
         num_read += 1
-        yield to_tensor(resized_crop(image, None, code_res))
+        yield unit_range(to_tensor(pixels))
     if not num_read:
         raise UserError(f"none of the first {num_images} training images could be read; the last: {problem}")

@@ -1,27 +1,38 @@
 """From an image file to the tensors of the model: loading, crops, flips, RandAugment, normalisation.
 
-Nothing here reads global random state. Every draw comes from the item's own `ItemRandom`, so a sample is the
-same whichever worker or rank reads it. R is the side of the square output, in pixels.
+Items and batches hold bytes, which are floats only on the device (`unit_range`, `normalise`): a quarter of
+the memory and of the traffic between processes. Nothing here reads global random state. Every draw comes
+from the item's own `ItemRandom`, so a sample is the same whichever worker or rank reads it. R is the side of
+the square output, in pixels.
 """
 
 import hashlib
+import io
 import math
 import random
-from contextlib import suppress
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dataset.randaugment import RandAugment
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-_MEAN, _STD = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+REDUCED = {  # scale -> the decoder's flag for a picture of 1/scale, which it makes in less time
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    1: cv2.IMREAD_COLOR,
+}
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
@@ -37,17 +48,57 @@ class BadImage(Exception):
 
 def load_image(path: str | Path) -> Image.Image:
     """The image as RGB, upright by its EXIF tag, transparency over white. Raises `BadImage`."""
+    with _bad_image(path), Image.open(path) as image:
+        return _upright_rgb(image)
+
+
+def open_image(path: str | Path) -> "Image.Image | JpegFile":
+    """As `load_image`, but of a JPEG in RGB or grey that is upright only the header is read. Raises
+    `BadImage`."""
+    with _bad_image(path):
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            orientation = 1
+            with suppress(Exception):
+                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
+                return JpegFile(path, content, image.size)
+            return _upright_rgb(image)
+
+
+class JpegFile:
+    """A JPEG that waits to be decoded until the size to decode it at is known."""
+
+    def __init__(self, path: str | Path, content: bytes, size: tuple[int, int]) -> None:
+        """`size`: width, height."""
+        self.path, self.content, self.size = path, content, size
+
+    def decode(self, scale: int) -> np.ndarray:
+        """(H, W, 3) uint8 in the order blue, green, red, at 1/scale of the size. Raises `BadImage`."""
+        with _bad_image(self.path):
+            flags = REDUCED[scale] | cv2.IMREAD_IGNORE_ORIENTATION
+            pixels = cv2.imdecode(np.frombuffer(self.content, np.uint8), flags)
+        if pixels is None:  # PIL reads it, or says what is wrong
+            pixels = cv2.cvtColor(np.asarray(load_image(self.path).reduce(scale)), cv2.COLOR_RGB2BGR)
+        return pixels
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    with suppress(Exception):  # broken EXIF does not spoil the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8 instead of scaling
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+@contextmanager
+def _bad_image(path: str | Path) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            image.load()
-            with suppress(Exception):  # broken EXIF does not spoil the pixels
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8 instead of scaling
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        yield
     except Exception as error:  # each decoder has its own types
         raise BadImage(path, _cause(Path(path), error)) from error
 
@@ -74,26 +125,92 @@ class ItemRandom:
 
     @cached_property
     def numpy(self) -> np.random.RandomState:
+        generator = np.random.RandomState(np.random.MT19937(_NoEntropy()))
         # The other half of the key: both are Mersenne twisters, and equal seeds would make equal draws.
-        return np.random.RandomState(np.frombuffer(self._key[8:], "<u4"))
+        generator.seed(np.frombuffer(self._key[8:], "<u4"))
+        return generator
+
+
+class _NoEntropy(np.random.bit_generator.ISeedSequence):
+    """The first state of a generator that is seeded at once; the system's entropy would take 0.1 ms."""
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        return np.zeros(n_words, dtype)
+
+
+# ---- pixels and tensors
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
+    """(H, W, 3) -> (3, H, W), uint8."""
+    planes = np.empty((3, *pixels.shape[:2]), np.uint8)
+    cv2.split(pixels, list(planes))
+    return torch.from_numpy(planes)
 
 
-def normalise(image: Tensor) -> Tensor:
-    """(3, H, W) in [0, 1] -> the encoder's scale, by the channel means and deviations of CLIP."""
-    return image.sub(_MEAN).div_(_STD)
+@lru_cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest byte, and mean and deviation (3, 1, 1)."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    return torch.tensor(255.0, device=device), mean, std
 
 
-def resized_crop(image: Image.Image, box: Box | None, res: int, mirrored: bool = False) -> np.ndarray:
-    """The box of the image (None: all of it) at (res, res, 3) uint8, bicubic with antialiasing."""
-    if box is not None:
-        image = image.crop(box)
-    pixels = np.array(image.resize((res, res), Image.Resampling.BICUBIC))
-    return cv2.flip(pixels, 1) if mirrored else pixels
+def unit_range(images: Tensor) -> Tensor:
+    """(..., 3, H, W) uint8 -> float32 in [0, 1]."""
+    # By a tensor: a GPU multiplies by the reciprocal of a Python number, which rounds another way.
+    return images.float().div_(_constants(images.device)[0])
+
+
+def normalise(images: Tensor) -> Tensor:
+    """(..., 3, H, W) uint8 -> float32 on the encoder's scale, by the channel means and deviations of CLIP."""
+    _, mean, std = _constants(images.device)
+    return unit_range(images).sub_(mean).div_(std)
+
+
+# ---- crops
+
+
+class View(NamedTuple):
+    """What to show: a part of the image (None: all of it), whether mirrored, at (res, res) pixels."""
+
+    box: Box | None
+    mirrored: bool
+    res: int
+
+
+def crops(image: Image.Image | JpegFile, views: Sequence[View]) -> list[np.ndarray]:
+    """The views of an RGB image, (res, res, 3) uint8 each. Raises `BadImage`.
+
+    A JPEG is decoded once, at the smallest scale that still has a pixel for each pixel of the views. Their
+    edges then move to its whole pixels, by at most half a pixel of the view.
+    """
+    boxes = [view.box or (0, 0, *image.size) for view in views]
+    if isinstance(image, JpegFile):
+        scale = min(_decoding_scale(box, view.res) for box, view in zip(boxes, views, strict=True))
+        pixels = image.decode(scale)
+    else:
+        scale, pixels = 1, np.array(image)
+    found = []
+    for view, box in zip(views, boxes, strict=True):
+        left, top, right, bottom = ((edge + scale // 2) // scale for edge in box)
+        part = resize(pixels[top:bottom, left:right], view.res)
+        if isinstance(image, JpegFile):
+            part = cv2.cvtColor(part, cv2.COLOR_BGR2RGB)
+        found.append(cv2.flip(part, 1) if view.mirrored else part)
+    return found
+
+
+def _decoding_scale(box: Box, res: int) -> int:
+    side = min(box[2] - box[0], box[3] - box[1])
+    return next(scale for scale in REDUCED if scale == 1 or side >= scale * res)
+
+
+def resize(pixels: np.ndarray, res: int) -> np.ndarray:
+    """(H, W, 3) -> (res, res, 3), uint8. PIL's antialiased bicubic filter, to a level, at several times the
+    speed."""
+    planes = torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
+    planes = F.interpolate(planes, size=(res, res), mode="bicubic", antialias=True)
+    return cv2.merge(list(planes[0].numpy()))
 
 
 def draw_crop(width: int, height: int, min_scale: float, rng: random.Random) -> Box:
@@ -113,7 +230,7 @@ def draw_crop(width: int, height: int, min_scale: float, rng: random.Random) -> 
 
 
 class TrainTransform:
-    """Fine-tuning: crop (`crop=False`, as in grounding: the whole image), flip, RandAugment, normalise."""
+    """Fine-tuning: crop (`crop=False`, as in grounding: the whole image), flip, RandAugment."""
 
     def __init__(
         self,
@@ -127,17 +244,15 @@ class TrainTransform:
         self.image_res, self.min_scale, self.crop, self.flip = image_res, min_scale, crop, flip
         self.augment = RandAugment(*randaugment)
 
-    def __call__(self, image: Image.Image, rng: ItemRandom, may_flip: bool = True) -> Tensor:
-        """RGB -> (3, R, R) float32. `may_flip`: False where the text names a side."""
-        box, mirrored = self.draw_view(image, rng, may_flip)
-        pixels = self.augment(resized_crop(image, box, self.image_res, mirrored), rng.numpy)
-        return normalise(to_tensor(pixels))
+    def __call__(self, image: Image.Image | JpegFile, rng: ItemRandom, may_flip: bool = True) -> Tensor:
+        """-> (3, R, R) uint8. `may_flip`: False where the text names a side. Raises `BadImage`."""
+        (pixels,) = crops(image, [self.draw_view(image.size, rng, may_flip)])
+        return to_tensor(self.augment(pixels, rng.numpy))
 
-    def draw_view(self, image: Image.Image, rng: ItemRandom, may_flip: bool) -> tuple[Box | None, bool]:
-        """The part of the image to show, and whether mirrored."""
-        box = draw_crop(*image.size, self.min_scale, rng.python) if self.crop else None
+    def draw_view(self, size: tuple[int, int], rng: ItemRandom, may_flip: bool) -> View:
+        box = draw_crop(*size, self.min_scale, rng.python) if self.crop else None
         heads = rng.python.random() < 0.5  # drawn in any case, so that the text does not shift later draws
-        return box, heads and self.flip and may_flip
+        return View(box, heads and self.flip and may_flip, self.image_res)
 
 
 class PretrainTransform:
@@ -158,21 +273,24 @@ class PretrainTransform:
         self.code_res, self.independent_code_view = code_res, independent_code_view
 
     def __call__(
-        self, image: Image.Image, rng: ItemRandom, may_flip: bool = True
+        self, image: Image.Image | JpegFile, rng: ItemRandom, may_flip: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """RGB -> (3, R, R) float32 normalised, and (3, code_res, code_res) float32 in [0, 1] or None."""
-        view = self.encoder_view
-        box, mirrored = view.draw_view(image, rng, may_flip)
-        encoder_pixels = view.augment(resized_crop(image, box, view.image_res, mirrored), rng.numpy)
-        code_image = None
-        if self.code_res is not None:
-            if self.independent_code_view:
-                box, mirrored = view.draw_view(image, rng, may_flip)
-            code_pixels = resized_crop(image, box, self.code_res, mirrored)
-            if self.independent_code_view:
-                code_pixels = view.augment(code_pixels, rng.numpy)
-            code_image = to_tensor(code_pixels)
-        return normalise(to_tensor(encoder_pixels)), code_image
+        """-> (3, R, R) uint8, and (3, code_res, code_res) uint8 or None. Raises `BadImage`."""
+        encoder, code_res = self.encoder_view, self.code_res
+        views = [encoder.draw_view(image.size, rng, may_flip)]
+        if code_res is not None and self.independent_code_view:
+            views.append(encoder.draw_view(image.size, rng, may_flip)._replace(res=code_res))
+        elif code_res is not None and code_res > encoder.image_res:
+            views.append(views[0]._replace(res=code_res))
+        pixels, *own = crops(image, views)
+        augmented = to_tensor(encoder.augment(pixels, rng.numpy))
+        if code_res is None:
+            return augmented, None
+        # Half of the encoder's pixels, which is what the source would give but for rounding.
+        code_pixels = own[0] if own else resize(pixels, code_res)
+        if self.independent_code_view:
+            code_pixels = encoder.augment(code_pixels, rng.numpy)
+        return augmented, to_tensor(code_pixels)
 
 
 class EvalTransform:
@@ -180,5 +298,6 @@ class EvalTransform:
         self.image_res = image_res
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """RGB -> (3, R, R) float32."""
-        return normalise(to_tensor(resized_crop(image, None, self.image_res)))
+        """RGB -> (3, R, R) uint8: all of the image, by PIL itself, to the level."""
+        resized = image.resize((self.image_res, self.image_res), Image.Resampling.BICUBIC)
+        return to_tensor(np.asarray(resized))

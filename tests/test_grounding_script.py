@@ -20,9 +20,10 @@ import Grounding
 from config import GROUNDING, read_config
 from dataset.grounding import GroundingEvalData, grounding_loader, read_plain_pickle
 from dataset.text import build_tokenizer
-from dataset.transforms import load_image, normalise, resized_crop, to_tensor
+from dataset.transforms import View, crops, load_image, to_tensor
 from faults import leave_together
 from models.retrieval import SIMLARetrieval
+from training import to_device
 from utils import UserError
 
 ENTRY = {"image": "images/val/00000.jpg", "text": "a cup", "ref_id": 1}
@@ -106,8 +107,8 @@ def test_training_shows_whole_images_and_knows_them_by_their_file(tiny):
     batch, keys = next(iter(loader)), list(loader.sampler)
     assert batch["idx"].tolist() == [files.index(entries[i]["image"]) for _, i in keys[:4]]
     for (_, index), image in zip(keys, batch["image"], strict=False):
-        whole = resized_crop(load_image(tiny["data"] / entries[index]["image"]), None, 32)
-        views = [normalise(to_tensor(np.ascontiguousarray(view))) for view in (whole, whole[:, ::-1])]
+        whole = load_image(tiny["data"] / entries[index]["image"])
+        views = map(to_tensor, crops(whole, [View(None, mirrored, 32) for mirrored in (False, True)]))
         assert any(torch.equal(image, view) for view in views)
 
 
@@ -127,7 +128,7 @@ def test_every_parameter_gets_a_gradient(tiny):
     tokenizer = build_tokenizer(config["text_encoder"])
     batch = next(iter(grounding_loader(config, tokenizer, 64, seed=0, pin=False)))
     model = SIMLARetrieval.from_config(config)
-    sum(Grounding.losses(model, batch, 0.4).values()).backward()
+    sum(Grounding.losses(model, to_device(batch, torch.device("cpu")), 0.4).values()).backward()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert {n for n, p in named.items() if p.grad is None} == {"visual_encoder.mask_token"}
     assert all(p.grad.abs().sum() > 0 for n, p in named.items() if p.grad is not None and "key.bias" not in n)

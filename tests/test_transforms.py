@@ -1,4 +1,4 @@
-"""Loading of every kind of file; crops, flips and views; draws that depend on (seed, epoch, index) alone."""
+"""Loading of every kind of file, JPEGs at the scale of their crop; crops, flips, views; draws of an item."""
 
 import io
 import pickle
@@ -19,24 +19,26 @@ from dataset.transforms import (
     BadImage,
     EvalTransform,
     ItemRandom,
+    JpegFile,
     PretrainTransform,
     TrainTransform,
+    View,
+    crops,
     draw_crop,
     load_image,
     normalise,
-    resized_crop,
+    open_image,
+    resize,
     to_tensor,
+    unit_range,
 )
+from training import to_device
 
 
 def photo(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
     """Soft blobs of colour, so that resampling is smooth."""
     small = np.random.RandomState(seed).randint(0, 256, (6, 8, 3)).astype(np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def undo(image: torch.Tensor) -> torch.Tensor:
-    return image * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
 
 # ---- loading
@@ -161,6 +163,154 @@ def test_a_folder_and_too_many_pixels(tmp_path, monkeypatch):
         load_image(path)
 
 
+# ---- JPEGs, decoded at the scale of their crop
+
+
+def textured(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Photo-like: soft blobs, detail at finer scales, and a hard edge."""
+    rng = np.random.RandomState(seed)
+    picture = np.asarray(photo(width, height, seed)).astype(np.float32)
+    for cells, strength in ((width // 16, 18), (width // 4, 6), (width, 3)):
+        noise = rng.randint(0, 256, (max(1, cells * height // width), max(1, cells), 1)).astype(np.uint8)
+        fine = Image.fromarray(noise[..., 0]).resize((width, height), Image.Resampling.BICUBIC)
+        picture += strength * (np.asarray(fine, np.float32)[..., None] / 128 - 1)
+    picture[:, width // 3 : width // 2] *= 0.6
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+def jpeg_file(image: Image.Image, path: Path, **options) -> JpegFile:
+    return open_image(save(image, path, quality=90, **options))
+
+
+def scales_used(monkeypatch) -> list[int]:
+    used = []
+    decode = JpegFile.decode
+    monkeypatch.setattr(JpegFile, "decode", lambda file, scale: used.append(scale) or decode(file, scale))
+    return used
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_is_decoded_as_by_pil(mode, tmp_path):
+    for number, options in enumerate([{}, {"progressive": True}, {"subsampling": 0}]):
+        path = save(textured(203, 101).convert(mode), tmp_path / f"{number}.jpg", **options)
+        file = open_image(path)
+        assert isinstance(file, JpegFile)
+        assert file.size == (203, 101)
+        for scale in (1, 2, 4, 8):
+            drafted = Image.open(path)
+            drafted.draft(None, (203 // scale, 101 // scale))
+            assert np.array_equal(file.decode(scale)[..., ::-1], drafted.convert("RGB"))
+
+
+def test_the_smallest_scale_is_taken_that_has_a_pixel_for_each_of_the_view(tmp_path, monkeypatch):
+    file, used = jpeg_file(textured(640, 480), tmp_path / "a.jpg"), scales_used(monkeypatch)
+    sides = {60: 8, 61: 4, 120: 4, 121: 2, 240: 2, 241: 1, 480: 1, 700: 1}
+    for res in sides:
+        crops(file, [View(None, False, res)])
+    crops(file, [View((100, 100, 163, 400), False, 32)])  # 63 pixels: no scaling, as half would be 31
+    crops(file, [View((100, 100, 164, 400), False, 32)])
+    crops(file, [View(None, False, 60), View(None, False, 121)])  # one decode for both
+    assert used == [*sides.values(), 1, 2, 2]
+
+
+@given(
+    st.integers(200, 800), st.integers(200, 800), st.integers(24, 96), st.floats(0.05, 1), st.integers(0, 99)
+)
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_crops_of_scaled_decodes_are_those_of_a_full_decode(width, height, res, min_scale, seed):
+    """At worst, where an eighth of a small picture makes a view of 24 pixels: 6 of 255 levels in the mean."""
+    at_whole_pixels, as_drawn = differences(width, height, res, min_scale, seed)
+    assert at_whole_pixels.mean() < 6
+    assert np.percentile(at_whole_pixels, 99) <= 30
+    assert as_drawn.mean() < 12  # half a pixel of the view
+
+
+def test_crops_of_scaled_decodes_are_mostly_within_a_level():
+    found = [differences(800, 600, 96, 0.2, seed)[0].mean() for seed in range(30)]
+    assert np.median(found) < 0.6
+    assert max(found) < 2
+
+
+def differences(width: int, height: int, res: int, min_scale: float, seed: int) -> list[np.ndarray]:
+    """Of a crop from what one from PIL's full decode is: with the edges in whole pixels of the scaled decode,
+    and as they were drawn."""
+    image, buffer = textured(width, height, seed), io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    decoded = Image.open(buffer).convert("RGB")
+    box = draw_crop(width, height, min_scale, random.Random(seed))
+    (ours,) = crops(JpegFile("memory", buffer.getvalue(), image.size), [View(box, False, res)])
+    side = min(box[2] - box[0], box[3] - box[1])
+    scale = next(scale for scale in (8, 4, 2, 1) if scale == 1 or side >= scale * res)
+    whole = [(edge + scale // 2) // scale * scale for edge in box]
+    assert max(abs(a - b) for a, b in zip(whole, box, strict=True)) <= side / res / 2 or scale == 1
+    whole = [min(edge, limit) for edge, limit in zip(whole, image.size * 2, strict=True)]
+    theirs = (decoded.crop(edges).resize((res, res), Image.Resampling.BICUBIC) for edges in (whole, box))
+    return [np.abs(ours.astype(int) - np.asarray(their)) for their in theirs]
+
+
+@pytest.mark.parametrize("res", [25, 50, 100, 200])
+def test_an_edge_in_the_picture_is_where_it_was(res, tmp_path):
+    """Black left of column 300 of 600, white from there on, seen through crops that touch each border."""
+    picture = np.zeros((400, 600, 3), np.uint8)
+    picture[:, 300:] = 255
+    file = jpeg_file(Image.fromarray(picture), tmp_path / "a.jpg")
+    for box in ((0, 0, 600, 400), (0, 0, 401, 399), (199, 1, 600, 400), (93, 55, 507, 301)):
+        view, mirrored = crops(file, [View(box, False, res), View(box, True, res)])
+        place = (300 - box[0]) / (box[2] - box[0]) * res
+        for row in view[:, :, 0]:
+            assert abs((255 - row.astype(float)).sum() / 255 - place) < 0.6
+        assert np.array_equal(mirrored, view[:, ::-1])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_jpegs_are_cropped_upright(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(textured(300, 200), tmp_path / "a.jpg", quality=90, exif=exif)
+    upright = load_image(path)
+    image = open_image(path)
+    assert isinstance(image, JpegFile) == (orientation == 1)
+    assert image.size == upright.size
+    views = [View(None, False, 64), View((20, 30, 120, 180), True, 40)]
+    for ours, theirs in zip(crops(image, views), crops(upright, views), strict=True):
+        assert np.abs(ours.astype(int) - theirs).mean() < 2
+
+
+def test_only_plain_jpegs_wait_to_be_decoded(tmp_path):
+    image = photo()
+    others = {
+        "cmyk.jpg": image.convert("CMYK"),
+        "p.png": image.convert("P"),
+        "rgba.png": image.convert("RGBA"),
+        "l.png": image.convert("L"),
+    }
+    for name, other in others.items():
+        path = save(other, tmp_path / name)
+        assert np.array_equal(open_image(path), load_image(path)), name
+    path = save(image, tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*garbage" + b"\xff" * 30)
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        assert isinstance(open_image(path), JpegFile)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_a_truncated_jpeg_is_bad_when_it_is_decoded(share, tmp_path):
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(jpeg_bytes()[: int(share * len(jpeg_bytes()))])
+    file = open_image(path)
+    for res in (32, 300):
+        with pytest.raises(BadImage, match="truncated") as error:
+            crops(file, [View(None, False, res)])
+        assert error.value.path == str(path)
+
+
+def test_what_opencv_refuses_pil_decodes(tmp_path, monkeypatch):
+    file = jpeg_file(textured(200, 150), tmp_path / "a.jpg")
+    (expected,) = crops(file, [View(None, False, 60)])
+    monkeypatch.setattr("cv2.imdecode", lambda *_: None)
+    (found,) = crops(file, [View(None, False, 60)])
+    assert np.abs(found.astype(int) - expected).mean() < 1.5
+
+
 # ---- draws
 
 
@@ -255,15 +405,36 @@ def test_evaluation_is_exactly_the_torchvision_pipeline(size):
         ]
     )
     out = EvalTransform(32)(image)
-    assert torch.equal(out, pipeline(image))
+    assert out.dtype == torch.uint8
     assert out.is_contiguous()
+    assert torch.equal(normalise(out), pipeline(image))
 
 
-def test_a_crop_is_exactly_that_of_torchvision():
-    image, box = photo(), (5, 7, 55, 47)
-    theirs = tv.functional.resized_crop(image, 7, 5, 40, 50, (32, 32), tv.InterpolationMode.BICUBIC)
-    assert np.array_equal(resized_crop(image, box, 32), theirs)
-    assert np.array_equal(resized_crop(image, box, 32, mirrored=True), np.asarray(theirs)[:, ::-1])
+def test_a_batch_becomes_the_floats_that_torchvision_makes_of_each_image():
+    """Every byte, in every channel, to the last bit."""
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    expected = tv.functional.to_tensor(pixels)
+    batch = {"image": to_tensor(pixels)[None], "code_view": to_tensor(pixels)[None], "text": ["a"]}
+    out = to_device(batch, torch.device("cpu"))
+    assert torch.equal(out["code_view"][0], expected)
+    assert torch.equal(out["image"][0], tv.functional.normalize(expected, MEAN, STD))
+    assert out["text"] == ["a"]
+    assert batch["image"].dtype == torch.uint8
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(8, 64), st.integers(0, 99))
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_a_crop_is_that_of_torchvision_to_a_level(width, height, res, seed):
+    """torch and PIL keep intermediate sums with different precision."""
+    image = photo(width, height, seed)
+    box = left, top, right, bottom = draw_crop(width, height, 0.2, random.Random(seed))
+    upright, mirrored = crops(image, [View(box, False, res), View(box, True, res)])
+    theirs = tv.functional.resized_crop(
+        image, top, left, bottom - top, right - left, [res, res], tv.InterpolationMode.BICUBIC
+    )
+    difference = np.abs(upright.astype(int) - np.asarray(theirs))
+    assert difference.max() <= 1
+    assert np.array_equal(mirrored, upright[:, ::-1])
 
 
 def test_both_views_show_the_same_pixels():
@@ -273,10 +444,28 @@ def test_both_views_show_the_same_pixels():
         encoder_image, code_image = transform(image, ItemRandom(0, 0, index))
         assert encoder_image.shape == (3, 64, 64)
         assert code_image.shape == (3, 32, 32)
-        assert encoder_image.dtype == code_image.dtype == torch.float32
-        assert 0 <= code_image.min() <= code_image.max() <= 1
-        halved = torch.nn.functional.avg_pool2d(undo(encoder_image), 2)
-        assert (halved - code_image).abs().max() < 0.03
+        assert encoder_image.dtype == code_image.dtype == torch.uint8
+        halved = torch.nn.functional.avg_pool2d(unit_range(encoder_image), 2)
+        assert (halved - unit_range(code_image)).abs().max() < 0.03
+
+
+def test_the_code_view_is_what_the_source_gives_but_for_rounding():
+    image = textured(400, 300)
+    for index in range(10):
+        box = draw_crop(*image.size, 0.2, ItemRandom(0, 0, index).python)
+        transform = PretrainTransform(64, randaugment=(0, 7), code_res=32, flip=False)
+        (direct,) = crops(image, [View(box, False, 32)])
+        difference = transform(image, ItemRandom(0, 0, index))[1].int() - to_tensor(direct).int()
+        assert difference.abs().max() <= 4
+        assert difference.abs().float().mean() < 0.6
+
+
+def test_a_code_view_larger_than_the_encoder_s_comes_from_the_source():
+    image = textured(400, 300)
+    large = PretrainTransform(32, randaugment=(0, 7), code_res=64, flip=False)
+    box = draw_crop(*image.size, 0.2, ItemRandom(0, 0, 0).python)
+    (direct,) = crops(image, [View(box, False, 64)])
+    assert torch.equal(large(image, ItemRandom(0, 0, 0))[1], to_tensor(direct))
 
 
 def test_the_code_view_is_not_augmented_in_colour_or_shape():
@@ -296,14 +485,13 @@ def test_independent_code_views_differ_but_leave_the_encoder_view_alone():
         a, b = shared(image, ItemRandom(0, 0, index)), independent(image, ItemRandom(0, 0, index))
         assert torch.equal(a[0], b[0])
         assert not torch.equal(a[1], b[1])
-        assert 0 <= b[1].min() <= b[1].max() <= 1
     assert PretrainTransform(32)(image, ItemRandom(0, 0, 0))[1] is None
 
 
 def test_flips_are_even_and_stop_where_the_text_names_a_side():
     image = photo()
     transform = TrainTransform(32, randaugment=(0, 7), crop=False)
-    plain = normalise(to_tensor(resized_crop(image, None, 32)))
+    plain = to_tensor(resize(np.array(image), 32))
     flips = 0
     for index in range(200):
         out = transform(image, ItemRandom(0, 0, index))
@@ -330,7 +518,6 @@ def test_forbidding_a_flip_changes_nothing_else():
 def test_any_size_of_image(size):
     image = photo(*size)
     assert TrainTransform(24)(image, ItemRandom(0, 0, 0)).shape == (3, 24, 24)
-    assert all(
-        view.isfinite().all() for view in PretrainTransform(24, code_res=12)(image, ItemRandom(0, 0, 0))
-    )
+    views = PretrainTransform(24, code_res=12)(image, ItemRandom(0, 0, 0))
+    assert [view.shape for view in views] == [(3, 24, 24), (3, 12, 12)]
     assert EvalTransform(24)(image).shape == (3, 24, 24)

@@ -150,7 +150,7 @@ def nlvr_loader(tiny, entries: list[dict], train: bool, **changes):
     tokenizer = build_tokenizer(config["text_encoder"])
     if train:
         return finetune_loader(entries, config, tokenizer, 64, seed=0, pin=False)
-    return evaluation_loader(entries, config, tokenizer, 64)
+    return evaluation_loader(entries, config, tokenizer, 64, pin=False)
 
 
 def test_first_images_of_a_batch_come_first(tiny, tmp_path):
