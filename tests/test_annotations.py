@@ -317,19 +317,6 @@ def test_where_the_folder_cannot_be_written_the_users_cache_has_the_index(monkey
     assert captions(path) == expected
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission(kept, tmp_path):
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    path = write(folder / "a.json", pairs(10))
-    folder.chmod(0o555)
-    try:
-        assert len(captions(path)) == 10
-    finally:
-        folder.chmod(0o755)
-    assert len(list((tmp_path / "cache" / "simla").iterdir())) == 1
-
-
 def test_where_nothing_can_be_written_the_index_stays_in_memory(caplog, kept, tmp_path):
     path = write(tmp_path / "a.json", pairs(10))
     index_of(path).mkdir()
