@@ -158,7 +158,7 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 def unit_range(images: Tensor) -> Tensor:
     """(..., 3, H, W) uint8 -> float32 in [0, 1]."""
     # By a tensor: a GPU multiplies by the reciprocal of a Python number, which rounds another way.
-    return images.float().div_(_constants(images.device)[0])
+    return images / _constants(images.device)[0]
 
 
 def normalise(images: Tensor) -> Tensor:
