@@ -36,7 +36,7 @@ demo-all: $(call READY,demo)
 	$(PY) demo_all.py
 
 test: $(call READY,test)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 fault-test: $(call READY,test)
 	$(PY) tests/fault_test.py

@@ -87,7 +87,7 @@ SHARED = {
     "precision": Key(
         str,
         "fp32",
-        "fp32, tf32, bf16 or fp16 (with loss scaling); of retrieval scores and VQA answers, too",
+        "fp32, tf32, bf16 or fp16 (with loss scaling); of all scores but heat maps, too",
         choices=("fp32", "tf32", "bf16", "fp16"),
     ),
     "compile": Key(bool, False, "torch.compile the encoders' layers; the first steps take minutes"),

@@ -16,7 +16,7 @@ from metrics import confusion_counts
 from models.momentum import MomentumModel
 from saving import BEST, epoch_name
 from training import Losses, Scores, Training, to_device
-from utils import all_gather_objects, append_log, barrier, is_main, log, with_progress
+from utils import all_gather_objects, append_log, autocast, barrier, is_main, log, with_progress
 
 
 def fit(
@@ -89,6 +89,7 @@ def evaluate_classes(
     counts = torch.zeros(num_classes, num_classes, dtype=torch.long)
     for batch in with_progress(stop_at_unreadable(loader), len(loader), header, config["log_steps"]):
         batch = to_device(batch, device)
-        predicted = model.predict(batch["image"], batch["text_ids"], batch["text_mask"]).argmax(-1)
+        with autocast(device, config["precision"]):
+            predicted = model.predict(batch["image"], batch["text_ids"], batch["text_mask"]).argmax(-1)
         counts += confusion_counts(batch["label"].cpu(), predicted.cpu(), num_classes)
     return sum(all_gather_objects(counts))

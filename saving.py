@@ -197,6 +197,7 @@ class Saver:
     """
 
     _writers: ClassVar[set[threading.Thread]] = set()
+    _starting = threading.Lock()  # a thread that is listed has started
 
     def __init__(self, folder: str | Path, keep_last: int, keep_epochs: bool, saved: list[str] | None = None):
         self.folder, self.keep_last, self.keep_epochs = Path(folder), keep_last, keep_epochs
@@ -233,8 +234,9 @@ class Saver:
         names = [known for known in self.saved if known not in (name, replaces)] + [name]
         snapshot = _plain({**state, "saved": names}, "state", to_host)
         writer = threading.Thread(target=self._write, args=(name, snapshot, is_best, names), name="saver")
-        self._writers.add(writer)
-        writer.start()
+        with self._starting:
+            self._writers.add(writer)
+            writer.start()
 
     def _write(self, name: str, snapshot: dict, is_best: bool, names: list[str]) -> None:
         path = self.folder / name
@@ -268,7 +270,9 @@ class Saver:
     @classmethod
     def wait(cls) -> None:
         """Returns when nothing is being written any more."""
-        for writer in list(cls._writers):
+        with cls._starting:
+            writers = list(cls._writers)
+        for writer in writers:
             writer.join()
 
     def close(self) -> None:

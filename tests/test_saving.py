@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -292,3 +293,32 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(tmp_path):
     )
     for name, value in one["model"].items():
         assert torch.equal(value, other["model"][name]), name
+
+
+def test_waiting_for_a_writer_that_is_just_being_started(tmp_path, monkeypatch):
+    """As a rank does that notices, in another thread, that its peer is gone."""
+    starting, start = threading.Event(), threading.Thread.start
+
+    def slow_start(thread: threading.Thread) -> None:
+        if thread.name == "saver":
+            starting.set()
+            time.sleep(0.2)
+        start(thread)
+
+    failures = []
+
+    def wait() -> None:
+        starting.wait()
+        try:
+            Saver.wait()
+            failures.extend([] if (tmp_path / "checkpoint_00.pth").exists() else ["did not wait"])
+        except RuntimeError as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    monkeypatch.setattr(threading.Thread, "start", slow_start)
+    with Saver(tmp_path, keep_last=1, keep_epochs=True) as saver:
+        saver.save("checkpoint_00.pth", {"model": {}})
+    waiting.join()
+    assert failures == []
