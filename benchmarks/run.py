@@ -18,7 +18,7 @@ from run_record import code_revision
 
 HERE = ROOT / "benchmarks"
 COMMANDS = {  # name in results.json -> arguments
-    "train_step": ["train_step.py", "--profile"],
+    "train_step": ["train_step.py", "--batch", "6", "--steps", "1", "--profile"],
     "rerank": ["rerank.py"],
     "vqa_rank": ["vqa_rank.py"],
     "data": ["data.py"],
