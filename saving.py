@@ -207,6 +207,14 @@ class Saver:
             for left_over in self.folder.glob(".checkpoint_*.tmp"):  # of a process killed while it saved
                 left_over.unlink(missing_ok=True)
 
+    def take_up(self, checkpoint: dict) -> None:
+        """Goes on from a checkpoint of this folder; deletes what its writer was killed before deleting."""
+        self.saved = list(checkpoint.get("saved", []))
+        if is_main():
+            if replaced := checkpoint.get("replaces"):
+                (self.folder / replaced).unlink(missing_ok=True)
+            self._delete_old()
+
     def __enter__(self) -> "Saver":
         return self
 
@@ -232,7 +240,7 @@ class Saver:
             return copies[key]
 
         names = [known for known in self.saved if known not in (name, replaces)] + [name]
-        snapshot = _plain({**state, "saved": names}, "state", to_host)
+        snapshot = _plain({**state, "saved": names, "replaces": replaces}, "state", to_host)
         writer = threading.Thread(target=self._write, args=(name, snapshot, is_best, names), name="saver")
         with self._starting:
             self._writers.add(writer)

@@ -147,7 +147,8 @@ class Training:
             "total_steps", self.epoch * self.num_steps() + self.step
         )  # published: none
         if Path(path).parent.resolve() == Path(self.output_dir).resolve():
-            self.saver.saved, self.saved_at = rest.get("saved", []), (self.epoch, self.step)
+            self.saver.take_up(rest)
+            self.saved_at = self.epoch, self.step
         if self.step:
             ranks = rest["ranks"]
             if len(ranks) == world_size():

@@ -10,7 +10,6 @@ two; then two loader processes each make batches. The pictures are made here and
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import cv2
 import numpy as np
 import torch
+from measure import last_line
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as tv
@@ -35,7 +35,6 @@ from dataset.pretrain import PretrainData
 from dataset.randaugment import RandAugment
 from dataset.text import names_side
 from dataset.transforms import MEAN, STD, ItemRandom, PretrainTransform
-from run_record import versions
 from training import to_device
 
 SIZES = {(640, 480): 24, (2000, 1500): 12}  # width, height -> number of pictures
@@ -181,10 +180,9 @@ def report(found: dict[str, dict]) -> None:
         "ratio": min(ratio for name, ratio in ratios.items() if "core" in name),
         "ratios": ratios,
         "samples_per_second": found,
-        "versions": versions(),
-        "device": f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
     }
-    print(json.dumps(figures))
+    last_line(figures, torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from run_record import versions
+
 # Dense peak of the matrix units in FLOP/s (data sheets); fp32 is without TF32, as torch computes by default.
 PEAK = {
     "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
@@ -98,5 +100,4 @@ def row(label: str, *values: object) -> None:
 
 def last_line(found: dict, device: torch.device) -> None:
     """All figures as one line of JSON."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    print(json.dumps({**found, "device": device_name(device), "versions": versions}), flush=True)
+    print(json.dumps({**found, "device": device_name(device), "versions": versions()}), flush=True)

@@ -322,3 +322,30 @@ def test_waiting_for_a_writer_that_is_just_being_started(tmp_path, monkeypatch):
         saver.save("checkpoint_00.pth", {"model": {}})
     waiting.join()
     assert failures == []
+
+
+def test_a_run_killed_before_it_deleted_what_is_too_old_does_so_when_it_goes_on(tmp_path, monkeypatch):
+    """What is in the folder, and what the next checkpoint says of it, is as if nobody had killed it."""
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+        with Saver(folder, keep_last=2, keep_epochs=True) as saver:
+            for step in (1, 2, 3):
+                saver.save(step_name(0, step), {"step": step})
+                saver.wait()
+            if folder.name == "killed":
+                monkeypatch.setattr(Saver, "_delete_old", lambda self: None)
+                monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+            saver.save(epoch_name(0), {"step": 0}, replaces=step_name(0, 3))
+            saver.wait()
+            monkeypatch.undo()
+        if folder.name == "killed":
+            assert (folder / step_name(0, 3)).exists() and (folder / step_name(0, 2)).exists()
+            saver = Saver(folder, keep_last=2, keep_epochs=True)
+            saver.take_up(load_checkpoint(folder / epoch_name(0)))
+        with saver:
+            saver.save(step_name(1, 1), {"step": 1})
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1] == sorted([epoch_name(0), step_name(1, 1)])
+    last = [load_checkpoint(folder / step_name(1, 1)) for folder in folders]
+    assert last[0] == last[1]
