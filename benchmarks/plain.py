@@ -39,7 +39,7 @@ def encode(
         hidden, probabilities = attend(layer.attention, hidden, hidden, mask)
         if states is not None:
             hidden, _ = attend(layer.crossattention, hidden, states, states_mask)
-        hidden = layer.output(F.gelu(layer.intermediate.dense(hidden)), hidden)
+        hidden = layer.feed_forward(hidden)
     return hidden, probabilities
 
 

@@ -31,7 +31,6 @@ from measure import (
     utilization,
 )
 from plain import PlainRetrieval, PlainSIMLA
-from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch.profiler import ProfilerActivity, profile
 
@@ -167,7 +166,6 @@ def measure(args: argparse.Namespace) -> dict:
         for module in model.modules():
             if isinstance(module, Block):
                 module.attn.fused_attn = False
-                module.mlp.__class__ = Mlp
         groups = param_groups(model.named_parameters(), 0.02)
         optimizer = torch.optim.AdamW(groups, lr=1e-4)
     else:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.recompute import gelu_linear, run_layer
+from models.recompute import run_layer
 from utils import UserError
 
 PADDING_SCORE = -10000.0  # finite, so that a row of nothing but padding stays finite
@@ -170,10 +170,7 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.add(self.dense(x), residual)
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(x) + residual)
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
 class Attention(nn.Module):
@@ -241,6 +238,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.gelu(self.dense(hidden))
+
 
 class Layer(nn.Module):
     def __init__(self, config: BertConfig):
@@ -270,8 +270,7 @@ class Layer(nn.Module):
         return self.feed_forward(hidden)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        inner = self.intermediate.dense(hidden)
-        return self.output.add(gelu_linear(inner, self.output.dense), hidden)
+        return self.output(self.intermediate(hidden), hidden)
 
 
 class Encoder(nn.Module):

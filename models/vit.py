@@ -9,13 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from models.recompute import gelu_linear, run_layer
+from models.recompute import run_layer
 from utils import UserError
 
 
@@ -49,13 +48,6 @@ def vit_sizes(config: dict) -> dict:
     }
 
 
-class LeanMlp(Mlp):
-    """timm's, without dropout and norm, as the image encoder has it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gelu_linear(self.fc1(x), self.fc2)
-
-
 class VisionTransformer(TimmVisionTransformer):
     """ViT whose masked patches are replaced by a learned token before positions are added (BEiT).
 
@@ -87,7 +79,6 @@ class VisionTransformer(TimmVisionTransformer):
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),
-            mlp_layer=LeanMlp,
             num_classes=0,
             global_pool="",
             weight_init="jax",  # Xavier: with timm's std of 0.02 narrow models start from scratch slowly
