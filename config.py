@@ -90,8 +90,10 @@ SHARED = {
         "fp32, tf32, bf16 or fp16 (with loss scaling); of all scores but heat maps, too",
         choices=("fp32", "tf32", "bf16", "fp16"),
     ),
-    "compile": Key(bool, False, "torch.compile the encoders' layers; the first steps take minutes"),
-    "checkpoint_activations": Key(bool, False, "half the memory for a third more time"),
+    "compile": Key(bool, False, "torch.compile the encoders' layers"),
+    "checkpoint_activations": Key(
+        bool, False, "layers are computed again in the backward pass: less memory, more time"
+    ),
     "grad_accumulation_steps": Key(int, 1, "batches whose mean gradient makes one step", least=1),
     "clip_grad_norm": Key(
         NUMBER, 0, "longest gradient of a step, longer ones are shortened; 0 = any", least=0
