@@ -6,15 +6,23 @@ an explicit softmax; heads predict at every token; negatives are drawn row by ro
 B batch, N image tokens, T text tokens.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from models import losses
 from models.align import Draws, unit_features
-from models.bert import Attention, BertModel, padding_mask
+from models.bert import AddNorm, Attention, BertModel, padding_mask
 from models.pretrain import SIMLA
 from models.retrieval import SIMLARetrieval
+
+
+def add_norm(output: AddNorm, x: Tensor, residual: Tensor) -> Tensor:
+    dropped = F.dropout(output.dense(x), output.dropout_prob, output.training)
+    return output.LayerNorm(dropped + residual)
 
 
 def attend(
@@ -24,7 +32,8 @@ def attend(
     keys, values = attention.project(states)
     probabilities = attention.attention_map(hidden, keys, mask)
     dropped = F.dropout(probabilities, attention.dropout_prob, attention.training)
-    return attention.read(dropped, values, hidden), probabilities
+    context = (dropped @ values).transpose(1, 2).reshape(hidden.shape)
+    return add_norm(attention.output, context, hidden), probabilities
 
 
 def encode(
@@ -39,7 +48,7 @@ def encode(
         hidden, probabilities = attend(layer.attention, hidden, hidden, mask)
         if states is not None:
             hidden, _ = attend(layer.crossattention, hidden, states, states_mask)
-        hidden = layer.feed_forward(hidden)
+        hidden = add_norm(layer.output, F.gelu(layer.intermediate.dense(hidden)), hidden)
     return hidden, probabilities
 
 
@@ -56,6 +65,14 @@ def move_twins(model: SIMLA | SIMLARetrieval) -> None:
 
 def draw(weights: Tensor) -> Tensor:
     return torch.tensor([torch.multinomial(row, 1).item() for row in weights], device=weights.device)
+
+
+def plain_blocks(model: SIMLA | SIMLARetrieval) -> None:
+    """timm's blocks as timm has them, but with explicit attention."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.attn.fused_attn = False
+            module.forward = partial(Block.forward, module)
 
 
 class PlainAlignment:

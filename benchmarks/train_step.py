@@ -30,8 +30,7 @@ from measure import (
     row,
     utilization,
 )
-from plain import PlainRetrieval, PlainSIMLA
-from timm.models.vision_transformer import Block
+from plain import PlainRetrieval, PlainSIMLA, plain_blocks
 from torch.profiler import ProfilerActivity, profile
 
 from config import PRETRAIN, RETRIEVAL, read_config
@@ -163,9 +162,7 @@ def measure(args: argparse.Namespace) -> dict:
     is_plain = args.measure == "plain"
     model = (plain if is_plain else ours).from_config(config, **extra).to(device)
     if is_plain:
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.attn.fused_attn = False
+        plain_blocks(model)
         groups = param_groups(model.named_parameters(), 0.02)
         optimizer = torch.optim.AdamW(groups, lr=1e-4)
     else:

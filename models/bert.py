@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.lean import attend, dropout, gelu_linear
 from models.recompute import run_layer
 from utils import UserError
 
@@ -128,7 +129,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(2, config.hidden_size) if token_types else None
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout_prob = config.hidden_dropout_prob
 
     def forward(
         self,
@@ -149,7 +150,7 @@ class Embeddings(nn.Module):
         positions = table[:length] if position_ids is None else table[position_ids]
         if self.token_type_embeddings is not None:
             positions = positions + self.token_type_embeddings.weight[0]
-        return self.dropout(self.LayerNorm(inputs_embeds + positions))
+        return dropout(self.LayerNorm(inputs_embeds + positions), self.dropout_prob, self.training)
 
 
 class Projections(nn.Module):
@@ -167,10 +168,13 @@ class AddNorm(nn.Module):
         super().__init__()
         self.dense = nn.Linear(in_width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout_prob = config.hidden_dropout_prob
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return self.add(self.dense(x), residual)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(dropout(x, self.dropout_prob, self.training) + residual)
 
 
 class Attention(nn.Module):
@@ -226,20 +230,17 @@ class Attention(nn.Module):
         keys and values are never repeated in memory.
         """
         long = query.view(len(keys), -1, query.shape[-1])  # (B', n * T, D)
-        dropout = self.dropout_prob if self.training else 0.0
+        probability = self.dropout_prob if self.training else 0.0
         if mask is not None:  # the lowest float32 would be -inf in half precision
             mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
-        context = F.scaled_dot_product_attention(self._heads(long), keys, values, mask, dropout)
+        context = attend(self._heads(long), keys, values, mask, probability)
         return context.transpose(1, 2).reshape(query.shape)
 
 
-class FeedForward(nn.Module):
+class Intermediate(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.gelu(self.dense(hidden))
 
 
 class Layer(nn.Module):
@@ -247,7 +248,7 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(config, config.hidden_size)
         self.crossattention = Attention(config, config.encoder_width)
-        self.intermediate = FeedForward(config)
+        self.intermediate = Intermediate(config)
         self.output = AddNorm(config.intermediate_size, config)
 
     def forward(
@@ -270,7 +271,8 @@ class Layer(nn.Module):
         return self.feed_forward(hidden)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        return self.output(self.intermediate(hidden), hidden)
+        wide = self.intermediate.dense(hidden)
+        return self.output.add(gelu_linear(wide, self.output.dense), hidden)
 
 
 class Encoder(nn.Module):

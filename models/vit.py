@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from models.lean import gelu_linear, norm_linear
 from models.recompute import run_layer
 from utils import UserError
 
@@ -48,6 +50,14 @@ def vit_sizes(config: dict) -> dict:
     }
 
 
+class LeanBlock(Block):
+    """timm's block without dropout and layer scale."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        context = F.scaled_dot_product_attention(*project(self, tokens))
+        return feed_forward(self, tokens + self.attn.proj(context.transpose(1, 2).flatten(2)))
+
+
 class VisionTransformer(TimmVisionTransformer):
     """ViT whose masked patches are replaced by a learned token before positions are added (BEiT).
 
@@ -79,6 +89,7 @@ class VisionTransformer(TimmVisionTransformer):
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+            block_fn=LeanBlock,
             num_classes=0,
             global_pool="",
             weight_init="jax",  # Xavier: with timm's std of 0.02 narrow models start from scratch slowly
@@ -107,16 +118,24 @@ class VisionTransformer(TimmVisionTransformer):
         return self.norm(tokens)
 
 
+def project(block: Block, tokens: Tensor) -> Tensor:
+    """Queries, keys and values of a block's self-attention (3, B, H, N, d) of tokens (B, N, D)."""
+    projected = norm_linear(tokens, block.norm1, block.attn.qkv)
+    return projected.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def feed_forward(block: Block, tokens: Tensor) -> Tensor:
+    """The second half of a block: (B, N, D) -> (B, N, D)"""
+    return tokens + gelu_linear(norm_linear(tokens, block.norm2, block.mlp.fc1), block.mlp.fc2)
+
+
 def attention_map(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """A block's self-attention probabilities (B, H, N, N) and values (B, H, N, d) of tokens (B, N, D)."""
-    attention = block.attn
-    projected = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1))
-    query, keys, values = projected.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
-    return (query @ keys.transpose(-1, -2) * attention.scale).softmax(-1), values
+    query, keys, values = project(block, tokens)
+    return (query @ keys.transpose(-1, -2) * block.attn.scale).softmax(-1), values
 
 
 def read(block: Block, probabilities: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
-    """The rest of the block after `attention_map` -> (B, N, D); no dropout or layer scale here."""
+    """The rest of the block after `attention_map` -> (B, N, D)."""
     context = (probabilities @ values).transpose(1, 2).flatten(2)
-    tokens = tokens + block.attn.proj(context)
-    return tokens + block.mlp(block.norm2(tokens))
+    return feed_forward(block, tokens + block.attn.proj(context))
