@@ -29,7 +29,7 @@ def pairs(path: Path, root: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def genome(tmp_path: Path) -> Path:
-    """1: phrases that repeat; 2: in COCO's test; 3: in Flickr30k's val; 4: in COCO's training; 5: no image."""
+    """1: phrases that repeat; 2: in COCO's test; 3: in Flickr30k's val; 4: in its training; 5: no image."""
     ids = {1: (None, None), 2: (102, 7), 3: (None, 303), 4: (104, None), 5: (None, None)}
     phrases = {number: [f"thing {number}"] for number in ids}
     phrases[1] = ["A tall tree", "a car ", "a  Tall tree", "the sky", ""]
