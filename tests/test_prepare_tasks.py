@@ -538,6 +538,7 @@ def test_snli_ve_as_its_config_reads_it(data, capsys):
     assert "train 3 529,527" in printed and "dev 1 17,858" in printed and "test 1 17,901" in printed
     assert "contradiction 1 176,550" in printed
     assert "1 sentences without a label; first:" in printed
+    assert f"configs/VE.yaml: image_root: {data}/flickr30k-images" in printed
 
     config = config_of("VE", VE)
     for key, expected in (("train_file", [0, 1, 2]), ("val_file", [1]), ("test_file", [2])):

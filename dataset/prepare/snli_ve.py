@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dataset.prepare.common import Images, Report, find_all, write_annotations
+from dataset.prepare.flickr30k import IMAGE_FOLDERS
 from dataset.tables import checked, read_json_lines
 from dataset.ve import CLASSES
 from utils import UserError
@@ -31,7 +32,7 @@ IMAGE_FIELDS = ("Flickr30K_ID", "Flikr30kID")  # the two releases call it differ
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     wanted = {split: [f"snli_ve/snli_ve_{split}.jsonl"] for split in SPLITS}
-    files = find_all(root, SOURCE, {**wanted, "images": ["flickr30k-images", "flickr30k/images"]})
+    files = find_all(root, SOURCE, {**wanted, "images": IMAGE_FOLDERS})
     images = Images(files["images"], report)
     for split, official in SPLITS.items():
         entries = list(sentences(files[split], report))
@@ -41,6 +42,7 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
             report.count(f"  {label}", labels[label], number)
         kept = (entry for entry in entries if images.has(f"{entry['image']}.jpg"))
         write_annotations(out / f"ve_{split}.json", kept, report)
+    report.note(f"configs/VE.yaml: image_root: {files['images']}")
     report.source("Xie et al. 2019 and the SNLI-VE repository")
 
 
