@@ -20,10 +20,11 @@ get its neighbour's caption.
 import argparse
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import md5
 from itertools import islice
 from pathlib import Path
+from string import Formatter
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -42,6 +43,13 @@ from dataset.tables import checked
 from utils import UserError
 
 NAMINGS = ["{row}_{crc32}", "{crc32}", "{md5}"]  # each with .jpg, too
+FIELDS: dict[str, Callable[[int, str], int | str]] = {  # of the number of a line and its URL
+    "row": lambda row, _: row,
+    "row1": lambda row, _: row + 1,
+    "crc32": lambda _, url: zlib.crc32(url.encode()),
+    "md5": lambda _, url: md5(url.encode(), usedforsecurity=False).hexdigest(),
+    "file": lambda _, url: urlsplit(url).path.rpartition("/")[2],
+}
 NUM_TRIED = 10_000  # lines, to find out how images are named
 
 
@@ -127,55 +135,56 @@ def _write(
 ) -> bool:
     """Whether there is anything of this part."""
     path, folder, listed = out / f"{part.stem}.json", find(root, part.images), find(root, part.lists)
-    if folder is None or not (listed or is_output(folder)):
+    of_img2dataset = folder is not None and is_output(folder)
+    if folder is None or not (listed or of_img2dataset):
         report.note(f"{path.name}: not made, {'no list' if folder else 'no images'} in {root}")
         return False
     start = prefix(folder, root, options)
-    if is_output(folder):
+    if of_img2dataset:
         write_output(folder, path, start, report, part.official)
         return True
     images = Images(folder, report, "pairs whose image is")
-    naming = options.image_names or _guess(listed, source.namings, images)
+    name_of = _Naming(options.image_names or _guess(listed, source.namings, images))
     num_lines = Counter()
-    rows = (
-        (name, caption)
-        for name, caption in _named(_read_list(listed, report), naming, num_lines)
-        if images.has(name)
-    )
-    number = write_annotations(path, pairs(rows, start, report), report)
+
+    def rows() -> Iterator[tuple[str, str]]:
+        for row, url, caption in _read_list(listed, report):
+            num_lines["lines"] += 1
+            name = name_of(row, url)
+            if images.has(name):
+                yield name, caption
+
+    number = write_annotations(path, pairs(rows(), start, report), report)
     report.count(f"{part.stem}: lines", num_lines["lines"], part.official)
     report.count(f"{part.stem}: pairs with an image", number)
-    report.note(f"{path.name}: images are named {naming}")
+    report.note(f"{path.name}: images are named {name_of.pattern}")
     return True
 
 
-def _named(
-    rows: Iterator[tuple[int, str, str]], naming: str, num_lines: Counter
-) -> Iterator[tuple[str, str]]:
-    for row, url, caption in rows:
-        num_lines["lines"] += 1
-        yield _name(naming, row, url), caption
+class _Naming:
+    """Image names by a pattern such as {row:09}_{crc32}.jpg; UserError for one with other fields."""
 
+    def __init__(self, pattern: str):
+        self.pattern = pattern
+        try:
+            fields = [field for _, field, _, _ in Formatter().parse(pattern) if field is not None]
+            self.parts = {field: FIELDS[field] for field in fields}
+            self(0, "http://host/file")
+        except (KeyError, ValueError) as error:
+            raise UserError(f"--image-names {pattern}: {error}; fields are {', '.join(FIELDS)}") from error
 
-def _name(naming: str, row: int, url: str) -> str:
-    parts = {
-        "row": row,
-        "row1": row + 1,
-        "crc32": zlib.crc32(url.encode()),
-        "md5": md5(url.encode(), usedforsecurity=False).hexdigest(),
-        "file": urlsplit(url).path.rpartition("/")[2],
-    }
-    try:
-        return naming.format(**parts)
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"--image-names {naming}: {error}; fields are {', '.join(parts)}") from error
+    def __call__(self, row: int, url: str) -> str:
+        return self.pattern.format(**{field: part(row, url) for field, part in self.parts.items()})
 
 
 def _guess(path: Path, namings: list[str], images: Images) -> str:
     """The naming by which most of the first lines have an image; UserError where none has."""
     rows = list(islice(_read_list(path, Report("")), NUM_TRIED))
     tried = [*namings, *(f"{naming}.jpg" for naming in namings if naming != "{file}")]
-    fits = {naming: sum(_name(naming, row, url) in images.files for row, url, _ in rows) for naming in tried}
+    fits = {}
+    for naming in tried:
+        name_of = _Naming(naming)
+        fits[naming] = sum(name_of(row, url) in images.files for row, url, _ in rows)
     best = max(fits, key=fits.get)
     if not fits[best]:
         example = min(images.files, default="nothing")
