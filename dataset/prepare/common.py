@@ -213,8 +213,8 @@ def add_relative(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--relative",
         action="store_true",
-        help="write image paths relative to --root, not absolute ones: for a config whose image_root is --root, "
-        "or, without one, for --out the same as --root",
+        help="write image paths relative to --root, not absolute ones: for a config whose image_root is "
+        "--root, or, without one, for --out the same as --root",
     )
 
 
