@@ -1,0 +1,61 @@
+"""Makes annotation files of official downloads.
+
+    python -m dataset.prepare                                  lists the names
+    python -m dataset.prepare coco --help                      what it needs and what it writes
+    python -m dataset.prepare coco --root data --out data      does it
+
+The files are written anew by every run, and replace the old ones only when they are complete.
+"""
+
+import argparse
+import logging
+from importlib import import_module
+from types import ModuleType
+
+from dataset.annotations import expand
+from dataset.prepare import CONVERTERS
+from dataset.prepare.common import Report
+from launch import run_script
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    width = max(map(len, CONVERTERS))
+    listed = "\n".join(f"  {name:{width}}  {about}" for name, (_, about) in CONVERTERS.items())
+    parser = argparse.ArgumentParser(
+        "python -m dataset.prepare",
+        description=__doc__,
+        epilog=f"names:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("name", nargs="?", choices=CONVERTERS, metavar="NAME", help="one of the names below")
+    chosen, rest = parser.parse_known_args(arguments)
+    if chosen.name is None:
+        parser.print_help()
+        return
+    converter = import_module(f"dataset.prepare.{CONVERTERS[chosen.name][0]}")
+    options = _options(chosen.name, converter, rest)
+    report = Report(chosen.name)
+    try:
+        converter.prepare(expand(options.root).absolute(), expand(options.out).absolute(), options, report)
+    finally:
+        if report:
+            print(report, flush=True)
+
+
+def _options(name: str, converter: ModuleType, arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        f"python -m dataset.prepare {name}",
+        description=converter.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--root", required=True, help="folder with the downloads")
+    parser.add_argument("--out", required=True, help="folder for the annotation files, made where missing")
+    if hasattr(converter, "add_options"):
+        converter.add_options(parser)
+    return parser.parse_args(arguments, argparse.Namespace(name=name))
+
+
+if __name__ == "__main__":
+    run_script(main)
