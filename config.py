@@ -101,6 +101,7 @@ SHARED = {
     "save_every_steps": Key(int, 0, "checkpoints within an epoch; 0 = none", least=0),
     "save_every_minutes": Key(NUMBER, 0, "as save_every_steps, by the clock", least=0),
     "keep_last": Key(int, 2, "newest checkpoints kept, beside the best, or those of every epoch", least=1),
+    "wandb": Key(dict, {}, "all keys go to wandb.init, `{project: ...}`; empty = no Weights & Biases"),
     "max_nonfinite_steps": Key(
         int, 5, "a run stops after so many steps in a row with a loss that is not finite", least=1
     ),

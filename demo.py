@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from config import PRETRAIN, read_config
+from curves import plot_curves
 from dataset.annotations import TEXT, read_annotations
 from dataset.demo import make_demo
 from launch import run_script
-from plots import import_pyplot, plot_gallery, plot_losses
+from plots import import_pyplot, plot_gallery
 from utils import UserError, free_port, num_cores
 
 CONFIGS = Path("configs/demo")
@@ -81,12 +82,6 @@ def gallery(output_dir: Path, num_queries: int = 8, num_results: int = 5) -> Non
     )
 
 
-def draw_losses(output_dir: Path) -> None:
-    """The curves of a pre-training run, beside their chance levels."""
-    config = read_config(str(output_dir / "config.yaml"), PRETRAIN)
-    plot_losses(output_dir / "train_steps.jsonl", config, output_dir / "losses.png")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="output/demo", type=Path)
@@ -121,7 +116,7 @@ def main() -> None:
     }
     text = json.dumps({"zero_shot_retrieval": summary, "seconds": seconds}, indent=1)
     (out / "summary.json").write_text(text)
-    draw_losses(out)
+    plot_curves([out], out / "losses.png")
     gallery(out)
     print(f"\n{seconds} s; {out}/summary.json, {out}/gallery.png, {out}/losses.png")
 

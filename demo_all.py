@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 from checkpoint import load_weights
 from config import GROUNDING, read_config
+from curves import plot_curves
 from dataset.grounding import GroundingEvalData
 from dataset.items import Collate
 from dataset.text import build_tokenizer
 from dataset.transforms import normalise
-from demo import CONFIGS, DATA, draw_losses, gallery, launch, make_data, num_processes, spread
+from demo import CONFIGS, DATA, gallery, launch, make_data, num_processes, spread
 from launch import run_script
 from metrics import RIGHT_IOU
 from models.gradcam import grad_cam
@@ -244,7 +245,7 @@ def main() -> None:
             columns = ("metric", "chance", "before", "after", "n", "seconds")
             summary[stage.key or stage.name] = {column: record[column] for column in columns}
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    draw_losses(out / "pretrain")
+    plot_curves([out / "pretrain"], out / "pretrain" / "losses.png")
     gallery(out / "retrieval")
     draw_heat_maps(out / "grounding")
     draw_answers(out / "vqa")

@@ -47,7 +47,7 @@ def fit(
         kept_scores = training.resume(args.checkpoint)
         if best and kept_scores:
             kept = str(Path(args.checkpoint).with_name(BEST))
-    with StopSignals() as signals, training.saver:
+    with StopSignals() as signals, training.run_log, training.saver:
         first_epoch = training.epoch
         for epoch in range(first_epoch, epochs):
             # Saved before a long evaluation, so that a kill during it costs no training.
@@ -58,6 +58,7 @@ def fit(
                     scores = evaluate(epoch)
             record = {f"train_{name}": value for name, value in stats.items()}
             append_log(args.output_dir, {**record, **scores, "epoch": epoch})
+            training.run_log.epoch(training.total_steps, stats, scores)
             is_best = best is not None and scores[best] > kept_scores.get(best, -math.inf)
             if is_best or best is None:
                 kept = str(Path(args.output_dir) / (BEST if is_best else epoch_name(epoch)))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from faults import RESUMABLE, Stopped, leave_together, watch_peers
+from run_log import check_wandb
 from run_record import RunRecord, previous_run
 from saving import Saver, check_undamaged, load_checkpoint, newest_good, run_checkpoints
 from utils import UserError, all_gather_objects, first_line, is_main, log, rank, set_precision, world_size
@@ -41,7 +42,8 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
     what to resume and begins run.json. Sets args.run, the run's id.
 
     Raises UserError for a --resume that finds nothing or comes with --evaluate, a GPU that is not there or
-    lacks config `precision`, a taken port, or an output folder that cannot be written.
+    lacks config `precision`, a taken port, an output folder that cannot be written, or Weights & Biases where
+    config `wandb` asks for it and it is missing.
     """
     if args.resume and args.evaluate:
         raise UserError("--evaluate scores --checkpoint as it is, --resume trains on from it; leave one out")
@@ -64,6 +66,8 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
             ) from error
         watch_peers()
     make_output_folder(args.output_dir)
+    if not args.evaluate:
+        check_wandb(config)
     set_precision(device, config["precision"])
     run = _find_what_to_resume(args)
     (args.run,) = set(all_gather_objects(run)) - {""}  # the main rank's

@@ -1,36 +1,20 @@
-"""Pictures of results: loss curves beside their chance levels, retrieved images, heat maps, answers.
+"""Pictures of results: retrieved images, heat maps, answers, keywords (curves of a run: curves.py).
 
-python plots.py losses output/demo/train_steps.jsonl -o losses.png --config output/demo/config.yaml
+python plots.py keywords output/demo/checkpoint_04.pth -o keywords.png
 """
 
 import argparse
-import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from ruamel.yaml import YAML
+import torch
 from torch import Tensor
 
+from dataset import stop_at_unreadable
 from launch import run_script
 from metrics import Box, resize_heat
 from utils import UserError
-
-
-def chance_levels(config: dict) -> dict[str, float]:
-    """What each pre-training loss is worth to a model that has learned nothing, in nats.
-
-    ITA: an even guess among batch and queue; MLM, MIM: among the vocabulary; ITM: a head that knows only that
-    two rows of three do not match; PSL: every word at one half.
-    """
-    bert = config["bert_config"]
-    vocab_size = (bert if isinstance(bert, dict) else json.loads(Path(bert).read_text()))["vocab_size"]
-    return {
-        "loss_ita": math.log(config["batch_size"] + config["queue_size"]),
-        "loss_itm": -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3),
-        "loss_mlm": math.log(vocab_size),
-        "loss_mim": math.log(config["image_tokenizer"]["vocab_size"]),
-        "loss_psl": math.log(2),
-    }
 
 
 def import_pyplot():
@@ -43,44 +27,6 @@ def import_pyplot():
     import matplotlib.pyplot as plt
 
     return plt
-
-
-def plot_losses(steps_file: str | Path, config: dict, out: str | Path) -> None:
-    """One panel for each loss of a train_steps.jsonl, its chance level dashed.
-
-    Raises UserError for a file that is missing, broken or without steps.
-    """
-    try:
-        records = [json.loads(line) for line in Path(steps_file).read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{steps_file} cannot be read as one JSON object a line: {error}") from error
-    if not records:
-        raise UserError(f"{steps_file} holds no steps yet")
-    plt = import_pyplot()
-    names = [name for name in records[0] if name.startswith("loss_")]
-    chance = chance_levels(config)
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.9), layout="constrained")
-    steps = [record["step"] for record in records]
-    for axis, name in zip(axes if len(names) > 1 else [axes], names, strict=True):
-        axis.plot(steps, [record[name] for record in records], color="#0b5fa5")
-        axis.axhline(chance[name], color="#8a8a8a", linestyle="--", linewidth=1)
-        axis.annotate(
-            f"chance {chance[name]:.2f}",
-            (1, chance[name]),
-            xycoords=("axes fraction", "data"),
-            xytext=(-3, 3),
-            textcoords="offset points",
-            ha="right",
-            color="#5a5a5a",
-            fontsize=8,
-        )
-        axis.set_title(name.removeprefix("loss_").upper())
-        axis.set_xlabel("step")
-        axis.margins(y=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("loss (nats)")
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
 
 
 def plot_gallery(
@@ -212,19 +158,108 @@ def plot_answers(
     plt.close(figure)
 
 
+def plot_keywords(
+    files: list[str],
+    words: list[list[str]],
+    attention: Tensor,
+    votes: Tensor,
+    chosen: Tensor,
+    out: str | Path,
+) -> None:
+    """A row for each image-caption pair: the image, and beside it, for every word piece, how much the
+    momentum encoder's [CLS] attends to it (mean and range over the heads) and in how many heads it is among
+    the first; the pieces that PSL chose as keywords in green.
+
+    files (B); words (B) lists of their word pieces, [CLS] first; attention (B, H, T) the [CLS] row; votes
+    (B, T); chosen (B, T) bool: see `SIMLA.keywords`. [CLS] itself is never a target.
+    """
+    from dataset.transforms import load_image
+
+    plt = import_pyplot()
+    rows, longest = len(files), max(map(len, words))
+    figure, axes = plt.subplots(
+        rows,
+        2,
+        figsize=(2.8 + 0.55 * longest, 2.3 * rows),
+        width_ratios=[2.3, 0.55 * longest],
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, (file, pieces) in enumerate(zip(files, words, strict=True)):
+        picture, bars = axes[row]
+        picture.imshow(load_image(file))
+        picture.axis("off")
+        heads, places = attention[row, :, : len(pieces)].float().cpu(), range(len(pieces))
+        means = heads.mean(0)
+        reach = torch.stack([means - heads.amin(0), heads.amax(0) - means])
+        colours = ["#1a9641" if chosen[row, i] else "#b8c4cf" for i in places]
+        bars.bar(places, means, yerr=reach, color=colours, ecolor="#777777", error_kw={"linewidth": 0.8})
+        for i in places:
+            at = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 8}
+            bars.annotate(f"{votes[row, i]}", (i, 1.0), **at)
+        bars.set_xticks(places, pieces, rotation=35, ha="right", fontsize=9)
+        for label, colour in zip(bars.get_xticklabels(), colours, strict=True):
+            label.set(color="#1a9641", fontweight="bold") if colour == "#1a9641" else None
+        bars.set_xlim(-0.6, longest - 0.4)
+        bars.spines[["top", "right"]].set_visible(False)
+    axes[0, 1].set_title(
+        f"attention of [CLS], mean and range of {attention.shape[1]} heads; number: votes of the heads; "
+        "green: keyword",
+        fontsize=9,
+        pad=14,
+    )
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def draw_keywords(checkpoint: str | Path, config: dict, entries: Sequence[dict], out: str | Path) -> None:
+    """`plot_keywords` of a pre-training checkpoint. config: resolved, of Pretrain.py; entries: as of
+    `read_pairs`; of several captions the first.
+
+    Raises UserError for a checkpoint of another model and an image that cannot be read.
+    """
+    from checkpoint import load_weights
+    from dataset.items import Collate, EvalItems
+    from dataset.text import build_tokenizer, clean_caption
+    from dataset.transforms import normalise
+    from models.pretrain import SIMLA
+
+    tokenizer = build_tokenizer(config["text_encoder"])
+    model = SIMLA.from_config(config, tokenizer.cls_token_id)
+    load_weights(model, checkpoint, "Pretrain")
+    collate = Collate(tokenizer, model.text_encoder.bert.config.max_position_embeddings, config["max_tokens"])
+
+    def clean_first(texts: str | list[str]) -> str:
+        return clean_caption(texts if isinstance(texts, str) else texts[0])
+
+    items = EvalItems(entries, config["image_res"], clean_first)
+    (batch,) = stop_at_unreadable([collate([items[i] for i in range(len(entries))])])
+    ids, mask = batch["text_ids"], batch["text_mask"]
+    found = model.eval().keywords(normalise(batch["image"]), ids, mask)
+    words = [
+        tokenizer.convert_ids_to_tokens(row[:length].tolist())
+        for row, length in zip(ids, mask.sum(1).tolist(), strict=True)
+    ]
+    plot_keywords([entry["images"][0] for entry in entries], words, *found, out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    losses = commands.add_parser("losses", help="curves of a training run")
-    losses.add_argument("steps_file", help="train_steps.jsonl of an output folder")
-    losses.add_argument("--config", required=True, help="config.yaml of the same folder")
-    losses.add_argument("-o", "--out", default="losses.png")
+    keywords = commands.add_parser("keywords", help="what PSL's momentum encoder attends to in captions")
+    keywords.add_argument("checkpoint", help="of Pretrain.py")
+    keywords.add_argument("--config", help="default: config.yaml beside the checkpoint")
+    keywords.add_argument("--file", help="annotation file; default: the config's train_file")
+    keywords.add_argument("--num", type=int, default=4, help="pairs, evenly spread (default: %(default)s)")
+    keywords.add_argument("-o", "--out", default="keywords.png")
     args = parser.parse_args()
-    try:
-        config = YAML(typ="safe").load(Path(args.config).read_text())
-    except OSError as error:
-        raise UserError(f"config {args.config} cannot be read: {error.strerror}") from error
-    plot_losses(args.steps_file, config, args.out)
+    from config import PRETRAIN, read_config
+    from dataset.pretrain import read_pairs
+
+    config = read_config(args.config or str(Path(args.checkpoint).with_name("config.yaml")), PRETRAIN)
+    pairs = read_pairs(args.file or config["train_file"])
+    num = min(args.num, len(pairs))
+    draw_keywords(args.checkpoint, config, [pairs[i * len(pairs) // num] for i in range(num)], args.out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import DataLoader
 
+from chance import ChanceCheck
 from checkpoint import resume
 from dataset import stop_at_unreadable
 from dataset.transforms import normalise, unit_range
@@ -29,6 +30,7 @@ from models.bert import BertModel, Layer
 from models.momentum import MomentumModel
 from models.vit import VisionTransformer
 from optim import create_optimizer, step_unless
+from run_log import RunLog
 from safe_load import to_plain
 from saving import Saver, atomic_write, epoch_name, step_name
 from scheduler import create_scheduler
@@ -86,6 +88,7 @@ class Training:
         self.not_finite_in_a_row, self.unread = 0, None
         self.last_save, self.saved_at = time.monotonic(), (0, 0)
         self.saver = Saver(self.output_dir, config["keep_last"], keep_epochs)
+        self.run_log, self.chance_check = RunLog(self.output_dir, self.run, config), ChanceCheck(config)
         trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
         log.info(f"{trainable:,} trainable parameters")
 
@@ -162,6 +165,7 @@ class Training:
                 )
         elif "ranks" in rest and len(rest["ranks"]) != world_size():
             log.info(f"{path} was saved by {len(rest['ranks'])} rank(s): not bit for bit with {world_size()}")
+        self.run_log.first_step = self.total_steps + (self.step == 0)  # an epoch's last line stays
         log.info(f"resumed {path}: epoch {self.epoch}" + f", step {self.step}" * bool(self.step))
         for name, (old, new) in differences(to_plain(rest.get("config", {})), self.config).items():
             in_vain = name.startswith(("optimizer.", "schedular.")) and name not in STILL_OPEN
@@ -194,6 +198,7 @@ class Training:
         alpha = config["alpha"] if config.get("distill", True) else 0.0
         self.model.train()
         num_steps = self.num_steps()
+        self.run_steps = num_steps * config["schedular"]["epochs"]
         self.schedule.start_epoch(self.epoch)
         self.whole, self.window, self.bad_images = MetricLog(), MetricLog(), BadImages()
         # Each epoch draws from its own seed, so that one resumed at its start is as an unbroken one.
@@ -213,6 +218,7 @@ class Training:
             if "random" in self.own:
                 set_random_state(self.own["random"], self.device)
             self.own = None
+        self.run_log.begin(self.samples)
         for group in groups:
             if self.step % log_steps == 0 and self.step:
                 self.record_window()
@@ -321,10 +327,14 @@ class Training:
         return bool(by_steps or (minutes and time.monotonic() - self.last_save >= 60 * minutes))
 
     def record_window(self) -> None:
-        """Appends the means since the last call to train_steps.jsonl, for curves."""
+        """The means since the last call go to train_steps.jsonl, for curves, and to TensorBoard."""
         if is_main() and self.window.count:  # none where no step of the window was finite
             place = {"step": self.total_steps, "epoch": self.epoch}
-            append_line(Path(self.output_dir) / STEPS_LOG, json.dumps({**place, **self.window.means()}))
+            means = self.window.means()
+            append_line(Path(self.output_dir) / STEPS_LOG, json.dumps({**place, **means}))
+            self.run_log.steps(self.total_steps, means, self.samples)
+            begin = self.total_steps - (self.step - 1) % self.config["log_steps"] - 1
+            self.chance_check.look(means, begin, self.total_steps, self.run_steps)
         self.window = MetricLog()
 
 

@@ -249,9 +249,27 @@ class SIMLA(AlignmentModel):
     ) -> Tensor:
         """The words that the momentum encoder's [CLS] attends to most, predicted from the image feature."""
         with torch.no_grad():
-            votes = losses.keyword_votes(attention_m[:, :, 0], None if self.psl_padding else text_mask)
-            positions, counted = losses.choose_keywords(votes)
+            _, positions, counted = self._choose_keywords(attention_m[:, :, 0], text_mask)
             vocab_size = self.concept_head.out_features
             target = losses.keyword_targets(text_ids, positions, counted, vocab_size, self.cls_id)
             logits_m = self.concept_head_m(image_feat_m)
         return losses.psl_loss(self.concept_head(image_feat), target, logits_m, alpha)
+
+    def _choose_keywords(self, attention: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """attention (B, H, T) -> votes (B, T), chosen positions (B, K) and which of them count (B, K) bool"""
+        votes = losses.keyword_votes(attention, None if self.psl_padding else text_mask)
+        return votes, *losses.choose_keywords(votes)
+
+    @torch.no_grad()
+    def keywords(self, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What PSL takes its targets from: image (B, 3, R, R); text_ids, text_mask (B, T) -> the momentum
+        encoder's attention from [CLS] to every word (B, H, T), the votes of its heads (B, T; padding -1) and
+        which places are keywords (B, T) bool, [CLS] never
+        """
+        bert_m = self.text_encoder_m.bert
+        cross = bert_m.project(self.visual_encoder(image), num_layers=-1)
+        hidden, mask = bert_m.before_last(text_ids, text_mask, cross)
+        attention = bert_m.last_self_attention(hidden, mask)[:, :, 0]
+        votes, positions, counted = self._choose_keywords(attention, text_mask)
+        chosen = torch.zeros_like(votes, dtype=torch.bool).scatter(1, positions, counted)
+        return attention, votes, chosen & (text_ids != self.cls_id)
