@@ -81,10 +81,11 @@ class RunLog:
 
     def steps(self, step: int, means: dict[str, float], num_samples: int) -> None:
         """The means since the last call; num_samples: those of the epoch in progress that are done."""
-        seconds = time.monotonic() - self.since
-        speed = (num_samples - self.samples) / seconds
+        num_new, seconds = num_samples - self.samples, time.monotonic() - self.since
         self.begin(num_samples)
-        self.write(step, "train", {**means, "samples_per_second": speed})
+        # None where the steps were another process's, which a signal stopped before it could log them.
+        speed = {"samples_per_second": num_new / seconds} if num_new else {}
+        self.write(step, "train", {**means, **speed})
 
     def epoch(self, step: int, stats: dict, scores: dict) -> None:
         """Counts of bad images and scores; lists, such as confusion matrices, are left to log.txt."""

@@ -1,48 +1,22 @@
-"""The pictures are written, and the chance levels are what a model that knows nothing gets."""
+"""The pictures are written, and show what they say."""
 
-import json
-import math
+import sys
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from models_for_tests import tiny_batch, tiny_pretrain_model
 from PIL import Image
+from ruamel.yaml import YAML
+from tiny import make_tiny
 
+import plots
 from config import PRETRAIN, read_config
-from plots import chance_levels, plot_gallery, plot_losses
+from dataset.text import build_tokenizer
+from models.pretrain import SIMLA
+from plots import plot_gallery, plot_keywords
+from saving import save_checkpoint
 from utils import UserError
-
-
-@pytest.fixture
-def config():
-    return read_config("configs/demo/Pretrain.yaml", PRETRAIN)
-
-
-def test_chance_levels_are_the_losses_of_even_guesses(config):
-    chance = chance_levels(config)
-    vocab, candidates = config["bert_config"]["vocab_size"], config["batch_size"] + config["queue_size"]
-    for name, size in (("loss_mlm", vocab), ("loss_ita", candidates)):
-        assert chance[name] == pytest.approx(F.cross_entropy(torch.zeros(1, size), torch.tensor([0])).item())
-    base_rate = torch.tensor([[2 / 3, 1 / 3]]).log()  # one row of three matches
-    labels = torch.tensor([0, 0, 1])
-    assert chance["loss_itm"] == pytest.approx(F.cross_entropy(base_rate.expand(3, 2), labels).item())
-    assert chance["loss_itm"] == pytest.approx(0.6365, abs=1e-4)
-    assert chance["loss_psl"] == pytest.approx(math.log(2))
-
-
-def test_loss_curves(config, tmp_path):
-    names = ("loss_ita", "loss_itm", "loss_mlm", "loss_mim", "loss_psl")
-    lines = [json.dumps({"step": 10 * i, "epoch": 0, **dict.fromkeys(names, 5 / i)}) for i in range(1, 5)]
-    (tmp_path / "steps.jsonl").write_text("\n".join(lines))
-    plot_losses(tmp_path / "steps.jsonl", config, tmp_path / "losses.png")
-    picture = np.asarray(Image.open(tmp_path / "losses.png").convert("RGB"))
-    assert picture.shape[1] > 1000 and picture.std() > 5
-    for content, message in (("", "no steps"), ("{", "cannot be read")):
-        (tmp_path / "steps.jsonl").write_text(content)
-        with pytest.raises(UserError, match=message):
-            plot_losses(tmp_path / "steps.jsonl", config, tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
 
 
 def test_gallery_frames_the_right_picture_in_green(tmp_path):
@@ -59,3 +33,47 @@ def test_gallery_frames_the_right_picture_in_green(tmp_path):
     assert (
         len(green) and picture.shape[1] * 0.5 < green.mean() < picture.shape[1] * 0.8
     )  # the second of three
+
+
+GREEN = np.array([0x1A, 0x96, 0x41])
+
+
+def test_keywords_are_the_targets_of_psl(monkeypatch):
+    """The loss of a head that answers exactly the words found, and no others, is next to nothing."""
+    model, batch = tiny_pretrain_model().eval(), tiny_batch(4)
+    image, ids, mask = batch["image"], batch["text_ids"], batch["text_mask"]
+    attention, votes, chosen = model.keywords(image, ids, mask)
+    assert attention.shape[0::2] == ids.shape and torch.allclose(attention.sum(-1), torch.ones(()))
+    assert not chosen[mask == 0].any() and not chosen[ids == model.cls_id].any() and chosen.any(-1).all()
+    assert (votes[mask == 0] == -1).all() and (votes[mask == 1] >= 0).all()
+    logits = torch.full((4, model.concept_head.out_features), -30.0)
+    logits[torch.arange(4)[:, None].expand_as(ids)[chosen], ids[chosen]] = 30.0
+    monkeypatch.setattr(model.concept_head, "forward", lambda features: logits)
+    assert model(**{**batch, "alpha": 0.0})["loss_psl"] < 1e-6
+
+
+def test_keywords_are_green(tmp_path):
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "0.jpg")
+    files, words = [str(tmp_path / "0.jpg")] * 2, [["[CLS]", "a", "dog"], ["[CLS]", "sky"]]
+    attention = torch.full((2, 4, 3), 0.3)
+    votes, none = torch.tensor([[4, 0, 4], [4, 4, -1]]), torch.zeros(2, 3, dtype=torch.bool)
+    for chosen, has_green in ((none, False), (votes == 4, True)):
+        plot_keywords(files, words, attention, votes, chosen, tmp_path / "k.png")
+        picture = np.asarray(Image.open(tmp_path / "k.png").convert("RGB")).astype(int)
+        assert ((np.abs(picture - GREEN).sum(-1) < 10).sum() > 500) == has_green
+
+
+def test_keywords_of_a_checkpoint(tmp_path, monkeypatch):
+    paths = make_tiny(tmp_path)
+    config = read_config(str(paths["Pretrain"]), PRETRAIN)
+    model = SIMLA.from_config(config, build_tokenizer(config["text_encoder"]).cls_token_id)
+    save_checkpoint(tmp_path / "checkpoint_00.pth", {"model": model.state_dict()})
+    with (tmp_path / "config.yaml").open("w") as file:
+        YAML(typ="safe", pure=True).dump(config, file)
+    command = ["plots.py", "keywords", str(tmp_path / "checkpoint_00.pth"), "-o", str(tmp_path / "k.png")]
+    monkeypatch.setattr(sys, "argv", command)
+    plots.main()
+    assert np.asarray(Image.open(tmp_path / "k.png")).std() > 5
+    monkeypatch.setattr(sys, "argv", [*command, "--file", str(tmp_path / "none.json")])
+    with pytest.raises(UserError, match=r"none\.json"):
+        plots.main()

@@ -29,6 +29,7 @@ def test_a_run_of_two_ranks(tiny, tmp_path):
     assert run("Pretrain.py", *flags, num_processes=2).returncode == 0
     record = record_of(tmp_path)
     assert record["status"] == "done" and record["message"] == "" and record["resumed_from"] == ""
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1  # the main rank's
     assert (
         "Pretrain.py --device cpu --config" in record["command"] and "schedular.epochs=1" in record["command"]
     )

@@ -1,0 +1,180 @@
+"""Curves of the logs of every task, and the chance levels beside them."""
+
+import json
+import math
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from ruamel.yaml import YAML
+
+import chance
+import curves
+from chance import ChanceCheck, chance_levels
+from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, read_config
+from curves import panels, plot_curves, read_records, read_run
+from utils import UserError
+
+DEMO = {
+    "Pretrain": PRETRAIN,
+    "Retrieval": RETRIEVAL,
+    "Grounding": GROUNDING,
+    "VQA": VQA,
+    "NLVR_Pretrain": PRETRAIN_NLVR,
+    "NLVR": NLVR,
+    "VE": VE,
+}
+
+
+def demo_config(name: str) -> dict:
+    return read_config(f"configs/demo/{name}.yaml", DEMO[name])
+
+
+def even_guess(num_classes: int) -> float:
+    return F.cross_entropy(torch.zeros(1, num_classes), torch.tensor([0])).item()
+
+
+def test_chance_levels_are_the_losses_of_even_guesses():
+    config = demo_config("Pretrain")
+    levels = chance_levels(config)
+    vocab, candidates = config["bert_config"]["vocab_size"], config["batch_size"] + config["queue_size"]
+    codes = config["image_tokenizer"]["vocab_size"]
+    for name, size in (("loss_mlm", vocab), ("loss_ita", candidates), ("loss_mim", codes)):
+        assert levels[name] == pytest.approx(even_guess(size))
+    base_rate = torch.tensor([[2 / 3, 1 / 3]]).log()  # one row of three matches
+    labels = torch.tensor([0, 0, 1])
+    assert levels["loss_itm"] == pytest.approx(F.cross_entropy(base_rate.expand(3, 2), labels).item())
+    assert levels["loss_itm"] == pytest.approx(0.6365, abs=1e-4)
+    assert levels["loss_psl"] == pytest.approx(math.log(2))
+
+
+def test_chance_levels_of_every_task():
+    for name in ("Retrieval", "Grounding"):
+        config = demo_config(name)
+        levels = chance_levels(config)
+        assert list(levels) == ["loss_ita", "loss_itm"]
+        assert levels["loss_ita"] == pytest.approx(
+            even_guess(config["batch_size_train"] + config["queue_size"])
+        )
+    for name, classes in (("VE", 3), ("NLVR", 2), ("NLVR_Pretrain", 3)):
+        assert chance_levels(demo_config(name)) == {"loss": pytest.approx(even_guess(classes))}
+    assert chance_levels(demo_config("VQA")) == {}
+
+
+@pytest.mark.parametrize(("num_steps", "patience"), [(12, 200), (935, 467.5), (234_000, 5000)])
+def test_a_loss_at_chance_is_pointed_out_once(num_steps, patience, caplog):
+    """Over all windows of a run, and over those of one that is resumed anywhere."""
+    assert chance.patience(num_steps) == patience
+    caplog.set_level("INFO", "simla")
+    check = ChanceCheck(demo_config("Pretrain"))
+    assert "loss_itm 0.637" in caplog.text and caplog.text.count("\n") == 1
+    learned = {name: 0.5 * level for name, level in check.levels.items()}
+    for means, stuck in ((learned, []), (learned | {"loss_itm": 0.63, "loss_psl": 9.0}, ["itm", "psl"])):
+        caplog.clear()
+        for end in range(25, num_steps + 1, 25):
+            ChanceCheck(demo_config("Pretrain")) if end == 100 else None
+            check.look(means, end - 25, end, num_steps)
+        said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert len(said) == (1 if stuck and num_steps > patience else 0)
+        for message in said:
+            named = [name for name in check.levels if f"{name} {means[name]:.3f} (chance" in message]
+            assert named == [f"loss_{name}" for name in stuck] and "learning rate" in message
+
+
+def write_run(folder, config: dict, steps: list[dict], epochs: list[dict]):
+    folder.mkdir()
+    for name, records in (("train_steps.jsonl", steps), ("log.txt", epochs)):
+        if records:
+            (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    with (folder / "config.yaml").open("w") as file:
+        YAML(typ="safe", pure=True).dump(config, file)
+    return folder
+
+
+def records(losses: list[str], scores: dict | None = None) -> tuple[list[dict], list[dict]]:
+    means = [{**dict.fromkeys(losses, 3 / i), "lr": 1e-3 / i} for i in range(1, 7)]
+    steps = [{"step": 10 * (i + 1), "epoch": i // 3, **mean} for i, mean in enumerate(means)]
+    whole = {f"train_{name}": value for name, value in means[2].items()}
+    return steps, [{**whole, "train_bad_images": 0, **(scores or {}), "epoch": i} for i in range(2)]
+
+
+def has_lines(path, colour: str) -> bool:
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    return (pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).sum() > 100
+
+
+RECALLS = {f"{split}_{name}": 50.0 for split in ("val", "test") for name in ("txt_r1", "img_r1", "r_mean")}
+LOGS = {
+    "Pretrain": (["loss_ita", "loss_itm", "loss_mlm", "loss_mim", "loss_psl"], {}),
+    "Retrieval": (["loss_ita", "loss_itm"], RECALLS),
+    "Grounding": (["loss_ita", "loss_itm"], {"val_d": 50.0, "testA_d": 40.0, "testB_d": 60.0}),
+    "VQA": (["loss"], {"val_accuracy": 60.0, "val_accuracy_number": 30.0}),
+    "NLVR_Pretrain": (["loss"], {}),
+    "NLVR": (["loss"], {"val_acc": 60.0, "val_confusion": [[1, 2], [3, 4]], "test_acc": 61.0}),
+    "VE": (["loss"], {"val_acc": 60.0, "val_confusion": [[1, 2], [3, 4]], "test_acc": 61.0}),
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_the_log_of_every_task(name, tmp_path, monkeypatch):
+    losses, scores = LOGS[name]
+    steps, epochs = records(losses, scores)
+    folder = write_run(tmp_path / "run", demo_config(name), steps, epochs)
+    logged, titles = panels([read_run(folder)])
+    assert logged == [*losses, "lr"]
+    assert {name for names in titles.values() for name in names} == {*scores} - {"val_confusion"}
+    if name in ("NLVR", "VE"):
+        assert titles == {"acc": ["val_acc", "test_acc"]}
+    monkeypatch.setattr(sys, "argv", ["curves.py", str(folder), "-o", str(tmp_path / "c.png")])
+    with mock.patch("curves.draw_level", wraps=curves.draw_level) as levels:
+        curves.main()
+    assert has_lines(tmp_path / "c.png", curves.COLOURS[0])
+    drawn = [(call.args[1], call.args[2]) for call in levels.call_args_list]
+    assert drawn == [(level, curves.GREY) for level in chance_levels(demo_config(name)).values()]
+
+
+def test_runs_are_overlaid_in_colours_of_their_own(tmp_path):
+    config = demo_config("Pretrain")
+    steps, epochs = records(LOGS["Pretrain"][0])
+    lower = [{name: v if name in ("step", "epoch") else 0.8 * v for name, v in s.items()} for s in steps]
+    one = write_run(tmp_path / "one", config, steps, epochs)
+    two = write_run(tmp_path / "two", {**config, "queue_size": 640}, lower, [])
+    with mock.patch("curves.draw_level", wraps=curves.draw_level) as levels:
+        plot_curves([one, two], tmp_path / "c.png")
+    drawn = [call.args[2] for call in levels.call_args_list]  # of ITA alone they have different levels
+    assert drawn == [*curves.COLOURS[:2], *[curves.GREY] * 4]
+    assert all(has_lines(tmp_path / "c.png", colour) for colour in curves.COLOURS[:2])
+    # a log alone, as published: numbers as texts, no steps, no config
+    published = tmp_path / "published"
+    published.mkdir()
+    (published / "log.txt").write_text(
+        json.dumps({**{k: str(v) for k, v in epochs[0].items()}, "train_bad_images": 3}) + "\n"
+    )
+    assert panels([read_run(published)]) == ([*LOGS["Pretrain"][0], "lr", "bad_images"], {})
+    plot_curves([published], tmp_path / "p.png")
+    assert has_lines(tmp_path / "p.png", curves.COLOURS[0])
+
+
+def test_a_folder_used_again_shows_its_last_run(tmp_path):
+    first, second = ([{"step": step, "loss": loss} for step in (10, 20, 30)] for loss in (9.0, 1.0))
+    path = tmp_path / "train_steps.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in first + second[:2]) + '{"step": 30, "lo')
+    assert [tuple(record.values()) for record in read_records(path, "step")] == [(10, 1), (20, 1)]
+
+
+def test_what_cannot_be_drawn_says_why(tmp_path):
+    with pytest.raises(UserError, match="holds no steps yet"):
+        plot_curves([tmp_path], tmp_path / "none.png")
+    for content in ("{\n{}\n", "[1]\n{}\n"):
+        (tmp_path / "log.txt").write_text(content)
+        with pytest.raises(UserError, match=r"log\.txt, line 1: expected a JSON object"):
+            plot_curves([tmp_path], tmp_path / "none.png")
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.0}\n')
+    (tmp_path / "config.yaml").write_text("a: b\n")
+    with pytest.raises(UserError, match=r"config\.yaml is not the resolved config"):
+        plot_curves([tmp_path], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
