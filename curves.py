@@ -191,6 +191,7 @@ def _draw(axis, records: list[dict], order: str, name: str, **style) -> None:
         style = {"marker": ".", **style}  # a line of one point is none
     axis.plot([record[order] for record in having], [record[name] for record in having], **style)
     axis.margins(y=0.15)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.spines[["top", "right"]].set_visible(False)
 
 
