@@ -31,7 +31,10 @@ from functools import partial
 from pathlib import Path
 
 ADDRESS = "SIMLA_TESTS_SERVER"  # variable: FOLDER/PID, the server's socket; PID is the process it serves
-PACKAGES = ("torch.distributed.launcher.api", "timm", "cv2", "PIL.Image", "ruamel.yaml", "safetensors.torch")
+PACKAGES = (
+    *("torch.distributed.launcher.api", "torch.utils.data", "timm.optim", "timm.scheduler", "transformers"),
+    *("cv2", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "ruamel.yaml", "safetensors.torch"),
+)
 FLAGS = ("-u",)  # of Python; the only one there is use for
 
 
@@ -124,7 +127,7 @@ def run(args, cwd=None, env=None, timeout: float | None = None) -> subprocess.Co
 
 
 def environment(process: int) -> list[str]:
-    """NAME=value, of a living process as it began. Raises OSError for one that has ended, or another user's."""
+    """NAME=value, as a living process began; OSError for one that has ended, or another user's."""
     record = _record(process)
     if record is None or not record.exists():  # not of the server
         record = Path(f"/proc/{process}/environ")
