@@ -2,7 +2,7 @@
 
 `Popen` and `run` stand for those of subprocess. What they start is otherwise a process like any other: it has
 the arguments, environment, folder, output and signals it is given, imports this project's modules itself,
-runs its script as __main__ and ends as Python ends. torch's launcher, started so, starts its ranks so. The
+runs its script as __main__ and ends as `_end` says. torch's launcher, started so, starts its ranks so. The
 server has one thread and has touched no GPU, or a fork would not be safe. Elsewhere than on Linux subprocess
 does the work.
 
@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -206,7 +207,6 @@ def _start(connection: socket.socket) -> Callable[[], None]:
 
 def _work(request: dict, files: list[int]) -> None:
     """What Python does with the command line, in the process that it is for."""
-    atexit.register(gc.unfreeze)  # Python tidies up at the end as ever
     os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
@@ -239,7 +239,29 @@ def _work(request: dict, files: list[int]) -> None:
     runpy.run_module(args[1], run_name="__main__", alter_sys=True)
 
 
+def _end(work: Callable[[], None]) -> None:
+    """Does the work and ends as Python does, but for freeing memory: that would copy the server's, and take a
+    second.
+    """
+    code = 0
+    try:
+        work()
+    except SystemExit as end:
+        code = end.code
+        if not isinstance(code, int | None):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
 if __name__ == "__main__":
     work = serve(Path(sys.argv[1]))
     if work:
-        work()
+        _end(work)
