@@ -307,7 +307,9 @@ def test_output_folder_that_cannot_be_written(tmp_path):
 
 def test_the_user_sees_one_sentence_and_exit_code_1(tiny, tmp_path):
     done = run(
-        "Pretrain.py", "--config", tiny["Pretrain"], "--output_dir", tmp_path, "--overrides", "btch_size=3"
+        "Pretrain.py",
+        *("--config", tiny["Pretrain"], "--output_dir", tmp_path, "--overrides", "btch_size=3"),
+        cold=True,
     )
     assert done.returncode == 1
     assert "did you mean batch_size?" in done.stderr and "Traceback" not in done.stderr

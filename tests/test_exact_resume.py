@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import traceback
 from collections import Counter
@@ -21,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import warm
 from ruamel.yaml import YAML
 from test_safe_load import omega
 from test_ve_nlvr_scripts import load, records_of, write_config
@@ -447,14 +447,8 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stories")
-    done = subprocess.run(
-        [sys.executable, __file__, folder],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    command = [sys.executable, __file__, folder]
+    done = warm.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return folder
 
