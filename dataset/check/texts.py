@@ -52,7 +52,7 @@ class _Part:
 def read_texts(workers: Workers, sources: list[Source]) -> list[Texts]:
     """Of each source; 15 bytes an entry and an image stay in memory, no text and no path."""
     jobs = [
-        (number, start)
+        (number, start, min(start + ENTRIES_PER_JOB, len(source.entries)))
         for number, source in enumerate(sources)
         for start in range(0, len(source.entries), ENTRIES_PER_JOB)
     ]
@@ -77,11 +77,10 @@ def _joined(parts: list[_Part]) -> Texts:
     )
 
 
-def check_texts(shared: Shared, job: tuple[int, int]) -> _Part:
-    """job: number of the source and the entry to begin with."""
-    number, start = job
+def check_texts(shared: Shared, job: tuple[int, int, int]) -> _Part:
+    """job: number of the source, its first entry and the one after the last."""
+    number, start, stop = job
     source = shared.sources[number]
-    stop = min(start + ENTRIES_PER_JOB, len(source.entries))
     count = WordPieces.of(shared.tokenizer)
     flags = np.zeros(stop - start, np.uint16)
     part = _Part(number, start, flags, np.zeros(MAX_LENGTH + 1, np.int64))
