@@ -43,7 +43,7 @@ FLAT = 2.0  # standard deviation of the grey levels below which a picture shows 
 
 
 class Images(NamedTuple):
-    """The U different image files that the entries name."""
+    """The U different image files that the entries name, in the order in which they do so first."""
 
     records: np.ndarray  # (U,) RECORD
     sources: np.ndarray  # (U,) uint16, source, entry and place of an entry that names the file
@@ -60,6 +60,8 @@ def read_images(workers: Workers, texts: list[Texts], folder: Path, full: bool) 
     """Looks at every file once, but for those that the folder's cache knows."""
     names = np.concatenate([text.images for text in texts])
     paths, first, numbers = np.unique(names, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")  # that of the annotation files, often that on the disk, too
+    paths, first, numbers = paths[order], first[order], np.argsort(order)[numbers.ravel()]
     ends = np.cumsum([len(text.images) for text in texts])
     sources = np.searchsorted(ends, first, side="right").astype(np.uint16)
     entries = np.concatenate([text.owners for text in texts])[first]
@@ -67,9 +69,7 @@ def read_images(workers: Workers, texts: list[Texts], folder: Path, full: bool) 
     records = np.zeros(len(paths), RECORD)
     records["path"] = paths
     known = _find(read_cache(folder), records)
-    # In the order of the annotation files, which often is that on the disk.
-    order = np.argsort(first, kind="stable")
-    chunks = [order[start : start + IMAGES_PER_JOB] for start in range(0, len(order), IMAGES_PER_JOB)]
+    chunks = [slice(start, start + IMAGES_PER_JOB) for start in range(0, len(records), IMAGES_PER_JOB)]
     jobs = [(full, sources[chunk], entries[chunk], places[chunk], known[chunk]) for chunk in chunks]
     results = with_progress(
         workers.map(check_images, jobs), len(jobs), f"Images, {IMAGES_PER_JOB} at a time", 25
@@ -79,7 +79,7 @@ def read_images(workers: Workers, texts: list[Texts], folder: Path, full: bool) 
             records[chunk] = found
             cache.write(found[found != known[chunk]].tobytes())
             cache.flush()
-    return Images(records, sources, entries, places, np.split(numbers.ravel(), ends[:-1]))
+    return Images(records, sources, entries, places, np.split(numbers, ends[:-1]))
 
 
 # ---- the cache ----
@@ -155,9 +155,10 @@ def _look_at(path: str, content: bytes, full: bool, record: np.void) -> None:
     try:
         with Image.open(io.BytesIO(content)) as image:
             record["width"], record["height"] = image.size
-            is_whole = ends_whole(content, image.format)
+            is_whole, is_jpeg = ends_whole(content, image.format), image.format == "JPEG"
         if full:
-            (pixels,) = crops(open_image(path), [View(None, False, LOOK_SIDE)])
+            image = open_image(path) if is_jpeg else load_image(path)
+            (pixels,) = crops(image, [View(None, False, LOOK_SIDE)])
         elif not is_whole:
             load_image(path)  # the end may be missing, or hidden by something that was appended
     except UnidentifiedImageError:
