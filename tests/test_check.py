@@ -400,7 +400,7 @@ def test_tokens_are_counted_as_the_tokenizer_does(tokenizer):
         "",
         "1,000 £5 a_b",
     ]
-    count = WordPieces(tokenizer)
+    count = WordPieces(tokenizer.backend_tokenizer)
     for text in [*raw, *map(clean_caption, raw)]:
         assert count(text) == len(tokenizer(text)["input_ids"]), text
 
@@ -459,7 +459,7 @@ def test_200_000_entries_take_a_few_bytes_each(tmp_path, tokenizer):
     config = {"train_file": str(tmp_path / "train.json"), "max_tokens": 25}
     sources = open_sources(TASKS["Pretrain"], config, 80)
     before = resident()
-    with Workers(Shared(sources, tokenizer), 1) as workers:
+    with Workers(Shared(sources, tokenizer.backend_tokenizer), 1) as workers:
         (found,) = read_texts(workers, sources)
     assert resident() - before < 64 * num  # one string for each would take more
     assert sum(array.nbytes for array in (found.flags, found.images, found.owners, found.places)) <= 15 * num

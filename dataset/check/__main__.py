@@ -42,7 +42,7 @@ def check(args: argparse.Namespace) -> bool:
     tokenizer = build_tokenizer(args.text_encoder or config["text_encoder"])
 
     sources = open_sources(task, config, position_limit)
-    shared = Shared(sources, tokenizer)
+    shared = Shared(sources, tokenizer.backend_tokenizer)
     with Workers(shared, args.workers) as workers:
         texts = read_texts(workers, sources)
         images = read_images(workers, texts, folder, args.full)

@@ -6,6 +6,7 @@ from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from dataset.check.causes import Cause
 from dataset.check.tasks import Source
@@ -22,7 +23,7 @@ class Shared:
     """What the jobs read."""
 
     sources: list[Source]
-    tokenizer: object
+    tokenizer: Tokenizer  # the bare one: transformers takes seconds to import in each process
 
 
 @dataclass
@@ -121,12 +122,12 @@ def text_lengths(source: Source, entry: dict, count: "WordPieces") -> Iterator[t
 class WordPieces:
     """text -> number of its tokens; a word is cut into pieces once, whatever the text."""
 
-    def __init__(self, tokenizer):
-        self.of_word = lru_cache(1 << 20)(lambda word: len(tokenizer.tokenize(word)))
+    def __init__(self, tokenizer: Tokenizer):
+        self.of_word = lru_cache(1 << 20)(lambda word: len(tokenizer.encode(word, add_special_tokens=False)))
 
     @staticmethod
     @lru_cache(1)
-    def of(tokenizer) -> "WordPieces":
+    def of(tokenizer: Tokenizer) -> "WordPieces":
         return WordPieces(tokenizer)
 
     def __call__(self, text: str) -> int:
