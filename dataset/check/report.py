@@ -78,7 +78,9 @@ class Report:
         for cause in NAMES:
             if cause & PROBLEMS:
                 lines += [
-                    f"{found.file}: entry {found.entry}: {NAMES[cause]}: {found.image} {found.detail}"[:300]
+                    f"{found.file}: entry {found.entry}: {NAMES[cause]}: {' '.join([found.image, found.detail]).strip()}"[
+                        :300
+                    ]
                     for found in self.findings.examples(cause, NUM_NAMED)
                 ]
         return "\n".join([*lines, *self._reading_lines(), *self._fix_lines()])
