@@ -8,8 +8,8 @@ others, and training images that an evaluation split shows; measures how long re
 --output_dir gets report.json, report.html with samples and pictures of what was found, and a record of every
 image that was looked at: a check that was stopped goes on where it was.
 
-Every image file is read and its header and end are checked (some 3,000 a second and core, of 640x480); --full
-decodes it, too (some 700), and compares what pictures show. Exit code: 0 no problems (there may be notes), 1
+Every image file is read and its header and end are checked (some 2,000 a second and core, of 640x480); --full
+decodes it, too (some 500), and compares what pictures show. Exit code: 0 no problems (there may be notes), 1
 problems found, 2 the check could not be made (flags, config, tokenizer, output folder).
 """
 

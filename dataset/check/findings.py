@@ -95,7 +95,7 @@ class Findings:
         try:
             entry = source.entries[index]
         except UserError as error:
-            found.detail = re.sub(r"^.*?: entry \d+:? ?", "", str(error))
+            found.detail = re.sub(r"^.*?: entry \d+:? *", "", str(error))
             return found
         if cause in (Cause.EMPTY_TEXT, Cause.TEXT_CUT):
             found.image, found.detail = entry["images"][0], self._text_detail(source, entry, cause)

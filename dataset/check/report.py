@@ -76,13 +76,9 @@ class Report:
             lines.append(f"{kind + name:40}" + "".join(f"{value:>18}" for value in values))
         lines += [f"problem: {problem}" for problem in self.findings.whole]
         for cause in NAMES:
-            if cause & PROBLEMS:
-                lines += [
-                    f"{found.file}: entry {found.entry}: {NAMES[cause]}: {' '.join([found.image, found.detail]).strip()}"[
-                        :300
-                    ]
-                    for found in self.findings.examples(cause, NUM_NAMED)
-                ]
+            for found in self.findings.examples(cause, NUM_NAMED) if cause & PROBLEMS else ():
+                what = " ".join(filter(None, [found.image, found.detail]))
+                lines.append(f"{found.file}: entry {found.entry}: {NAMES[cause]}: {what}"[:300])
         return "\n".join([*lines, *self._reading_lines(), *self._fix_lines()])
 
     def _reading_lines(self) -> list[str]:
