@@ -27,7 +27,7 @@ def write_fixed(findings: Findings, folder: str) -> dict:
         if source.problem or not flags.any():
             named.append(str(source.path))
             continue
-        copy = Path(folder) / source.path.name
+        copy = Path(folder).absolute() / source.path.name
         while copy in used:  # another folder's file of that name
             copy = copy.with_name(f"{copy.stem}_{number}{copy.suffix}")
         used.add(copy)
