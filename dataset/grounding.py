@@ -19,11 +19,16 @@ SPLITS = ("val", "testA", "testB")  # of evaluation
 REFS_FILE, INSTANCES_FILE = "refcoco+/refs(unc).p", "refcoco+/instances.json"
 
 
+def read_expressions(files: str | list[str], config: dict, **fields: tuple) -> Annotations:
+    """The entries of grounding files, which have `fields` beside image and text."""
+    return read_annotations(files, {"image": TEXT, "text": TEXT, **fields}, config["image_root"])
+
+
 def grounding_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
     """Training batches as `retrieval_loader`'s; identity is the name of the image file. The whole image is
     shown, since a crop could lose the object.
     """
-    entries = read_annotations(config["train_file"], {"image": TEXT, "text": TEXT}, config["image_root"])
+    entries = read_expressions(config["train_file"], config)
     named = WithIdentities(_items(entries), (Path(entry["image"]).name for entry in entries))
     return finetune_loader(named, config, tokenizer, position_limit, seed, pin, crop=False)
 
@@ -59,8 +64,7 @@ class GroundingEvalData(EvalItems):
 
     def __init__(self, config: dict):
         """Raises UserError, naming file and entry, where the files of the config do not fit together."""
-        fields = {"image": TEXT, "text": TEXT, "ref_id": NUMBER}
-        entries = read_annotations(config["test_file"], fields, config["image_root"])
+        entries = read_expressions(config["test_file"], config, ref_id=NUMBER)
         super().__init__(_items(entries), config["image_res"])
         det_file = expand(config["det_file"]) if config["det_file"] else None
         self.targets = read_targets(entries, expand(config["refcoco_data"]), det_file)
