@@ -113,7 +113,10 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # broken EXIF does not spoil the pixels
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8 instead of scaling
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        deep, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((deep.clip(0, 65535) >> 8).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(deep != transparent).convert("L"))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
