@@ -49,7 +49,7 @@ def make_image_tokenizer(config: dict, code_res: int, device: torch.device) -> n
         log.info(
             f"fitting {settings['vocab_size']} visual tokens on the training images -> {settings['path']}"
         )
-        views = code_views(config["train_file"], code_res, num_images=2000)
+        views = code_views(config, code_res, num_images=2000)
         fit_kmeans_codebook(settings["path"], views, settings["vocab_size"])
     barrier()
     return build_image_tokenizer(settings).to(device).eval()

@@ -98,7 +98,7 @@ def pretrain_loader(
     config: dict, tokenizer, code_res: int, grid_size: int, position_limit: int, seed: int, pin: bool
 ):
     """The training loader of a pre-training config; UserError for files that cannot be used."""
-    entries = read_pairs(config["train_file"])
+    entries = read_pairs(config["train_file"], config["image_root"])
     augment, released = config["randaugment"], config["released_code"]
     transform = PretrainTransform(
         config["image_res"],
@@ -113,13 +113,13 @@ def pretrain_loader(
     return train_loader(dataset, config["batch_size"], seed, config, collate, pin)
 
 
-def code_views(files: str | list[str], code_res: int, num_images: int) -> Iterator[Tensor]:
-    """The readable ones of the first `num_images` images, uncropped, (3, r, r) in [0, 1].
+def code_views(config: dict, code_res: int, num_images: int) -> Iterator[Tensor]:
+    """The readable ones of the first `num_images` training images, uncropped, (3, r, r) in [0, 1].
 
     Raises UserError where none can be read.
     """
     num_read = 0
-    for entry in islice(read_pairs(files), num_images):
+    for entry in islice(read_pairs(config["train_file"], config["image_root"]), num_images):
         try:
             (pixels,) = crops(open_image(entry["images"][0]), [View(None, False, code_res)])
         except BadImage as error:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, Key
-from dataset.annotations import NUMBER, TEXTS, Mapped, checked_late, expand, item_of
+from dataset.annotations import NUMBER, TEXTS, Mapped, checked_late, item_of
 from dataset.grounding import GroundingEvalData, read_expressions
 from dataset.nlvr import read_nlvr
 from dataset.pretrain import read_pairs
@@ -20,7 +20,7 @@ from dataset.vqa import (
     read_answer_list,
     read_questions,
 )
-from utils import UserError
+from utils import UserError, fill_in
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def open_sources(task: Task, config: dict, position_limit: int) -> list[Source]:
                     entries = spec.read(file, config)
             except UserError as error:
                 problem = str(error)
-            sources.append(Source(name, expand(file), spec, max_tokens, entries, problem))
+            sources.append(Source(name, Path(fill_in(file)), spec, max_tokens, entries, problem))
     if not sources:
         raise UserError(f"the config names no annotation file ({', '.join(task.splits)})")
     return sources
