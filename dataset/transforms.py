@@ -49,7 +49,7 @@ class BadImage(Exception):
 def load_image(path: str | Path) -> Image.Image:
     """The image as RGB, upright by its EXIF tag, transparency over white. Raises `BadImage`."""
     with _bad_image(path), Image.open(path) as image:
-        return _upright_rgb(image)
+        return upright_rgb(image)
 
 
 def open_image(path: str | Path) -> "Image.Image | JpegFile":
@@ -63,7 +63,7 @@ def open_image(path: str | Path) -> "Image.Image | JpegFile":
                 orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
                 return JpegFile(path, content, image.size)
-            return _upright_rgb(image)
+            return upright_rgb(image)
 
 
 class JpegFile:
@@ -83,7 +83,8 @@ class JpegFile:
         return pixels
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """RGB, upright by its EXIF tag, transparency over white. The image itself may be turned."""
     image.load()
     with suppress(Exception):  # broken EXIF does not spoil the pixels
         ImageOps.exif_transpose(image, in_place=True)
