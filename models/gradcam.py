@@ -53,7 +53,7 @@ def itm_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, 
 def itm_token_maps(
     model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor
 ) -> Tensor:
-    """Cross-attention of text layer `block`, by the "match" logit: where each token looks, the mean over heads;
+    """Cross-attention of text layer `block`, by the "match" logit: where each token looks, mean over heads;
     padded ones are 0 -> (B, T, N-1)
     """
     bert, layers = model.text_encoder, model.text_encoder.encoder.layer
