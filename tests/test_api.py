@@ -9,6 +9,7 @@ import pytest
 import torch
 from api_data import make_checkpoints
 from PIL import Image
+from test_safe_load import foreign, omega  # noqa: F401
 
 import Grounding
 import simla
@@ -340,6 +341,14 @@ def test_published_layouts(tiny, models, images, tmp_path):
         ours.keywords(images[0])
 
 
+def test_a_pickled_omegaconf_config(tiny, models, images, tmp_path, foreign):  # noqa: F811
+    content = torch.load(tiny.checkpoints["retrieval"], weights_only=True)
+    torch.save({**content, "config": omega(foreign, content["config"])}, tmp_path / "old.pth")
+    foreign.forget()  # as if OmegaConf were not installed
+    ours = simla.load(tmp_path / "old.pth", "cpu")
+    assert torch.equal(ours.encode_image(images[0]), models["retrieval"].encode_image(images[0]))
+
+
 def test_paths_of_a_config_are_found_from_any_folder(tiny, images, monkeypatch, tmp_path):
     content = torch.load(tiny.checkpoints["retrieval"], weights_only=True)
     bert = tmp_path / "bert.json"
@@ -434,9 +443,7 @@ def test_a_checkpoint_that_cannot_be_loaded(tiny, kind, arguments, message):
 
 def test_a_config_of_another_size_is_refused(tiny):
     with pytest.raises(UserError, match="does not fit the model; of another shape"):
-        simla.load(
-            tiny.checkpoints["ve"], "cpu", config={**tiny.config("VE"), "image_res": 32, "vision_width": 64}
-        )
+        simla.load(tiny.checkpoints["ve"], "cpu", config={**tiny.config("VE"), "vision_width": 64})
 
 
 def test_a_damaged_picture_in_memory_is_named(models, images, tmp_path):
