@@ -145,17 +145,8 @@ def test_wrong_arguments_and_help(ask, images, capsys):
     with pytest.raises(SystemExit):
         ask("retrieval", "--help")
     text = capsys.readouterr().out
-    for name in [
-        "match",
-        "similarity",
-        "ground",
-        "search",
-        "answer",
-        "keywords",
-        "entails",
-        "compare",
-        "encode",
-    ]:
+    names = ("match", "similarity", "ground", "search", "answer", "keywords", "entails", "compare", "encode")
+    for name in names:
         assert f"    {name}" in text
     assert VARIABLE in text
 
