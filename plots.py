@@ -196,7 +196,7 @@ def plot_word_maps(
     words: list[tuple[str, Tensor]],
     boxes: list[tuple[str, Box]],
     out: str | Path,
-    num_columns: int = 5,
+    num_columns: int = 6,
 ) -> None:
     """Where a model looks in an image for a text and for each of its words, each map beside a colour bar as a
     share of its own maximum.
@@ -206,9 +206,9 @@ def plot_word_maps(
     import textwrap
 
     plt = import_pyplot()
-    columns = min(num_columns, len(words) + 1)
-    rows = math.ceil((len(words) + 1) / columns)
-    size = 2.6 * columns + 0.9, 2.6 * rows * image.height / image.width + 0.4 * rows + 0.4
+    rows = math.ceil((len(words) + 1) / num_columns)
+    columns = math.ceil((len(words) + 1) / rows)
+    size = 2.2 * columns + 0.9, (2.2 * image.height / image.width + 0.35) * rows + 0.2
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
