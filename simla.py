@@ -11,9 +11,9 @@ The same from a shell: python simla.py match photo.jpg "a dog on a sofa" --check
 
 from inference.command_line import main
 from inference.heat import Grounding
-from inference.index import Index
+from inference.index import Hit, Index
 from inference.loading import load
-from inference.model import Hit, Simla
+from inference.model import Simla
 from launch import run_script
 from utils import UserError
 

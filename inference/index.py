@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from dataset.transforms import BadImage
 from inference.inputs import read_pictures
+from saving import atomic_write
 from utils import PRECISIONS, UserError, log, with_progress
 
 FORMAT = 1
@@ -40,6 +42,16 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.files)
+
+
+class Hit(NamedTuple):
+    """An image that `Simla.search` found; score: the logit of the matching head, which ranks; similarity: of
+    the features, which chose the candidates.
+    """
+
+    file: str
+    score: float
+    similarity: float
 
 
 def image_files(images: str | Path | Sequence[str | Path]) -> list[str]:
@@ -105,7 +117,8 @@ def build_index(
             "files": [[files[i], *stamps[i]] for i in kept],
             "unreadable": unreadable,
         }
-        (unfinished / CONTENTS).write_text(json.dumps(contents))
+        with atomic_write(unfinished / CONTENTS) as file:
+            file.write(json.dumps(contents).encode())
         unfinished.rename(folder)
     except OSError as error:
         raise UserError(f"the index {folder} could not be written ({error.strerror or error})") from error

@@ -43,6 +43,8 @@ def load(
     tf32, bf16 or fp16, or the torch dtype; config: a task's YAML file or mapping, for a file that holds none
     or the wrong one; text_encoder: hub name or folder of the tokenizer, instead of the config's. Raises
     UserError for a file that is damaged, no SIMLA checkpoint, of pretrain_nlvr, or does not fit its config.
+
+    On a GPU the dtype also decides whether torch multiplies float32 in tf32, for the whole process.
     """
     source = str(checkpoint)
     precision = _precision(dtype)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from dataset.ve import CLASSES as VE_CLASSES
 from dataset.vqa import MAX_WORDS_IN_EVALUATION
 from inference.answers import ranking, writing
 from inference.heat import Grounding, check_boxes, grounding, heat_maps
-from inference.index import Index, build_index, check_made_by, open_index
+from inference.index import Hit, Index, build_index, check_made_by, open_index
 from inference.inputs import Images, Texts, clean_texts, good_pictures, listed, paired
 from inference.keywords import Concepts
 from models.gradcam import MODES, check_block
@@ -35,17 +34,9 @@ WRITTEN_BY = {  # kind of checkpoint -> the script that makes it
     "ve": "VE.py",
     "nlvr": "NLVR.py",
 }
+FEATURES = "projection to features", "pretrain", "retrieval"  # a part, and the kinds that have it
+MATCHING = "matching head", "pretrain", "retrieval"
 PAIRS_AT_A_TIME = 512  # in `match`
-
-
-class Hit(NamedTuple):
-    """An image that `search` found; score: the logit of the matching head, which ranks; similarity: of the
-    features, which chose the candidates.
-    """
-
-    file: str
-    score: float
-    similarity: float
 
 
 class Simla:
@@ -79,14 +70,14 @@ class Simla:
 
     def encode_image(self, images: Images) -> Tensor:
         """Unit-length features of the images, (I, E) float32 on the CPU."""
-        self._need("encode_image", "projection to features", "pretrain", "retrieval")
+        self._need("encode_image", *FEATURES)
         images, _ = listed(images, "image")
         with self._scoring():
             return torch.cat([self.model.encode_image(batch)[1].cpu() for batch in self._batches(images)])
 
     def encode_text(self, texts: Texts) -> Tensor:
         """Unit-length features of the texts, (T, E) float32 on the CPU."""
-        self._need("encode_text", "projection to features", "pretrain", "retrieval")
+        self._need("encode_text", *FEATURES)
         ids, mask = self._captions(listed(texts, "text")[0])
         size = self.config["batch_size_test"]
         with self._scoring():
@@ -95,7 +86,8 @@ class Simla:
 
     def similarity(self, images: Images, texts: Texts) -> Tensor:
         """Cosine of every image's and every text's features, (I, T); a single image or text has no axis."""
-        one_image, one_text = listed(images, "image")[1], listed(texts, "text")[1]
+        self._need("similarity", *FEATURES)
+        (images, one_image), (texts, one_text) = listed(images, "image"), listed(texts, "text")
         cosines = self.encode_image(images) @ self.encode_text(texts).T
         return cosines[0 if one_image else slice(None), ..., 0 if one_text else slice(None)]
 
@@ -103,7 +95,7 @@ class Simla:
         """The matching head's probability that a text describes an image, (I, T); a single image or text has
         no axis. Reads every pair jointly, which takes longer than `similarity` and tells more apart.
         """
-        self._need("match", "matching head", "pretrain", "retrieval")
+        self._need("match", *MATCHING)
         (images, one_image), (texts, one_text) = listed(images, "image"), listed(texts, "text")
         ids, mask = self._captions(texts)
         rows = []
@@ -131,7 +123,7 @@ class Simla:
         4 N D bytes (1.8 MB at 384 x 384 for the base size), half of it in bf16 or fp16. Files that cannot be
         read are left out and listed in the index's `unreadable`.
         """
-        self._need("index", "projection to features", "pretrain", "retrieval")
+        self._need("index", *FEATURES)
 
         def encode(pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
             with self._scoring():
@@ -146,7 +138,7 @@ class Simla:
         """An index that `index` has written, memory-mapped. Raises UserError where it is damaged, its images
         have changed, or this model would have computed it otherwise.
         """
-        self._need("open_index", "projection to features", "pretrain", "retrieval")
+        self._need("open_index", *FEATURES)
         return open_index(folder, self.image_side)
 
     def search(
@@ -158,16 +150,17 @@ class Simla:
     ) -> list:
         """The images that match a text best: for each query a list of Hit, best first; one list for one text.
 
-        The features choose `candidates` images (None: k_test of the config), which the matching head then
-        ranks, exactly as zero_shot_retrieval.py does. images: an index, or what `index` takes.
+        The features choose `candidates` images (None: k_test of the config, or `top` if more), which the
+        matching head then ranks, exactly as zero_shot_retrieval.py does. images: an index, or what `index`
+        takes.
         """
-        self._need("search", "matching head", "pretrain", "retrieval")
+        self._need("search", *MATCHING)
         queries, is_single = listed(queries, "query")
         ids, mask = self._captions(queries)
         index = images if isinstance(images, Index) else self.index(images)
         check_made_by(index.made_by, self.image_side, "the index")
         similarity = index.features @ self.encode_text(queries).T  # (I, T)
-        num = min(candidates or self.config["k_test"], len(index))
+        num = min(candidates or max(top, self.config["k_test"]), len(index))
         found = []
         for number in range(len(queries)):
             own = slice(number, number + 1)
@@ -208,7 +201,7 @@ class Simla:
         Grounding.py). In the last layer itm only hears [CLS]: the maps of the words are empty there. Always
         in float32.
         """
-        self._need("ground", "matching head", "pretrain", "retrieval")
+        self._need("ground", *MATCHING)
         if mode not in MODES:
             raise UserError(f"mode {mode!r}: expected {' or '.join(MODES)}")
         layers = {"itm": self.model.text_encoder.encoder.layer, "itc": self.model.visual_encoder.blocks}[mode]

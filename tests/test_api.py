@@ -225,7 +225,7 @@ def test_half_precision_is_that_of_the_scripts(tiny, images):
     data = RetrievalEvalData(config["test_file"], config["image_root"], config["image_res"])
     _, expected = zero_shot_retrieval.score(model, data, tiny.tokenizer(), config, CPU)
     ours = simla.load(tiny.checkpoints["retrieval"], dtype=torch.bfloat16, device="cpu")
-    found = ours.search(images, data.texts)
+    found = ours.search(images, data.texts, candidates=3)
     scores = {hit.file: hit.score for hit in found[0]}
     rows = expected[0] != NOT_SCORED
     assert scores == pytest.approx(
