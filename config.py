@@ -314,7 +314,7 @@ def read_config(path: str, table: dict[str, Key], overrides: list[str] | None = 
         values["schedular"] = values.pop("scheduler")
     for override in overrides or []:
         _override(values, re.sub(r"^scheduler(?=[.=])", "schedular", override))
-    config = _check(values, table, path, "")
+    config = check_values(values, table, path)
     if config["data_root"]:  # absolute, so that the copy beside the results can be read again
         config["data_root"] = str(Path(fill_in(config["data_root"])).absolute())
     config = _resolve(config, table, config["data_root"])
@@ -366,7 +366,10 @@ def _read_bert_config(path: str) -> dict:
         raise UserError(f"bert_config {path} cannot be read as JSON: {error}") from error
 
 
-def _check(values: dict, table: dict[str, Key], path: str, section: str) -> dict:
+def check_values(values: dict, table: dict[str, Key], path: str, section: str = "") -> dict:
+    """The values of a config, or of its section "name.", with defaults filled in; see `read_config` for what
+    it raises. `path` says where they come from.
+    """
     for name in values:
         if name not in table:
             near = difflib.get_close_matches(str(name), table, n=1)
@@ -390,7 +393,7 @@ def _check_value(value: object, key: Key, path: str, name: str) -> object:
     if isinstance(expected, dict):
         if not isinstance(value, dict):
             raise UserError(f"config {path}: {name} must be a section of keys, found {value!r}")
-        return _check(value, expected, path, name + ".")
+        return check_values(value, expected, path, name + ".")
     allowed = expected if isinstance(expected, tuple) else (expected,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         wanted = " or ".join(kind.__name__ for kind in allowed)

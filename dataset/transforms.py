@@ -69,7 +69,7 @@ def load_image(source: Source, name: str = "") -> Image.Image:
     `BadImage`.
     """
     with _bad_image(source, name), Image.open(io.BytesIO(_content(source)), formats=FORMATS) as image:
-        return _upright_rgb(image)
+        return upright_rgb(image)
 
 
 def open_image(source: Source, name: str = "") -> "Image.Image | JpegFile":
@@ -81,7 +81,7 @@ def open_image(source: Source, name: str = "") -> "Image.Image | JpegFile":
             # Of other formats it would decode the picture, and hide that it is damaged.
             if image.format == "JPEG" and image.mode in ("RGB", "L") and not _is_turned(image):
                 return JpegFile(name, content, image.size)
-            return _upright_rgb(image)
+            return upright_rgb(image)
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -108,7 +108,8 @@ class JpegFile:
         return pixels
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """RGB, upright by its EXIF tag, transparency over white. The image itself may be turned."""
     image.load()
     with suppress(Exception):  # broken EXIF does not spoil the pixels
         ImageOps.exif_transpose(image, in_place=True)

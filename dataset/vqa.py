@@ -155,25 +155,29 @@ class AnswerList:
 def read_answer_list(file: str, tokenizer, eos: str, position_limit: int) -> AnswerList:
     """Raises UserError for a file that is no list of different texts, or has one too long for the decoder."""
     path = Path(file)
-    texts = read_json(path, list)
+    return make_answer_list(read_json(path, list), f"answer_list {path}", tokenizer, eos, position_limit)
+
+
+def make_answer_list(texts: list, name: str, tokenizer, eos: str, position_limit: int) -> AnswerList:
+    """As `read_answer_list`, of what such a file holds; `name` is for messages."""
     wrong = [text for text in texts if not isinstance(text, str) or not text.strip()]
     if wrong or not texts:
         found = repr(wrong[0]) if wrong else "an empty list"
         raise UserError(
-            f"answer_list {path} must be a JSON list of answers, each a text, found {found[:100]}; make one "
+            f"{name} must be a JSON list of answers, each a text, found {found[:100]}; make one "
             "with python -m dataset.vqa answers"
         )
     repeated = [text for text, count in Counter(texts).items() if count > 1]
     if repeated:
         raise UserError(
-            f"answer_list {path} has {len(repeated)} answers more than once, such as "
+            f"{name} has {len(repeated)} answers more than once, such as "
             f"{', '.join(map(repr, repeated[:5]))}; keep one of each"
         )
     ended = [text + eos for text in texts]
     for text, ids in zip(texts, tokenizer(ended)["input_ids"], strict=True):
         if len(ids) > position_limit:
             raise UserError(
-                f"answer_list {path}: {text[:60]!r} is {len(ids)} tokens long, the decoder has "
+                f"{name}: {text[:60]!r} is {len(ids)} tokens long, the decoder has "
                 f"{position_limit} positions; shorten it or raise max_position_embeddings in bert_config"
             )
     return AnswerList(texts, *tokenize(tokenizer, ended, position_limit=position_limit))
