@@ -4,8 +4,8 @@ Needs    an annotation file, or several, of {"image": path, "caption": text or l
 Writes   00000.tar, 00001.tar, ...: 000000000.jpg (png, webp) with 000000000.txt, or .json for several
          captions, numbered as the entries; 00000_stats.json, ...: what is in them; shards.json: of what
 Rules    Image files are taken as they are. Those of formats that shards do not have and, with --image_res,
-         those whose shorter side is longer than that become JPEGs. Entries whose image cannot be read are left
-         out. The same files give the same bytes. A run that was stopped goes on where it was.
+         those whose shorter side is longer become JPEGs. Entries whose image cannot be read are left out. The
+         same files give the same bytes. A run that was stopped goes on where it was.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def _same_settings(path: Path, settings: dict) -> None:
     if before != settings:
         changed = [name for name in settings if before.get(name) != settings[name]]
         raise UserError(
-            f"{path.parent} has shards with other {', '.join(changed)}, see {path.name}; choose another --out "
+            f"{path.parent} has shards with other {', '.join(changed)}, see {path.name}; choose a new --out "
             "or delete it"
         )
     with atomic_write(path) as file:
