@@ -17,8 +17,8 @@ class Mixture(Sequence):
 
     A set's samples come in passes: each has all of them in an order of its own, and begins where the one
     before ends, within an epoch or across two. So a set that is too small for its share repeats, one that is
-    too large goes on in the next epoch, and all its samples are seen equally often. Index + repeat * len is
-    the same sample, met again in an epoch: its random draws are others.
+    too large goes on in the next epoch, and all its samples are seen equally often. Index + n * len is the
+    sample of the n-th pass after the first one of the epoch (of a stream: of the run): random draws differ.
     """
 
     def __init__(self, sets: list[Sequence], weights: list[float] | None = None, samples_per_epoch: int = 0):
@@ -33,7 +33,8 @@ class Mixture(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         place, own = self._find(index)
-        return self.sets[place][own]
+        some = self.sets[place]
+        return some[own + index // len(self) * len(some)] if _is_stream(some) else some[own]
 
     def _find(self, index: int) -> tuple[int, int]:
         """Number of the set, and index in it."""
@@ -88,8 +89,9 @@ class Mixture(Sequence):
             return torch.empty(0, dtype=torch.int64)
         begin = epoch * share
         first, last = begin // size, (begin + share - 1) // size
+        counted_from = 0 if _is_stream(self.sets[place]) else first
         passes = [
-            self._shuffled(place, _generator(seed, number, place)) + (number - first) * len(self)
+            self._shuffled(place, _generator(seed, number, place)) + (number - counted_from) * len(self)
             for number in range(first, last + 1)
         ]
         begin -= first * size

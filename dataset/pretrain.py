@@ -11,7 +11,8 @@ from dataset import train_loader
 from dataset.annotations import TEXT, TEXTS, Mapped, item_of, read_annotations
 from dataset.items import Collate, TrainItems
 from dataset.masking import BlockMask
-from dataset.mixture import Mixture, shares, weighted
+from dataset.mixture import Mixture, weighted
+from dataset.shard_stream import count_samples
 from dataset.shards import Shards, expand_names, is_shards, is_stream
 from dataset.text import mask_tokens
 from dataset.transforms import (
@@ -110,15 +111,15 @@ def read_sets(train_file: str | list, samples_per_epoch: int = 0) -> Mixture:
     """
     listed, weights = weighted(train_file)
     sets, set_weights = [], []
-    for paths, weight, share in zip(listed, weights, shares(samples_per_epoch, weights), strict=True):
-        found = _read_set(paths, share)
+    for paths, weight in zip(listed, weights, strict=True):
+        found = _read_set(paths, samples_per_epoch == 0)
         size = sum(map(len, found))
         sets += found
         set_weights += [weight * len(some) / size for some in found]
     return Mixture(sets, set_weights, samples_per_epoch)
 
 
-def _read_set(paths: list[str], share: int) -> list[Sequence]:
+def _read_set(paths: list[str], must_count: bool) -> list[Sequence]:
     """What one weight is for: annotation files, local shards and others, as far as there are any."""
     files = [path for path in paths if not is_shards(path)]
     names = expand_names([path for path in paths if is_shards(path)])
@@ -127,9 +128,8 @@ def _read_set(paths: list[str], share: int) -> list[Sequence]:
     found = [read_pairs(files)] if files else []
     found += [Shards(local)] if local else []
     if streams:
-        # A stream whose share is known, since it has the weight to itself, need not be counted.
-        size = -(-share // len(streams)) if not found else 0
-        found.append(Shards(streams, [size] * len(streams) if size else None))
+        # Where the epoch's length is known the shards may be taken to have as many samples as the first.
+        found.append(Shards(streams, None if must_count else count_samples(streams[:1]) * len(streams)))
     return found
 
 

@@ -27,9 +27,10 @@ KEPT_OPEN = 3  # fetched shards of a set, in each process: the one in use, the n
 class Shards(Sequence):
     """The samples of shards that are all local, or all not (`is_stream`), as entries for training.
 
-    sizes: samples of each shard. Of a stream they may be given: a shard that turns out to have more is then
-    not used up, of one that has fewer some are taken again. An entry raises `BadImage` for a sample without
-    image or caption, and for a shard that cannot be had. UserError for local shards that are not there.
+    sizes: samples of each shard. Of a stream they may be given: a shard that turns out to have more gives
+    others in the next pass, at index + len; of one that has fewer some are taken again. An entry raises
+    `BadImage` for a sample without image or caption, and for a shard that cannot be had. UserError for local
+    shards that are not there.
     """
 
     def __init__(self, names: list[str], sizes: list[int] | None = None):
@@ -43,11 +44,13 @@ class Shards(Sequence):
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> dict:
+        number_of_pass, index = divmod(index, len(self)) if self.is_stream else (0, index)
         place = bisect_right(self.ends, index)
         shard = self.local[place] if self.local else self._fetch(place).result()
         if not len(shard):
             raise BadImage(shard.name, "no samples")
-        return shard.entry((index - self.ends[place] + self.sizes[place]) % len(shard))
+        size = self.sizes[place]
+        return shard.entry((index - self.ends[place] + size + number_of_pass * size) % len(shard))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "fetched": OrderedDict()}

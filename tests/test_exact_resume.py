@@ -274,8 +274,8 @@ def shards(run: Runner, name: str) -> None:
     """An annotation file, shards that are streamed, and shards on the disk, by weights."""
     data = run.folder / "data"
     made = ["--annotations", str(data / "pretrain_train.json"), "--out", str(data / "shards")]
-    prepare(["shards", *made, "--samples_per_shard", "5", "--workers", "1"])
-    names = f"{data}/shards/{{00000..00004}}.tar"
+    prepare(["shards", *made, "--samples_per_shard", "4", "--workers", "1"])
+    names = f"{data}/shards/{{00000..00005}}.tar"
     sets = {data / "pretrain_train.json": 1, f"pipe:cat {names}": 2, names: 1}
     train_file = [f"{{path: '{path}', weight: {weight}}}" for path, weight in sets.items()]
     settings = {

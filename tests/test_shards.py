@@ -8,6 +8,7 @@ import logging
 import pickle
 import re
 import tarfile
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -141,7 +142,8 @@ def test_readers_share_the_shards_of_a_stream(sizes, num_ranks, workers, batch, 
         for worker in range(workers):
             read = [key[1] for keys in batches[worker::workers] for key in keys]
             assert {key[2] for keys in batches[worker::workers] for key in keys} <= set(read)
-            places = [next(p for p, end in enumerate(mixture.sets[0].ends) if index < end) for index in read]
+            ends = mixture.sets[0].ends
+            places = [bisect_right(ends, index % len(mixture)) for index in read]
             changes = [b for a, b in zip([None, *places], places) if a != b]  # noqa: B905 (one is longer)
             assert len(set(changes)) == len(changes)  # comes back to none
             visits += len(changes)
@@ -309,14 +311,19 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch(made):
     assert 23 <= sum(where.startswith("pipe:") for where, _ in whole[0]) <= 27  # 27 and 13 of 40
 
 
-def test_a_stream_with_a_fixed_share_is_not_counted(made):
-    """Of a shard of 5 samples 4 are taken, or some again where it has fewer than its share."""
-    with mock.patch("dataset.pretrain.Shards", wraps=Shards) as opened:
+def test_of_a_stream_in_epochs_of_a_given_length_one_shard_is_counted(made):
+    """All are taken to have as many: of one that has fewer some come again, one that has more gives its
+    others in the next pass.
+    """
+    with mock.patch.object(shard_stream, "fetch", wraps=shard_stream.fetch) as fetch:
         mixture = read_sets(f"pipe:cat {made.names}", 20)
-        assert opened.call_args.args[1] == [4] * 5
-    assert [mixture[index]["where"][-6:-4] for index in range(5)] == ["00", "01", "02", "03", "05"]
-    mixture = read_sets(f"pipe:cat {made.names}", 35)
-    assert [mixture[index]["where"][-6:-4] for index in range(4, 8)] == ["04", "00", "01", "05"]
+        assert fetch.call_count == 1 and len(mixture) == 25
+    numbers = [int(mixture[index]["where"][-6:-4]) for index in range(18, 25)]
+    assert numbers == [18, 19, 20, 21, 22, 23, 20]
+    mixture = Mixture([Shards([f"pipe:cat {made.folder}/00001.tar"], [3])], samples_per_epoch=3)
+    orders = [mixture.order(0, epoch).tolist() for epoch in range(3)]
+    passes = [sorted(int(mixture[index]["where"][-6:-4]) for index in order) for order in orders]
+    assert passes == [[5, 6, 7], [5, 8, 9], [6, 7, 8]]
 
 
 def test_few_fetched_shards_are_kept_and_the_next_one_is_fetched_ahead(made):
