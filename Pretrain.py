@@ -64,7 +64,7 @@ def main(args: argparse.Namespace, config: dict) -> None:
         raise UserError("Pretrain.py only trains; zero_shot_retrieval.py --evaluate scores its checkpoints")
 
     # data
-    entries = read_sets(config["train_file"], config["samples_per_epoch"])
+    entries = read_sets(config["train_file"], config["samples_per_epoch"], config["image_root"])
     grid_size = config["image_res"] // config["vit"]["patch_size"]
     code_res = grid_size * STRIDE  # one code for each patch
     image_tokenizer = make_image_tokenizer(config, entries, code_res, device)

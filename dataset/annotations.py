@@ -1,13 +1,12 @@
 """Reads annotation files: JSON lists of entries, checked field by field, with image paths made absolute."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
 from dataset.json_list import JsonList
-from utils import UserError
+from utils import UserError, fill_in
 
 TEXT = (str,)
 TEXTS = (str, list)
@@ -75,19 +74,14 @@ def read_annotations(
         if check is not None:
             check(entry, where)
 
-    paths = [expand(name) for name in ([files] if isinstance(files, str) else files)]
+    paths = [Path(fill_in(name)) for name in ([files] if isinstance(files, str) else files)]
     name = ", ".join(f"{field}: {'|'.join(kind.__name__ for kind in fields[field])}" for field in fields)
     name += f", {check.__module__}.{check.__qualname__}" if check else ""
     lists = [JsonList(path, check_entry, name) for path in paths]
     if not any(map(len, lists)):
         raise UserError(f"no entries in {files}; an annotation file is a JSON list of {_example(fields)}")
-    roots = [(expand(image_root) if image_root else path.parent).absolute() for path in paths]
+    roots = [(Path(fill_in(image_root)) if image_root else path.parent).absolute() for path in paths]
     return Annotations(lists, roots, "images" in fields, suffix)
-
-
-def expand(path: str) -> Path:
-    """With environment variables and ~ filled in."""
-    return Path(os.path.expandvars(path)).expanduser()
 
 
 def _check_fields(entry: object, fields: dict[str, tuple], where: str) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from dataset import test_loader, train_loader
 from dataset.text import clean_caption, names_side, tokenize
 from dataset.transforms import BadImage, EvalTransform, ItemRandom, TrainTransform, load_image, open_image
-from utils import UserError
+from utils import UserError, all_gather_objects, log, with_progress
 
 MAX_TRIES = 50
 
@@ -83,6 +83,8 @@ class TrainItems(Dataset):
 class EvalItems(Dataset):
     """Every entry as it is, images resized."""
 
+    left_out = 0  # entries of the files that are not among these
+
     def __init__(self, entries: Sequence[dict], image_res: int, clean: Callable[[str], str] = clean_caption):
         self.entries, self.transform, self.clean = entries, EvalTransform(image_res), clean
 
@@ -99,7 +101,10 @@ class EvalItems(Dataset):
         except UserError as error:
             return {"unreadable": str(error)}
         except BadImage as error:
-            return {"unreadable": f"{error}; {entry['where']}: scores without it would not compare"}
+            return {
+                "unreadable": f"{error}; {entry['where']}: scores without it would not compare; with "
+                "skip_unreadable: true it is left out, and the report says so"
+            }
         return {**entry, "images": images, "text": self.clean(entry["text"]), "index": index}
 
 
@@ -177,8 +182,49 @@ def finetune_loader(
     return train_loader(items, config["batch_size_train"], seed, config, collate, pin)
 
 
+class _Problems(Dataset):
+    """Of each file (file, what is wrong with it), or None."""
+
+    def __init__(self, files: list[str]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[str, str] | None:
+        try:
+            load_image(self.files[index])
+        except BadImage as error:
+            return error.path, error.cause
+        return None
+
+
+def leave_out_unreadable(entries: Sequence[dict], config: dict) -> Sequence[dict]:
+    """The entries of an evaluation; with config `skip_unreadable` without those that have an image which
+    cannot be read, on all ranks the same: each reads its share of all images beforehand.
+
+    Raises UserError where none is left.
+    """
+    if not config["skip_unreadable"]:
+        return entries
+    files = list(dict.fromkeys(file for entry in entries for file in entry["images"]))
+    loader = test_loader(_Problems(files), config["batch_size_test"], config["num_workers"], list, False)
+    batches = with_progress(loader, len(loader), "Checking images", config["log_steps"])
+    own = [problem for batch in batches for problem in batch if problem]
+    problems = dict(problem for share in all_gather_objects(own) for problem in share)
+    if not problems:
+        return entries
+    kept = [number for number, entry in enumerate(entries) if problems.keys().isdisjoint(entry["images"])]
+    example = "{}: {}".format(*next(iter(problems.items())))
+    found = f"{len(problems)} of {len(files)} images cannot be read, such as {example}"
+    if not kept:
+        raise UserError(f"{found}; no entry is left to evaluate, check the paths in the annotation files")
+    log.warning(f"{found}; {len(entries) - len(kept)} of {len(entries)} entries are left out")
+    return Subset(entries, kept)
+
+
 def evaluation_loader(entries: Sequence[dict], config: dict, tokenizer, position_limit: int, pin: bool):
-    """This rank's share of the entries, none left out and none twice."""
-    items = EvalItems(entries, config["image_res"])
+    """This rank's share of the entries that `leave_out_unreadable` leaves, none twice."""
+    items = EvalItems(leave_out_unreadable(entries, config), config["image_res"])
     collate = Collate(tokenizer, position_limit)
     return test_loader(items, config["batch_size_test"], config["num_workers"], collate, pin)

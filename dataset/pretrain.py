@@ -13,7 +13,7 @@ from dataset.items import Collate, TrainItems
 from dataset.masking import BlockMask
 from dataset.mixture import Mixture, weighted
 from dataset.shard_stream import count_samples
-from dataset.shards import Shards, expand_names, is_shards, is_stream
+from dataset.shards import Shards, expand_names, is_shards
 from dataset.text import mask_tokens
 from dataset.transforms import (
     BadImage,
@@ -25,7 +25,7 @@ from dataset.transforms import (
     to_tensor,
     unit_range,
 )
-from utils import UserError, find_places
+from utils import UserError, find_places, is_url
 
 
 class PretrainData(TrainItems):
@@ -104,7 +104,7 @@ def read_pairs(files: str | list[str], image_root: str = "") -> Mapped:
     return Mapped(entries, partial(item_of, text="caption"))
 
 
-def read_sets(train_file: str | list, samples_per_epoch: int = 0) -> Mixture:
+def read_sets(train_file: str | list, samples_per_epoch: int = 0, image_root: str = "") -> Mixture:
     """The data sets of a pre-training config, annotation files and shards, with or without weights.
 
     samples_per_epoch 0: as many as there are. UserError for files that cannot be used.
@@ -112,20 +112,20 @@ def read_sets(train_file: str | list, samples_per_epoch: int = 0) -> Mixture:
     listed, weights = weighted(train_file)
     sets, set_weights = [], []
     for paths, weight in zip(listed, weights, strict=True):
-        found = _read_set(paths, samples_per_epoch == 0)
+        found = _read_set(paths, image_root, samples_per_epoch == 0)
         size = sum(map(len, found))
         sets += found
         set_weights += [weight * len(some) / size for some in found]
     return Mixture(sets, set_weights, samples_per_epoch)
 
 
-def _read_set(paths: list[str], must_count: bool) -> list[Sequence]:
+def _read_set(paths: list[str], image_root: str, must_count: bool) -> list[Sequence]:
     """What one weight is for: annotation files, local shards and others, as far as there are any."""
     files = [path for path in paths if not is_shards(path)]
     names = expand_names([path for path in paths if is_shards(path)])
-    local = [name for name in names if not is_stream(name)]
-    streams = [name for name in names if is_stream(name)]
-    found = [read_pairs(files)] if files else []
+    local = [name for name in names if not is_url(name)]
+    streams = [name for name in names if is_url(name)]
+    found = [read_pairs(files, image_root)] if files else []
     found += [Shards(local)] if local else []
     if streams:
         # Where the epoch's length is known the shards may be taken to have as many samples as the first.

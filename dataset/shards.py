@@ -14,11 +14,10 @@ from itertools import accumulate
 
 import fsspec
 
-from dataset.annotations import expand
 from dataset.shard_index import find_indexes
 from dataset.shard_stream import Fetch, count_samples
 from dataset.transforms import BadImage
-from utils import UserError, first_line
+from utils import UserError, fill_in, first_line, is_url
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 KEPT_OPEN = 3  # fetched shards of a set, in each process: the one in use, the next, that of replacements
@@ -34,7 +33,7 @@ class Shards(Sequence):
     """
 
     def __init__(self, names: list[str], sizes: list[int] | None = None):
-        self.names, self.is_stream = names, is_stream(names[0])
+        self.names, self.is_stream = names, is_url(names[0])
         self.local = None if self.is_stream else find_indexes(names)
         self.sizes = list(map(len, self.local)) if self.local else sizes or count_samples(names)
         self.ends = list(accumulate(self.sizes))
@@ -84,11 +83,7 @@ class Shards(Sequence):
 
 def is_shards(path: str) -> bool:
     """Whether an element of train_file names shards, not an annotation file."""
-    return path.endswith(".tar") or path.startswith("pipe:") or "://" in path
-
-
-def is_stream(name: str) -> bool:
-    return name.startswith("pipe:") or "://" in name
+    return path.endswith(".tar") or is_url(path)
 
 
 def expand_names(patterns: list[str]) -> list[str]:
@@ -97,11 +92,11 @@ def expand_names(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         for name in _expand_braces(pattern):
             name = name.removeprefix("file://")
-            if is_stream(name):
+            if is_url(name):
                 _check_protocol(name)
                 names.append(name)
                 continue
-            names.append(str(expand(name)))
+            names.append(fill_in(name))
     return names
 
 

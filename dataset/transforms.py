@@ -78,12 +78,16 @@ def open_image(source: Source, name: str = "") -> "Image.Image | JpegFile":
     with _bad_image(source, name) as name:
         content = _content(source)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            orientation = 1
-            with suppress(Exception):
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
+            # Of other formats it would decode the picture, and hide that it is damaged.
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and not _is_turned(image):
                 return JpegFile(name, content, image.size)
             return _upright_rgb(image)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    with suppress(Exception):  # broken EXIF
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return False
 
 
 class JpegFile:

@@ -19,12 +19,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataset.annotations import expand
 from dataset.prepare.common import Report
 from dataset.pretrain import read_pairs
 from dataset.transforms import BadImage, load_image
 from saving import atomic_write
-from utils import UserError, num_cores, with_progress
+from utils import UserError, fill_in, num_cores, with_progress
 
 ROOT = "folder that relative image paths are relative to; by default the annotation file's"
 KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -55,7 +54,7 @@ def prepare(_: Path, out: Path, options: argparse.Namespace, report: Report) -> 
     res = options.image_res
     per_shard = options.samples_per_shard or fill_of(entries, options.shard_mb * 1e6, res)
     out.mkdir(parents=True, exist_ok=True)
-    files = [expand(file).absolute() for file in options.annotations]
+    files = [Path(fill_in(file)).absolute() for file in options.annotations]
     _same_settings(
         out / SETTINGS,
         {
