@@ -12,6 +12,7 @@ from dataset.annotations import NUMBER, TEXT, Mapped, item_of, read_annotations
 from dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from dataset.json_list import read_json
 from dataset.retrieval import WithIdentities
+from dataset.tables import by_id, checked, look_up
 from utils import UserError
 
 SPLITS = ("val", "testA", "testB")  # of evaluation
@@ -73,61 +74,34 @@ class GroundingEvalData(EvalItems):
 def read_targets(entries: Iterable[dict], refcoco: Path, det_file: Path | None) -> list[Target]:
     """ref_id -> reference -> annotation, image size, split and detector boxes, every step checked."""
     refs_file, instances_file = refcoco / REFS_FILE, refcoco / INSTANCES_FILE
-    refs = _by_id(read_plain_pickle(refs_file), "ref_id", refs_file)
+    refs = by_id(read_plain_pickle(refs_file), "ref_id", refs_file)
     instances = read_json(instances_file, dict)
-    images = _by_id(instances.get("images"), "id", instances_file, " images")
-    annotations = _by_id(instances.get("annotations"), "id", instances_file, " annotations")
+    images = by_id(instances.get("images"), "id", instances_file, " images")
+    annotations = by_id(instances.get("annotations"), "id", instances_file, " annotations")
     detections = None if det_file is None else read_json(det_file, dict)
     targets = []
     for entry in entries:
         ref_id = entry["ref_id"]
-        ref = _get(refs, ref_id, f"{entry['where']}: ref_id", refs_file)
+        ref = look_up(refs, ref_id, f"{entry['where']}: ref_id", refs_file)
         where = f"{refs_file}: ref_id {ref_id}"
-        split, image_id = _value(ref, "split", str, where), _value(ref, "image_id", int, where)
+        split, image_id = checked(ref, "split", str, where), checked(ref, "image_id", int, where)
         if split not in SPLITS:
             raise UserError(
                 f"{entry['where']}: ref_id {ref_id} belongs to split {split!r}, expected "
                 f"{' or '.join(SPLITS)}; is this a file of training, or of another data set?"
             )
-        image = _get(images, image_id, f"{where}: image_id", instances_file)
-        ann_id = _value(ref, "ann_id", int, where)
-        annotation = _get(annotations, ann_id, f"{where}: ann_id", instances_file)
+        image = look_up(images, image_id, f"{where}: image_id", instances_file)
+        ann_id = checked(ref, "ann_id", int, where)
+        annotation = look_up(annotations, ann_id, f"{where}: ann_id", instances_file)
         candidates = None
         if detections is not None:
-            found = _get(detections, str(image_id), f"{where}: image_id", det_file)
+            found = look_up(detections, str(image_id), f"{where}: image_id", det_file)
             candidates = _boxes(found, f"{det_file}: image {image_id}")
         (box,) = _boxes([annotation.get("bbox")], f"{instances_file}: annotation {ann_id}")
         where = f"{instances_file}: image {image_id}"
-        height, width = (_value(image, side, int, where, least=1) for side in ("height", "width"))
+        height, width = (checked(image, side, int, where, least=1) for side in ("height", "width"))
         targets.append(Target(ref_id, split, height, width, box, candidates))
     return targets
-
-
-def _get(table: dict, key: int | str, where: str, file: Path) -> Any:
-    if key not in table:
-        raise UserError(f"{where} {key} is not in {file}; the two files must be of the same release")
-    return table[key]
-
-
-def _value(entry: dict, key: str, kind: type, where: str, least: int | None = None) -> Any:
-    value = entry.get(key)
-    if type(value) is not kind or (least is not None and value < least):
-        wanted = {int: "a whole number", str: "text"}[kind] + ("" if least is None else " above 0")
-        raise UserError(f"{where}: {key!r} must be {wanted}, found {value!r}"[:500])
-    return value
-
-
-def _by_id(entries: object, key: str, file: Path, part: str = "") -> dict[int, dict]:
-    if not isinstance(entries, list):
-        raise UserError(
-            f"{file}{part} must be a list of objects with {key!r}, found {type(entries).__name__}"
-        )
-    table = {}
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise UserError(f"{file}{part} entry {number} must be an object, found {entry!r}"[:500])
-        table[_value(entry, key, int, f"{file}{part} entry {number}")] = entry
-    return table
 
 
 def _boxes(boxes: object, where: str) -> list[list[float]]:
@@ -135,13 +109,18 @@ def _boxes(boxes: object, where: str) -> list[list[float]]:
     if not isinstance(boxes, list):
         raise UserError(f"{where} must have a list of boxes, found {boxes!r}"[:500])
     for number, box in enumerate(boxes):
-        is_box = isinstance(box, list) and len(box) >= 4
-        if not (is_box and all(_is_number(value) for value in box[:4]) and box[2] > 0 and box[3] > 0):
+        if not is_box(box):
             raise UserError(
                 f"{where}, box {number} must be [x, y, width, height, ...] with width and height above 0, "
                 f"found {box!r}; correct or remove it"[:500]
             )
     return boxes
+
+
+def is_box(box: object) -> bool:
+    """[x, y, w, h, ...] with an area."""
+    is_list = isinstance(box, list) and len(box) >= 4
+    return is_list and all(map(_is_number, box[:4])) and box[2] > 0 and box[3] > 0
 
 
 def _is_number(value: object) -> bool:

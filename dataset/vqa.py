@@ -27,6 +27,7 @@ from vqa_accuracy import most_common_answer, normalize_answer
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # data set of an entry -> config key
 WEIGHT_OF_ALL_ANSWERS = {"vqa": 1.0, "vg": 0.5}  # a Visual Genome question has a single annotator
+NUM_ANSWERS = 3128  # the length of the published list
 MAX_WORDS_IN_TRAINING, MAX_WORDS_IN_EVALUATION = 30, 50
 
 
@@ -207,6 +208,12 @@ def frequent_answers(
     return [spellings[answer].most_common(1)[0][0] for answer in kept]
 
 
+def covered_share(listed: Iterable[str], annotations: Sequence[Sequence[str]]) -> float:
+    """Of the questions, how many have their most common answer in the list, 0 to 1."""
+    known = set(map(normalize_answer, listed))
+    return sum(most_common_answer(given) in known for given in annotations) / len(annotations)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m dataset.vqa", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -215,7 +222,9 @@ def main() -> None:
     answers.add_argument("--train", nargs="+", required=True, help="VQA annotation files with answers")
     answers.add_argument("--out", required=True, help="the JSON list")
     limit = answers.add_mutually_exclusive_group()
-    limit.add_argument("--num", type=int, default=3128, help="length of the list (default: %(default)s)")
+    limit.add_argument(
+        "--num", type=int, default=NUM_ANSWERS, help="length of the list (default: %(default)s)"
+    )
     limit.add_argument("--min_count", type=int, help="all answers counted so often, instead of --num")
     args = parser.parse_args()
     entries = read_annotations(args.train, {**FIELDS, "answer": TEXTS})
@@ -229,10 +238,9 @@ def main() -> None:
             json.dump(listed, file)
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
-    known = set(map(normalize_answer, listed))
-    covered = sum(most_common_answer(given) in known for given in annotations) / len(annotations)
+    share = covered_share(listed, annotations)
     print(
-        f"{args.out}: {len(listed)} answers, the most common one of {covered:.1%} of {len(entries)} questions"
+        f"{args.out}: {len(listed)} answers, the most common one of {share:.1%} of {len(entries)} questions"
     )
 
 

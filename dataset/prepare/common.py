@@ -4,14 +4,16 @@ import argparse
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 
 from saving import atomic_write
 from utils import UserError, log
 
 NUM_EXAMPLES = 3  # shown of all that is left out for one cause
+NUM_CAUSES = 30  # shown one by one, the most frequent ones
 NUM_THREADS = 16  # that list folders; they wait for the disk, not for the processor
 LOG_ENTRIES = 1_000_000  # between two lines of progress
 
@@ -61,8 +63,11 @@ class Report:
             lines.append(f"  {what:{width}}  {found:>12,}  {known:>12}{differs}")
         lines += [f"  official numbers: {source}" for source in self.sources]
         lines.append("left out:" + ("" if self.left_out else " nothing"))
-        for cause, number in self.left_out.most_common():
+        causes = self.left_out.most_common()
+        for cause, number in causes[:NUM_CAUSES]:
             lines.append(f"  {number:>12,}  {cause}; first: {', '.join(self.examples[cause])}")
+        if rest := causes[NUM_CAUSES:]:
+            lines.append(f"  {sum(number for _, number in rest):>12,}  for {len(rest)} rarer causes")
         lines.append("written:" + ("" if self.written else " nothing"))
         lines += [f"  {number:>12,}  entries in {path}" for path, number in self.written]
         return "\n".join([*lines, *self.notes])
@@ -102,19 +107,19 @@ def read_source(path: Path) -> list | dict:
 class Images:
     """The images below a folder, which is listed once, its subfolders in parallel.
 
-    What is missing or an empty file is left out, and reported. Raises UserError where the folder is none.
+    What is not there, or an empty file, is reported as left out. Raises UserError where the folder is none.
     """
 
-    def __init__(self, folder: Path, report: Report):
-        self.folder, self.report = folder, report
+    def __init__(self, folder: Path, report: Report, what: str = "entries whose image is"):
+        self.folder, self.report, self.what = folder, report, what
         self.files, self.empty = list_files(folder)
 
     def has(self, name: str, number: int = 1) -> bool:
-        """name: relative to the folder; number: of the entries that are left out where it is missing."""
+        """name: relative to the folder; number: how many (of `what`) are left out where it is missing."""
         if name in self.files:
             return True
         problem = "an empty file" if name in self.empty else f"not in {self.folder}"
-        self.report.leave_out(f"entries whose image is {problem}", name, number)
+        self.report.leave_out(f"{self.what} {problem}", name, number)
         return False
 
 
@@ -127,7 +132,7 @@ def list_files(folder: Path) -> tuple[set[str], set[str]]:
     empty: set[str] = set()
     num_folders, num_shown = 0, 0
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        running: set[Future] = {pool.submit(_list_one, folder, "")}
+        running: set[Future] = {pool.submit(list_folder, folder, "")}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -138,7 +143,7 @@ def list_files(folder: Path) -> tuple[set[str], set[str]]:
                     raise UserError(f"the images' folder {folder} cannot be listed: {error}") from error
                 files.update(found)
                 empty.update(found_empty)
-                running |= {pool.submit(_list_one, folder, subfolder) for subfolder in subfolders}
+                running |= {pool.submit(list_folder, folder, subfolder) for subfolder in subfolders}
                 num_folders += 1
             if len(files) // LOG_ENTRIES > num_shown or not running:
                 num_shown = len(files) // LOG_ENTRIES
@@ -146,7 +151,7 @@ def list_files(folder: Path) -> tuple[set[str], set[str]]:
     return files, empty
 
 
-def _list_one(folder: Path, subfolder: str) -> tuple[list[str], list[str], list[str]]:
+def list_folder(folder: Path, subfolder: str) -> tuple[list[str], list[str], list[str]]:
     """Of one folder alone: files, empty files and subfolders, as paths relative to `folder`."""
     files, empty, subfolders = [], [], []
     with os.scandir(folder / subfolder) as items:
@@ -157,6 +162,14 @@ def _list_one(folder: Path, subfolder: str) -> tuple[list[str], list[str], list[
             elif item.is_file():
                 (files if item.stat().st_size else empty).append(name)
     return files, empty, subfolders
+
+
+def in_parallel(function: Callable, items: Iterable, num_ahead: int) -> Iterator:
+    """function(item) of each, in order, by threads, at most `num_ahead` of them waiting to be taken."""
+    items = iter(items)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        while batch := list(islice(items, num_ahead)):
+            yield from pool.map(function, batch)
 
 
 # ---- the annotation files ----
@@ -186,6 +199,15 @@ def write_annotations(path: Path, entries: Iterable[dict], report: Report) -> in
     return number
 
 
+def pairs(rows: Iterable[tuple[str, str]], start: str, report: Report) -> Iterator[dict]:
+    """Pre-training entries of (image name, caption); `start` precedes the names, as of `prefix`."""
+    for name, caption in rows:
+        if caption.strip():
+            yield {"image": start + name, "caption": caption.strip()}
+        else:
+            report.leave_out("pairs without a caption", name)
+
+
 def add_relative(parser: argparse.ArgumentParser) -> None:
     """The flag of converters that write pre-training files."""
     parser.add_argument(
@@ -197,5 +219,8 @@ def add_relative(parser: argparse.ArgumentParser) -> None:
 
 
 def prefix(folder: Path, root: Path, options: argparse.Namespace) -> str:
-    """What an image's name in the folder must be preceded by in a pre-training file."""
-    return os.path.join(os.path.relpath(folder, root) if options.relative else folder, "")  # noqa: PTH118
+    """What precedes an image's name in the folder where it is written in a pre-training file."""
+    if not options.relative:
+        return f"{folder}/"
+    relative = os.path.relpath(folder, root)
+    return "" if relative == "." else f"{relative}/"

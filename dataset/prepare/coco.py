@@ -1,0 +1,126 @@
+"""COCO captions: retrieval files, and the pre-training file of the training images.
+
+Needs below --root (the leading coco/ may be missing):
+    coco/dataset_coco.json      Karpathy's split, of caption_datasets.zip; or for --split 2014 or 2017
+    coco/annotations/captions_train2014.json, captions_val2014.json     of cocodataset.org
+    coco/images/train2014/, val2014/    images of cocodataset.org. Karpathy's split takes train2017/ and
+                                        val2017/, too: the same images by other names
+Writes coco_train.json, coco_val.json, coco_test.json (configs/Retrieval_coco.yaml; image paths relative to
+coco/images, the config's image_root) and coco.json (configs/Pretrain.yaml). Karpathy's "restval" is training.
+--split 2014 writes coco2014_train.json, coco2014_val.json and coco2014.json, --split 2017 likewise. Official
+training images are in Karpathy's val and test: who pre-trains on train2017 has seen most of them. The
+pre-training file has one entry a caption, of training images alone.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+from dataset.prepare.common import (
+    Images,
+    Report,
+    add_relative,
+    find_all,
+    prefix,
+    read_source,
+    write_annotations,
+)
+from dataset.prepare.karpathy import (
+    PAGE,
+    SOURCE,
+    Picture,
+    Splits,
+    count_splits,
+    present,
+    read_karpathy,
+    write_retrieval,
+)
+from dataset.tables import by_id, checked, look_up
+
+OFFICIAL = {  # --split -> split -> images, captions
+    "karpathy": {"train": (113_287, 566_747), "val": (5_000, 25_010), "test": (5_000, 25_010)},
+    "2014": {"train": (82_783, 414_113), "val": (40_504, 202_654)},
+    "2017": {"train": (118_287, 591_753), "val": (5_000, 25_014)},
+}
+DOWNLOADS = "cocodataset.org/#download"
+PLACES = ["coco/{}", "coco/annotations/{}", "annotations/{}", "{}"]
+IMAGE_FOLDERS = ["coco/images/{}", "images/{}", "coco/{}", "{}"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", choices=OFFICIAL, default="karpathy", help="default: %(default)s")
+    add_relative(parser)
+
+
+def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    if options.split == "karpathy":
+        stem, images, splits = "coco", *_karpathy(root, report)
+    else:
+        stem, images, splits = f"coco{options.split}", *_official(root, options.split, report)
+    splits = present(splits, images, report)
+    count_splits(splits, OFFICIAL[options.split], report)
+    write_retrieval(out, stem, splits, report)
+    start = prefix(images.folder, root, options)
+    entries = (
+        {"image": start + picture.name, "caption": caption}
+        for picture in splits.get("train", [])
+        for caption in picture.captions
+    )
+    write_annotations(out / f"{stem}.json", entries, report)
+    report.note(f"configs/Retrieval_coco.yaml: image_root: {images.folder}")
+
+
+def _karpathy(root: Path, report: Report) -> tuple[Images, Splits]:
+    train_images = [folder.format(f"train{year}") for year in (2014, 2017) for folder in IMAGE_FOLDERS]
+    found = find_all(
+        root,
+        f"{PAGE}; images: {DOWNLOADS}",
+        {
+            "dataset_coco.json": [place.format("dataset_coco.json") for place in PLACES],
+            "folder of training images": train_images,
+        },
+    )
+    images = _images(found["folder of training images"].parent, report)
+
+    def name_of(image: dict, where: str) -> str:
+        """By its name of 2014 or else, if it is there, of 2017."""
+        folder, file = (checked(image, key, str, where) for key in ("filepath", "filename"))
+        of_2017 = f"{checked(image, 'cocoid', int, where):012}.jpg"
+        names = [f"{folder}/{file}", f"train2017/{of_2017}", f"val2017/{of_2017}"]
+        return next((name for name in names if name in images.files), names[0])
+
+    report.source(SOURCE)
+    return images, read_karpathy(found["dataset_coco.json"], name_of, "cocoid")
+
+
+def _official(root: Path, year: str, report: Report) -> tuple[Images, Splits]:
+    wanted = {}
+    for split in ("train", "val"):
+        file, folder = f"captions_{split}{year}.json", f"{split}{year}"
+        wanted[file] = [place.format(file) for place in PLACES[1:] + PLACES[:1]]
+        wanted[folder] = [place.format(folder) for place in IMAGE_FOLDERS]
+    found = find_all(root, DOWNLOADS, wanted)
+    splits = {}
+    for split in ("train", "val"):
+        splits[split] = _read_captions(found[f"captions_{split}{year}.json"], f"{split}{year}")
+    report.source(f"the caption files of {DOWNLOADS}")
+    return _images(found[f"train{year}"].parent, report), splits
+
+
+def _images(folder: Path, report: Report) -> Images:
+    return Images(folder, report, "images that are")
+
+
+def _read_captions(path: Path, folder: str) -> list[Picture]:
+    content = read_source(path)
+    images = by_id(checked(content, "images", list, str(path)), "id", path, " images")
+    captions = defaultdict(list)
+    for number, annotation in enumerate(checked(content, "annotations", list, str(path))):
+        where = f"{path} annotation {number}"
+        image_id = checked(annotation, "image_id", int, where)
+        look_up(images, image_id, f"{where}: image_id", path)
+        captions[image_id].append(checked(annotation, "caption", str, where))
+    return [
+        Picture(f"{folder}/{checked(image, 'file_name', str, f'{path} image {id}')}", id, captions[id])
+        for id, image in images.items()
+    ]

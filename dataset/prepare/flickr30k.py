@@ -1,0 +1,44 @@
+"""Flickr30k: Karpathy's split for retrieval.
+
+Needs below --root:
+    flickr30k/dataset_flickr30k.json    of caption_datasets.zip
+    flickr30k-images/*.jpg              of the Flickr30k page, which asks for a form to be filled in
+Writes flickr30k_train.json, flickr30k_val.json and flickr30k_test.json, as configs/Retrieval_flickr.yaml
+names them; image paths are relative to the images' folder, the config's image_root.
+"""
+
+import argparse
+from pathlib import Path
+
+from dataset.prepare.common import Images, Report, find_all
+from dataset.prepare.karpathy import (
+    PAGE,
+    SOURCE,
+    count_splits,
+    present,
+    read_karpathy,
+    write_retrieval,
+)
+from dataset.tables import checked
+
+IMAGE_FOLDERS = ["flickr30k-images", "flickr30k/flickr30k-images", "flickr30k/images", "flickr30k_images"]
+OFFICIAL = {"train": (29_000, 145_000), "val": (1_014, 5_070), "test": (1_000, 5_000)}
+
+
+def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    found = find_all(
+        root,
+        f"{PAGE}; images: shannon.cs.illinois.edu/DenotationGraph, Flickr30k",
+        {
+            "dataset_flickr30k.json": ["flickr30k/dataset_flickr30k.json", "dataset_flickr30k.json"],
+            "images": IMAGE_FOLDERS,
+        },
+    )
+    splits = read_karpathy(
+        found["dataset_flickr30k.json"], lambda image, where: checked(image, "filename", str, where), "imgid"
+    )
+    splits = present(splits, Images(found["images"], report, "images that are"), report)
+    count_splits(splits, OFFICIAL, report)
+    report.source(SOURCE)
+    write_retrieval(out, "flickr30k", splits, report)
+    report.note(f"configs/Retrieval_flickr.yaml: image_root: {found['images']}")

@@ -1,0 +1,210 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg: expressions that each mean one object in an image of COCO.
+
+Reads, below --root, in the folder refcoco, refcoco+ or refcocog:
+    refs(unc).p           the references; of RefCOCOg refs(umd).p or, where that is missing, refs(google).p
+    instances.json        the objects and their boxes
+    detections.json       if it is there: a detector's boxes as COCO's results format has them,
+                          [{"image_id": 1, "bbox": [x, y, w, h], "score": 0.9}, ...]
+and the images in coco/images/train2014.
+
+Writes, below --out:
+    NAME_train.json       {"image", "text"} of every expression
+    NAME_val.json         {"image", "text", "ref_id"} of split val
+    NAME_test.json        the same of all splits of evaluation, which Grounding.py tells apart by ref_id
+    NAME/                 the references and instances.json as they were; cocos.json with the boxes of all
+                          objects in the images of evaluation; dets.json with those that the detector found
+                          there, [x, y, w, h, score]
+"""
+
+import argparse
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from dataset.grounding import is_box, read_plain_pickle
+from dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
+from dataset.tables import by_id, checked, look_up
+from saving import atomic_write
+from utils import UserError
+
+SOURCE = "github.com/lichengunc/refer (expressions) and cocodataset.org (2014 Train images)"
+IMAGE_FOLDER = "train2014"  # all images of the three data sets are from it
+DETECTIONS = "detections.json"
+
+
+@dataclass(frozen=True)
+class Edition:
+    """The official numbers of a division of a data set; expressions by split."""
+
+    images: int
+    references: int
+    expressions: dict[str, int]
+
+
+EDITIONS = {  # name -> file of references -> edition, the preferred one first
+    "refcoco": {
+        "refs(unc).p": Edition(
+            19_994, 50_000, {"train": 120_624, "val": 10_834, "testA": 5_657, "testB": 5_095}
+        )
+    },
+    "refcoco+": {
+        "refs(unc).p": Edition(
+            19_992, 49_856, {"train": 120_191, "val": 10_758, "testA": 5_726, "testB": 4_889}
+        )
+    },
+    "refcocog": {
+        "refs(umd).p": Edition(25_799, 49_822, {"train": 80_512, "val": 4_896, "test": 9_602}),
+        "refs(google).p": Edition(25_799, 49_822, {"train": 85_474, "val": 9_536}),
+    },
+}
+
+
+def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    name = options.name
+    files = find_all(
+        root,
+        SOURCE,
+        {
+            "references": [f"{name}/{refs}" for refs in EDITIONS[name]],
+            "objects": [f"{name}/instances.json"],
+            "images": [f"coco/images/{IMAGE_FOLDER}"],
+        },
+    )
+    edition = EDITIONS[name][files["references"].name]
+    refs = by_id(read_plain_pickle(files["references"]), "ref_id", files["references"])
+    instances = Instances(files["objects"])
+    count(edition, refs, report)
+
+    splits: dict[str, list[dict]] = {split: [] for split in edition.expressions}
+    images = Images(files["images"], report)
+    for split, entry in expressions(refs, files["references"], instances):
+        if split not in splits:
+            report.leave_out(f"expressions of a split {split!r}", f"ref_id {entry['ref_id']}")
+        elif not entry["text"].strip():
+            report.leave_out("expressions without a word", f"ref_id {entry['ref_id']}")
+        elif images.has(Path(entry["image"]).name):
+            splits[split].append(entry)
+    train = [{"image": entry["image"], "text": entry["text"]} for entry in splits.pop("train")]
+    test = list(chain(*splits.values()))
+    for split, entries in {"train": train, "val": splits["val"], "test": test}.items():
+        write_annotations(out / f"{name}_{split}.json", entries, report)
+
+    for file in (files["references"], files["objects"]):
+        copy(file, out / name / file.name)
+    image_ids = sorted({refs[entry["ref_id"]]["image_id"] for entry in test})
+    write_object(out / name / "cocos.json", instances.boxes_of(image_ids), report)
+    detections_file = root / name / DETECTIONS
+    if detections_file.is_file():
+        boxes = detected_boxes(read_source(detections_file), image_ids, detections_file, report)
+        write_object(out / name / "dets.json", boxes, report)
+    else:
+        report.note(
+            f"{out / name / 'dets.json'} is not written, as there is no {detections_file}: get a detector's "
+            "boxes, or set det_file: '' to take the box from the heat map"
+        )
+
+
+def count(edition: Edition, refs: dict[int, dict], report: Report) -> None:
+    """Sentences and references as they come, before anything is left out."""
+    found: Counter[str] = Counter()
+    for ref in refs.values():
+        found[ref.get("split")] += len(checked(ref, "sentences", list, f"ref_id {ref['ref_id']}"))
+    for split, number in edition.expressions.items():
+        report.count(f"expressions, {split}", found[split], number)
+    report.count("references (objects)", len(refs), edition.references)
+    report.count("images", len({ref.get("image_id") for ref in refs.values()}), edition.images)
+    report.source(
+        "Yu et al. 2016 (RefCOCO, RefCOCO+), Mao et al. 2016 (RefCOCOg), Nagaraja et al. 2016 (umd)"
+    )
+
+
+# ---- references and objects ----
+
+
+class Instances:
+    """instances.json: the images and the objects (annotations) by id."""
+
+    def __init__(self, file: Path):
+        content, self.file = read_source(file), file
+        self.images = by_id(checked(content, "images", list, str(file)), "id", file, " images")
+        annotations = checked(content, "annotations", list, str(file))
+        self.annotations = by_id(annotations, "id", file, " annotations")
+
+    def boxes_of(self, image_ids: list[int]) -> dict[str, list[list[float]]]:
+        """Image -> [x, y, w, h] of its objects."""
+        boxes = {str(image_id): [] for image_id in image_ids}
+        for number, annotation in self.annotations.items():
+            where = f"{self.file}: annotation {number}"
+            image_id = str(checked(annotation, "image_id", int, where))
+            if image_id in boxes:
+                boxes[image_id].append(checked(annotation, "bbox", list, where))
+        return boxes
+
+
+def expressions(refs: dict[int, dict], refs_file: Path, instances: Instances) -> Iterator[tuple[str, dict]]:
+    """Split and {"image", "text", "ref_id"} of every sentence. A reference's own `file_name` is no file's: it
+    has the object's number in it; so the name is that of its image in instances.json.
+    """
+    for ref_id, ref in refs.items():
+        where = f"{refs_file}: ref_id {ref_id}"
+        split, image_id = checked(ref, "split", str, where), checked(ref, "image_id", int, where)
+        image = look_up(instances.images, image_id, f"{where}: image_id", instances.file)
+        look_up(instances.annotations, checked(ref, "ann_id", int, where), f"{where}: ann_id", instances.file)
+        name = checked(image, "file_name", str, f"{instances.file}: image {image_id}")
+        for sentence in ref["sentences"]:
+            text = checked(sentence, "sent", str, f"{where}: sentence")
+            yield split, {"image": f"{IMAGE_FOLDER}/{name}", "text": text, "ref_id": ref_id}
+
+
+# ---- a detector's boxes ----
+
+
+def detected_boxes(
+    detections: Iterable[dict], image_ids: list[int], file: Path, report: Report
+) -> dict[str, list[list[float]]]:
+    """Image -> [x, y, w, h, score] in the order of the file; every image of `image_ids` has its list.
+
+    UserError where no detection is in any of them.
+    """
+    boxes: dict[str, list] = {str(image_id): [] for image_id in image_ids}
+    for number, detection in enumerate(detections):
+        where = f"{file}: entry {number}"
+        image_id = str(checked(detection, "image_id", int, where))
+        box, score = checked(detection, "bbox", list, where), detection.get("score")
+        if not isinstance(score, int | float):
+            raise UserError(f"{where}: 'score' must be a number, found {score!r}"[:500])
+        if image_id not in boxes:
+            report.leave_out("detections in images that are not evaluated", f"image {image_id}")
+        elif not is_box(box):
+            report.leave_out("detections without an area", where)
+        else:
+            boxes[image_id].append([*box, score])
+    empty = [image_id for image_id, found in boxes.items() if not found]
+    if len(empty) == len(boxes):
+        raise UserError(f"{file} has no box in any of the {len(boxes)} images; is it of another data set?")
+    report.count("detections", sum(map(len, boxes.values())))
+    report.count("images without a detection", len(empty))
+    return boxes
+
+
+# ---- files ----
+
+
+def write_object(path: Path, content: dict, report: Report) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(json.dumps(content).encode())
+    report.written.append((path, len(content)))
+
+
+def copy(source: Path, target: Path) -> None:
+    """Unless it is the file itself."""
+    if target.exists() and target.samefile(source):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as old, atomic_write(target) as new:
+        shutil.copyfileobj(old, new)

@@ -1,0 +1,59 @@
+"""SNLI-VE: sentences that an image of Flickr30k entails, contradicts or leaves open.
+
+Reads, below --root:
+    snli_ve/snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl
+    flickr30k-images/...                        the images
+
+Writes, below --out, ve_train.json, ve_dev.json and ve_test.json with {"image": number without .jpg,
+"sentence", "label": "entailment", "neutral" or "contradiction"}; image_root is flickr30k-images. Lines that
+have no label ("-") are left out.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from dataset.prepare.common import Images, Report, find_all, write_annotations
+from dataset.prepare.flickr30k import IMAGE_FOLDERS
+from dataset.tables import checked, read_json_lines
+from dataset.ve import CLASSES
+from utils import UserError
+
+SOURCE = "github.com/necla-ml/SNLI-VE (sentences) and Flickr30k's authors (images)"
+SPLITS = {  # official numbers of contradictions, neutral sentences and entailments
+    "train": (176_550, 176_045, 176_932),
+    "dev": (5_939, 5_960, 5_959),
+    "test": (5_964, 5_964, 5_973),
+}
+NO_LABEL = "-"
+IMAGE_FIELDS = ("Flickr30K_ID", "Flikr30kID")  # the two releases call it differently
+
+
+def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    wanted = {split: [f"snli_ve/snli_ve_{split}.jsonl"] for split in SPLITS}
+    files = find_all(root, SOURCE, {**wanted, "images": IMAGE_FOLDERS})
+    images = Images(files["images"], report)
+    for split, official in SPLITS.items():
+        entries = list(sentences(files[split], report))
+        labels = Counter(entry["label"] for entry in entries)
+        report.count(split, len(entries), sum(official))
+        for label, number in zip(CLASSES, official, strict=True):
+            report.count(f"  {label}", labels[label], number)
+        kept = (entry for entry in entries if images.has(f"{entry['image']}.jpg"))
+        write_annotations(out / f"ve_{split}.json", kept, report)
+    report.note(f"configs/VE.yaml: image_root: {files['images']}")
+    report.source("Xie et al. 2019 and the SNLI-VE repository")
+
+
+def sentences(path: Path, report: Report) -> Iterator[dict]:
+    for where, line in read_json_lines(path):
+        label, sentence = checked(line, "gold_label", str, where), checked(line, "sentence2", str, where)
+        field = next((name for name in IMAGE_FIELDS if name in line), IMAGE_FIELDS[0])
+        image = checked(line, field, str, where).removesuffix(".jpg")
+        if label == NO_LABEL:
+            report.leave_out("sentences without a label", where)
+        elif label not in CLASSES:
+            raise UserError(f"{where}: 'gold_label' must be one of {', '.join(CLASSES)}, found {label!r}")
+        else:
+            yield {"image": image, "sentence": sentence, "label": label}

@@ -1,0 +1,189 @@
+"""Your own images with texts, from a table: files for pre-training or retrieval.
+
+    python -m dataset.prepare table --root photos --out data --table captions.csv --name mine
+
+Needs below --root the table or tables (.csv, .tsv, .jsonl or .parquet, with column names; the last needs
+`pip install pyarrow`) and the images, whose paths in the table are absolute or relative to --images.
+Columns are named by --image and --caption; without, the usual names are tried (image, file_name, path, ...;
+caption, text, title, ...). A cell of jsonl or parquet may hold a list of captions.
+Writes {--name}.json for --task pretrain (one entry a caption), {--name}_train.json for retrieval_train (the
+same), or {--name}_test.json for retrieval_test: one entry an image, with all of its captions.
+"""
+
+import argparse
+import csv
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from dataset.prepare.common import Report, add_relative, in_parallel, pairs, write_annotations
+from dataset.prepare.img2dataset import read_parquet
+from dataset.tables import read_json_lines
+from utils import UserError
+
+IMAGE_NAMES = ["image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "file", "img"]
+CAPTION_NAMES = ["caption", "captions", "text", "texts", "title", "sentence", "description"]
+NUM_AHEAD = 4096  # images looked for at a time
+csv.field_size_limit(1 << 30)  # the default refuses a long text
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--table",
+        nargs="+",
+        required=True,
+        help="files, relative to --root; patterns such as part-*.parquet, too",
+    )
+    parser.add_argument("--image", help="column of image paths")
+    parser.add_argument("--caption", help="column of captions")
+    parser.add_argument(
+        "--images", default=".", help="what image paths are relative to; default: --root itself"
+    )
+    parser.add_argument(
+        "--name", dest="stem", default="pairs", help="of the file written; default: %(default)s"
+    )
+    parser.add_argument("--task", choices=TASKS, default="pretrain", help="default: %(default)s")
+    add_relative(parser)
+
+
+def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    tables = [path for pattern in options.table for path in _tables(root, pattern)]
+    folder, num_rows = root / options.images, Counter()
+    rows = _present(_rows(tables, options, num_rows, report), folder, report)
+    suffix, arrange = TASKS[options.task]
+    if options.relative:
+        rows = ((os.path.relpath(image, root), caption) for image, caption in rows)
+    path = out / f"{options.stem}{suffix}.json"
+    write_annotations(path, arrange(pairs(rows, "", report)), report)
+    report.count("captions in the table", num_rows["captions"])
+
+
+def _tables(root: Path, pattern: str) -> list[Path]:
+    path = root / pattern  # an absolute one stays
+    found = (
+        [path] if path.is_file() else sorted(root.glob(pattern)) if not Path(pattern).is_absolute() else []
+    )
+    if not found:
+        raise UserError(f"--table {pattern}: no such file in --root {root}")
+    return found
+
+
+# ---- rows ----
+
+
+def _rows(
+    tables: list[Path], options: argparse.Namespace, num_rows: Counter, report: Report
+) -> Iterator[tuple[str, str]]:
+    """Image path as it stands in the table, and caption."""
+    for path in tables:
+        reader = READERS.get(path.suffix.lower())
+        if reader is None:
+            raise UserError(f"--table {path}: must end in {', '.join(READERS)}")
+        columns = None
+        for where, row in reader(path):
+            if columns is None:
+                columns = [
+                    _column(row, options.image, IMAGE_NAMES, "--image", path),
+                    _column(row, options.caption, CAPTION_NAMES, "--caption", path),
+                ]
+            image, captions = (row.get(column) for column in columns)
+            captions = captions if isinstance(captions, list) else [captions]
+            num_rows["captions"] += len(captions)
+            if None in (*row, image, *captions):  # csv's way to say too many, and too few; null elsewhere
+                report.leave_out("captions of rows with a cell too many or too few", where, len(captions))
+                continue
+            if not isinstance(image, str) or not all(isinstance(caption, str) for caption in captions):
+                raise UserError(
+                    f"{where}: columns {columns[0]!r} and {columns[1]!r} must hold text, found {row!r}"[:500]
+                )
+            yield from ((image, caption) for caption in captions)
+
+
+def _column(row: dict, wanted: str | None, usual: list[str], flag: str, path: Path) -> str:
+    """The row's key: the one wanted, or the first of the usual ones, in upper or lower case."""
+    if wanted is not None:
+        found = wanted if wanted in row else None
+    else:
+        names = {str(name).strip().lower(): name for name in reversed(row)}
+        found = next((names[name] for name in usual if name in names), None)
+    if found is None:
+        told = f"no column {wanted!r}" if wanted else f"no column named {', '.join(usual)}"
+        raise UserError(
+            f"{path} has {told}; it has {', '.join(map(repr, row))}. Name the right one by {flag}"
+        )
+    return found
+
+
+def _read_csv(path: Path, dialect: str = "excel") -> Iterator[tuple[str, dict]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, dialect=dialect, strict=True)
+            for row in reader:
+                yield f"{path}, line {reader.line_num}", row
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 {dialect}: {error}") from error
+
+
+def _read_tsv(path: Path) -> Iterator[tuple[str, dict]]:
+    return _read_csv(path, "excel-tab")
+
+
+def _read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    for where, row in read_json_lines(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{where} must be an object, found {row!r}"[:500])
+        yield where, row
+
+
+def _read_parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    return ((f"{path}, row {number}", row) for number, row in enumerate(read_parquet(path)))
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict]]]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_json_rows,
+    ".parquet": _read_parquet_rows,
+}
+
+
+# ---- images, entries ----
+
+
+def _present(rows: Iterable[tuple[str, str]], folder: Path, report: Report) -> Iterator[tuple[str, str]]:
+    """Absolute image paths, of images that are there, and captions."""
+    placed = ((os.path.normpath(folder / image), caption) for image, caption in rows)
+    for path, caption, problem in in_parallel(_look, placed, NUM_AHEAD):
+        if problem:
+            report.leave_out(f"captions whose image {problem}", path)
+        else:
+            yield path, caption
+
+
+def _look(row: tuple[str, str]) -> tuple[str, str, str]:
+    """Path, caption, and what is wrong with the image."""
+    try:
+        status = os.stat(row[0])  # noqa: PTH116 - the quick one, for millions
+    except OSError as error:
+        return *row, f"cannot be found ({error.strerror})"
+    return *row, "" if stat.S_ISREG(status.st_mode) and status.st_size else "is an empty file or none"
+
+
+def _with_ids(entries: Iterable[dict]) -> Iterator[dict]:
+    return ({**entry, "image_id": entry["image"]} for entry in entries)
+
+
+def _grouped(entries: Iterable[dict]) -> Iterator[dict]:
+    captions: dict[str, list[str]] = {}
+    for entry in entries:
+        captions.setdefault(entry["image"], []).append(entry["caption"])
+    return ({"image": image, "caption": texts} for image, texts in captions.items())
+
+
+TASKS: dict[str, tuple[str, Callable[[Iterable[dict]], Iterable[dict]]]] = {
+    "pretrain": ("", iter),
+    "retrieval_train": ("_train", _with_ids),
+    "retrieval_test": ("_test", _grouped),
+}

@@ -1,0 +1,232 @@
+"""Lists of image URLs with captions (Conceptual Captions 3M and 12M, SBU Captions): pre-training files.
+
+Needs below --root the list, and the images that you have downloaded by it:
+    cc3m/Train_GCC-training.tsv, with images in cc3m/train/
+    cc3m/Validation_GCC-1.1.0-Validation.tsv, with images in cc3m/val/
+    cc12m/cc12m.tsv, with images in cc12m/images/
+    sbu/sbu-captions-all.json, or SBU_captioned_photo_dataset_urls.txt and _captions.txt, with sbu/images/
+or, without the list, what img2dataset made of it in layout "files": cc3m/train/00000/ and so on.
+Writes cc3m_train.json and cc3m_val.json (of which one may be missing), cc12m.json, sbu.json, as
+configs/Pretrain.yaml names them.
+
+Which image belongs to a line is told by its name: by default whichever of {row}_{crc32}, {crc32} and {md5},
+with or without .jpg, fits the first lines best ({file}, too, for SBU, whose Flickr names are unique).
+--image-names gives another one: {row} is the number of the line from 0 (a header is not counted), {row1} from
+1, {crc32} and {md5} are those of the URL, {file} is the last part of its path; {row:09}.jpg is a number of
+nine digits. A name made of the number alone is never guessed: counted from the wrong end, each image would
+get its neighbour's caption.
+"""
+
+import argparse
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import md5
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from dataset.prepare.common import (
+    Images,
+    Report,
+    add_relative,
+    find,
+    pairs,
+    prefix,
+    read_source,
+    write_annotations,
+)
+from dataset.prepare.img2dataset import is_output, write_output
+from dataset.tables import checked
+from utils import UserError
+
+NAMINGS = ["{row}_{crc32}", "{crc32}", "{md5}"]  # each with .jpg, too
+NUM_TRIED = 10_000  # lines, to find out how images are named
+
+
+class Part(NamedTuple):
+    """One list, and where the images are that were downloaded by it; patterns relative to --root."""
+
+    stem: str  # of the file written
+    lists: list[str]
+    images: list[str]
+    official: int  # lines
+
+
+class Source(NamedTuple):
+    parts: list[Part]
+    page: str
+    counted_by: str
+    namings: list[str] = NAMINGS
+
+
+SOURCES = {
+    "cc3m": Source(
+        [
+            Part(
+                "cc3m_train",
+                ["cc3m/[Tt]rain*.tsv", "Train*GCC*.tsv"],
+                ["cc3m/train", "cc3m/training"],
+                3_318_333,
+            ),
+            Part(
+                "cc3m_val",
+                ["cc3m/[Vv]al*.tsv", "Validation*GCC*.tsv"],
+                ["cc3m/val", "cc3m/validation"],
+                15_840,
+            ),
+        ],
+        "ai.google.com/research/ConceptualCaptions/download",
+        '"Conceptual Captions" (Sharma et al., ACL 2018), release 1.1.0',
+    ),
+    "cc12m": Source(
+        [Part("cc12m", ["cc12m/cc12m.tsv", "cc12m.tsv"], ["cc12m/images", "cc12m"], 12_423_374)],
+        "github.com/google-research-datasets/conceptual-12m",
+        'lines of cc12m.tsv, of "Conceptual 12M" (Changpinyo et al., CVPR 2021)',
+    ),
+    "sbu": Source(
+        [
+            Part(
+                "sbu",
+                ["sbu/sbu-captions-all.json", "sbu/SBU*urls.txt", "sbu/dataset/SBU*urls.txt"],
+                ["sbu/images", "sbu"],
+                1_000_000,
+            )
+        ],
+        "cs.rice.edu/~vo9/sbucaptions",
+        '"Im2Text: Describing Images Using 1 Million Captioned Photographs" (Ordonez et al., NIPS 2011)',
+        [*NAMINGS, "{file}"],
+    ),
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image-names", help="how images are named, for example {row:09}.jpg; see above")
+    add_relative(parser)
+
+
+def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    source = SOURCES[options.name]
+    report.source(source.counted_by)
+    written = [_write(part, source, root, out, options, report) for part in source.parts]
+    if not any(written):
+        wanted = (f"images in {_any(part.images)} with {_any(part.lists)}" for part in source.parts)
+        raise UserError(
+            f"missing in --root {root}: {'; or '.join(wanted)}. The list is to be had from {source.page}, "
+            "the images by img2dataset (output_format files; the list is not needed then) or another tool"
+        )
+
+
+def _any(patterns: list[str]) -> str:
+    return " or ".join(patterns)
+
+
+def _write(
+    part: Part, source: Source, root: Path, out: Path, options: argparse.Namespace, report: Report
+) -> bool:
+    """Whether there is anything of this part."""
+    path, folder, listed = out / f"{part.stem}.json", find(root, part.images), find(root, part.lists)
+    if folder is None or not (listed or is_output(folder)):
+        report.note(f"{path.name}: not made, {'no list' if folder else 'no images'} in {root}")
+        return False
+    start = prefix(folder, root, options)
+    if is_output(folder):
+        write_output(folder, path, start, report, part.official)
+        return True
+    images = Images(folder, report, "pairs whose image is")
+    naming = options.image_names or _guess(listed, source.namings, images)
+    num_lines = Counter()
+    rows = (
+        (name, caption)
+        for name, caption in _named(_read_list(listed, report), naming, num_lines)
+        if images.has(name)
+    )
+    number = write_annotations(path, pairs(rows, start, report), report)
+    report.count(f"{part.stem}: lines", num_lines["lines"], part.official)
+    report.count(f"{part.stem}: pairs with an image", number)
+    report.note(f"{path.name}: images are named {naming}")
+    return True
+
+
+def _named(
+    rows: Iterator[tuple[int, str, str]], naming: str, num_lines: Counter
+) -> Iterator[tuple[str, str]]:
+    for row, url, caption in rows:
+        num_lines["lines"] += 1
+        yield _name(naming, row, url), caption
+
+
+def _name(naming: str, row: int, url: str) -> str:
+    parts = {
+        "row": row,
+        "row1": row + 1,
+        "crc32": zlib.crc32(url.encode()),
+        "md5": md5(url.encode(), usedforsecurity=False).hexdigest(),
+        "file": urlsplit(url).path.rpartition("/")[2],
+    }
+    try:
+        return naming.format(**parts)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"--image-names {naming}: {error}; fields are {', '.join(parts)}") from error
+
+
+def _guess(path: Path, namings: list[str], images: Images) -> str:
+    """The naming by which most of the first lines have an image; UserError where none has."""
+    rows = list(islice(_read_list(path, Report("")), NUM_TRIED))
+    tried = [*namings, *(f"{naming}.jpg" for naming in namings if naming != "{file}")]
+    fits = {naming: sum(_name(naming, row, url) in images.files for row, url, _ in rows) for naming in tried}
+    best = max(fits, key=fits.get)
+    if not fits[best]:
+        example = min(images.files, default="nothing")
+        raise UserError(
+            f"no image of the first {len(rows)} lines of {path} is in {images.folder}, by the names "
+            f"{', '.join(tried)}; found there, for example: {example}. Say how they are named by "
+            "--image-names"
+        )
+    return best
+
+
+def _read_list(path: Path, report: Report) -> Iterator[tuple[int, str, str]]:
+    """Number, URL and caption of each line."""
+    if path.suffix == ".json":
+        content = read_source(path)
+        urls, captions = (checked(content, key, list, str(path)) for key in ("image_urls", "captions"))
+        _check_equal(len(urls), len(captions), path)
+        yield from ((row, *pair) for row, pair in enumerate(zip(urls, captions, strict=True)))
+    elif path.suffix == ".txt":
+        captions = path.with_name(path.name.replace("urls", "captions"))
+        pair = list(_lines(path)), list(_lines(captions))
+        _check_equal(*map(len, pair), path)
+        yield from ((row, *texts) for row, texts in enumerate(zip(*pair, strict=True)))
+    else:
+        yield from _read_tsv(path, report)
+
+
+def _check_equal(num_urls: int, num_captions: int, path: Path) -> None:
+    if num_urls != num_captions:
+        raise UserError(f"{path}: {num_urls} URLs but {num_captions} captions; download the files again")
+
+
+def _read_tsv(path: Path, report: Report) -> Iterator[tuple[int, str, str]]:
+    """Of caption and URL, or URL and caption; quotation marks mean nothing."""
+    has_header = 0
+    for number, line in enumerate(_lines(path)):
+        fields = line.split("\t")
+        is_url = [field.startswith(("http://", "https://")) for field in fields]
+        if len(fields) == 2 and any(is_url):
+            first, second = fields
+            yield number - has_header, *((first, second) if is_url[0] else (second, first))
+        elif number == 0:
+            has_header = 1
+        else:
+            report.leave_out("lines that are not a URL and a caption", f"{path.name} line {number + 1}")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:  # a caption may hold other ends of lines
+            for line in file:
+                yield line.rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); download or unpack it again") from error

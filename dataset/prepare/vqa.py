@@ -1,0 +1,180 @@
+"""VQA v2, the questions of Visual Genome, and the list of answers.
+
+Reads, below --root:
+    vqa/v2_OpenEndedQuestions_mscoco_{train2014,val2014,test2015}_questions.json
+    vqa/v2_mscoco_{train2014,val2014}_annotations.json
+    visual_genome/question_answers.json, image_data.json
+    coco/images/{train2014,val2014,test2015}/..., visual_genome/images/VG_100K/..., VG_100K_2/...
+
+Writes, below --out:
+    vqa_train.json, vqa_val.json    {"dataset": "vqa", "image", "question", "answer": [ten texts],
+                                    "question_id", "question_type", "answer_type"}
+    vqa_test.json                   the same without what only annotators know
+    vg_qa.json                      {"dataset": "vg", "image", "question", "answer": text}
+    answer_list.json                the answers to rank
+and vqa_root is coco/images, vg_root visual_genome/images.
+
+Visual Genome: its answers are sentences ("On the table."), so they go through the normalisation of the
+official VQA accuracy; those of which nothing is left are left out. So are questions on images of COCO that
+VQA v2 has in val or test, or its score there would not be on unseen images; image_data.json knows COCO's
+number of an image only if it is in train2014 or val2014.
+
+Answers to rank: the 3,128 (the length of the published list) most frequent ones of train and val, where a
+question counts for the answer that most of its annotators gave, normalised: what python -m dataset.vqa
+answers writes.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from sys import intern
+
+from dataset.json_list import JsonList
+from dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
+from dataset.tables import by_id, checked, look_up
+from dataset.vqa import NUM_ANSWERS, covered_share, frequent_answers
+from utils import UserError
+from vqa_accuracy import most_common_answer, normalize_answer
+
+SOURCE = "visualqa.org (VQA v2), cocodataset.org (images) and visualgenome.org (version 1.2)"
+FOLDERS = {"train": "train2014", "val": "val2014", "test": "test2015"}
+OFFICIAL = {"train": 443_757, "val": 214_354, "test": 447_793}  # questions
+NUM_VG_IMAGES = 108_077
+
+
+def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    vg_wanted = {name: [f"visual_genome/{name}"] for name in ("question_answers.json", "image_data.json")}
+    files = find_all(root, SOURCE, {**_vqa_files(), **vg_wanted})
+    held_out = _prepare_vqa(files, root, out, report)
+    _prepare_vg(files, root, out, held_out, report)
+    report.source("visualqa.org and Krishna et al. 2017")
+
+
+def _vqa_files() -> dict[str, list[str]]:
+    wanted = {}
+    for split, folder in FOLDERS.items():
+        wanted[f"{split}, questions"] = [f"vqa/v2_OpenEndedQuestions_mscoco_{folder}_questions.json"]
+        if split != "test":
+            wanted[f"{split}, annotations"] = [f"vqa/v2_mscoco_{folder}_annotations.json"]
+    return wanted
+
+
+# ---- VQA v2 ----
+
+
+def _prepare_vqa(files: dict[str, Path], root: Path, out: Path, report: Report) -> set[str]:
+    """Writes its files and the list of answers; the images of val and test."""
+    images = Images(root / "coco/images", report, "VQA v2 questions whose image is")
+    answers: list[list[str]] = []
+    held_out: set[str] = set()
+    for split, folder in FOLDERS.items():
+        given = files.get(f"{split}, annotations")
+        entries = list(vqa_entries(files[f"{split}, questions"], given, folder))
+        report.count(f"VQA v2 {split}, questions", len(entries), OFFICIAL[split])
+        kept = [entry for entry in entries if images.has(entry["image"])]
+        write_annotations(out / f"vqa_{split}.json", kept, report)
+        answers += [entry["answer"] for entry in kept if given]
+        held_out |= {entry["image"] for entry in entries if split != "train"}
+        if split == "test" and len(kept) < len(entries):
+            report.note("vqa_test.json is incomplete: the evaluation server wants answers to all questions")
+    _write_answer_list(out / "answer_list.json", answers, report)
+    return held_out
+
+
+def _write_answer_list(path: Path, answers: list[list[str]], report: Report) -> None:
+    listed = frequent_answers(answers, NUM_ANSWERS)
+    report.count("answers to rank", len(listed), NUM_ANSWERS)
+    write_annotations(path, listed, report)
+    rarest = normalize_answer(listed[-1])
+    least = sum(most_common_answer(given) == rarest for given in answers)
+    share = covered_share(listed, answers)
+    report.note(
+        f"{path.name}: its answers are the most common one of {least:,} questions or more each, together of "
+        f"{share:.1%} of train and val"
+    )
+
+
+def coco_image(folder: str, number: int) -> str:
+    return f"{folder}/COCO_{folder}_{number:012d}.jpg"
+
+
+def vqa_entries(questions_file: Path, annotations_file: Path | None, folder: str) -> Iterator[dict]:
+    """On images in this folder, with answers where there is a file of annotations."""
+    questions = _by_question(questions_file, "questions")
+    annotations = _by_question(annotations_file, "annotations") if annotations_file else {}
+    if annotations_file and len(annotations) != len(questions):
+        raise UserError(
+            f"{annotations_file} annotates {len(annotations)} questions, {questions_file} has "
+            f"{len(questions)}; the two files must be of the same release"
+        )
+    for number, question in questions.items():
+        where = f"{questions_file}: question_id"
+        image_id = checked(question, "image_id", int, f"{where} {number}")
+        entry = {
+            "dataset": "vqa",
+            "image": coco_image(folder, image_id),
+            "question": checked(question, "question", str, f"{where} {number}"),
+            "question_id": number,
+        }
+        if annotations_file:
+            annotation = look_up(annotations, number, where, annotations_file)
+            entry |= annotated(annotation, f"{annotations_file}: question_id {number}")
+        yield entry
+
+
+def _by_question(file: Path, part: str) -> dict[int, dict]:
+    return by_id(checked(read_source(file), part, list, str(file)), "question_id", file, f" {part}")
+
+
+def annotated(annotation: dict, where: str) -> dict:
+    answers = checked(annotation, "answers", list, where)
+    if not answers:
+        raise UserError(f"{where} has no answers")
+    kinds = {field: checked(annotation, field, str, where) for field in ("question_type", "answer_type")}
+    # The same few texts come again and again: one copy of each is kept in memory.
+    return {"answer": [intern(checked(answer, "answer", str, where)) for answer in answers], **kinds}
+
+
+# ---- Visual Genome ----
+
+
+def _prepare_vg(files: dict[str, Path], root: Path, out: Path, held_out: set[str], report: Report) -> None:
+    images_file = files["image_data.json"]
+    known = by_id(read_source(images_file), "image_id", images_file)
+    report.count("Visual Genome, images", len(known), NUM_VG_IMAGES)
+    # Hundreds of megabytes, most of them not wanted: read image by image.
+    groups = JsonList(files["question_answers.json"], check_group, "dataset.prepare.vqa.check_group")
+    report.count("Visual Genome, questions", sum(len(group["qas"]) for group in groups))
+    images = Images(root / "visual_genome/images", report, "Visual Genome questions whose image is")
+    entries = vg_entries(groups, known, images_file, held_out, report)
+    write_annotations(out / "vg_qa.json", (entry for entry in entries if images.has(entry["image"])), report)
+
+
+def check_group(group: object, where: str) -> None:
+    """The questions on an image: {"id", "qas": [{"question", "answer"}, ...]}."""
+    checked(group, "id", int, where)
+    for qa in checked(group, "qas", list, where):
+        for field in ("question", "answer"):
+            checked(qa, field, str, f"{where}, qas")
+
+
+def vg_entries(
+    groups: Sequence[dict], images: dict[int, dict], images_file: Path, held_out: set[str], report: Report
+) -> Iterator[dict]:
+    """held_out: images of COCO, as `coco_image` names them, on which no question is taken."""
+    for group in groups:
+        number, questions = group["id"], group["qas"]
+        image = look_up(images, number, "question_answers.json: id", images_file)
+        in_coco = image.get("coco_id")
+        if in_coco and any(coco_image(folder, in_coco) in held_out for folder in FOLDERS.values()):
+            cause = "Visual Genome questions on an image of VQA v2's val or test"
+            report.leave_out(cause, f"image {number}", len(questions))
+            continue
+        url = checked(image, "url", str, f"{images_file}: image_id {number}")
+        name = "/".join(url.split("/")[-2:])  # VG_100K/1.jpg or VG_100K_2/1.jpg
+        for question in questions:
+            answer = normalize_answer(question["answer"])
+            if answer:
+                yield {"dataset": "vg", "image": name, "question": question["question"], "answer": answer}
+            else:
+                report.leave_out("Visual Genome questions without an answer", f"image {number}")

@@ -1,0 +1,410 @@
+"""Pre-training files of Visual Genome, URL lists, img2dataset folders and own tables."""
+
+import json
+import sys
+import zlib
+from collections.abc import Callable
+from hashlib import md5
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from test_prepare import RETRIEVAL, karpathy_image, load, numbers, prepare, put
+
+from dataset.annotations import read_annotations
+from dataset.pretrain import read_pairs
+from utils import UserError
+
+
+def pairs(path: Path, root: Path) -> list[tuple[str, str]]:
+    """Image relative to `root`, and caption, of each entry as pre-training reads it; all images are there."""
+    found = read_pairs([str(path)])
+    assert all(Path(pair["images"][0]).stat().st_size for pair in found)
+    return [(str(Path(pair["images"][0]).relative_to(root)), pair["text"]) for pair in found]
+
+
+# ---- Visual Genome ----
+
+
+@pytest.fixture
+def genome(tmp_path: Path) -> Path:
+    """1: phrases that repeat; 2: in COCO's test; 3: in Flickr30k's val; 4: in its training; 5: no image."""
+    ids = {1: (None, None), 2: (102, 7), 3: (None, 303), 4: (104, None), 5: (None, None)}
+    phrases = {number: [f"thing {number}"] for number in ids}
+    phrases[1] = ["A tall tree", "a car ", "a  Tall tree", "the sky", ""]
+    regions = [
+        {
+            "id": number,
+            "regions": [
+                {
+                    "region_id": k,
+                    "image_id": number,
+                    "x": 0,
+                    "y": 0,
+                    "width": 9,
+                    "height": 9,
+                    "phrase": phrase,
+                }
+                for k, phrase in enumerate(phrases[number])
+            ],
+        }
+        for number in ids
+    ]
+    data = []
+    for number, (coco_id, flickr_id) in ids.items():
+        folder = "VG_100K_2" if number == 1 else "VG_100K"
+        url = f"https://cs.stanford.edu/people/rak248/{folder}/{number}.jpg"
+        data.append({"image_id": number, "url": url, "coco_id": coco_id, "flickr_id": flickr_id})
+        if number != 5:
+            put(tmp_path / f"visual_genome/images/{folder}/{number}.jpg")
+    put(tmp_path / "visual_genome/region_descriptions.json", regions)
+    put(tmp_path / "visual_genome/image_data.json", data)
+    coco = [
+        karpathy_image(0, "test", ["x"], cocoid=102),
+        karpathy_image(1, "restval", ["x"], cocoid=104),
+    ]
+    put(tmp_path / "coco/dataset_coco.json", {"images": coco})
+    flickr = [karpathy_image(0, "val", ["x"], filename="303.jpg")]
+    put(tmp_path / "flickr30k/dataset_flickr30k.json", {"images": flickr})
+    return tmp_path
+
+
+def test_visual_genome(genome, capsys):
+    prepare("visual_genome", genome)
+    first = "visual_genome/images/VG_100K_2/1.jpg"
+    assert pairs(genome / "vg.json", genome) == [
+        (first, "A tall tree"),
+        (first, "a car"),
+        (first, "the sky"),
+        ("visual_genome/images/VG_100K/4.jpg", "thing 4"),
+    ]
+    found = numbers(capsys.readouterr().out)
+    assert found["images described"] == 5 and found["images with regions"] == 2 and found["pairs"] == 4
+    assert found["repeated phrases"] == 1 and found["pairs without a caption"] == 1
+    assert found["regions of images of val and test in dataset_coco.json"] == 1
+    assert found["regions of images of val and test in dataset_flickr30k.json"] == 1
+    assert found[f"regions whose image is not in {genome}/visual_genome/images"] == 1
+
+
+def test_regions_are_drawn_the_same_each_time(genome, capsys):
+    entries = [{"id": 1, "regions": [{"phrase": f"thing {k}"} for k in range(50)]}]
+    put(genome / "visual_genome/region_descriptions.json", entries)
+    prepare("visual_genome", genome)
+    drawn = [text for _, text in pairs(genome / "vg.json", genome)]
+    assert len(drawn) == 8 and len(set(drawn)) == 8
+    assert numbers(capsys.readouterr().out)["regions beyond --regions"] == 42
+    order = [int(text.split()[1]) for text in drawn]
+    assert order == sorted(order) and order != list(range(8))
+    prepare("visual_genome", genome)
+    assert [text for _, text in pairs(genome / "vg.json", genome)] == drawn
+    prepare("visual_genome", genome, "--regions", "0")
+    assert len(load(genome / "vg.json")) == 50
+
+
+def test_without_the_splits_leaks_must_be_allowed(genome, capsys):
+    (genome / "flickr30k/dataset_flickr30k.json").unlink()
+    with pytest.raises(
+        UserError, match=r"dataset_flickr30k.json .*images that are evaluated on are left out"
+    ):
+        prepare("visual_genome", genome)
+    assert not (genome / "vg.json").exists()
+    prepare("visual_genome", genome, "--allow-leaks")
+    assert "thing 3" in [text for _, text in pairs(genome / "vg.json", genome)]
+    assert "thing 2" not in [text for _, text in pairs(genome / "vg.json", genome)]
+    assert "may hold images of dataset_flickr30k.json's val and test" in capsys.readouterr().out
+
+
+def test_damaged_region_descriptions_name_their_entry(genome):
+    put(genome / "visual_genome/region_descriptions.json", [{"id": 1, "regions": [{"phrase": 3}]}])
+    with pytest.raises(UserError, match=r"region_descriptions.json: entry 0: 'phrase' must be text, found 3"):
+        prepare("visual_genome", genome)
+
+
+# ---- lists of URLs ----
+
+
+URLS = [f"http://host/{number}/picture.jpg?x={number}" for number in range(5)]
+
+
+def crc32(url: str) -> int:
+    return zlib.crc32(url.encode())
+
+
+NAMES: dict[str, Callable[[int, str], str]] = {
+    "{row}_{crc32}": lambda row, url: f"{row}_{crc32(url)}",
+    "{crc32}.jpg": lambda _, url: f"{crc32(url)}.jpg",
+    "{md5}.jpg": lambda _, url: md5(url.encode()).hexdigest() + ".jpg",
+}
+
+
+@pytest.mark.parametrize("naming", NAMES)
+def test_cc3m(tmp_path, capsys, naming):
+    lines = [f'a "thing {number}\t{url}\n' for number, url in enumerate(URLS)]
+    put(tmp_path / "cc3m/Train_GCC-training.tsv", "".join([*lines, "no URL\n"]))
+    put(tmp_path / "cc3m/Validation_GCC-1.1.0-Validation.tsv", lines[0])
+    for row, url in list(enumerate(URLS))[:3]:
+        put(tmp_path / "cc3m/train" / NAMES[naming](row, url), "" if row == 2 else "x")
+    put(tmp_path / "cc3m/val" / NAMES[naming](0, URLS[0]))
+    prepare("cc3m", tmp_path)
+    assert pairs(tmp_path / "cc3m_train.json", tmp_path) == [
+        (f"cc3m/train/{NAMES[naming](row, URLS[row])}", f'a "thing {row}') for row in range(2)
+    ]
+    assert len(load(tmp_path / "cc3m_val.json")) == 1
+    printed = capsys.readouterr().out
+    found = numbers(printed)
+    assert found["cc3m_train: lines"] == 5 and found["cc3m_train: pairs with an image"] == 2
+    assert found[f"pairs whose image is not in {tmp_path}/cc3m/train"] == 2
+    assert found["pairs whose image is an empty file"] == 1
+    assert found["lines that are not a URL and a caption"] == 1
+    assert f"images are named {naming}\n" in printed and "3,318,333" in printed and "15,840" in printed
+
+
+def test_cc3m_without_one_of_its_parts(tmp_path, capsys):
+    put(tmp_path / "cc3m/val.tsv", f"a thing\t{URLS[0]}\n")
+    put(tmp_path / f"cc3m/validation/{crc32(URLS[0])}")
+    prepare("cc3m", tmp_path)
+    assert not (tmp_path / "cc3m_train.json").exists() and (tmp_path / "cc3m_val.json").exists()
+    assert f"cc3m_train.json: not made, no images in {tmp_path}" in capsys.readouterr().out
+
+
+def test_cc12m_has_the_url_first_and_may_have_a_header(tmp_path):
+    lines = ["url\tcaption\n", *(f"{url}\tthing {number}\n" for number, url in enumerate(URLS))]
+    put(tmp_path / "cc12m.tsv", "".join(lines))
+    for row in (0, 3):
+        put(tmp_path / f"cc12m/images/{row}_{crc32(URLS[row])}.jpg")
+    prepare("cc12m", tmp_path)
+    assert [text for _, text in pairs(tmp_path / "cc12m.json", tmp_path)] == ["thing 0", "thing 3"]
+
+
+def test_images_named_by_the_line_alone_are_never_guessed(tmp_path):
+    put(tmp_path / "cc12m.tsv", "".join(f"{url}\tthing {number}\n" for number, url in enumerate(URLS)))
+    for row in range(5):
+        put(tmp_path / f"cc12m/images/{row:05}.jpg")
+    with pytest.raises(UserError, match=r"for example: 00000.jpg. Say how they are named by --image-names"):
+        prepare("cc12m", tmp_path)
+    prepare("cc12m", tmp_path, "--image-names", "{row:05}.jpg")
+    assert pairs(tmp_path / "cc12m.json", tmp_path)[4] == ("cc12m/images/00004.jpg", "thing 4")
+    prepare("cc12m", tmp_path, "--image-names", "{row1:05}.jpg")
+    assert pairs(tmp_path / "cc12m.json", tmp_path)[0] == ("cc12m/images/00001.jpg", "thing 0")
+    with pytest.raises(UserError, match=r"--image-names {line}.jpg: 'line'; fields are row, row1, crc32"):
+        prepare("cc12m", tmp_path, "--image-names", "{line}.jpg")
+
+
+def test_sbu_by_its_json_and_by_its_two_texts(tmp_path):
+    urls = [f"http://static.flickr.com/1/{number}_ab.jpg" for number in range(3)]
+    captions = ["A pier.\u2028Sunset", "A boat.", "A gull."]
+    source = put(
+        tmp_path / "sbu/sbu-captions-all.json",
+        {"image_urls": urls, "user_ids": ["u"] * 3, "captions": captions},
+    )
+    for number in (0, 2):
+        put(tmp_path / f"sbu/images/{number}_ab.jpg")
+    prepare("sbu", tmp_path)
+    expected = [("sbu/images/0_ab.jpg", captions[0]), ("sbu/images/2_ab.jpg", captions[2])]
+    assert pairs(tmp_path / "sbu.json", tmp_path) == expected
+    source.unlink()
+    put(tmp_path / "sbu/dataset/SBU_captioned_photo_dataset_urls.txt", "\n".join(urls))
+    texts = put(tmp_path / "sbu/dataset/SBU_captioned_photo_dataset_captions.txt", "\n".join(captions))
+    prepare("sbu", tmp_path)
+    assert pairs(tmp_path / "sbu.json", tmp_path) == expected
+    texts.write_text("\n".join(captions[:2]))
+    with pytest.raises(UserError, match="3 URLs but 2 captions; download the files again"):
+        prepare("sbu", tmp_path)
+
+
+# ---- img2dataset ----
+
+
+def download(folder: Path, with_tables: bool) -> None:
+    """Two shards of five URLs: one good image, one empty, one with an empty caption, two failures."""
+    for shard in ("00000", "00001"):
+        rows = []
+        for number in (3, 0, 1, 2, 4):
+            key = f"{shard}{number:04}"
+            failed = {1: "HTTP Error 404: Not Found", 4: "timed out\nlater"}.get(number)
+            caption = "" if number == 2 else f"thing {key}"
+            status = "failed_to_download" if failed else "success"
+            row = {
+                "url": URLS[number],
+                "caption": caption,
+                "key": key,
+                "status": status,
+                "error_message": failed,
+            }
+            rows.append(row)
+            if not failed:
+                put(folder / f"{shard}/{key}.jpg", "" if number == 3 else "x")
+                put(folder / f"{shard}/{key}.txt", caption)
+                put(folder / f"{shard}/{key}.json", row)
+        causes = {"success": 3, "HTTP Error 404: Not Found": 1, "timed out": 1}
+        put(folder / f"{shard}_stats.json", {"count": 5, "successes": 3, "status_dict": causes})
+        if with_tables:
+            parquet.write_table(pa.Table.from_pylist(rows), folder / f"{shard}.parquet")
+
+
+@pytest.mark.parametrize("with_tables", [True, False])
+def test_img2dataset_s_folder(tmp_path, capsys, with_tables):
+    download(tmp_path / "got", with_tables)
+    prepare("img2dataset", tmp_path, "--folder", "got", "--name", "web")
+    assert pairs(tmp_path / "web.json", tmp_path) == [
+        ("got/00000/000000000.jpg", "thing 000000000"),
+        ("got/00001/000010000.jpg", "thing 000010000"),
+    ]
+    found = numbers(capsys.readouterr().out)
+    assert found["web: URLs"] == 10 and found["web: pairs with an image"] == 2
+    assert found["URLs not downloaded: HTTP Error 404: Not Found"] == 2
+    assert found["URLs not downloaded: timed out"] == 2
+    assert found["downloads that are empty files"] == 2
+    assert found["pairs without a caption"] == 2
+
+
+def test_a_download_that_has_gone_is_told(tmp_path, capsys):
+    download(tmp_path, with_tables=True)
+    (tmp_path / "00001/000010000.jpg").unlink()
+    prepare("img2dataset", tmp_path, "--relative")
+    assert load(tmp_path / "pairs.json") == [{"image": "00000/000000000.jpg", "caption": "thing 000000000"}]
+    printed = capsys.readouterr().out
+    assert numbers(printed)["downloads that are missing"] == 1 and "first: 00001/000010000" in printed
+
+
+def test_img2dataset_without_texts_has_captions_in_its_json(tmp_path):
+    put(tmp_path / "00000/000000000.png")
+    put(tmp_path / "00000/000000000.json", {"caption": "a thing", "key": "000000000"})
+    prepare("img2dataset", tmp_path)
+    assert pairs(tmp_path / "pairs.json", tmp_path) == [("00000/000000000.png", "a thing")]
+
+
+def test_webdataset_s_layout_is_told_apart(tmp_path):
+    put(tmp_path / "00000.tar")
+    with pytest.raises(UserError, match=r"its .tar files are of layout webdataset; download with"):
+        prepare("img2dataset", tmp_path)
+
+
+def test_conceptual_captions_from_img2dataset(tmp_path, capsys):
+    download(tmp_path / "cc3m/train", with_tables=True)
+    prepare("cc3m", tmp_path)
+    assert len(load(tmp_path / "cc3m_train.json")) == 2
+    found = numbers(capsys.readouterr().out)
+    assert found["cc3m_train: URLs"] == 10 and found["downloads that are empty files"] == 2
+
+
+def test_tables_without_captions_or_pyarrow_are_errors(tmp_path, monkeypatch):
+    download(tmp_path, with_tables=True)
+    table = parquet.read_table(tmp_path / "00001.parquet").drop_columns("caption")
+    parquet.write_table(table, tmp_path / "00001.parquet")
+    with pytest.raises(UserError, match=r"00001.parquet has no column 'caption'; it has url, key, status"):
+        prepare("img2dataset", tmp_path)
+    (tmp_path / "00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"00001.parquet cannot be read .*; download or unpack it again"):
+        prepare("img2dataset", tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"parquet needs pyarrow: pip install pyarrow"):
+        prepare("img2dataset", tmp_path)
+    assert not (tmp_path / "pairs.json").exists()
+
+
+# ---- own tables ----
+
+
+ROWS = [
+    ("a.jpg", 'A "dog", sitting'),
+    ("sub/b.jpg", "A cat"),
+    ("a.jpg", "Dog"),
+    ("gone.jpg", "x"),
+    ("a.jpg", " "),
+]
+QUOTED = [(image, '"' + caption.replace('"', '""') + '"') for image, caption in ROWS]
+
+
+def write_parquet(path: Path, image: str = "image", caption: str = "caption") -> None:
+    parquet.write_table(pa.Table.from_pylist([{"n": 1, image: i, caption: c} for i, c in ROWS]), path)
+
+
+TABLES: dict[str, Callable[[Path], object]] = {
+    "t.csv": lambda path: put(path, "\ufeffimage,caption\r\n" + "".join(f"{i},{c}\r\n" for i, c in QUOTED)),
+    "t.tsv": lambda path: put(path, "Text\tfile_name\n" + "".join(f"{c}\t{i}\n" for i, c in QUOTED)),
+    "t.jsonl": lambda path: put(
+        path, "\n\n".join(json.dumps({"id": 1, "path": i, "caption": [c]}) for i, c in ROWS)
+    ),
+    "t.parquet": write_parquet,
+}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    for name in ("a.jpg", "sub/b.jpg"):
+        put(tmp_path / "photos" / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_own_tables(own, capsys, table):
+    TABLES[table](own / table)
+    prepare("table", own, "--table", table, "--images", "photos", "--name", "mine")
+    assert pairs(own / "mine.json", own) == [(f"photos/{image}", caption) for image, caption in ROWS[:3]]
+    printed = capsys.readouterr().out
+    found = numbers(printed)
+    assert found["captions in the table"] == 5 and found["pairs without a caption"] == 1
+    assert found["captions whose image cannot be found (No such file or directory)"] == 1
+    assert f"first: {own}/photos/gone.jpg" in printed
+
+
+def test_columns_by_flag_and_several_tables(own):
+    for name in ("part-0.parquet", "part-1.parquet"):
+        write_parquet(own / name, "picture", "says")
+    flags = ["--image", "picture", "--caption", "says", "--images", "photos", "--relative"]
+    prepare("table", own, "--table", "part-*.parquet", *flags)
+    assert [entry["image"] for entry in load(own / "pairs.json")] == [
+        "photos/a.jpg",
+        "photos/sub/b.jpg",
+        "photos/a.jpg",
+    ] * 2
+    with pytest.raises(
+        UserError, match=r"part-0.parquet has no column 'name'; it has 'n', 'picture', 'says'"
+    ):
+        prepare("table", own, "--table", "part-*.parquet", "--image", "name")
+    with pytest.raises(UserError, match=r"no column named image, .*Name the right one by --image"):
+        prepare("table", own, "--table", "part-*.parquet")
+    with pytest.raises(UserError, match=r"--table x-\*.csv: no such file"):
+        prepare("table", own, "--table", "x-*.csv")
+
+
+def test_own_retrieval_files(own):
+    TABLES["t.csv"](own / "t.csv")
+    for split, task in (("train", "retrieval_train"), ("test", "retrieval_test")):
+        prepare("table", own, "--table", "t.csv", "--images", "photos", "--task", task, "--name", "mine")
+        assert list(read_annotations(str(own / f"mine_{split}.json"), RETRIEVAL[split]))
+    a, b = (str(own / "photos" / name) for name in ("a.jpg", "sub/b.jpg"))
+    assert load(own / "mine_train.json")[2] == {"image": a, "caption": "Dog", "image_id": a}
+    assert load(own / "mine_test.json") == [
+        {"image": a, "caption": ['A "dog", sitting', "Dog"]},
+        {"image": b, "caption": ["A cat"]},
+    ]
+
+
+def test_rows_of_another_length_are_left_out_and_counted(own, capsys):
+    put(own / "photos/t.csv", "image,caption\na.jpg,A dog, sitting\na.jpg\na.jpg,Dog\n")
+    prepare("table", own / "photos", "--table", "t.csv")
+    assert [text for _, text in pairs(own / "photos/pairs.json", own)] == ["Dog"]
+    printed = capsys.readouterr().out
+    assert numbers(printed)["captions of rows with a cell too many or too few"] == 2
+    assert "t.csv, line 2" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"image,caption\na.jpg,caf\xe9\n", r"t.csv cannot be read as UTF-8"),
+        ("t.csv", b'image,caption\na.jpg,"open\n', r"t.csv cannot be read as UTF-8 excel: unexpected end"),
+        ("t.jsonl", b'{"image": "a.jpg", "caption": "x"}\n{"image"', r"t.jsonl, line 2 is not valid JSON"),
+        ("t.jsonl", b"[1]", r"t.jsonl, line 1 must be an object, found \[1\]"),
+        ("t.jsonl", b'{"image": 3, "caption": "x"}', r"line 1: columns 'image' and 'caption' must hold text"),
+        ("t.xlsx", b"", r"t.xlsx: must end in .csv, .tsv, .jsonl, .parquet"),
+    ],
+)
+def test_tables_that_cannot_be_used_are_errors(own, name, content, message):
+    (own / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare("table", own, "--table", name, "--images", "photos")
+    assert not (own / "pairs.json").exists()
