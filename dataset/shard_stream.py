@@ -13,7 +13,7 @@ from shutil import copyfileobj
 from threading import Thread
 from typing import BinaryIO
 
-import fsspec
+import fsspec.core
 
 from dataset.json_list import cache_folder
 from dataset.shard_index import NUM_THREADS, Shard, scan
@@ -68,7 +68,7 @@ def _download(name: str) -> BinaryIO:
                 copyfileobj(output, file, 1 << 20)
             file.flush()
         else:
-            system, path = fsspec.url_to_fs(name)
+            system, path = fsspec.core.url_to_fs(name)
             system.get_file(path, file.name)
         return Path(file.name).open("rb")
 
