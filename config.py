@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from run_record import code_revision
-from utils import UserError, fill_in
+from utils import UserError, fill_in, is_url
 
 REQUIRED = object()
 BERT_CONFIG = "configs/config_bert.json"
@@ -140,7 +140,10 @@ PRETRAIN = {
     **ENCODERS,
     **CONTRAST,
     **SHARED,
-    "train_file": Key(PATHS, help="annotation files", place=DATA),
+    "train_file": Key(
+        PATHS, help="annotation files and shards, or `[{path: ..., weight: ...}, ...]`", place=DATA
+    ),
+    "samples_per_epoch": Key(int, 0, "of all ranks together; 0 = all there are", least=0),
     "batch_size": Key(int, 64, "per rank", least=1),
     "mlm_probability": Key(NUMBER, 0.15, "share of words masked"),
     "max_tokens": Key(int, 25, "captions are cut to this many tokens", least=1),
@@ -333,7 +336,9 @@ def _resolve(config: dict, table: dict[str, Key], data_root: str) -> dict:
             return _resolve(value, key.type, data_root)
         if isinstance(value, list):
             return [resolve(part, key) for part in value]
-        if not key.place or not isinstance(value, str) or not value:
+        if isinstance(value, dict) and key.place == DATA:
+            return {name: resolve(part, key) for name, part in value.items()}
+        if not key.place or not isinstance(value, str) or not value or is_url(value):
             return value
         path = fill_in(value)
         return str(Path(data_root) / path) if key.place == DATA else path

@@ -116,6 +116,11 @@ def fill_in(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
+def is_url(path: str) -> bool:
+    """Whether it names no file of this machine: a URL, or `pipe:` and a command that writes the content."""
+    return path.startswith("pipe:") or "://" in path
+
+
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

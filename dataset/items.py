@@ -45,10 +45,10 @@ class TrainItems(Dataset):
         images as (file, cause). After MAX_TRIES of them there are no `images`; of an entry that itself cannot
         be read there is only `unreadable`, the message.
         """
-        epoch, index = key
+        epoch, index, *_ = key
         rng = ItemRandom(self.seed, epoch, index)
         bad = []
-        for _ in range(MAX_TRIES):
+        for num_tries in range(1, MAX_TRIES + 1):
             try:
                 entry = self.entries[index]
                 images = [open_image(file) for file in entry["images"]]
@@ -59,10 +59,21 @@ class TrainItems(Dataset):
                 return {"unreadable": str(error)}
             except BadImage as error:
                 bad.append((error.path, error.cause))
-                index = rng.python.randrange(len(self.entries))
+                near = self.near(index, num_tries)
+                index = rng.python.randrange(near.start, near.stop)
                 continue
-            return {**entry, "files": entry["images"], "text": self.clean(text), **views, "bad": bad}
+            return {
+                **entry,
+                "files": [getattr(file, "name", file) for file in entry["images"]],
+                "text": self.clean(text),
+                **views,
+                "bad": bad,
+            }
         return {"bad": bad}
+
+    def near(self, index: int, num_tries: int) -> range:
+        """Among which entries to draw one instead of a bad one, the `num_tries`th in a row."""
+        return range(len(self.entries))
 
     def views(self, images: list[Image.Image], rng: ItemRandom, may_flip: bool) -> dict[str, Tensor]:
         """What of the images goes into the item."""

@@ -14,7 +14,7 @@ import Pretrain
 import zero_shot_retrieval
 from config import PRETRAIN, TABLES, read_config
 from dataset.annotations import TEXT, TEXTS, read_annotations
-from dataset.pretrain import pretrain_loader
+from dataset.pretrain import pretrain_loader, read_sets
 from dataset.text import build_tokenizer
 from launch import script_arguments, start
 from models.dvae import KMeansCodebook
@@ -153,7 +153,8 @@ def loader_with_bad_images(tiny, folder, num_good: int, num_bad: int):
         entries.append({"image": str(folder / f"good{i}.jpg"), "caption": "a good picture"})
     (folder / "train.json").write_text(json.dumps(entries))
     config = read_config(str(tiny["Pretrain"]), PRETRAIN, [f"train_file={folder}/train.json", "batch_size=4"])
-    return pretrain_loader(config, build_tokenizer(config["text_encoder"]), 32, 4, 64, seed=0, pin=False)
+    entries = read_sets(config["train_file"])
+    return pretrain_loader(entries, config, build_tokenizer(config["text_encoder"]), 32, 4, 64, 0, pin=False)
 
 
 def test_unreadable_images_are_replaced_and_counted(tiny, tmp_path):
@@ -403,7 +404,10 @@ def test_pretraining_does_not_evaluate(monkeypatch, tiny, tmp_path):
 
 def test_masked_words_belong_to_the_item_not_to_the_batch(tiny, tmp_path):
     config = read_config(str(tiny["Pretrain"]), PRETRAIN, ["mlm_probability=0.5"])
-    loader = pretrain_loader(config, build_tokenizer(config["text_encoder"]), 32, 4, 64, seed=0, pin=False)
+    entries = read_sets(config["train_file"])
+    loader = pretrain_loader(
+        entries, config, build_tokenizer(config["text_encoder"]), 32, 4, 64, 0, pin=False
+    )
     items = [loader.dataset[(0, index)] for index in range(6)]
     whole, alone = loader.collate_fn(items), [loader.collate_fn([item]) for item in items]
     for row, single in enumerate(alone):

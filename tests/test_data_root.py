@@ -13,7 +13,7 @@ import config as config_module
 from config import DATA, OTHER, TABLES, read_config, save_config
 from dataset.grounding import GroundingEvalData, grounding_loader
 from dataset.nlvr import read_nlvr
-from dataset.pretrain import code_views, pretrain_loader, read_pairs
+from dataset.pretrain import code_views, pretrain_loader, read_pairs, read_sets
 from dataset.retrieval import RetrievalEvalData, retrieval_loader
 from dataset.text import build_tokenizer
 from dataset.ve import read_ve
@@ -70,7 +70,7 @@ def test_variables_and_home_are_filled_in_everywhere(tmp_path, monkeypatch):
         {
             "image_res": 8,
             "data_root": "$SETS/all",
-            "train_file": ["a.json", "~/b.json", "${SETS}/c.json"],
+            "train_file": ["a.json", "~/b.json", "${SETS}/c.json", "s3://d.tar", "pipe:cat $X/{0..9}.tar"],
             "image_tokenizer": {"path": "~/codes/encoder.pkl"},
             "text_encoder": "./bert",
             "image_encoder": "$SETS/vit.pth",
@@ -80,7 +80,14 @@ def test_variables_and_home_are_filled_in_everywhere(tmp_path, monkeypatch):
         },
     )
     config = read_config(str(path), TABLES["Pretrain.py"])
-    assert config["train_file"] == ["/sets/all/a.json", "/home/me/b.json", "/sets/c.json"]
+    local, others = config["train_file"][:3], config["train_file"][3:]
+    assert local == ["/sets/all/a.json", "/home/me/b.json", "/sets/c.json"]
+    assert others == ["s3://d.tar", "pipe:cat $X/{0..9}.tar"]
+    overrides = ["train_file=[{path: '{0..9}.tar', weight: 1}, {path: [~/b.json, 'pipe:x'], weight: 2}]"]
+    assert read_config(str(path), TABLES["Pretrain.py"], overrides)["train_file"] == [
+        {"path": "/sets/all/{0..9}.tar", "weight": 1},
+        {"path": ["/home/me/b.json", "pipe:x"], "weight": 2},
+    ]
     assert (config["data_root"], config["image_root"]) == ("/sets/all", "/sets/all")
     assert config["image_tokenizer"]["path"] == "/home/me/codes/encoder.pkl"
     assert config["image_encoder"] == "/sets/vit.pth" and config["bert_config"] == "/home/me/bert.json"
@@ -145,9 +152,10 @@ def assert_readable(loader, names_bad: int = 0) -> None:
 def test_pretraining(moved):
     config = config_of(moved, "Pretrain")
     tokenizer = build_tokenizer(config["text_encoder"])
-    assert_found(read_pairs(config["train_file"], config["image_root"]))
-    assert_readable(pretrain_loader(config, tokenizer, 32, 4, 64, 0, False))
-    assert len(list(code_views(config, 32, num_images=3))) == 3
+    entries = read_sets(config["train_file"], image_root=config["image_root"])
+    assert_found(map(entries.__getitem__, range(len(entries))))
+    assert_readable(pretrain_loader(entries, config, tokenizer, 32, 4, 64, 0, False))
+    assert len(list(code_views(entries, 32, num_images=3))) == 3
     config = config_of(moved, "Pretrain_NLVR")
     assert_found(read_pairs(config["train_file"], config["image_root"]))
 

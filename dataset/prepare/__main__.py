@@ -39,9 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _options(chosen.name, converter, rest)
     report = Report(chosen.name)
     try:
-        converter.prepare(
-            Path(fill_in(options.root)).absolute(), Path(fill_in(options.out)).absolute(), options, report
-        )
+        root, out = (Path(fill_in(folder)).absolute() for folder in (options.root, options.out))
+        converter.prepare(root, out, options, report)
     finally:
         if report:
             print(report, flush=True)
@@ -53,8 +52,9 @@ def _options(name: str, converter: ModuleType, arguments: list[str]) -> argparse
         description=converter.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--root", required=True, help="folder with the downloads")
-    parser.add_argument("--out", required=True, help="folder for the annotation files, made where missing")
+    root = getattr(converter, "ROOT", "")
+    parser.add_argument("--root", required=not root, default="", help=root or "folder with the downloads")
+    parser.add_argument("--out", required=True, help="folder for what is written, made where missing")
     if hasattr(converter, "add_options"):
         converter.add_options(parser)
     return parser.parse_args(arguments, argparse.Namespace(name=name))
