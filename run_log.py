@@ -88,9 +88,10 @@ class RunLog:
         self.write(step, "train", {**means, **speed})
 
     def epoch(self, step: int, stats: dict, scores: dict) -> None:
-        """Counts of bad images and scores; lists, such as confusion matrices, are left to log.txt."""
-        self.write(step, "train", {name: n for name, n in stats.items() if name.startswith("bad_images")})
-        self.write(step, "evaluation", {k: v for k, v in scores.items() if isinstance(v, int | float)})
+        """Bad images and scores: the numbers; lists, such as confusion matrices, are left to log.txt."""
+        bad = {name: value for name, value in stats.items() if name.startswith("bad_image")}
+        for group, found in (("train", bad), ("evaluation", scores)):
+            self.write(step, group, {k: v for k, v in found.items() if isinstance(v, int | float)})
 
     def write(self, step: int, group: str, scalars: dict[str, float]) -> None:
         if not is_main() or not scalars:

@@ -1,25 +1,48 @@
 """Reads annotation files: JSON lists of entries, checked field by field, with image paths made absolute."""
 
-import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
 from dataset.json_list import JsonList
-from utils import UserError
+from utils import UserError, fill_in
 
 TEXT = (str,)
 TEXTS = (str, list)
 NUMBER = (int,)
 ANY = (object,)
 
+_checks_late: ContextVar[bool] = ContextVar("_checks_late", default=False)
+
+
+@contextmanager
+def checked_late() -> Iterator[None]:
+    """Files that are opened in here may hold wrong entries: one raises its UserError when it is asked for."""
+    token = _checks_late.set(True)
+    try:
+        yield
+    finally:
+        _checks_late.reset(token)
+
 
 class Annotations(Sequence):
-    """The entries of several files, as `read_annotations` says; each is made when it is asked for."""
+    """The entries of several files, as `read_annotations` says; each is made when it is asked for, and only
+    then checked where `late_check` is given."""
 
-    def __init__(self, lists: list[JsonList], roots: list[Path], has_images: bool, suffix: str):
+    def __init__(
+        self,
+        lists: list[JsonList],
+        roots: list[Path],
+        has_images: bool,
+        suffix: str,
+        late_check: Callable[[object, str], None] | None = None,
+    ):
         self.lists, self.roots, self.has_images, self.suffix = lists, roots, has_images, suffix
+        self.late_check = late_check
         self.ends = list(accumulate(map(len, lists)))
 
     def __len__(self) -> int:
@@ -30,10 +53,12 @@ class Annotations(Sequence):
         place = bisect_right(self.ends, index)
         entries, root = self.lists[place], self.roots[place]
         number = index - self.ends[place] + len(entries)
-        entry = entries[number]
+        entry, where = entries[number], f"{entries.path}: entry {number}"
+        if self.late_check is not None:
+            self.late_check(entry, where)
         images = entry["images"] if self.has_images else [entry["image"]]
         images = [str(root / (image + self.suffix)) for image in images]
-        return {**entry, "images": images, "where": f"{entries.path}: entry {number}"}
+        return {**entry, "images": images, "where": where}
 
 
 class Mapped(Sequence):
@@ -70,24 +95,27 @@ def read_annotations(
     empty file and for an entry that lacks a field or has one of another type.
     """
 
-    def check_entry(entry: object, where: str) -> None:
-        _check_fields(entry, fields, where)
-        if check is not None:
-            check(entry, where)
-
-    paths = [expand(name) for name in ([files] if isinstance(files, str) else files)]
+    check_entry, is_late = partial(_check_entry, fields=fields, check=check), _checks_late.get()
+    paths = [Path(fill_in(name)) for name in ([files] if isinstance(files, str) else files)]
     name = ", ".join(f"{field}: {'|'.join(kind.__name__ for kind in fields[field])}" for field in fields)
     name += f", {check.__module__}.{check.__qualname__}" if check else ""
-    lists = [JsonList(path, check_entry, name) for path in paths]
+    lists = [JsonList(path, _accept, "") if is_late else JsonList(path, check_entry, name) for path in paths]
     if not any(map(len, lists)):
         raise UserError(f"no entries in {files}; an annotation file is a JSON list of {_example(fields)}")
-    roots = [(expand(image_root) if image_root else path.parent).absolute() for path in paths]
-    return Annotations(lists, roots, "images" in fields, suffix)
+    roots = [(Path(fill_in(image_root)) if image_root else path.parent).absolute() for path in paths]
+    return Annotations(lists, roots, "images" in fields, suffix, check_entry if is_late else None)
 
 
-def expand(path: str) -> Path:
-    """With environment variables and ~ filled in."""
-    return Path(os.path.expandvars(path)).expanduser()
+def _accept(_entry: object, _where: str) -> None:
+    """Any entry."""
+
+
+def _check_entry(
+    entry: object, where: str, fields: dict[str, tuple], check: Callable[[dict, str], None] | None
+) -> None:
+    _check_fields(entry, fields, where)
+    if check is not None:
+        check(entry, where)
 
 
 def _check_fields(entry: object, fields: dict[str, tuple], where: str) -> None:

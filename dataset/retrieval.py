@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from dataset.annotations import ANY, TEXT, Mapped, item_of, read_annotations
-from dataset.items import EvalItems, finetune_loader
+from dataset.annotations import ANY, TEXT, Annotations, Mapped, item_of, read_annotations
+from dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from dataset.text import clean_caption
 
 
@@ -28,10 +28,19 @@ class WithIdentities(Sequence):
         return {**self.entries[index], "idx": int(self.idx[index])}
 
 
+def read_train_pairs(files: str | list[str], image_root: str) -> Annotations:
+    """Entries of training files."""
+    return read_annotations(files, {"image": TEXT, "caption": TEXT, "image_id": ANY}, image_root)
+
+
+def read_captioned_images(files: str | list[str], image_root: str) -> Annotations:
+    """Entries of val and test files."""
+    return read_annotations(files, {"image": TEXT, "caption": (list,)}, image_root)
+
+
 def retrieval_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
     """Training batches with image, text_ids, text_mask and idx (B,), the identity of each row's image."""
-    fields = {"image": TEXT, "caption": TEXT, "image_id": ANY}
-    entries = read_annotations(config["train_file"], fields, config["image_root"])
+    entries = read_train_pairs(config["train_file"], config["image_root"])
     pairs = Mapped(entries, partial(item_of, text="caption"))
     identified = WithIdentities(pairs, (entry["image_id"] for entry in entries))
     return finetune_loader(identified, config, tokenizer, position_limit, seed, pin)
@@ -44,9 +53,11 @@ class RetrievalEvalData(EvalItems):
     each image; txt2img: the image of each text.
     """
 
-    def __init__(self, file: str, image_root: str, image_res: int, max_words: int = 30):
-        entries = read_annotations(file, {"image": TEXT, "caption": (list,)}, image_root)
-        super().__init__(Mapped(entries, _without_text), image_res)
+    def __init__(self, file: str, config: dict, max_words: int = 30):
+        found = read_captioned_images(file, config["image_root"])
+        entries = leave_out_unreadable(found, config)
+        super().__init__(Mapped(entries, _without_text), config["image_res"])
+        self.left_out = len(found) - len(entries)
         self.texts: list[str] = []
         self.img2txt: list[list[int]] = []
         self.txt2img: list[int] = []

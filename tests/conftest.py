@@ -1,12 +1,26 @@
 import os
+import sys
+import tempfile
+import uuid
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault(  # see warm.py; pytest's workers have it from pytest itself
+    "SIMLA_TESTS_SERVER", str(Path(tempfile.gettempdir(), f"simla-{uuid.uuid4().hex[:8]}", str(os.getpid())))
+)
+if os.environ.pop(
+    "PYTHONDONTWRITEBYTECODE", ""
+):  # compiling the packages takes half the time of importing them
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch  # not above: pytest itself, that starts two workers, has no use for it
+
     torch.manual_seed(0)

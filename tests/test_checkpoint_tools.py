@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from fault_test import differing_values
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -249,12 +250,7 @@ def test_the_commands_end_with_one_sentence(tmp_path, monkeypatch, capsys):
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
     source.write_bytes(content)
-    done = subprocess.run(
-        [sys.executable, "checkpoint.py", "inspect", source, "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = warm.run([sys.executable, "checkpoint.py", "inspect", source, "--check"], cwd=ROOT)
     assert done.returncode == 1 and "ve.pth is damaged" in done.stderr and "Traceback" not in done.stderr
 
 

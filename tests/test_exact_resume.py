@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import traceback
 from collections import Counter
@@ -21,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import warm
 from ruamel.yaml import YAML
 from test_safe_load import omega
 from test_ve_nlvr_scripts import load, records_of, write_config
@@ -35,6 +35,7 @@ import training
 import VE
 import VQA
 import zero_shot_retrieval
+from dataset.prepare.__main__ import main as prepare
 from dataset.text import build_tokenizer
 from faults import RESUMABLE
 from launch import run_script
@@ -269,6 +270,23 @@ def workers(run: Runner, name: str) -> None:
 
 
 @told
+def shards(run: Runner, name: str) -> None:
+    """An annotation file, shards that are streamed, and shards on the disk, by weights."""
+    data = run.folder / "data"
+    made = ["--annotations", str(data / "pretrain_train.json"), "--out", str(data / "shards")]
+    prepare(["shards", *made, "--samples_per_shard", "4", "--workers", "1"])
+    names = f"{data}/shards/{{00000..00005}}.tar"
+    sets = {data / "pretrain_train.json": 1, f"pipe:cat {names}": 2, names: 1}
+    train_file = [f"{{path: '{path}', weight: {weight}}}" for path, weight in sets.items()]
+    settings = {
+        "train_file": f"[{', '.join(train_file)}]",
+        "samples_per_epoch": NUM_SAMPLES,
+        "num_workers": 1,
+    }
+    whole_and_stopped(run, name, "Pretrain", 2, (2, STEPS + 1), **settings)
+
+
+@told
 def evaluation_1(run: Runner, name: str) -> None:
     """Between the evaluations of two splits in epoch 0, and before the first in epoch 1."""
     run(name, "VE", 1, ends=STOPS, call=2, how="evaluation")
@@ -447,14 +465,8 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stories")
-    done = subprocess.run(
-        [sys.executable, __file__, folder],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    command = [sys.executable, __file__, folder]
+    done = warm.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return folder
 
@@ -535,6 +547,7 @@ def assert_same_run(out: Path, whole: Path, and_batches: bool = True) -> None:
     [
         *(f"{script}_{num_ranks}" for script in SCRIPTS for num_ranks in (1, 2)),
         *(name for name, *_ in VARIANTS),
+        "shards",
     ],
 )
 def test_a_stopped_run_ends_as_an_unbroken_one(story, name):
@@ -565,6 +578,16 @@ def test_what_was_not_saved_when_it_was_killed_is_done_again(story):
 
 def test_stops_with_loader_processes(story):
     assert_same_run(story("workers"), story("workers").with_name("workers_whole"))
+
+
+def test_shards_and_annotation_files_are_mixed_by_weight(story):
+    own = batches(story("shards"))
+    for epoch in range(EPOCHS):
+        steps = [step for rank in own.values() for step in rank[epoch * STEPS : (epoch + 1) * STEPS]]
+        where = [sample for step in steps for sample in step]
+        assert len(set(where)) == len(where) == NUM_SAMPLES
+        kinds = Counter("pipe" if sample.startswith("pipe:") else sample.count(".tar: ") for sample in where)
+        assert kinds == {"pipe": 12, 0: 6, 1: 6}
 
 
 def test_an_epoch_of_its_own_with_loader_processes(story):

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from fault_test import different, differing_values, fault_test
 from tiny import ROOT, make_tiny, run
 
@@ -128,7 +128,7 @@ def folder(tmp_path_factory) -> Path:
     make_tiny(folder)
     command = [sys.executable, __file__, str(folder)]
     environment = {name: value for name, value in os.environ.items() if "RANK" not in name}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    done = warm.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, timeout=500)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -154,7 +154,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 def test_kills_at_random_moments_lose_nothing(tmp_path):
-    summary = fault_test(tmp_path, num_kills=3, seed=1)
+    summary = fault_test(tmp_path, num_kills=3, seed=1, popen=warm.Popen)
     assert summary["identical"], summary["failure"]
     assert summary["kills"] == 3 and summary["kills_during_save"] >= 1
     assert json.loads((tmp_path / "summary.json").read_text()) == summary

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from ruamel.yaml import YAML
 from tiny import MODEL, ROOT, make_tiny, run
 
@@ -329,9 +330,7 @@ def test_every_rank_count_makes_the_same_choices(trained, tiny, tmp_path):
     checkpoint = out / "checkpoint_best.pth"
     command = [sys.executable, __file__, tiny["config"], checkpoint, tmp_path]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    import subprocess
-
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = warm.run(command, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     for mode in ("itm", "itc"):
         results = []

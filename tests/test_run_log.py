@@ -85,7 +85,7 @@ def config_of(tiny, **changes) -> dict:
 def test_scores_go_there_too_but_no_lists(tiny, tmp_path):
     run_log = RunLog(str(tmp_path), "run", config_of(tiny))
     scores = {"val_acc": 61.5, "val_confusion": [[1, 2], [3, 4]]}
-    run_log.epoch(6, {"loss": 1.0, "bad_images": 2}, scores)
+    run_log.epoch(6, {"loss": 1.0, "bad_images": 2, "bad_image_causes": {"empty": 2}}, scores)
     run_log.epoch(12, {"bad_images": 0}, {})
     assert scalars(tmp_path) == {"train/bad_images": {6: 2, 12: 0}, "evaluation/val_acc": {6: 61.5}}
 
@@ -157,7 +157,7 @@ def test_a_run_in_weights_and_biases_goes_on_in_it(tiny, tmp_path, monkeypatch):
     assert "entity" not in settings and settings["config"]["batch_size"] == 4
     assert [step for _, step, _ in logged] == [2, 4, 6, 6] and end == ("finish", 0)
     assert set(logged[0][2]) == {*(f"train/{name}" for name in FIGURES), "train/samples_per_second"}
-    assert logged[-1][2] == {"train/bad_images": 0}
+    assert logged[-1][2] == {"train/bad_images": 0, "train/bad_image_fraction": 0}
     fake.calls.clear()
     overrides = ("schedular.epochs=2", "wandb.project=simla")
     pretrain(tiny, tmp_path, monkeypatch, "--resume", overrides=overrides)

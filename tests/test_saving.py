@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ROOT, make_tiny
+from tiny import ROOT, make_tiny, run
 
 import saving
 from saving import Saver, check_undamaged, epoch_name, load_checkpoint, newest_good, step_name
@@ -284,9 +284,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(tmp_path):
     assert "on the disk: ['checkpoint_00_000002.pth', 'checkpoint_00_000004.pth']" in done.stdout
     assert "lines: 12" in done.stdout
     whole = tmp_path / "whole"
-    flags = ["--device", "cpu", "--config", str(config), "--output_dir", str(whole)]
-    code = "import Pretrain; Pretrain.parse_and_run()"
-    subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run("Pretrain.py", "--config", config, "--output_dir", whole).returncode == 0
     one, other = (
         torch.load(path, weights_only=True)
         for path in (whole / "checkpoint_01.pth", tmp_path / "resumed.pth")

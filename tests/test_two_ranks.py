@@ -1,13 +1,13 @@
 """Several real processes: the recorded two-rank step, and results that do not depend on their number."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import warm
 from goldens_io import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,14 +28,8 @@ QUEUES = ("image_queue", "text_queue", "queue_ptr")
 def results(tmp_path_factory):
     """(number of ranks, rank) -> what that process saved"""
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, WORKER, folder],
-        env=os.environ | {"PYTHONPATH": str(WORKER.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    environment = os.environ | {"PYTHONPATH": str(WORKER.parents[1])}
+    done = warm.run([sys.executable, WORKER, folder], env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return {
         (num_ranks, rank): torch.load(folder / f"{num_ranks}_{rank}.pt")

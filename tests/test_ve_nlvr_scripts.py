@@ -6,13 +6,13 @@ forks the ranks, since the imports take longer than the work.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from ruamel.yaml import YAML
 from tiny import MODEL, ROOT, make_tiny, run
 
@@ -127,14 +127,8 @@ if __name__ == "__main__":
 def runs(tmp_path_factory):
     """The folder with the outputs of every run, and what the runs printed."""
     folder = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(
-        [sys.executable, __file__, folder],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = [sys.executable, __file__, folder]
+    done = warm.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     printed = dict(part.partition("\n")[::2] for part in done.stdout.split("== ")[1:])
     return folder, printed

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from PIL import Image
 from ruamel.yaml import YAML
 from tiny import MODEL, ROOT, make_tiny, run
@@ -305,7 +305,7 @@ def test_every_rank_count_gives_the_same_answers(trained, tiny, tmp_path):
     out, _ = trained
     command = [sys.executable, __file__, tiny["config"], out / "checkpoint_01.pth", tmp_path]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = warm.run(command, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     for inference in ("rank", "generate"):
         folders = [tmp_path / f"{inference}{num_ranks}" for num_ranks in (1, 2, 3)]

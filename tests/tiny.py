@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import warm
 from ruamel.yaml import YAML
 
 from dataset.demo import make_demo
@@ -63,9 +64,17 @@ def make_tiny(folder: Path) -> dict[str, Path]:
 
 
 def run(
-    script: str, *arguments: object, num_processes: int = 0, launcher: str = "launch", env: dict | None = None
+    script: str,
+    *arguments: object,
+    num_processes: int = 0,
+    launcher: str = "launch",
+    env: dict | None = None,
+    cold: bool = False,
 ):
-    """Runs a task script as a user would; num_processes 0 = plain python. Returns the finished process."""
+    """Runs a task script as a user would; num_processes 0 = plain python. Returns the finished process.
+
+    cold: with every import, as subprocess starts it, where that is what is tested; else as `warm` does.
+    """
     command = [sys.executable]
     if num_processes:
         module = {"launch": "torch.distributed.launch", "run": "torch.distributed.run"}[launcher]
@@ -73,4 +82,6 @@ def run(
         command += ["--use_env"] if launcher == "launch" else []
     command += [script, "--device", "cpu", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    if cold:
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return warm.run(command, cwd=ROOT, env=environment, timeout=300)

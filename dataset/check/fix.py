@@ -1,0 +1,75 @@
+"""Cleaned copies of annotation files: the entries with a problem are left out, the others as they were."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dataset.annotations import Annotations, Mapped
+from dataset.check.causes import NAMES, PROBLEMS
+from dataset.check.findings import Findings
+from launch import make_output_folder
+from saving import atomic_write
+from utils import UserError, log, with_progress
+
+
+def write_fixed(findings: Findings, folder: str) -> dict:
+    """Writes a copy of each file that has entries with problems; {"files": what was left out of each,
+    "config": the keys with the files to name}. Raises UserError where a copy would take an original's place.
+    """
+    make_output_folder(folder)
+    originals = {source.path.resolve() for source in findings.shared.sources}
+    files, keys, used = [], {}, set()
+    for number, source in enumerate(findings.shared.sources):
+        named = keys.setdefault(f"{source.split}_file", [])
+        flags = findings.flags[number] & PROBLEMS
+        if source.problem or not flags.any():
+            named.append(str(source.path))
+            continue
+        copy = Path(folder).absolute() / source.path.name
+        while copy in used:  # another folder's file of that name
+            copy = copy.with_name(f"{copy.stem}_{number}{copy.suffix}")
+        used.add(copy)
+        if copy.resolve() in originals:
+            raise UserError(f"--fix {folder}: {copy} is a file of the config; name another folder")
+        kept = np.flatnonzero(flags == 0)
+        left_out = {
+            NAMES[cause]: int(np.count_nonzero(flags & cause)) for cause in NAMES if (flags & cause).any()
+        }
+        files.append({"file": str(source.path), "copy": "", "kept": len(kept), "left_out": left_out})
+        if len(kept):
+            _write_copy(source.entries, kept, copy)
+            files[-1]["copy"] = str(copy)
+            named.append(str(copy))
+    return {"files": files, "config": keys}
+
+
+def _write_copy(entries: Mapped | Annotations, kept: np.ndarray, path: Path) -> None:
+    with atomic_write(path) as file:
+        separator = "[\n"
+        for text in with_progress(_texts(entries, kept), len(kept), f"Writing {path}", 100_000):
+            file.write((separator + text).encode())
+            separator = ",\n"
+        file.write(b"\n]\n")
+    log.info(f"{path}: {len(kept)} entries")
+
+
+def _texts(entries: Mapped | Annotations, kept: np.ndarray) -> Iterator[str]:
+    """The JSON of each entry as it is in its file; but an image path that was relative to that file is made
+    absolute, since the copy lies elsewhere."""
+    annotations = entries
+    while isinstance(annotations, Mapped):
+        annotations = annotations.entries
+    (raw,), suffix = annotations.lists, annotations.suffix
+    folder = raw.path.parent.absolute()
+    for index in map(int, kept):
+        entry = raw[index]
+        field = "images" if annotations.has_images else "image"
+        named = entry[field] if annotations.has_images else [entry[field]]
+        absolute = [
+            found.removesuffix(suffix) if found == str(folder / (name + suffix)) else name
+            for name, found in zip(named, entries[index]["images"], strict=True)
+        ]
+        entry = {**entry, field: absolute if annotations.has_images else absolute[0]}
+        yield json.dumps(entry)

@@ -1,0 +1,207 @@
+"""Image files: what is wrong with each, its size, its content hash and, on demand, a hash of what it shows.
+
+What is found is kept in a file of fixed records, appended as it comes in, so that a check that was stopped
+goes on where it was; a record holds while the size and the time of the file's last change are the same.
+"""
+
+import io
+import os
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from dataset.check.causes import NO_PIXELS, Cause
+from dataset.check.texts import Shared, Texts, path_key
+from dataset.check.workers import Workers
+from dataset.transforms import BadImage, View, crops, load_image, open_image
+from utils import UserError, with_progress
+
+CACHE = "checked_images.1.bin"  # another number whenever RECORD or what it means changes
+IMAGES_PER_JOB = 256
+MIN_SIDE = 32  # pixels; a shorter side has nothing to learn from
+RECORD = np.dtype(
+    [
+        ("path", "<u8"),  # its key
+        ("size", "<u8"),  # bytes
+        ("changed", "<i8"),  # ns
+        ("content", "<u8"),  # hash of all bytes, 0: none
+        ("look", "<u8"),  # hash of what it shows, 0: none
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("flags", "<u2"),  # `Cause` bits
+        ("full", "u1"),  # whether it was decoded
+    ]
+)
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+LOOK_SIDE, LOOK_FREQUENCIES = 32, 8
+FLAT = 2.0  # standard deviation of the grey levels below which a picture shows one colour
+
+
+class Images(NamedTuple):
+    """The U different image files that the entries name, in the order in which they do so first."""
+
+    records: np.ndarray  # (U,) RECORD
+    sources: np.ndarray  # (U,) uint16, source, entry and place of an entry that names the file
+    entries: np.ndarray  # (U,) uint32
+    places: np.ndarray  # (U,) uint8
+    numbers: list[np.ndarray]  # of each source (M,) the file of each image that its entries name
+
+    def path(self, number: int, shared: Shared) -> str:
+        entry = shared.sources[self.sources[number]].entries[int(self.entries[number])]
+        return entry["images"][self.places[number]]
+
+
+def read_images(workers: Workers, texts: list[Texts], folder: Path, full: bool) -> Images:
+    """Looks at every file once, but for those that the folder's cache knows."""
+    names = np.concatenate([text.images for text in texts])
+    paths, first, numbers = np.unique(names, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")  # that of the annotation files, often that on the disk, too
+    paths, first, numbers = paths[order], first[order], np.argsort(order)[numbers.ravel()]
+    ends = np.cumsum([len(text.images) for text in texts])
+    sources = np.searchsorted(ends, first, side="right").astype(np.uint16)
+    entries = np.concatenate([text.owners for text in texts])[first]
+    places = np.concatenate([text.places for text in texts])[first]
+    records = np.zeros(len(paths), RECORD)
+    records["path"] = paths
+    known = _find(read_cache(folder), records)
+    chunks = [slice(start, start + IMAGES_PER_JOB) for start in range(0, len(records), IMAGES_PER_JOB)]
+    jobs = [(full, sources[chunk], entries[chunk], places[chunk], known[chunk]) for chunk in chunks]
+    results = with_progress(
+        workers.map(check_images, jobs), len(jobs), f"Images, {IMAGES_PER_JOB} at a time", 25
+    )
+    with _append_to_cache(folder) as cache:
+        for chunk, found in zip(chunks, results, strict=True):
+            records[chunk] = found
+            cache.write(found[found != known[chunk]].tobytes())
+            cache.flush()
+    return Images(records, sources, entries, places, np.split(numbers, ends[:-1]))
+
+
+# ---- the cache ----
+
+
+def read_cache(folder: Path) -> np.ndarray:
+    """All whole records, (n,) RECORD, the latest of each path, sorted by it."""
+    content = b""
+    with suppress(FileNotFoundError):
+        content = (folder / CACHE).read_bytes()
+    records = np.frombuffer(content, RECORD, len(content) // RECORD.itemsize)[::-1]
+    return records[np.unique(records["path"], return_index=True)[1]]
+
+
+def _find(cache: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The records of the wanted paths, zeros where there is none."""
+    found = np.zeros_like(wanted)
+    if len(cache):
+        places = np.searchsorted(cache["path"], wanted["path"]).clip(max=len(cache) - 1)
+        is_known = cache["path"][places] == wanted["path"]
+        found[is_known] = cache[places[is_known]]
+    return found
+
+
+def _append_to_cache(folder: Path) -> io.BufferedWriter:
+    path = folder / CACHE
+    try:
+        with suppress(FileNotFoundError):  # a record that was cut by the end of a process goes
+            os.truncate(path, path.stat().st_size // RECORD.itemsize * RECORD.itemsize)
+        return path.open("ab")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; choose another --output_dir") from error
+
+
+# ---- one file ----
+
+
+def check_images(shared: Shared, job: tuple) -> np.ndarray:
+    """job: whether to decode; sources, entries, places and known records of n images. -> (n,) RECORD"""
+    full, *columns, known = job
+    found = np.zeros_like(known)
+    for row, (source, entry, place) in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True)):
+        path = shared.sources[source].entries[entry]["images"][place]
+        found[row] = check_image(path, full, known[row])
+    return found
+
+
+def check_image(path: str, full: bool, known: np.void | None = None) -> np.void:
+    """A RECORD; the known one where it still holds and has what is asked for."""
+    record = np.zeros((), RECORD)[()]
+    record["path"] = path_key(path)
+    try:
+        status = Path(path).stat()
+        record["size"], record["changed"] = status.st_size, status.st_mtime_ns
+        if known is not None and known["full"] >= full:
+            same = all(known[name] == record[name] for name in ("path", "size", "changed"))
+            if same and not known["flags"] & Cause.UNREADABLE:
+                return known
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        record["flags"] = Cause.MISSING
+    except (OSError, ValueError):  # ValueError: no name that a file can have
+        record["flags"] = Cause.UNREADABLE
+    else:
+        record["full"] = full
+        record["content"] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+        _look_at(path, content, full, record)
+    return record
+
+
+def _look_at(path: str, content: bytes, full: bool, record: np.void) -> None:
+    """Sets flags, size in pixels and, of a file that is decoded, look."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            record["width"], record["height"] = image.size
+            is_whole, is_jpeg = ends_whole(content, image.format), image.format == "JPEG"
+        if full:
+            image = open_image(path) if is_jpeg else load_image(path)
+            (pixels,) = crops(image, [View(None, False, LOOK_SIDE)])
+        elif not is_whole:
+            load_image(path)  # the end may be missing, or hidden by something that was appended
+    except UnidentifiedImageError:
+        record["flags"] = Cause.NOT_IMAGE if content else Cause.EMPTY_FILE
+        return
+    except BadImage as error:
+        record["flags"] = Cause.TRUNCATED if "truncated" in error.cause.lower() else Cause.DAMAGED
+        return
+    except Exception:  # each format fails in its own way
+        record["flags"] = Cause.DAMAGED
+        return
+    if min(record["width"], record["height"]) < MIN_SIDE:
+        record["flags"] |= Cause.TINY
+    if full:
+        record["look"] = look_hash(pixels)
+        if not record["look"]:
+            record["flags"] |= Cause.ONE_COLOUR
+
+
+def ends_whole(content: bytes, format: str) -> bool:
+    """Whether the file ends as one of its format does; False where that cannot be told from the end."""
+    if format == "WEBP":
+        return len(content) >= 8 + int.from_bytes(content[4:8], "little")
+    return format in ENDS and content.rstrip(b"\0\r\n").endswith(ENDS[format])
+
+
+def look_hash(pixels: np.ndarray) -> int:
+    """64 bits of a picture (32, 32, 3) uint8 that scaling and compressing again mostly leave as they are:
+    which of its lowest frequencies are above their median. 0: the picture shows one colour.
+    """
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    if grey.std() < FLAT:
+        return 0
+    low = cv2.dct(grey)[:LOOK_FREQUENCIES, :LOOK_FREQUENCIES].ravel()
+    low[0] = 0  # the brightness
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "little")
+
+
+def explain(path: str, record: np.void) -> str:
+    """In words what is wrong with the file."""
+    if record["flags"] & NO_PIXELS:
+        try:
+            load_image(path)
+        except BadImage as error:
+            return error.cause
+    return f"{record['width']}x{record['height']} pixels, {record['size']} bytes"

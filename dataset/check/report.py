@@ -1,0 +1,217 @@
+"""The result of a check: a table for the screen, report.json, and report.html with pictures."""
+
+import base64
+import html
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+
+from dataset.check.causes import NAMES, PROBLEMS, Cause
+from dataset.check.findings import MAX_LISTED, Findings, Found
+from dataset.transforms import BadImage, load_image
+from saving import atomic_write
+from utils import UserError
+
+NUM_SAMPLES = 12  # of each split on the page
+NUM_SHOWN = 12  # of each cause and file on the page
+NUM_NAMED = 3  # of each cause and file on the screen
+THUMBNAIL = 160  # pixels
+STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; padding: 0 1em }
+table { border-collapse: collapse }
+td, th { padding: .2em .9em; text-align: right; border-bottom: 1px solid #ddd }
+td:first-child, th:first-child { text-align: left } .problem td { color: #b2182b } h2 { margin-top: 2em }
+.cards { display: flex; flex-wrap: wrap; gap: 14px }
+figure { margin: 0; width: 170px; overflow-wrap: anywhere }
+figcaption { font-size: 12px } small { color: #777; display: block } .pair img { max-width: 82px }
+.none { width: 160px; height: 90px; background: #eee; color: #b2182b; display: grid; place-items: center }
+img { max-width: 160px; max-height: 160px; vertical-align: top } svg text { font-size: 10px; fill: #777 }
+"""
+
+
+class Report:
+    def __init__(self, findings: Findings, what: dict, reading: dict, fixed: dict | None):
+        """what: config, task, full; reading: of `measure_reading`; fixed: of `write_fixed`."""
+        self.findings, self.what, self.reading, self.fixed = findings, what, reading, fixed
+        self.splits = findings.splits()
+        self.found = {cause: list(findings.examples(cause, MAX_LISTED)) for cause in NAMES}
+
+    def write(self, folder: Path) -> None:
+        content = {
+            **self.what,
+            "has_problems": self.findings.has_problems(),
+            "splits": {name: _plain(split) for name, split in self.splits.items()},
+            "files": self.findings.whole,
+            "found": [found.as_dict() for rows in self.found.values() for found in rows],
+            "max_listed_of_each_cause_and_file": MAX_LISTED,
+            "reading": self.reading,
+            "fix": self.fixed,
+        }
+        for name, text in (("report.json", json.dumps(content, indent=1)), ("report.html", self.page())):
+            with atomic_write(folder / name) as file:
+                file.write(text.encode("utf-8", "replace"))
+
+    # ---- the screen ----
+
+    def rows(self) -> list[tuple[Cause | None, str, list[str]]]:
+        """Of the table: cause, name, a number for each split; causes that were not found are left out."""
+        rows = [(None, name, [f"{s[name]:,}" for s in self.splits.values()]) for name in ("files", "entries")]
+        rows.append((None, "different images", [f"{s['images']:,}" for s in self.splits.values()]))
+        for cause, name in NAMES.items():
+            counts = [split["counts"][cause] for split in self.splits.values()]
+            if any(counts):
+                rows.append((cause, name, [f"{count:,}" for count in counts]))
+        tokens = [" / ".join(map(str, quantiles(split["lengths"]))) for split in self.splits.values()]
+        rows.append((None, "tokens: middle / 95% / most", tokens))
+        return [*rows, (None, "tokens kept", [str(split["limit"]) for split in self.splits.values()])]
+
+    def text(self) -> str:
+        lines = ["", f"{self.what['config']}, task {self.what['task']}"]
+        lines.append(f"{'':40}" + "".join(f"{name:>18}" for name in self.splits))
+        for cause, name, values in self.rows():
+            kind = "" if cause is None else "problem: " if cause & PROBLEMS else "note: "
+            lines.append(f"{kind + name:40}" + "".join(f"{value:>18}" for value in values))
+        lines += [f"problem: {problem}" for problem in self.findings.whole]
+        for cause in NAMES:
+            for found in self.findings.examples(cause, NUM_NAMED) if cause & PROBLEMS else ():
+                what = " ".join(filter(None, [found.image, found.detail]))
+                lines.append(f"{found.file}: entry {found.entry}: {NAMES[cause]}: {what}"[:300])
+        return "\n".join([*lines, *self._reading_lines(), *self._fix_lines()])
+
+    def _reading_lines(self) -> list[str]:
+        if not self.reading:
+            return []
+        rate, workers, seconds = self.reading.values()
+        return [
+            f"reading: {rate:,} training entries a second of a process; an epoch takes {seconds:,} s with "
+            f"{workers} (num_workers) on one rank, and as much less as there are ranks"
+        ]
+
+    def _fix_lines(self) -> list[str]:
+        if self.fixed is None:
+            return []
+        lines = [
+            f"{row['copy'] or 'nothing is left'} of {row['file']}: {row['kept']:,} entries kept, left out "
+            + ", ".join(f"{count:,} {name}" for name, count in row["left_out"].items())
+            for row in self.fixed["files"]
+        ]
+        if any(name != "train_file" for name in self._changed_keys()):
+            lines.append("scores on a split that entries were left out of do not compare with published ones")
+        lines += [
+            f"in the config:  {name}: {json.dumps(files)}" for name, files in self.fixed["config"].items()
+        ]
+        return lines if self.fixed["files"] else ["--fix: there is nothing to leave out"]
+
+    def _changed_keys(self) -> set[str]:
+        changed = {row["file"] for row in self.fixed["files"]}
+        return {f"{s.split}_file" for s in self.findings.shared.sources if str(s.path) in changed}
+
+    # ---- the page ----
+
+    def page(self) -> str:
+        """Self-contained HTML."""
+        head = "".join(f"<th>{_safe(name)}</th>" for name in self.splits)
+        rows = "".join(
+            f"<tr{' class=problem' if cause and cause & PROBLEMS else ''}><td>{_safe(name)}</td>"
+            + "".join(f"<td>{value}</td>" for value in values)
+            + "</tr>"
+            for cause, name, values in self.rows()
+        )
+        title = f"{self.what['config']}, task {self.what['task']}"
+        parts = [
+            f"<!doctype html><meta charset=utf-8><title>{_safe(title)}</title><style>{STYLE}</style>",
+            f"<h1>{_safe(title)}</h1><table><tr><th></th>{head}</tr>{rows}</table>",
+            *(f"<p class=problem>{_safe(problem)}</p>" for problem in self.findings.whole),
+            *(f"<p>{_safe(line)}</p>" for line in [*self._reading_lines(), *self._fix_lines()]),
+        ]
+        for name, split in self.splits.items():
+            if split["lengths"].any():
+                parts.append(f"<h2>Tokens of a text: {_safe(name)}</h2>{_histogram(split)}")
+        for cause, name in NAMES.items():
+            if self.found[cause]:
+                shown = "".join(map(_card, self.findings.examples(cause, NUM_SHOWN)))
+                total = sum(split["counts"][cause] for split in self.splits.values())
+                parts.append(f"<h2>{_safe(name)}: {total:,}</h2><div class=cards>{shown}</div>")
+        for name in self.splits:
+            parts.append(f"<h2>Samples: {_safe(name)}</h2><div class=cards>{self._samples(name)}</div>")
+        return "\n".join(parts)
+
+    def _samples(self, split: str) -> str:
+        """Entries drawn at random."""
+        rng, cards = random.Random(0), []
+        places = [
+            (number, index)
+            for number, source in enumerate(self.findings.shared.sources)
+            if source.split == split
+            for index in rng.sample(range(len(source.entries)), min(len(source.entries), NUM_SAMPLES))
+        ]
+        for number, index in rng.sample(places, min(len(places), NUM_SAMPLES)):
+            source = self.findings.shared.sources[number]
+            try:
+                entry = source.entries[index]
+            except UserError:
+                continue
+            text = entry["text"] if isinstance(entry["text"], str) else " · ".join(entry["text"])
+            cards.append(_figure(entry["images"], text, f"{source.path.name}: entry {index}"))
+        return "".join(cards)
+
+
+def quantiles(lengths: np.ndarray) -> list[int]:
+    """The middle, the length that 95% of the texts have at most, and the longest."""
+    total = lengths.cumsum()
+    return [int(np.searchsorted(total, share * total[-1])) for share in (0.5, 0.95, 1)]
+
+
+def _plain(split: dict) -> dict:
+    counts = {NAMES[cause]: count for cause, count in split["counts"].items()}
+    return {**split, "counts": counts, "lengths": np.trim_zeros(split["lengths"], "b").tolist()}
+
+
+def _safe(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _histogram(split: dict) -> str:
+    """Bars of the numbers of texts by their tokens; those that are cut in red."""
+    lengths, width, height = np.trim_zeros(split["lengths"], "b"), 12, 120
+    top, bars = lengths.max(), []
+    for length, count in enumerate(lengths.tolist()):
+        tall = height * count / top
+        colour = "#b2182b" if length > split["limit"] else "#0b5fa5"
+        bars.append(
+            f'<rect x="{length * width}" y="{height - tall:.1f}" width="{width - 2}" height="{tall:.1f}" '
+            f'fill="{colour}"><title>{length} tokens: {count:,}</title></rect>'
+        )
+        if length % 5 == 0:
+            bars.append(f'<text x="{length * width}" y="{height + 13}">{length}</text>')
+    size = f'viewBox="0 0 {len(lengths) * width + 10} {height + 18}" height="{height + 18}"'
+    return f'<svg {size} xmlns="http://www.w3.org/2000/svg">{"".join(bars)}</svg>'
+
+
+def _card(found: Found) -> str:
+    images = [image for image in (found.image, found.twin) if image]
+    return _figure(images, found.detail, f"{found.split}, {Path(found.file).name}: entry {found.entry}")
+
+
+def _figure(images: list[str], text: str, where: str) -> str:
+    pictures = "".join(map(_thumbnail, images))
+    kind = " class=pair" if len(images) > 1 else ""
+    names = " ".join(images)
+    return (
+        f"<figure{kind}>{pictures}<figcaption>{_safe(text[:300])}<small>{_safe(where)}</small>"
+        f"<small>{_safe(names)}</small></figcaption></figure>"
+    )
+
+
+def _thumbnail(path: str) -> str:
+    try:
+        image = load_image(path)
+    except BadImage as error:
+        return f"<div class=none>{_safe(error.cause[:60])}</div>"
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=75)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}" alt="">'
