@@ -193,3 +193,15 @@ def test_weights_and_biases_that_cannot_be_had_are_said_at_the_start(tiny, tmp_p
         check_wandb({"wandb": {"project": "simla"}})
     shutil.rmtree(tmp_path / "wandb")
     check_wandb({"wandb": {}})
+
+
+def test_a_record_that_a_kill_cut_short_is_passed_over(tiny, tmp_path):
+    run_log = RunLog(str(tmp_path), "run", config_of(tiny))
+    for step in (1, 2):
+        run_log.write(step, "train", {"loss": 1.0})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    file.write_bytes(file.read_bytes()[:-5])
+    resumed = RunLog(str(tmp_path), "run", config_of(tiny))
+    resumed.first_step = 2
+    resumed.write(2, "train", {"loss": 3.0})
+    assert scalars(tmp_path) == {"train/loss": {1: 1.0, 2: 3.0}}
