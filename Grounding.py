@@ -74,6 +74,7 @@ def report(
     protocol = {
         "test_file": config["test_file"],
         "weights": weights,
+        "left_out": data.left_out,
         "gradcam_mode": args.gradcam_mode,
         "block_num": args.block_num,
         "boxes": f"chosen from {config['det_file']}" if has_detector else "from the heat map alone",

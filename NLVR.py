@@ -46,7 +46,7 @@ def main(args: argparse.Namespace, config: dict) -> dict:
     )
 
     # report
-    report("nlvr", scores, CLASSES, weights, config, args.output_dir)
+    report("nlvr", scores, CLASSES, weights, entries, config, args.output_dir)
     return scores
 
 

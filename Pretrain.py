@@ -1,6 +1,7 @@
 """Pre-training of SIMLA on image-caption pairs with five losses (ITA, ITM, MLM, MIM, PSL).
 
-Data     JSON lists of {"image": path, "caption": text or list of texts}: `train_file` in the config
+Data     JSON lists of {"image": path, "caption": text or list of texts}, or WebDataset shards: `train_file`
+         in the config
 Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env Pretrain.py \\
              --config configs/Pretrain.yaml --output_dir output/Pretrain
 Expected 30 epochs on the 4 M images of the paper: about 7 days on 8 A100 as published
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from config import PRETRAIN, parse
-from dataset.pretrain import code_views, pretrain_loader
+from dataset.mixture import Mixture
+from dataset.pretrain import code_views, pretrain_loader, read_sets
 from dataset.text import build_tokenizer, check_vocabulary
 from engine import fit
 from launch import run_script, script_arguments, start
@@ -40,7 +42,7 @@ def losses(model: nn.Module, batch: dict, alpha: float, image_tokenizer: nn.Modu
     )
 
 
-def make_image_tokenizer(config: dict, code_res: int, device: torch.device) -> nn.Module:
+def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, device: torch.device) -> nn.Module:
     """The image tokenizer of the config; a k-means codebook that is not there yet is fitted on the main
     rank.
     """
@@ -49,7 +51,7 @@ def make_image_tokenizer(config: dict, code_res: int, device: torch.device) -> n
         log.info(
             f"fitting {settings['vocab_size']} visual tokens on the training images -> {settings['path']}"
         )
-        views = code_views(config["train_file"], code_res, num_images=2000)
+        views = code_views(entries, code_res, num_images=2000)
         fit_kmeans_codebook(settings["path"], views, settings["vocab_size"])
     barrier()
     return build_image_tokenizer(settings).to(device).eval()
@@ -62,18 +64,18 @@ def main(args: argparse.Namespace, config: dict) -> None:
         raise UserError("Pretrain.py only trains; zero_shot_retrieval.py --evaluate scores its checkpoints")
 
     # data
+    entries = read_sets(config["train_file"], config["samples_per_epoch"], config["image_root"])
     grid_size = config["image_res"] // config["vit"]["patch_size"]
     code_res = grid_size * STRIDE  # one code for each patch
-    image_tokenizer = make_image_tokenizer(config, code_res, device)
+    image_tokenizer = make_image_tokenizer(config, entries, code_res, device)
     tokenizer = build_tokenizer(config["text_encoder"])
 
     # model
     model = SIMLA.from_config(config, tokenizer.cls_token_id)
     bert = model.text_encoder.bert.config
     check_vocabulary(tokenizer, bert.vocab_size)
-    loader = pretrain_loader(
-        config, tokenizer, code_res, grid_size, bert.max_position_embeddings, args.seed, device.type == "cuda"
-    )
+    limit, pin = bert.max_position_embeddings, device.type == "cuda"
+    loader = pretrain_loader(entries, config, tokenizer, code_res, grid_size, limit, args.seed, pin)
     log.info(starting_weights(model, config, "Pretrain", args.checkpoint, args.resume))
 
     # train and save

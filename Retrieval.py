@@ -40,7 +40,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # data
     tokenizer = build_tokenizer(config["text_encoder"])
     splits = {
-        split: RetrievalEvalData(config[f"{split}_file"], config["image_root"], config["image_res"])
+        split: RetrievalEvalData(config[f"{split}_file"], config)
         for split in ("val", "test")
         if config[f"{split}_file"] and (split == "test" or not args.evaluate)
     }

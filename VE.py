@@ -8,6 +8,7 @@ Expected the paper's accuracy: val 79.6, test 80.2
 """
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,23 +73,32 @@ def train_and_evaluate(
 
 
 def report(
-    name: str, scores: dict, classes: tuple[str, ...], weights: str, config: dict, output_dir: str
+    name: str,
+    scores: dict,
+    classes: tuple[str, ...],
+    weights: str,
+    entries: dict[str, Sequence[dict]],
+    config: dict,
+    output_dir: str,
 ) -> None:
     """The accuracies beside what the most frequent class would get, on the screen and in result/."""
     result = {"weights": weights, "classes": classes}
     log.info(f"{name}, weights: {weights}")
     for split in SPLITS:
         counts = torch.tensor(scores[f"{split}_confusion"])
+        num_scored = int(counts.sum())
+        left_out = len(entries[split]) - num_scored
         result[split] = {
             "file": config[f"{split}_file"],
-            "n": int(counts.sum()),
+            "n": num_scored,
+            "left_out": left_out,
             "acc": accuracy(counts),
             "most_frequent_class": majority_accuracy(counts),
             "confusion": counts.tolist(),
         }
         log.info(
             f"{config[f'{split}_file']}: accuracy {accuracy(counts):.2f}, always the most frequent class "
-            f"{majority_accuracy(counts):.2f}, n {counts.sum()}"
+            f"{majority_accuracy(counts):.2f}, n {num_scored}, left out {left_out}"
         )
         log.info(confusion_table(counts, classes))
     save_result(output_dir, name, result)
@@ -117,7 +127,7 @@ def main(args: argparse.Namespace, config: dict) -> dict:
     )
 
     # report
-    report("ve", scores, CLASSES, weights, config, args.output_dir)
+    report("ve", scores, CLASSES, weights, entries, config, args.output_dir)
     return scores
 
 

@@ -139,7 +139,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # report
     setting = "k_test" if candidates else "num_beams"
     protocol = {"test_file": config["test_file"], "weights": weights, "n": len(test)}
-    protocol |= {"inference": args.inference, setting: config[setting]}
+    protocol |= {"left_out": test.left_out, "inference": args.inference, setting: config[setting]}
     report(test, given, accuracy, protocol, f"vqa_result_epoch{epoch}", args.output_dir)
     return accuracy
 

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from run_record import code_revision
-from utils import UserError
+from utils import UserError, fill_in, is_url
 
 REQUIRED = object()
 BERT_CONFIG = "configs/config_bert.json"
@@ -23,7 +23,8 @@ BERT_CONFIG = "configs/config_bert.json"
 @dataclass(frozen=True)
 class Key:
     """type: a type, a tuple of types or a nested table; default: REQUIRED or a value; help: one line; least:
-    the smallest value allowed; choices: the only values allowed.
+    the smallest value allowed; choices: the only values allowed; place: a path, "data" where it is relative
+    to data_root, "" where it is no path.
     """
 
     type: type | tuple | dict
@@ -31,10 +32,12 @@ class Key:
     help: str = ""
     least: int | None = None
     choices: tuple = ()
+    place: str = ""
 
 
 NUMBER = (float, int)
 PATHS = (str, list)
+DATA, OTHER = "data", "other"  # paths relative to data_root, or to the folder the script is started in
 
 OPTIMIZER = {
     "opt": Key(str, "adamW", "any optimiser timm knows"),
@@ -66,12 +69,16 @@ ENCODERS = {
     "image_res": Key(int, help="side of the square input in pixels", least=1),
     "vision_width": Key(int, 768, "width of the image encoder", least=1),
     "vit": Key(VIT, {}, "sizes of the image encoder"),
-    "bert_config": Key((str, dict), BERT_CONFIG, "JSON file, or the same as a mapping"),
+    "bert_config": Key((str, dict), BERT_CONFIG, "JSON file, or the same as a mapping", place=OTHER),
     "momentum": Key(NUMBER, 0.995, "of the momentum twins"),
     "alpha": Key(NUMBER, 0.4, "weight of the momentum targets"),
     "init": Key(str, "pretrained", "'pretrained' (image_encoder, text_encoder below) or 'scratch'"),
-    "image_encoder": Key(str, "deit_base_patch16_224", "initial ViT weights: timm name or local file"),
-    "text_encoder": Key(str, "bert-base-uncased", "tokenizer and initial BERT weights: hub name or folder"),
+    "image_encoder": Key(
+        str, "deit_base_patch16_224", "initial ViT weights: timm name or local file", place=OTHER
+    ),
+    "text_encoder": Key(
+        str, "bert-base-uncased", "tokenizer and initial BERT weights: hub name or folder", place=OTHER
+    ),
 }
 CONTRAST = {
     "embed_dim": Key(int, 256, "shared embedding of the contrast", least=1),
@@ -82,6 +89,16 @@ RELEASED_CODE_HELP = "true = as the published code does, false = as the paper sa
 SHARED = {
     "optimizer": Key(OPTIMIZER),
     "schedular": Key(SCHEDULE, help="learning-rate schedule; `scheduler` is accepted too"),
+    "data_root": Key(
+        str, "", "folder that relative paths of data in this config start from; empty = the working folder"
+    ),
+    "image_root": Key(
+        str,
+        "",
+        "folder that relative image paths start from; empty = data_root, or if that is empty too the "
+        "annotation file's",
+        place=DATA,
+    ),
     "num_workers": Key(int, 4, "data-loading processes per rank", least=0),
     "log_steps": Key(int, 50, "steps between two log lines", least=1),
     "precision": Key(
@@ -105,12 +122,15 @@ SHARED = {
         int, 5, "a run stops after so many steps in a row with a loss that is not finite", least=1
     ),
 }
-MAX_BAD = Key(NUMBER, 0.05, "a run stops when a larger share of an epoch's images cannot be read")
+MAX_BAD = Key(NUMBER, 0.05, "a run stops when a larger share of an epoch's images cannot be read", least=0)
 RANDAUGMENT = {"num_ops": Key(int, 2), "magnitude": Key(int, 7, "0 to 10")}
 IMAGE_TOKENIZER = {
     "kind": Key(str, "dalle", "dalle, flava or kmeans"),
     "path": Key(
-        str, "", "dalle: encoder.pkl; flava: hub name or folder; kmeans: codebook file, made when missing"
+        str,
+        "",
+        "dalle: encoder.pkl; flava: hub name or folder; kmeans: codebook file, made when missing",
+        place=OTHER,
     ),
     "vocab_size": Key(int, 8192, "visual tokens", least=1),
 }
@@ -120,7 +140,10 @@ PRETRAIN = {
     **ENCODERS,
     **CONTRAST,
     **SHARED,
-    "train_file": Key(PATHS, help="annotation files"),
+    "train_file": Key(
+        PATHS, help="annotation files and shards, or `[{path: ..., weight: ...}, ...]`", place=DATA
+    ),
+    "samples_per_epoch": Key(int, 0, "of all ranks together; 0 = all there are", least=0),
     "batch_size": Key(int, 64, "per rank", least=1),
     "mlm_probability": Key(NUMBER, 0.15, "share of words masked"),
     "max_tokens": Key(int, 25, "captions are cut to this many tokens", least=1),
@@ -141,11 +164,10 @@ PRETRAIN = {
         RELEASED_CODE_HELP,
     ),
 }
-TRAIN_FILE = Key(PATHS, help="annotation files")
+TRAIN_FILE = Key(PATHS, help="annotation files", place=DATA)
 FINETUNE = {
     **ENCODERS,
     **SHARED,
-    "image_root": Key(str, "", "folder that image paths are relative to; empty = the annotation file's"),
     "batch_size_train": Key(int, 32, "per rank", least=1),
     "batch_size_test": Key(int, 64, "per rank", least=1),
     "warm_up": Key(bool, False, "alpha ramps from 0 in epoch 0"),
@@ -154,13 +176,16 @@ FINETUNE = {
     "min_crop_scale": Key(NUMBER, 0.5, "smallest share of the image that a random crop keeps"),
     "randaugment": Key(RANDAUGMENT, {}),
     "max_bad_fraction": MAX_BAD,
+    "skip_unreadable": Key(
+        bool, False, "evaluation leaves out entries with an image that cannot be read; false = it stops"
+    ),
 }
 RETRIEVAL = {
     **FINETUNE,
     **CONTRAST,
-    "train_file": Key(PATHS, [], "annotation files of fine-tuning"),
-    "val_file": Key(str, "", "annotation file; chooses the best checkpoint"),
-    "test_file": Key(str, help="annotation file"),
+    "train_file": Key(PATHS, [], "annotation files of fine-tuning", place=DATA),
+    "val_file": Key(str, "", "annotation file; chooses the best checkpoint", place=DATA),
+    "test_file": Key(str, help="annotation file", place=DATA),
     "k_test": Key(int, 256, "candidates re-ranked for each query", least=1),
     "save_scores": Key(bool, False, "write both score matrices to result/retrieval_scores.pt"),
     "optimizer": Key(OPTIMIZER, {"lr": 1e-5}),
@@ -181,10 +206,10 @@ GROUNDING = {
     **FINETUNE,
     **CONTRAST,
     "train_file": TRAIN_FILE,
-    "test_file": Key(PATHS, help="annotation files of all three evaluation splits"),
-    "refcoco_data": Key(str, help="folder with refcoco+/refs(unc).p and refcoco+/instances.json"),
-    "det_file": Key(str, "", "detector boxes; empty = boxes from the heat map alone"),
-    "coco_file": Key(str, "", "kept for published configs; no score uses it"),
+    "test_file": Key(PATHS, help="annotation files of all three evaluation splits", place=DATA),
+    "refcoco_data": Key(str, help="folder with refcoco+/refs(unc).p and refcoco+/instances.json", place=DATA),
+    "det_file": Key(str, "", "detector boxes; empty = boxes from the heat map alone", place=DATA),
+    "coco_file": Key(str, "", "kept for published configs; no score uses it", place=DATA),
     "released_code": Key(
         {
             "frozen_idx_queue": Key(bool, False, "captions of one image are negatives once in the queue"),
@@ -197,11 +222,15 @@ GROUNDING = {
 VQA = {
     **FINETUNE,
     "train_file": TRAIN_FILE,
-    "val_file": Key(str, "", "annotation file with answers; scored after every epoch"),
-    "test_file": Key(PATHS, help="annotation files; with answers the official accuracy is reported"),
-    "vqa_root": Key(str, "", "as image_root, for entries of data set vqa"),
-    "vg_root": Key(str, "", "as image_root, for entries of data set vg"),
-    "answer_list": Key(str, "", "JSON list of the answers to rank; --inference generate needs none"),
+    "val_file": Key(str, "", "annotation file with answers; scored after every epoch", place=DATA),
+    "test_file": Key(
+        PATHS, help="annotation files; with answers the official accuracy is reported", place=DATA
+    ),
+    "vqa_root": Key(str, "", "as image_root, for entries of data set vqa", place=DATA),
+    "vg_root": Key(str, "", "as image_root, for entries of data set vg", place=DATA),
+    "answer_list": Key(
+        str, "", "JSON list of the answers to rank; --inference generate needs none", place=DATA
+    ),
     "k_test": Key(int, 128, "answers that the whole sequence re-scores", least=1),
     "eos": Key(str, "[SEP]", "written after every answer"),
     "decoder_layers": Key(int, 0, "of the answer decoder; 0 = the upper half of the text encoder's", least=0),
@@ -222,8 +251,8 @@ VQA = {
 CLASSIFY = {
     **FINETUNE,
     "train_file": TRAIN_FILE,
-    "val_file": Key(PATHS, help="annotation files; choose the best checkpoint"),
-    "test_file": Key(PATHS, help="annotation files"),
+    "val_file": Key(PATHS, help="annotation files; choose the best checkpoint", place=DATA),
+    "test_file": Key(PATHS, help="annotation files", place=DATA),
 }
 VE = {**CLASSIFY, "released_code": Key({"flip_captions": FLIP_CAPTIONS}, {}, RELEASED_CODE_HELP)}
 NLVR = {
@@ -267,8 +296,10 @@ def parse(parser: argparse.ArgumentParser, table: dict[str, Key]) -> tuple[argpa
 def read_config(path: str, table: dict[str, Key], overrides: list[str] | None = None) -> dict:
     """The checked config with defaults filled in.
 
-    overrides: "a.b=c" with c parsed as YAML. Raises UserError for a missing or broken file, an unknown key
-    (with the nearest valid name), a missing key, or a value of the wrong type.
+    overrides: "a.b=c" with c parsed as YAML. Paths are resolved here and nowhere else: data files and roots
+    are relative to `data_root`, and image paths to `image_root`, or else to `data_root`, or else, where both
+    are empty, to the annotation file. Raises UserError for a missing or broken file, an unknown key (with the
+    nearest valid name), a missing key, or a value of the wrong type.
     """
     try:
         values = YAML(typ="safe").load(Path(path).read_text())
@@ -286,7 +317,33 @@ def read_config(path: str, table: dict[str, Key], overrides: list[str] | None = 
         values["schedular"] = values.pop("scheduler")
     for override in overrides or []:
         _override(values, re.sub(r"^scheduler(?=[.=])", "schedular", override))
-    return _check(values, table, path, "")
+    config = check_values(values, table, path)
+    if config["data_root"]:  # absolute, so that the copy beside the results can be read again
+        config["data_root"] = str(Path(fill_in(config["data_root"])).absolute())
+    config = _resolve(config, table, config["data_root"])
+    config["image_root"] = config["image_root"] or config["data_root"]
+    return config
+
+
+def _resolve(config: dict, table: dict[str, Key], data_root: str) -> dict:
+    """With ~ and environment variables filled in in every path, those of data at their place in data_root.
+
+    What the config leaves empty stays empty, absolute paths and what is no path stay as they are.
+    """
+
+    def resolve(value: object, key: Key) -> object:
+        if isinstance(key.type, dict):
+            return _resolve(value, key.type, data_root)
+        if isinstance(value, list):
+            return [resolve(part, key) for part in value]
+        if isinstance(value, dict) and key.place == DATA:
+            return {name: resolve(part, key) for name, part in value.items()}
+        if not key.place or not isinstance(value, str) or not value or is_url(value):
+            return value
+        path = fill_in(value)
+        return str(Path(data_root) / path) if key.place == DATA else path
+
+    return {name: resolve(config[name], key) for name, key in table.items()}
 
 
 def _override(values: dict, text: str) -> None:
@@ -309,12 +366,15 @@ def _override(values: dict, text: str) -> None:
 def _read_bert_config(path: str) -> dict:
     """The JSON file as a mapping, in which single values can be overridden."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(fill_in(path)).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"bert_config {path} cannot be read as JSON: {error}") from error
 
 
-def _check(values: dict, table: dict[str, Key], path: str, section: str) -> dict:
+def check_values(values: dict, table: dict[str, Key], path: str, section: str = "") -> dict:
+    """The values of a config, or of its section "name.", with defaults filled in; see `read_config` for what
+    it raises. `path` says where they come from.
+    """
     for name in values:
         if name not in table:
             near = difflib.get_close_matches(str(name), table, n=1)
@@ -338,7 +398,7 @@ def _check_value(value: object, key: Key, path: str, name: str) -> object:
     if isinstance(expected, dict):
         if not isinstance(value, dict):
             raise UserError(f"config {path}: {name} must be a section of keys, found {value!r}")
-        return _check(value, expected, path, name + ".")
+        return check_values(value, expected, path, name + ".")
     allowed = expected if isinstance(expected, tuple) else (expected,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         wanted = " or ".join(kind.__name__ for kind in allowed)

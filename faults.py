@@ -143,13 +143,18 @@ def leave_together() -> None:
         _groups.clear()
 
 
-def agree(flags: list[bool]) -> list[bool]:
-    """Each flag, true where it is true on any rank. On the CPU, over a group of its own."""
+def add_up(counts: list[int]) -> list[int]:
+    """Each count, summed over all ranks. On the CPU, over a group of its own."""
     if world_size() == 1:
-        return flags
-    votes = torch.tensor(flags, dtype=torch.uint8)
-    dist.all_reduce(votes, dist.ReduceOp.MAX, _groups["control"])
-    return votes.bool().tolist()
+        return counts
+    sums = torch.tensor(counts, dtype=torch.int64)
+    dist.all_reduce(sums, dist.ReduceOp.SUM, _groups["control"])
+    return sums.tolist()
+
+
+def agree(flags: list[bool]) -> list[bool]:
+    """Each flag, true where it is true on any rank."""
+    return [count > 0 for count in add_up(flags)]
 
 
 # ---- losses that are not finite ----

@@ -52,7 +52,7 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
         stream=sys.stdout,
         force=True,
     )
-    device = _pick_device(args.device, local_rank)
+    device = pick_device(args.device, local_rank)
     if num_ranks > 1 and not dist.is_initialized():
         try:
             _meet(args.dist_url, this_rank, num_ranks, device)
@@ -135,7 +135,8 @@ def _find_what_to_resume(args: argparse.Namespace) -> str:
     return run if is_main() else ""
 
 
-def _pick_device(name: str, local_rank: int) -> torch.device:
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """auto, cpu, cuda or cuda:N, the GPU made the current one. Raises UserError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+from PIL import Image
 from ruamel.yaml import YAML
 from torch import Tensor
 
@@ -84,11 +85,17 @@ def plot_losses(steps_file: str | Path, config: dict, out: str | Path) -> None:
 
 
 def plot_gallery(
-    queries: list[str], results: list[list[str]], right: list[list[bool]], out: str | Path, title: str
+    queries: list[str],
+    results: list[list[str]],
+    right: list[list[bool]] | None,
+    out: str | Path,
+    title: str,
+    notes: list[list[str]] | None = None,
 ) -> None:
     """A row for each text query with its top pictures, best first; the right ones framed in green.
 
-    queries (Q) texts; results (Q, K) image files; right (Q, K)
+    queries (Q) texts; results (Q, K) image files; right (Q, K), None where nobody knows; notes (Q, K): what
+    stands below each picture.
     """
     import textwrap
 
@@ -99,7 +106,7 @@ def plot_gallery(
     figure, axes = plt.subplots(
         rows,
         columns + 1,
-        figsize=(1.45 * columns + 3.2, 1.5 * rows + 0.5),
+        figsize=(1.45 * columns + 3.2, (1.5 if notes is None else 1.7) * rows + 0.5),
         width_ratios=[2.2] + [1] * columns,
         squeeze=False,
     )
@@ -107,11 +114,15 @@ def plot_gallery(
     for row, query in enumerate(queries):
         axes[row, 0].axis("off")
         axes[row, 0].text(1, 0.5, "\n".join(textwrap.wrap(query, 30)), ha="right", va="center", fontsize=9)
-        for column, (file, is_right) in enumerate(zip(results[row], right[row], strict=True), 1):
-            axis = axes[row, column]
+        for axis in axes[row, 1 + len(results[row]) :]:
+            axis.axis("off")
+        for column, file in enumerate(results[row], 1):
+            axis, is_right = axes[row, column], right is not None and right[row][column - 1]
             axis.imshow(load_image(file))
             axis.set_xticks([])
             axis.set_yticks([])
+            if notes is not None:
+                axis.set_xlabel(notes[row][column - 1], fontsize=7)
             axis.spines[:].set(color="#1a9641" if is_right else "#cccccc", linewidth=4 if is_right else 1)
             if row == 0:
                 axis.set_title(f"{column}", fontsize=9)
@@ -151,11 +162,7 @@ def plot_heat_maps(
     for axis in axes.flat:
         axis.axis("off")
     for number, (axis, file) in enumerate(zip(axes.flat, files, strict=False)):
-        image = load_image(file)
-        heat = resize_heat(heats[number].float().cpu(), image.height, image.width).clamp(min=0)
-        heat = heat / heat.max().clamp(min=1e-30)  # an empty map stays empty
-        axis.imshow(image)
-        axis.imshow(heat, cmap="jet", alpha=0.7 * heat, vmin=0, vmax=1)  # cold is transparent
+        show_heat(axis, load_image(file), heats[number])
         for box, style in zip((true_boxes[number], chosen_boxes[number]), styles, strict=True):
             if box is not None:
                 axis.add_patch(plt.Rectangle((box[0] - 0.5, box[1] - 0.5), box[2], box[3], **style))
@@ -170,6 +177,57 @@ def plot_heat_maps(
         fontsize=8,
     )
     figure.tight_layout(rect=(0, 0.3 / (3.0 * rows), 1, 1))
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def show_heat(axis, image: Image.Image, heat: Tensor):
+    """An image with a heat map (h, w) of any scale over it, as a share of its maximum -> the map as drawn."""
+    heat = resize_heat(heat.float().cpu(), image.height, image.width).clamp(min=0)
+    heat = heat / heat.max().clamp(min=1e-30)  # an empty map stays empty
+    axis.imshow(image)
+    return axis.imshow(heat, cmap="jet", alpha=0.7 * heat, vmin=0, vmax=1)  # cold is transparent
+
+
+def plot_word_maps(
+    image: Image.Image,
+    text: str,
+    heat: Tensor,
+    words: list[tuple[str, Tensor]],
+    boxes: list[tuple[str, Box]],
+    out: str | Path,
+    num_columns: int = 6,
+) -> None:
+    """Where a model looks in an image for a text and for each of its words, each map beside a colour bar as a
+    share of its own maximum.
+
+    heat, and that of every word: (h, w), of any scale; boxes: (label, [x, y, w, h] in pixels), on the text's
+    """
+    import textwrap
+
+    plt = import_pyplot()
+    rows = math.ceil((len(words) + 1) / num_columns)
+    columns = math.ceil((len(words) + 1) / rows)
+    size = 2.2 * columns + 0.9, (2.2 * image.height / image.width + 0.35) * rows + 0.2
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, own) in zip(axes.flat, [(text, heat), *words], strict=False):
+        drawn = show_heat(axis, image, own)
+        axis.set_title(textwrap.fill(title, 28), fontsize=9, fontweight="bold" if own is heat else "normal")
+    for number, (label, box) in enumerate(boxes):
+        colour = plt.get_cmap("tab10")(number % 10)
+        frame = plt.Rectangle(
+            (box[0] - 0.5, box[1] - 0.5), box[2], box[3], fill=False, edgecolor=colour, linewidth=2
+        )
+        axes[0, 0].add_patch(frame)
+        style = {
+            "fontsize": 7,
+            "color": "white",
+            "bbox": {"facecolor": colour, "edgecolor": "none", "pad": 1},
+        }
+        axes[0, 0].text(box[0], box[1], label, va="bottom", clip_on=True, **style)
+    figure.colorbar(drawn, ax=axes, label="share of the map's maximum", fraction=0.03, alpha=1)
     figure.savefig(out, dpi=110)
     plt.close(figure)
 

@@ -8,6 +8,7 @@ import json
 import random
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader
 from checkpoint import resume
 from dataset import stop_at_unreadable
 from dataset.transforms import normalise, unit_range
-from faults import FiniteCheck, Stopped, StopSignals, agree, gradient_norm, leave_together
+from faults import FiniteCheck, Stopped, StopSignals, add_up, agree, gradient_norm, leave_together
 from models.bert import BertModel, Layer
 from models.momentum import MomentumModel
 from models.vit import VisionTransformer
@@ -182,9 +183,9 @@ class Training:
 
     # ---- train ----
 
-    def train_one_epoch(self, signals: StopSignals, best: Scores, save_last: bool) -> dict[str, float]:
+    def train_one_epoch(self, signals: StopSignals, best: Scores, save_last: bool) -> dict[str, float | dict]:
         """The rest of the epoch in progress; returns the means of every loss and the learning rate over all
-        ranks, and counts of bad images. `save_last`: saves after the last step, for work that follows it.
+        ranks, and the account of bad images. `save_last`: saves after the last step, for work that follows.
 
         The weight of the momentum targets ramps in epoch 0 of pre-training, and elsewhere where config
         `warm_up` says so. Raises UserError for too many steps in a row that were not finite, and for an epoch
@@ -219,7 +220,12 @@ class Training:
             self.read_check()
             ramp = momentum_weight(alpha, self.epoch, self.step, num_steps, config.get("warm_up", True))
             self.one_step(group, ramp)
-            save, stop = agree([self.save_is_due(), bool(signals.received)])
+            # One exchange, so that all ranks do the same at the same step.
+            flags, bad_images = [self.save_is_due(), bool(signals.received)], self.bad_images
+            save, stop, num_bad, num_seen = add_up([*flags, bad_images.num_bad, bad_images.num_seen])
+            if bad_images.are_too_many(num_bad, num_seen, config["max_bad_fraction"]):
+                leave_together()
+                bad_images.stop(num_bad, num_seen, config["max_bad_fraction"])
             self.schedule.after_step(self.epoch, self.step)
             self.step += 1
             self.total_steps += 1
@@ -237,8 +243,7 @@ class Training:
                 self.stop(signals)
         self.record_window()
         self.schedule.end_epoch(self.epoch)
-        num_bad = self.bad_images.report()
-        return {**self.whole.global_means(), "bad_images": num_bad}
+        return {**self.whole.global_means(), **self.bad_images.report()}
 
     def stop(self, signals: StopSignals) -> None:
         """All ranks come here. Raises Stopped when everything is on the disk, UserError when it cannot be."""
@@ -258,7 +263,7 @@ class Training:
         for number, batch in enumerate(batches):
             self.model.holds_twins = number > 0
             is_last = number == len(batches) - 1
-            self.bad_images.add(batch.pop("bad", []), self.loader.batch_size, self.config["max_bad_fraction"])
+            self.bad_images.add(batch.pop("bad", []), len(batch["image"]))
             with contextlib.nullcontext() if is_last or world_size() == 1 else self.ddp_model.no_sync():
                 with autocast(self.device, self.config["precision"]):
                     named = self.losses(self.ddp_model, to_device(batch, self.device), alpha)
@@ -468,45 +473,68 @@ def window_text(window: MetricLog) -> str:
 
 
 class BadImages:
-    """Counts the images that were replaced, and names each file once."""
+    """Counts the images that were replaced, by cause, and names the first file of each cause."""
 
-    CHECK_AFTER = 200  # images, before a share is worth a verdict
+    CHECK_AFTER = 500  # images of all ranks, before a share is worth a verdict
 
     def __init__(self):
-        self.num_bad, self.num_seen, self.named = 0, 0, set()
+        self.causes, self.num_seen = Counter(), 0
+        self.last = "see above"
 
-    def add(self, bad: list[tuple[str, str]], num_images: int, max_fraction: float = 1.0) -> None:
-        """bad: (file, cause) of every failed read while `num_images` images were made.
+    @property
+    def num_bad(self) -> int:
+        return self.causes.total()
 
-        Raises UserError when more than `max_fraction` of the reads on this rank failed.
-        """
-        self.num_bad += len(bad)
+    def add(self, bad: list[tuple[str, str]], num_images: int) -> None:
+        """bad: (file, cause) of every failed read while `num_images` images were made."""
         self.num_seen += num_images + len(bad)
         for path, cause in bad:
-            if path not in self.named:
-                self.named.add(path)
-                print(f"replaced an image that cannot be read: {path} ({cause})", flush=True)
-        if self.num_seen >= self.CHECK_AFTER and self.num_bad > max_fraction * self.num_seen:
-            raise UserError(
-                f"{self.num_bad} of {self.num_seen} images could not be read, more than max_bad_fraction "
-                f"{max_fraction}; the last one: {bad[-1][0] if bad else 'see above'}"
-            )
+            kind, self.last = cause.partition(":")[0], f"{path} ({cause})"
+            if kind not in self.causes:
+                print(
+                    f"replaced an image that cannot be read: {self.last}; others of this cause are counted",
+                    flush=True,
+                )
+            self.causes[kind] += 1
+
+    def are_too_many(self, num_bad: int, num_seen: int, max_fraction: float) -> bool:
+        """num_bad, num_seen: of all ranks."""
+        return num_seen >= self.CHECK_AFTER and num_bad > max_fraction * num_seen
+
+    def stop(self, num_bad: int, num_seen: int, max_fraction: float) -> None:
+        """Raises the UserError for too many of them."""
+        raise UserError(
+            f"{num_bad} of {num_seen} images of this epoch could not be read, more than max_bad_fraction "
+            f"{max_fraction}; the last one: {self.last}. Check the paths and files, or raise max_bad_fraction"
+        )
 
     def state_dict(self) -> dict:
-        return {"num_bad": self.num_bad, "num_seen": self.num_seen, "named": sorted(self.named)}
+        return {"causes": dict(self.causes), "num_seen": self.num_seen}
 
     def load_state_dict(self, state: dict) -> None:
-        self.num_bad, self.num_seen, self.named = state["num_bad"], state["num_seen"], set(state["named"])
+        causes = state.get("causes") or {"cause not recorded": state.get("num_bad", 0)}  # of older versions
+        self.causes, self.num_seen = +Counter(causes), state["num_seen"]
 
     def merge(self, state: dict) -> None:
         """Adds the account of another rank."""
-        self.num_bad += state["num_bad"]
+        self.causes.update(state["causes"])
         self.num_seen += state["num_seen"]
-        self.named |= set(state["named"])
 
-    def report(self) -> int:
-        """The number of replaced images over all ranks."""
-        num_bad, num_seen = map(sum, zip(*all_gather_objects((self.num_bad, self.num_seen)), strict=True))
-        if num_bad:
-            log.info(f"{num_bad} of {num_seen} images could not be read and were replaced")
-        return num_bad
+    def report(self) -> dict[str, float | dict]:
+        """Over all ranks the number of replaced images, their share of all and, if any, the numbers by cause.
+
+        Logs them too.
+        """
+        total = BadImages()
+        for state in all_gather_objects(self.state_dict()):
+            total.merge(state)
+        share = total.num_bad / max(total.num_seen, 1)
+        found = {"bad_images": total.num_bad, "bad_image_fraction": share}
+        if total.num_bad:
+            found["bad_image_causes"] = dict(total.causes.most_common())
+            listed = ", ".join(f"{cause} {count}" for cause, count in total.causes.most_common())
+            log.info(
+                f"{total.num_bad} of {total.num_seen} images ({share:.2%}) could not be read and were "
+                f"replaced: {listed}"
+            )
+        return found

@@ -110,6 +110,17 @@ def find_places(chosen: Tensor) -> Tensor:
     return chosen.flatten().nonzero().squeeze(1)
 
 
+def fill_in(path: str) -> str:
+    """With environment variables and ~ filled in."""
+    path = os.path.expandvars(path)
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def is_url(path: str) -> bool:
+    """Whether it names no file of this machine: a URL, or `pipe:` and a command that writes the content."""
+    return path.startswith("pipe:") or "://" in path
+
+
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -115,6 +115,7 @@ def report(
         "test_file": config["test_file"],
         "weights": weights,
         "n": len(data),
+        "left_out": data.left_out,
         "num_texts": len(data.texts),
         "k_test": config["k_test"],
     }
@@ -129,7 +130,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     device = start(args, config)
 
     # data
-    data = RetrievalEvalData(config["test_file"], config["image_root"], config["image_res"])
+    data = RetrievalEvalData(config["test_file"], config)
     tokenizer = build_tokenizer(config["text_encoder"])
 
     # model

@@ -31,6 +31,7 @@ from torchvision.transforms import functional as tvf
 
 from dataset import train_loader
 from dataset.masking import BlockMask
+from dataset.mixture import Mixture
 from dataset.pretrain import PretrainData
 from dataset.randaugment import RandAugment
 from dataset.text import names_side
@@ -46,7 +47,7 @@ CAPTION = "A small dog, and three more dogs beside a red bus on the street."
 class PlainItems(PretrainData):
     """What one writes with torchvision: PIL decodes all pixels, each view is resized from them, floats."""
 
-    def __init__(self, entries: list[dict], block_mask: BlockMask, seed: int):
+    def __init__(self, entries: Mixture, block_mask: BlockMask, seed: int):
         super().__init__(entries, PretrainTransform(IMAGE_RES), block_mask, seed, flip_captions=False)
         self.randaugment, self.draws = RandAugment(2, 7), np.random.RandomState(0)
         self.to_input = tv.Compose([tv.ToTensor(), tv.Normalize(MEAN, STD)])
@@ -103,7 +104,7 @@ def photo(width: int, height: int, seed: int) -> Image.Image:
 
 
 def formulations(files: list[str]) -> dict[str, PretrainData]:
-    entries = [{"images": [file], "text": CAPTION, "where": file} for file in files]
+    entries = Mixture([[{"images": [file], "text": CAPTION, "where": file} for file in files]])
     block_mask = BlockMask(GRID, 75, 16)
     transform = PretrainTransform(IMAGE_RES, MIN_SCALE, (2, 7), CODE_RES)
     return {

@@ -1,6 +1,5 @@
 """Reads annotation files: JSON lists of entries, checked field by field, with image paths made absolute."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from dataset.json_list import JsonList
-from utils import UserError
+from utils import UserError, fill_in
 
 TEXT = (str,)
 TEXTS = (str, list)
@@ -97,19 +96,14 @@ def read_annotations(
     """
 
     check_entry, is_late = partial(_check_entry, fields=fields, check=check), _checks_late.get()
-    paths = [expand(name) for name in ([files] if isinstance(files, str) else files)]
+    paths = [Path(fill_in(name)) for name in ([files] if isinstance(files, str) else files)]
     name = ", ".join(f"{field}: {'|'.join(kind.__name__ for kind in fields[field])}" for field in fields)
     name += f", {check.__module__}.{check.__qualname__}" if check else ""
     lists = [JsonList(path, _accept, "") if is_late else JsonList(path, check_entry, name) for path in paths]
     if not any(map(len, lists)):
         raise UserError(f"no entries in {files}; an annotation file is a JSON list of {_example(fields)}")
-    roots = [(expand(image_root) if image_root else path.parent).absolute() for path in paths]
+    roots = [(Path(fill_in(image_root)) if image_root else path.parent).absolute() for path in paths]
     return Annotations(lists, roots, "images" in fields, suffix, check_entry if is_late else None)
-
-
-def expand(path: str) -> Path:
-    """With environment variables and ~ filled in."""
-    return Path(os.path.expandvars(path)).expanduser()
 
 
 def _accept(_entry: object, _where: str) -> None:

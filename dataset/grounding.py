@@ -2,14 +2,14 @@
 
 import math
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dataset.annotations import NUMBER, TEXT, Annotations, Mapped, expand, item_of, read_annotations
-from dataset.items import EvalItems, finetune_loader
+from dataset.annotations import NUMBER, TEXT, Annotations, Mapped, item_of, read_annotations
+from dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from dataset.json_list import read_json
 from dataset.retrieval import WithIdentities
 from dataset.tables import by_id, checked, look_up
@@ -33,7 +33,7 @@ def grounding_loader(config: dict, tokenizer, position_limit: int, seed: int, pi
     return finetune_loader(named, config, tokenizer, position_limit, seed, pin, crop=False)
 
 
-def _items(entries: Annotations) -> Mapped:
+def _items(entries: Sequence[dict]) -> Mapped:
     return Mapped(entries, partial(item_of, text="text"))
 
 
@@ -64,10 +64,12 @@ class GroundingEvalData(EvalItems):
 
     def __init__(self, config: dict):
         """Raises UserError, naming file and entry, where the files of the config do not fit together."""
-        entries = read_expressions(config["test_file"], config, ref_id=NUMBER)
+        found = read_expressions(config["test_file"], config, ref_id=NUMBER)
+        entries = leave_out_unreadable(found, config)
         super().__init__(_items(entries), config["image_res"])
-        det_file = expand(config["det_file"]) if config["det_file"] else None
-        self.targets = read_targets(entries, expand(config["refcoco_data"]), det_file)
+        self.left_out = len(found) - len(entries)
+        det_file = Path(config["det_file"]) if config["det_file"] else None
+        self.targets = read_targets(entries, Path(config["refcoco_data"]), det_file)
 
 
 # ---- RefCOCO+ ----

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from dataset import test_loader, train_loader
 from dataset.text import clean_caption, names_side, tokenize
 from dataset.transforms import BadImage, EvalTransform, ItemRandom, TrainTransform, load_image, open_image
-from utils import UserError
+from utils import UserError, all_gather_objects, log, with_progress
 
 MAX_TRIES = 50
 
@@ -45,10 +45,10 @@ class TrainItems(Dataset):
         images as (file, cause). After MAX_TRIES of them there are no `images`; of an entry that itself cannot
         be read there is only `unreadable`, the message.
         """
-        epoch, index = key
+        epoch, index, *_ = key
         rng = ItemRandom(self.seed, epoch, index)
         bad = []
-        for _ in range(MAX_TRIES):
+        for num_tries in range(1, MAX_TRIES + 1):
             try:
                 entry = self.entries[index]
                 images = [open_image(file) for file in entry["images"]]
@@ -59,10 +59,21 @@ class TrainItems(Dataset):
                 return {"unreadable": str(error)}
             except BadImage as error:
                 bad.append((error.path, error.cause))
-                index = rng.python.randrange(len(self.entries))
+                near = self.near(index, num_tries)
+                index = rng.python.randrange(near.start, near.stop)
                 continue
-            return {**entry, "files": entry["images"], "text": self.clean(text), **views, "bad": bad}
+            return {
+                **entry,
+                "files": [getattr(file, "name", file) for file in entry["images"]],
+                "text": self.clean(text),
+                **views,
+                "bad": bad,
+            }
         return {"bad": bad}
+
+    def near(self, index: int, num_tries: int) -> range:
+        """Among which entries to draw one instead of a bad one, the `num_tries`th in a row."""
+        return range(len(self.entries))
 
     def views(self, images: list[Image.Image], rng: ItemRandom, may_flip: bool) -> dict[str, Tensor]:
         """What of the images goes into the item."""
@@ -71,6 +82,8 @@ class TrainItems(Dataset):
 
 class EvalItems(Dataset):
     """Every entry as it is, images resized."""
+
+    left_out = 0  # entries of the files that are not among these
 
     def __init__(self, entries: Sequence[dict], image_res: int, clean: Callable[[str], str] = clean_caption):
         self.entries, self.transform, self.clean = entries, EvalTransform(image_res), clean
@@ -88,7 +101,10 @@ class EvalItems(Dataset):
         except UserError as error:
             return {"unreadable": str(error)}
         except BadImage as error:
-            return {"unreadable": f"{error}; {entry['where']}: scores without it would not compare"}
+            return {
+                "unreadable": f"{error}; {entry['where']}: scores without it would not compare; with "
+                "skip_unreadable: true it is left out, and the report says so"
+            }
         return {**entry, "images": images, "text": self.clean(entry["text"]), "index": index}
 
 
@@ -166,8 +182,49 @@ def finetune_loader(
     return train_loader(items, config["batch_size_train"], seed, config, collate, pin)
 
 
+class _Problems(Dataset):
+    """Of each file (file, what is wrong with it), or None."""
+
+    def __init__(self, files: list[str]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[str, str] | None:
+        try:
+            load_image(self.files[index])
+        except BadImage as error:
+            return error.path, error.cause
+        return None
+
+
+def leave_out_unreadable(entries: Sequence[dict], config: dict) -> Sequence[dict]:
+    """The entries of an evaluation; with config `skip_unreadable` without those that have an image which
+    cannot be read, on all ranks the same: each reads its share of all images beforehand.
+
+    Raises UserError where none is left.
+    """
+    if not config["skip_unreadable"]:
+        return entries
+    files = list(dict.fromkeys(file for entry in entries for file in entry["images"]))
+    loader = test_loader(_Problems(files), config["batch_size_test"], config["num_workers"], list, False)
+    batches = with_progress(loader, len(loader), "Checking images", config["log_steps"])
+    own = [problem for batch in batches for problem in batch if problem]
+    problems = dict(problem for share in all_gather_objects(own) for problem in share)
+    if not problems:
+        return entries
+    kept = [number for number, entry in enumerate(entries) if problems.keys().isdisjoint(entry["images"])]
+    example = "{}: {}".format(*next(iter(problems.items())))
+    found = f"{len(problems)} of {len(files)} images cannot be read, such as {example}"
+    if not kept:
+        raise UserError(f"{found}; no entry is left to evaluate, check the paths in the annotation files")
+    log.warning(f"{found}; {len(entries) - len(kept)} of {len(entries)} entries are left out")
+    return Subset(entries, kept)
+
+
 def evaluation_loader(entries: Sequence[dict], config: dict, tokenizer, position_limit: int, pin: bool):
-    """This rank's share of the entries, none left out and none twice."""
-    items = EvalItems(entries, config["image_res"])
+    """This rank's share of the entries that `leave_out_unreadable` leaves, none twice."""
+    items = EvalItems(leave_out_unreadable(entries, config), config["image_res"])
     collate = Collate(tokenizer, position_limit)
     return test_loader(items, config["batch_size_test"], config["num_workers"], collate, pin)

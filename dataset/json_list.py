@@ -89,7 +89,7 @@ class JsonList(Sequence):
     def _open_again(self) -> None:
         """In a process that got this object pickled."""
         if self.index is None:
-            found = _read_index(self.kept_as, self.stamp)
+            found = read_index(self.kept_as, self.stamp)
             if found is None:
                 raise UserError(f"{self.path} or its index {self.kept_as} has changed; start again")
             self.index = found[0]
@@ -249,7 +249,7 @@ def _find_or_make_index(
     places = list(index_places(path))
 
     def find() -> tuple[mmap.mmap, list[str], Path] | None:
-        found = [(*index, place) for place in places if (index := _read_index(place, stamp))]
+        found = [(*index, place) for place in places if (index := read_index(place, stamp))]
         return max(found, key=lambda index: check_name in index[1], default=None)
 
     index = find()
@@ -257,12 +257,12 @@ def _find_or_make_index(
         log.info(f"{path}: its entries are being looked through, once until it changes")
         if not is_main():
             time.sleep(1)  # the main rank, whose progress is shown, comes first
-        with _one_at_a_time(file):
+        with one_at_a_time(file):
             index = find()  # another process may just have made it
             if index is None or check_name not in index[1]:
                 known = index[1] if index else []
                 content = _scan(path, file, num_bytes, check)
-                _write_header(content, stamp, [*known, check_name])
+                write_header(content, stamp, [*known, check_name])
                 return _keep(path, content, places)
     return index[0], index[2]
 
@@ -271,9 +271,13 @@ def index_places(path: Path) -> Iterator[Path]:
     """The files in which the index of `path` may be, the preferred one first."""
     yield path.with_name(f".{path.name}.simla")
     with suppress(RuntimeError):  # no home
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         digest = blake2b(os.fsencode(path.absolute()), digest_size=8).hexdigest()
-        yield cache / "simla" / f"{path.name}-{digest}.simla"
+        yield cache_folder() / f"{path.name}-{digest}.simla"
+
+
+def cache_folder() -> Path:
+    """The user's; RuntimeError where there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simla"
 
 
 def _stamp(file: BinaryIO) -> list:
@@ -284,7 +288,7 @@ def _stamp(file: BinaryIO) -> list:
     return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
 
 
-def _write_header(index: bytearray, stamp: list, checks: list[str]) -> None:
+def write_header(index: bytearray, stamp: list, checks: list[str]) -> None:
     header = {"format": FORMAT, "file": stamp, "crc": _checksum(index), "checks": checks[-MAX_CHECKS:]}
     index[:HEADER_BYTES] = json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n"
 
@@ -295,7 +299,7 @@ def _checksum(index: bytearray | mmap.mmap) -> int:
         return zlib.crc32(records)
 
 
-def _read_index(place: Path, stamp: list) -> tuple[mmap.mmap, list[str]] | None:
+def read_index(place: Path, stamp: list) -> tuple[mmap.mmap, list[str]] | None:
     """The index and the names of the checks made; None where there is none for a file of this stamp."""
     try:
         with place.open("rb") as file:
@@ -315,6 +319,19 @@ def _read_index(place: Path, stamp: list) -> tuple[mmap.mmap, list[str]] | None:
 
 def _keep(path: Path, content: bytearray, places: list[Path]) -> tuple[bytearray | mmap.mmap, Path | None]:
     """Writes an index to the first place that takes it; returns what to read it from, and that place."""
+    kept = write_index(content, places)
+    if kept is not None:
+        log.info(f"{path}: index kept as {kept[1]}")
+        return kept
+    log.warning(
+        f"{path}: its index cannot be kept, neither as {' nor as '.join(map(str, places))}; each start looks "
+        "through the file again"
+    )
+    return content, None
+
+
+def write_index(content: bytearray, places: list[Path]) -> tuple[mmap.mmap, Path] | None:
+    """The index, mapped, and the first place that takes it; None where none does."""
     for place in places:
         # Of its own name: on a disk that several machines share another one may be writing, too.
         scratch = place.with_name(f"{place.name}-{uuid.uuid4().hex}")
@@ -329,17 +346,12 @@ def _keep(path: Path, content: bytearray, places: list[Path]) -> tuple[bytearray
             with suppress(OSError):
                 scratch.unlink(missing_ok=True)
             continue
-        log.info(f"{path}: index kept as {place}")
         return index, place
-    log.warning(
-        f"{path}: its index cannot be kept, neither as {' nor as '.join(map(str, places))}; each start looks "
-        "through the file again"
-    )
-    return content, None
+    return None
 
 
 @contextmanager
-def _one_at_a_time(file: BinaryIO) -> Iterator[None]:
+def one_at_a_time(file: BinaryIO) -> Iterator[None]:
     """Processes of this machine enter one after the other, where the disk knows locks; else all at once,
     which only costs time.
     """

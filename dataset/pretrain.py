@@ -1,8 +1,7 @@
-"""Image-caption pairs for pre-training."""
+"""Image-caption pairs for pre-training, from annotation files and shards."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
 
 import torch
 from PIL import Image
@@ -12,6 +11,9 @@ from dataset import train_loader
 from dataset.annotations import TEXT, TEXTS, Mapped, item_of, read_annotations
 from dataset.items import Collate, TrainItems
 from dataset.masking import BlockMask
+from dataset.mixture import Mixture, weighted
+from dataset.shard_stream import count_samples
+from dataset.shards import Shards, expand_names, is_shards
 from dataset.text import mask_tokens
 from dataset.transforms import (
     BadImage,
@@ -23,7 +25,7 @@ from dataset.transforms import (
     to_tensor,
     unit_range,
 )
-from utils import UserError, find_places
+from utils import UserError, find_places, is_url
 
 
 class PretrainData(TrainItems):
@@ -33,7 +35,7 @@ class PretrainData(TrainItems):
 
     def __init__(
         self,
-        entries: Sequence[dict],
+        entries: Mixture,
         transform: PretrainTransform,
         block_mask: BlockMask,
         seed: int,
@@ -41,6 +43,14 @@ class PretrainData(TrainItems):
     ):
         super().__init__(entries, transform, seed, flip_captions)
         self.block_mask = block_mask
+
+    def __getitem__(self, key: tuple[int, ...]) -> dict:
+        for index in key[2:]:
+            self.entries.expect(index)
+        return super().__getitem__(key)
+
+    def near(self, index: int, num_tries: int) -> range:
+        return self.entries.near(index, num_tries)
 
     def views(self, images: list[Image.Image], rng: ItemRandom, may_flip: bool) -> dict[str, Tensor | int]:
         view, code_view = self.transform(images[0], rng, may_flip)
@@ -94,11 +104,46 @@ def read_pairs(files: str | list[str], image_root: str = "") -> Mapped:
     return Mapped(entries, partial(item_of, text="caption"))
 
 
+def read_sets(train_file: str | list, samples_per_epoch: int = 0, image_root: str = "") -> Mixture:
+    """The data sets of a pre-training config, annotation files and shards, with or without weights.
+
+    samples_per_epoch 0: as many as there are. UserError for files that cannot be used.
+    """
+    listed, weights = weighted(train_file)
+    sets, set_weights = [], []
+    for paths, weight in zip(listed, weights, strict=True):
+        found = _read_set(paths, image_root, samples_per_epoch == 0)
+        size = sum(map(len, found))
+        sets += found
+        set_weights += [weight * len(some) / size for some in found]
+    return Mixture(sets, set_weights, samples_per_epoch)
+
+
+def _read_set(paths: list[str], image_root: str, must_count: bool) -> list[Sequence]:
+    """What one weight is for: annotation files, local shards and others, as far as there are any."""
+    files = [path for path in paths if not is_shards(path)]
+    names = expand_names([path for path in paths if is_shards(path)])
+    local = [name for name in names if not is_url(name)]
+    streams = [name for name in names if is_url(name)]
+    found = [read_pairs(files, image_root)] if files else []
+    found += [Shards(local)] if local else []
+    if streams:
+        # Where the epoch's length is known the shards may be taken to have as many samples as the first.
+        found.append(Shards(streams, None if must_count else count_samples(streams[:1]) * len(streams)))
+    return found
+
+
 def pretrain_loader(
-    config: dict, tokenizer, code_res: int, grid_size: int, position_limit: int, seed: int, pin: bool
+    entries: Mixture,
+    config: dict,
+    tokenizer,
+    code_res: int,
+    grid_size: int,
+    position_limit: int,
+    seed: int,
+    pin: bool,
 ):
-    """The training loader of a pre-training config; UserError for files that cannot be used."""
-    entries = read_pairs(config["train_file"])
+    """The training loader of a pre-training config."""
     augment, released = config["randaugment"], config["released_code"]
     transform = PretrainTransform(
         config["image_res"],
@@ -110,18 +155,18 @@ def pretrain_loader(
     block_mask = BlockMask(grid_size, config["num_masking_patches"], config["min_num_patches"])
     dataset = PretrainData(entries, transform, block_mask, seed, released["flip_captions"])
     collate = PretrainCollate(tokenizer, config["max_tokens"], position_limit, config["mlm_probability"])
-    return train_loader(dataset, config["batch_size"], seed, config, collate, pin)
+    return train_loader(dataset, config["batch_size"], seed, config, collate, pin, entries)
 
 
-def code_views(files: str | list[str], code_res: int, num_images: int) -> Iterator[Tensor]:
+def code_views(entries: Mixture, code_res: int, num_images: int) -> Iterator[Tensor]:
     """The readable ones of the first `num_images` images, uncropped, (3, r, r) in [0, 1].
 
     Raises UserError where none can be read.
     """
     num_read = 0
-    for entry in islice(read_pairs(files), num_images):
+    for number in range(min(num_images, len(entries))):
         try:
-            (pixels,) = crops(open_image(entry["images"][0]), [View(None, False, code_res)])
+            (pixels,) = crops(open_image(entries[number]["images"][0]), [View(None, False, code_res)])
         except BadImage as error:
             problem = error
             continue

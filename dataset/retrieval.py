@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dataset.annotations import ANY, TEXT, Annotations, Mapped, item_of, read_annotations
-from dataset.items import EvalItems, finetune_loader
+from dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from dataset.text import clean_caption
 
 
@@ -53,9 +53,11 @@ class RetrievalEvalData(EvalItems):
     each image; txt2img: the image of each text.
     """
 
-    def __init__(self, file: str, image_root: str, image_res: int, max_words: int = 30):
-        entries = read_captioned_images(file, image_root)
-        super().__init__(Mapped(entries, _without_text), image_res)
+    def __init__(self, file: str, config: dict, max_words: int = 30):
+        found = read_captioned_images(file, config["image_root"])
+        entries = leave_out_unreadable(found, config)
+        super().__init__(Mapped(entries, _without_text), config["image_res"])
+        self.left_out = len(found) - len(entries)
         self.texts: list[str] = []
         self.img2txt: list[list[int]] = []
         self.txt2img: list[int] = []

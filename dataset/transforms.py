@@ -6,15 +6,17 @@ from the item's own `ItemRandom`, so a sample is the same whichever worker or ra
 the square output, in pixels.
 """
 
+import errno
 import hashlib
 import io
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -24,6 +26,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dataset.randaugment import RandAugment
+from utils import first_line
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -34,83 +37,140 @@ REDUCED = {  # scale -> the decoder's flag for a picture of 1/scale, which it ma
     1: cv2.IMREAD_COLOR,
 }
 
+# What a file on a network or a failing disk may recover from; a path that is wrong stays wrong.
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ENOTCONN}
+TRANSIENT |= {errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
+TRANSIENT |= {getattr(errno, "EREMOTEIO", errno.EIO)}  # Linux's
+RETRY_SECONDS = (0.1, 0.5, 2.0)
+EMPTY = "empty file"
+MAX_CAUSE = 120  # letters
+Image.init()
+FORMATS = [name for name in Image.ID if name != "EPS"]  # a program, which Ghostscript would run
+
+Source = str | Path | bytes | BinaryIO
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
 class BadImage(Exception):
-    def __init__(self, path: str | Path, cause: str) -> None:
-        super().__init__(path, cause)  # both, so that it survives the pickling between worker and loader
-        self.path, self.cause = str(path), cause
+    """An image that cannot be read. `cause`: what is wrong, and after a colon the details, if any."""
+
+    def __init__(self, name: str, cause: str) -> None:
+        super().__init__(name, cause)  # both, so that it survives the pickling between worker and loader
+        self.path, self.cause = name, cause
 
     def __str__(self) -> str:
         return f"{self.path}: {self.cause}"
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """The image as RGB, upright by its EXIF tag, transparency over white. Raises `BadImage`."""
-    with _bad_image(path), Image.open(path) as image:
-        return _upright_rgb(image)
+def load_image(source: Source, name: str = "") -> Image.Image:
+    """The image as RGB, upright by its EXIF tag, transparency over white, of several pictures the first.
+
+    source: a path, the content of a file, or one opened; name: what to call it where that is no path. Raises
+    `BadImage`.
+    """
+    with _bad_image(source, name), Image.open(io.BytesIO(_content(source)), formats=FORMATS) as image:
+        return upright_rgb(image)
 
 
-def open_image(path: str | Path) -> "Image.Image | JpegFile":
+def open_image(source: Source, name: str = "") -> "Image.Image | JpegFile":
     """As `load_image`, but of a JPEG in RGB or grey that is upright only the header is read. Raises
     `BadImage`."""
-    with _bad_image(path):
-        content = Path(path).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            orientation = 1
-            with suppress(Exception):
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
-                return JpegFile(path, content, image.size)
-            return _upright_rgb(image)
+    with _bad_image(source, name) as name:
+        content = _content(source)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            # Of other formats it would decode the picture, and hide that it is damaged.
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and not _is_turned(image):
+                return JpegFile(name, content, image.size)
+            return upright_rgb(image)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    with suppress(Exception):  # broken EXIF
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return False
 
 
 class JpegFile:
     """A JPEG that waits to be decoded until the size to decode it at is known."""
 
-    def __init__(self, path: str | Path, content: bytes, size: tuple[int, int]) -> None:
+    def __init__(self, name: str, content: bytes, size: tuple[int, int]) -> None:
         """`size`: width, height."""
-        self.path, self.content, self.size = path, content, size
+        self.name, self.content, self.size = name, content, size
 
     def decode(self, scale: int) -> np.ndarray:
         """(H, W, 3) uint8 in the order blue, green, red, at 1/scale of the size. Raises `BadImage`."""
-        with _bad_image(self.path):
+        with _bad_image(self.content, self.name):
             flags = REDUCED[scale] | cv2.IMREAD_IGNORE_ORIENTATION
             pixels = cv2.imdecode(np.frombuffer(self.content, np.uint8), flags)
         if pixels is None:  # PIL reads it, or says what is wrong
-            pixels = cv2.cvtColor(np.asarray(load_image(self.path).reduce(scale)), cv2.COLOR_RGB2BGR)
+            image = load_image(self.content, self.name).reduce(scale)
+            pixels = cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2BGR)
         return pixels
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """RGB, upright by its EXIF tag, transparency over white. The image itself may be turned."""
     image.load()
     with suppress(Exception):  # broken EXIF does not spoil the pixels
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8 instead of scaling
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        deep, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((deep.clip(0, 65535) >> 8).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(deep != transparent).convert("L"))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
+def _content(source: Source) -> bytes:
+    if isinstance(source, str | Path):
+        content = _read(Path(source))
+    else:
+        content = source if isinstance(source, bytes) else source.read()
+    if not content:
+        raise ValueError(EMPTY)
+    return content
+
+
+def _read(path: Path) -> bytes:
+    """All of the file. Where the network or a disk fails it is tried again, RETRY_SECONDS later."""
+    for seconds in RETRY_SECONDS:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+            time.sleep(seconds)
+    return path.read_bytes()
+
+
 @contextmanager
-def _bad_image(path: str | Path) -> Iterator[None]:
+def _bad_image(source: Source, name: str) -> Iterator[str]:
+    """Whatever is raised becomes a `BadImage`; gives its name: `name`, or else the path."""
+    name = name or str(source if isinstance(source, str | Path) else getattr(source, "name", "an image"))
     try:
-        yield
+        yield name
     except Exception as error:  # each decoder has its own types
-        raise BadImage(path, _cause(Path(path), error)) from error
+        raise BadImage(name, _cause(error)) from error
 
 
-def _cause(path: Path, error: Exception) -> str:
+def _cause(error: Exception) -> str:
+    text = first_line(error)
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if text == EMPTY:
+        return EMPTY
     if isinstance(error, UnidentifiedImageError):
-        return "not an image" if path.stat().st_size else "empty file"
+        return "not an image"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
-    return f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read: {error.strerror}"
+    if "truncated" in text.lower():
+        return f"truncated: {text}"[:MAX_CAUSE]
+    return f"damaged: {type(error).__name__}: {text}"[:MAX_CAUSE]
 
 
 class ItemRandom:

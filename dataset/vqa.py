@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from dataset import train_loader
-from dataset.annotations import NUMBER, TEXT, TEXTS, Mapped, expand, item_of, read_annotations
-from dataset.items import Collate, EvalItems, finetune_items
+from dataset.annotations import NUMBER, TEXT, TEXTS, Mapped, item_of, read_annotations
+from dataset.items import Collate, EvalItems, finetune_items, leave_out_unreadable
 from dataset.json_list import read_json
 from dataset.text import clean_question, tokenize
 from launch import run_script
-from utils import UserError, find_places
+from utils import UserError, fill_in, find_places
 from vqa_accuracy import most_common_answer, normalize_answer
 
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
@@ -36,7 +36,7 @@ def read_questions(files: str | list[str], config: dict, **fields: tuple) -> Map
     root of the entry's data set, or where the config has none to image_root, or else to the file.
     """
     entries = read_annotations(files, {**FIELDS, **fields}, config["image_root"], check=_check_data_set)
-    roots = {name: expand(config[key]).absolute() for name, key in ROOTS.items() if config[key]}
+    roots = {name: Path(config[key]).absolute() for name, key in ROOTS.items() if config[key]}
     return Mapped(entries, partial(_at_its_root, roots=roots))
 
 
@@ -121,9 +121,11 @@ class VQAEvalData(EvalItems):
             questions = read_questions(files, config, **fields)
         if is_test:
             check_question_ids(questions)
+        num_found, questions = len(questions), leave_out_unreadable(questions, config)
         items = Mapped(questions, partial(item_of, text="question"))
         clean = partial(clean_question, max_words=MAX_WORDS_IN_EVALUATION)
         super().__init__(items, config["image_res"], clean)
+        self.left_out = num_found - len(questions)
         self.questions = questions
         self.annotations = list(map(given_answers, questions)) if "answer" in fields else None
 
@@ -152,26 +154,30 @@ class AnswerList:
 
 def read_answer_list(file: str, tokenizer, eos: str, position_limit: int) -> AnswerList:
     """Raises UserError for a file that is no list of different texts, or has one too long for the decoder."""
-    path = expand(file)
-    texts = read_json(path, list)
+    path = Path(file)
+    return make_answer_list(read_json(path, list), f"answer_list {path}", tokenizer, eos, position_limit)
+
+
+def make_answer_list(texts: list, name: str, tokenizer, eos: str, position_limit: int) -> AnswerList:
+    """As `read_answer_list`, of what such a file holds; `name` is for messages."""
     wrong = [text for text in texts if not isinstance(text, str) or not text.strip()]
     if wrong or not texts:
         found = repr(wrong[0]) if wrong else "an empty list"
         raise UserError(
-            f"answer_list {path} must be a JSON list of answers, each a text, found {found[:100]}; make one "
+            f"{name} must be a JSON list of answers, each a text, found {found[:100]}; make one "
             "with python -m dataset.vqa answers"
         )
     repeated = [text for text, count in Counter(texts).items() if count > 1]
     if repeated:
         raise UserError(
-            f"answer_list {path} has {len(repeated)} answers more than once, such as "
+            f"{name} has {len(repeated)} answers more than once, such as "
             f"{', '.join(map(repr, repeated[:5]))}; keep one of each"
         )
     ended = [text + eos for text in texts]
     for text, ids in zip(texts, tokenizer(ended)["input_ids"], strict=True):
         if len(ids) > position_limit:
             raise UserError(
-                f"answer_list {path}: {text[:60]!r} is {len(ids)} tokens long, the decoder has "
+                f"{name}: {text[:60]!r} is {len(ids)} tokens long, the decoder has "
                 f"{position_limit} positions; shorten it or raise max_position_embeddings in bert_config"
             )
     return AnswerList(texts, *tokenize(tokenizer, ended, position_limit=position_limit))
@@ -232,7 +238,7 @@ def main() -> None:
     if not listed:
         raise UserError(f"no answer in {', '.join(args.train)} is counted {args.min_count} times")
     try:
-        with expand(args.out).open("w") as file:
+        with Path(fill_in(args.out)).open("w") as file:
             json.dump(listed, file)
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error

@@ -46,8 +46,15 @@ def grad_cam(
 
 
 def itm_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-    """Cross-attention of text layer `block`, by the "match" logit; mean over heads and text positions (padded
-    ones count as 0) -> (B, N-1)
+    """The mean of `itm_token_maps` over text positions -> (B, N-1)"""
+    return itm_token_maps(model, block, image, text_ids, text_mask).mean(1)
+
+
+def itm_token_maps(
+    model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor
+) -> Tensor:
+    """Cross-attention of text layer `block`, by the "match" logit: where each token looks, mean over heads;
+    padded ones are 0 -> (B, T, N-1)
     """
     bert, layers = model.text_encoder, model.text_encoder.encoder.layer
     layer = layers[block]
@@ -67,7 +74,7 @@ def itm_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, 
             hidden = layers[i](hidden, mask, cross.layer(i))
         logits = model.itm_head(hidden[:, 0])[:, 1]  # (B,)
     weighed = _weigh(probabilities, logits)[..., 1:]  # (B, H, T, N-1)
-    return (weighed * text_mask[:, None, :, None]).mean((1, 2))
+    return (weighed * text_mask[:, None, :, None]).mean(1)
 
 
 def itc_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import Pretrain
 import zero_shot_retrieval
 from config import PRETRAIN, TABLES, read_config
 from dataset.annotations import TEXT, TEXTS, read_annotations
-from dataset.pretrain import pretrain_loader
+from dataset.pretrain import pretrain_loader, read_sets
 from dataset.text import build_tokenizer
 from launch import script_arguments, start
 from models.dvae import KMeansCodebook
@@ -153,7 +153,8 @@ def loader_with_bad_images(tiny, folder, num_good: int, num_bad: int):
         entries.append({"image": str(folder / f"good{i}.jpg"), "caption": "a good picture"})
     (folder / "train.json").write_text(json.dumps(entries))
     config = read_config(str(tiny["Pretrain"]), PRETRAIN, [f"train_file={folder}/train.json", "batch_size=4"])
-    return pretrain_loader(config, build_tokenizer(config["text_encoder"]), 32, 4, 64, seed=0, pin=False)
+    entries = read_sets(config["train_file"])
+    return pretrain_loader(entries, config, build_tokenizer(config["text_encoder"]), 32, 4, 64, 0, pin=False)
 
 
 def test_unreadable_images_are_replaced_and_counted(tiny, tmp_path):
@@ -191,15 +192,53 @@ def test_nothing_readable_at_all_stops_with_a_file_name(monkeypatch, tiny, tmp_p
     assert "images drawn in a row could not be read" in message and "bad" in message
 
 
-def test_too_many_bad_images_stop_the_run(capsys):
-    bad = [("a.jpg", "empty file"), ("b.jpg", "no such file"), ("a.jpg", "empty file")]
+def test_bad_images_are_counted_by_cause_and_the_first_of_each_is_named(capsys, caplog):
+    bad = [("a.jpg", "truncated: 3 bytes"), ("b.jpg", "no such file"), ("c.jpg", "truncated: 4 bytes")]
     counter = BadImages()
-    counter.add(bad, 97, max_fraction=0.01)  # too few images seen for a verdict
-    assert capsys.readouterr().out.count("a.jpg") == 1  # each file is named once
-    assert counter.report() == 3
-    counter.add([], 2000, max_fraction=0.01)
-    with pytest.raises(UserError, match=r"103 of 2200 images .*max_bad_fraction 0.04; the last one: a.jpg"):
-        counter.add([("a.jpg", "empty file")] * 100, 0, max_fraction=0.04)
+    counter.add(bad, 97)
+    printed = capsys.readouterr().out
+    assert "a.jpg" in printed and "b.jpg" in printed and "c.jpg" not in printed
+    resumed, other = BadImages(), BadImages()
+    resumed.load_state_dict(json.loads(json.dumps(counter.state_dict())))
+    resumed.add([("d.jpg", "no such file")], 0)
+    assert "d.jpg" not in capsys.readouterr().out  # its cause was named before the stop
+    other.merge(resumed.state_dict())
+    with caplog.at_level("INFO"):
+        assert other.report() == {
+            "bad_images": 4,
+            "bad_image_fraction": 4 / 101,
+            "bad_image_causes": {"truncated": 2, "no such file": 2},
+        }
+    assert "4 of 101 images (3.96%) could not be read and were replaced: truncated 2, no" in caplog.text
+    assert BadImages().report() == {"bad_images": 0, "bad_image_fraction": 0.0}
+
+
+def test_a_verdict_needs_a_number_of_images():
+    counter = BadImages()
+    assert not counter.are_too_many(499, 499, 0.01)
+    assert not counter.are_too_many(25, 500, 0.05) and counter.are_too_many(26, 500, 0.05)
+
+
+def test_too_many_bad_images_stop_the_run(monkeypatch, tiny, tmp_path):
+    loader_with_bad_images(tiny, tmp_path, num_good=6, num_bad=6)
+    codebook = tmp_path / "codebook.safetensors"
+    KMeansCodebook(16).save(codebook)
+    flags = ["--config", tiny["Pretrain"], "--output_dir", tmp_path / "out", "--overrides"]
+    flags += [f"train_file={tmp_path}/train.json", f"image_tokenizer.path={codebook}"]
+    monkeypatch.setattr(BadImages, "CHECK_AFTER", 8)
+    message = fails(monkeypatch, Pretrain, *flags, "max_bad_fraction=0.1")
+    assert "images of this epoch could not be read, more than max_bad_fraction 0.1; the last one: " in message
+    assert f"{tmp_path}/bad" in message
+    args = script_arguments("x", "", str(tmp_path / "all")).parse_args(["--device", "cpu"])
+    values = [*map(str, flags[5:]), "max_bad_fraction=1", "schedular.epochs=1"]
+    Pretrain.main(args, read_config(str(tiny["Pretrain"]), PRETRAIN, values))
+    (record,) = map(json.loads, (tmp_path / "all" / "log.txt").read_text().splitlines())
+    causes = record["train_bad_image_causes"]
+    assert set(causes) <= {"no such file", "empty file", "not an image"}
+    assert sum(causes.values()) == record["train_bad_images"] > 0
+    assert record["train_bad_image_fraction"] == record["train_bad_images"] / (
+        12 + record["train_bad_images"]
+    )
 
 
 def test_evaluation_names_the_image_it_cannot_read(monkeypatch, tiny, tmp_path):
@@ -365,7 +404,10 @@ def test_pretraining_does_not_evaluate(monkeypatch, tiny, tmp_path):
 
 def test_masked_words_belong_to_the_item_not_to_the_batch(tiny, tmp_path):
     config = read_config(str(tiny["Pretrain"]), PRETRAIN, ["mlm_probability=0.5"])
-    loader = pretrain_loader(config, build_tokenizer(config["text_encoder"]), 32, 4, 64, seed=0, pin=False)
+    entries = read_sets(config["train_file"])
+    loader = pretrain_loader(
+        entries, config, build_tokenizer(config["text_encoder"]), 32, 4, 64, 0, pin=False
+    )
     items = [loader.dataset[(0, index)] for index in range(6)]
     whole, alone = loader.collate_fn(items), [loader.collate_fn([item]) for item in items]
     for row, single in enumerate(alone):

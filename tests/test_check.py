@@ -369,6 +369,8 @@ def test_what_cannot_be_checked_ends_with_2(demo, defects, tmp_path, capsys):
     assert "--task" in fails("--config", shutil.copy(config, tmp_path / "mine.yaml"))
     assert "unknown key" in fails("--config", config, "--overrides", "trian_file=a.json")
     assert "shards" in fails("--config", config, "--overrides", "train_file=[data/000.tar]")
+    mixed = "train_file=[{path: data/none.json, weight: 1}, {path: data/000.tar, weight: 2}]"
+    assert "shards" in fails("--config", config, "--overrides", mixed)
     assert "vocabulary" in fails("--config", config, "--text_encoder", tmp_path)
     assert "is a file of the config" in fails("--config", config, "--fix", folder)
     assert "cannot be written" in fails("--config", config, "--fix", folder / "train.json" / "a")

@@ -35,6 +35,7 @@ import training
 import VE
 import VQA
 import zero_shot_retrieval
+from dataset.prepare.__main__ import main as prepare
 from dataset.text import build_tokenizer
 from faults import RESUMABLE
 from launch import run_script
@@ -266,6 +267,23 @@ def workers(run: Runner, name: str) -> None:
     whole_and_stopped(run, name, "Pretrain", 1, (2, 5), num_workers=2)
     run(f"{name}_killed", "Pretrain", 1, ends=(-signal.SIGKILL,), call=6, how="kill", num_workers=2)
     run(f"{name}_killed", "Pretrain", 1, "--resume", num_workers=2)
+
+
+@told
+def shards(run: Runner, name: str) -> None:
+    """An annotation file, shards that are streamed, and shards on the disk, by weights."""
+    data = run.folder / "data"
+    made = ["--annotations", str(data / "pretrain_train.json"), "--out", str(data / "shards")]
+    prepare(["shards", *made, "--samples_per_shard", "4", "--workers", "1"])
+    names = f"{data}/shards/{{00000..00005}}.tar"
+    sets = {data / "pretrain_train.json": 1, f"pipe:cat {names}": 2, names: 1}
+    train_file = [f"{{path: '{path}', weight: {weight}}}" for path, weight in sets.items()]
+    settings = {
+        "train_file": f"[{', '.join(train_file)}]",
+        "samples_per_epoch": NUM_SAMPLES,
+        "num_workers": 1,
+    }
+    whole_and_stopped(run, name, "Pretrain", 2, (2, STEPS + 1), **settings)
 
 
 @told
@@ -529,6 +547,7 @@ def assert_same_run(out: Path, whole: Path, and_batches: bool = True) -> None:
     [
         *(f"{script}_{num_ranks}" for script in SCRIPTS for num_ranks in (1, 2)),
         *(name for name, *_ in VARIANTS),
+        "shards",
     ],
 )
 def test_a_stopped_run_ends_as_an_unbroken_one(story, name):
@@ -559,6 +578,16 @@ def test_what_was_not_saved_when_it_was_killed_is_done_again(story):
 
 def test_stops_with_loader_processes(story):
     assert_same_run(story("workers"), story("workers").with_name("workers_whole"))
+
+
+def test_shards_and_annotation_files_are_mixed_by_weight(story):
+    own = batches(story("shards"))
+    for epoch in range(EPOCHS):
+        steps = [step for rank in own.values() for step in rank[epoch * STEPS : (epoch + 1) * STEPS]]
+        where = [sample for step in steps for sample in step]
+        assert len(set(where)) == len(where) == NUM_SAMPLES
+        kinds = Counter("pipe" if sample.startswith("pipe:") else sample.count(".tar: ") for sample in where)
+        assert kinds == {"pipe": 12, 0: 6, 1: 6}
 
 
 def test_an_epoch_of_its_own_with_loader_processes(story):

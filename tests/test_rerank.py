@@ -140,7 +140,7 @@ def test_the_evaluation_has_the_precision_of_the_config(precision, tmp_path, mon
     paths = make_tiny(tmp_path)
     config = read_config(str(paths["Retrieval"]), RETRIEVAL, [f"precision={precision}"])
     model = shake(SIMLARetrieval.from_config(config, twins=False), std=0.05)
-    data = RetrievalEvalData(config["test_file"], config["image_root"], config["image_res"])
+    data = RetrievalEvalData(config["test_file"], config)
     seen = []
 
     def spied_rerank(model, similarity, k, image_embeds, *texts, **rest):

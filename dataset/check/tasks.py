@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, Key
-from dataset.annotations import NUMBER, TEXTS, Mapped, checked_late, expand, item_of
+from dataset.annotations import NUMBER, TEXTS, Mapped, checked_late, item_of
 from dataset.grounding import GroundingEvalData, read_expressions
+from dataset.mixture import weighted
 from dataset.nlvr import read_nlvr
 from dataset.pretrain import read_pairs
 from dataset.retrieval import read_captioned_images, read_train_pairs
+from dataset.shards import is_shards
 from dataset.text import clean_caption, clean_question
 from dataset.ve import read_ve
 from dataset.vqa import (
@@ -20,7 +22,7 @@ from dataset.vqa import (
     read_answer_list,
     read_questions,
 )
-from utils import UserError
+from utils import UserError, fill_in
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def open_sources(task: Task, config: dict, position_limit: int) -> list[Source]:
         if name == "train" and "max_tokens" in config:
             max_tokens = min(max_tokens, config["max_tokens"])
         for file in files:
-            if file.endswith(".tar"):
+            if is_shards(file):
                 raise UserError(
                     f"{name}_file {file}: this check reads JSON lists, not shards; check the list that the "
                     "shards were made of"
@@ -153,12 +155,13 @@ def open_sources(task: Task, config: dict, position_limit: int) -> list[Source]:
                     entries = spec.read(file, config)
             except UserError as error:
                 problem = str(error)
-            sources.append(Source(name, expand(file), spec, max_tokens, entries, problem))
+            sources.append(Source(name, Path(fill_in(file)), spec, max_tokens, entries, problem))
     if not sources:
         raise UserError(f"the config names no annotation file ({', '.join(task.splits)})")
     return sources
 
 
 def files_of(config: dict, split: str) -> list[str]:
+    """Of a mixture of data sets those of all."""
     files = config[f"{split}_file"]
-    return [files] if isinstance(files, str) and files else list(files)
+    return [path for paths in weighted(files)[0] for path in paths] if files else []

@@ -4,6 +4,7 @@
 
     prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None
     add_options(parser: argparse.ArgumentParser) -> None        where it has flags of its own
+    ROOT: str                                       help for --root, where it can be left out
 
 whose docstring says what it needs, what it writes and by which rules; it is what `--help` shows.
 """

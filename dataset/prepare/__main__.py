@@ -10,12 +10,13 @@ The files are written anew by every run, and replace the old ones only when they
 import argparse
 import logging
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
-from dataset.annotations import expand
 from dataset.prepare import CONVERTERS
 from dataset.prepare.common import Report
 from launch import run_script
+from utils import fill_in
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,7 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _options(chosen.name, converter, rest)
     report = Report(chosen.name)
     try:
-        converter.prepare(expand(options.root).absolute(), expand(options.out).absolute(), options, report)
+        root, out = (Path(fill_in(folder)).absolute() for folder in (options.root, options.out))
+        converter.prepare(root, out, options, report)
     finally:
         if report:
             print(report, flush=True)
@@ -50,8 +52,9 @@ def _options(name: str, converter: ModuleType, arguments: list[str]) -> argparse
         description=converter.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--root", required=True, help="folder with the downloads")
-    parser.add_argument("--out", required=True, help="folder for the annotation files, made where missing")
+    root = getattr(converter, "ROOT", "")
+    parser.add_argument("--root", required=not root, default="", help=root or "folder with the downloads")
+    parser.add_argument("--out", required=True, help="folder for what is written, made where missing")
     if hasattr(converter, "add_options"):
         converter.add_options(parser)
     return parser.parse_args(arguments, argparse.Namespace(name=name))

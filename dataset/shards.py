@@ -1,0 +1,129 @@
+"""Image-caption pairs in WebDataset shards, as a sequence: tar files of KEY.jpg (jpeg, png, webp) with
+KEY.txt or KEY.json, as img2dataset writes them.
+
+Local shards are read in place, any sample at any time. Others (URLs, `pipe:`) are fetched as a whole into a
+nameless file when the first of their samples is asked for, and given up a few shards later: they want to be
+read shard by shard.
+"""
+
+import re
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate
+
+import fsspec
+
+from dataset.shard_index import find_indexes
+from dataset.shard_stream import Fetch, count_samples
+from dataset.transforms import BadImage
+from utils import UserError, fill_in, first_line, is_url
+
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+KEPT_OPEN = 3  # fetched shards of a set, in each process: the one in use, the next, that of replacements
+
+
+class Shards(Sequence):
+    """The samples of shards that are all local, or all not (`is_stream`), as entries for training.
+
+    sizes: samples of each shard. Of a stream they may be given: a shard that turns out to have more gives
+    others in the next pass, at index + len; of one that has fewer some are taken again. An entry raises
+    `BadImage` for a sample without image or caption, and for a shard that cannot be had. UserError for local
+    shards that are not there.
+    """
+
+    def __init__(self, names: list[str], sizes: list[int] | None = None):
+        self.names, self.is_stream = names, is_url(names[0])
+        self.local = None if self.is_stream else find_indexes(names)
+        self.sizes = list(map(len, self.local)) if self.local else sizes or count_samples(names)
+        self.ends = list(accumulate(self.sizes))
+        self.fetched: OrderedDict[int, Fetch] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> dict:
+        number_of_pass, index = divmod(index, len(self)) if self.is_stream else (0, index)
+        place = bisect_right(self.ends, index)
+        shard = self.local[place] if self.local else self._fetch(place).result()
+        if not len(shard):
+            raise BadImage(shard.name, "no samples")
+        size = self.sizes[place]
+        return shard.entry((index - self.ends[place] + size + number_of_pass * size) % len(shard))
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "fetched": OrderedDict()}
+
+    def expect(self, index: int) -> None:
+        """The sample will soon be asked for: begins to fetch its shard."""
+        if self.is_stream:
+            self._fetch(bisect_right(self.ends, index))
+
+    def near(self, index: int, num_tries: int) -> range:
+        """Where to look for a replacement of a bad sample: in its shard, then in the ones after it, so that
+        few shards are fetched for it; in local shards anywhere.
+        """
+        if not self.is_stream:
+            return range(len(self))
+        place = (bisect_right(self.ends, index) + num_tries // 4) % len(self.names)
+        return range(self.ends[place] - self.sizes[place], self.ends[place])
+
+    def _fetch(self, place: int) -> "Fetch":
+        if place not in self.fetched:
+            self.fetched[place] = Fetch(self.names[place])
+            self.fetched[place].start()
+            if len(self.fetched) > KEPT_OPEN:
+                self.fetched.popitem(last=False)
+        self.fetched.move_to_end(place)
+        return self.fetched[place]
+
+
+# ---- the names of shards ----
+
+
+def is_shards(path: str) -> bool:
+    """Whether an element of train_file names shards, not an annotation file."""
+    return path.endswith(".tar") or is_url(path)
+
+
+def expand_names(patterns: list[str]) -> list[str]:
+    """The shards of patterns with {000..123} and {a,b}. UserError for URLs that cannot be opened here."""
+    names = []
+    for pattern in patterns:
+        for name in _expand_braces(pattern):
+            name = name.removeprefix("file://")
+            if is_url(name):
+                _check_protocol(name)
+                names.append(name)
+                continue
+            names.append(fill_in(name))
+    return names
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    braces = BRACES.search(pattern)
+    if braces is None:
+        return [pattern]
+    head, tail = pattern[: braces.start()], pattern[braces.end() :]
+    if braces[1]:
+        numbers = range(int(braces[1]), int(braces[2]) + 1)
+        if not numbers:
+            raise UserError(
+                f"train_file: {braces[0]} in {pattern} counts down; write the smaller number first"
+            )
+        parts = [f"{number:0{len(braces[1])}}" for number in numbers]
+    else:
+        parts = braces[3].split(",")
+    return [name for part in parts for name in _expand_braces(head + part + tail)]
+
+
+def _check_protocol(name: str) -> None:
+    if name.startswith("pipe:"):
+        return
+    try:
+        fsspec.get_filesystem_class(name.partition("://")[0])
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"train_file: {name} cannot be opened: {first_line(error)}; install what is named, or stream it "
+            f"with a program: 'pipe:curl -sf {name}'"
+        ) from error

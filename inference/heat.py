@@ -1,0 +1,106 @@
+"""Where a model looks for a text and for each of its words, and the boxes that follow.
+
+B pairs of image and text, T text tokens, (h, w) the image encoder's grid of patches.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dataset.text import tokenize
+from metrics import box_score, heat_box, resize_heat
+from models.gradcam import grad_cam, itm_token_maps
+from models.retrieval import SIMLARetrieval
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """text: as the model reads it; heat (h, w): its map, not negative; words: (word, its map) in order;
+    height, width: of the image in pixels; box: [x, y, width, height] in pixels, round the largest region that
+    is hot, None where nothing is; ranked: (box, score) of the proposals, best first.
+    """
+
+    text: str
+    heat: Tensor
+    words: list[tuple[str, Tensor]]
+    height: int
+    width: int
+    box: list[float] | None
+    ranked: list[tuple[list[float], float]]
+
+    def at_image_size(self, heat: Tensor | None = None) -> Tensor:
+        """A map (h, w), by default that of the whole text, over the image's pixels -> (height, width)"""
+        return resize_heat(self.heat if heat is None else heat, self.height, self.width)
+
+
+def text_words(tokenizer, text: str) -> list[tuple[str, list[int]]]:
+    """The words of a text and the places of their tokens, [CLS] being place 0."""
+    encoded = tokenizer(text)
+    words: dict[int, list[int]] = {}
+    for place, number in enumerate(encoded.word_ids(0)):
+        if number is not None:
+            words.setdefault(number, []).append(place)
+    spans = [encoded.word_to_chars(number) for number in words]
+    return [(text[span.start : span.end], places) for span, places in zip(spans, words.values(), strict=True)]
+
+
+def heat_maps(
+    model: SIMLARetrieval, tokenizer, mode: str, block: int, image: Tensor, texts: Sequence[str]
+) -> list[tuple[Tensor, list[tuple[str, Tensor]]]]:
+    """The map of every text and of its words, each (h, w) on the CPU: image (B, 3, R, R), B texts.
+
+    itm: a word's map is what its tokens add to that of the text. itc, which has one map for a whole text: the
+    word's map is that of the word alone.
+    """
+    limit = model.text_encoder.config.max_position_embeddings
+    text_ids, text_mask = (part.to(image.device) for part in tokenize(tokenizer, texts, position_limit=limit))
+    words = [text_words(tokenizer, text) for text in texts]
+    if mode == "itm":
+        grid = model.visual_encoder.patch_embed.grid_size
+        maps = itm_token_maps(model, block, image, text_ids, text_mask).unflatten(2, grid).float().cpu()
+        found = []
+        for row, length, own in zip(maps, text_mask.sum(1).tolist(), words, strict=True):
+            inside = [(word, [place for place in places if place < length]) for word, places in own]
+            by_word = [(word, row[places].sum(0) / length) for word, places in inside if places]
+            found.append((row[:length].mean(0), by_word))
+        return found
+    wholes = grad_cam(model, mode, block, image, text_ids, text_mask).float().cpu()
+    found = []
+    for number, own in enumerate(words):
+        inputs = tokenize(tokenizer, [word for word, _ in own], position_limit=limit)
+        ids, mask = (part.to(image.device) for part in inputs)
+        rows = image[number : number + 1].expand(len(own), -1, -1, -1)
+        maps = grad_cam(model, mode, block, rows, ids, mask).float().cpu()
+        found.append((wholes[number], [(word, heat) for (word, _), heat in zip(own, maps, strict=True)]))
+    return found
+
+
+def check_boxes(boxes: object, name: str) -> list[list[float]]:
+    """Proposals as [x, y, width, height] each; UserError for what is none."""
+    try:
+        rows = [[float(value) for value in list(box)[:4]] for box in boxes]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{name} must be a list of [x, y, width, height] in pixels, found {boxes!r}"[:500]
+        ) from error
+    for row in rows:
+        if len(row) < 4 or not all(map(math.isfinite, row)) or row[2] <= 0 or row[3] <= 0:
+            raise UserError(f"{name}: {row} is no [x, y, width, height] with width and height above 0")
+    return rows
+
+
+def grounding(
+    text: str,
+    heat: Tensor,
+    words: list[tuple[str, Tensor]],
+    height: int,
+    width: int,
+    boxes: list[list[float]],
+) -> Grounding:
+    """Adds to the maps what they say of boxes, by the rules of Grounding.py."""
+    full = resize_heat(heat, height, width)
+    ranked = sorted(((box, box_score(full, box)) for box in boxes), key=lambda pair: -pair[1])
+    return Grounding(text, heat, words, height, width, heat_box(full), ranked)

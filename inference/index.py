@@ -1,0 +1,239 @@
+"""An index of images for search: features and token states of every image, in memory or memory-mapped files.
+
+A saved index is a folder of index.json (the files, their sizes and times, and what computed them),
+features.npy and states.npy. I images, E shared embedding, N image tokens, D width.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.transforms import BadImage
+from inference.inputs import read_pictures
+from saving import atomic_write
+from utils import PRECISIONS, UserError, log, with_progress
+
+FORMAT = 1
+CONTENTS, FEATURES, STATES = "index.json", "features.npy", "states.npy"
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+LOG_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Index:
+    """Images that `Simla.search` looks through.
+
+    files (I): absolute paths; features (I, E) float32, unit length; states (I, N, D), of the precision that
+    they were computed in; made_by: see `Simla.image_side`; unreadable: files that were left out -> why.
+    """
+
+    files: list[str]
+    features: Tensor
+    states: Tensor
+    made_by: dict
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+class Hit(NamedTuple):
+    """An image that `Simla.search` found; score: the logit of the matching head, which ranks; similarity: of
+    the features, which chose the candidates.
+    """
+
+    file: str
+    score: float
+    similarity: float
+
+
+def image_files(images: str | Path | Sequence[str | Path]) -> list[str]:
+    """The absolute paths of the image files of a folder and its subfolders, sorted, or of those of a list."""
+    if isinstance(images, str | Path):
+        folder = Path(images).absolute()
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder; search looks through a folder or a list of image files")
+        files = [str(path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+        if not files:
+            raise UserError(f"{folder} holds no image; looked for files *{' *'.join(sorted(SUFFIXES))}")
+        return files
+    files = list(images)
+    wrong = [file for file in files if not isinstance(file, str | Path)]
+    if wrong or not files:
+        found = f"a {type(wrong[0]).__name__}" if wrong else "an empty list"
+        raise UserError(f"an index is made of a folder or a list of image files, found {found}")
+    return [str(Path(file).absolute()) for file in files]
+
+
+def build_index(
+    images: str | Path | Sequence[str | Path],
+    folder: str | Path | None,
+    encode: Callable[[list[Tensor]], tuple[Tensor, Tensor]],
+    sizes: tuple[int, int, int],
+    image_res: int,
+    batch_size: int,
+    made_by: dict,
+) -> Index:
+    """Encodes the images batch by batch, into a new `folder`, or in memory where there is none.
+
+    encode: pixels, each (3, R, R) uint8 -> states (B, N, D), features (B, E); sizes: N, D, E. Files that
+    cannot be read are left out, named in the log and in `unreadable`. Raises UserError where none can be
+    read, or the folder is there already or cannot be written.
+    """
+    files = image_files(images)
+    num_tokens, width, embed_dim = sizes
+    shapes = {FEATURES: (len(files), embed_dim), STATES: (len(files), num_tokens, width)}
+    dtypes = {FEATURES: np.dtype(np.float32), STATES: _stored_dtype(made_by["precision"])}
+    if folder is None:
+        arrays = {name: np.empty(shapes[name], dtypes[name]) for name in shapes}
+        kept, unreadable = _fill(arrays, files, encode, image_res, batch_size)
+        return _index(files, kept, unreadable, arrays, made_by)
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} is there already; delete it to index again, or name another folder")
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of an earlier try that was killed
+        unfinished.mkdir(parents=True)
+        arrays = {
+            name: np.lib.format.open_memmap(unfinished / name, "w+", dtypes[name], shapes[name])
+            for name in shapes
+        }
+        stamps = [_stamp(file) for file in files]  # before they are read: a later change is noticed
+        kept, unreadable = _fill(arrays, files, encode, image_res, batch_size)
+        for array in arrays.values():
+            array.flush()
+        contents = {
+            "format": FORMAT,
+            "made_by": made_by,
+            "folder": str(Path(images).absolute()) if isinstance(images, str | Path) else None,
+            "files": [[files[i], *stamps[i]] for i in kept],
+            "unreadable": unreadable,
+        }
+        with atomic_write(unfinished / CONTENTS) as file:
+            file.write(json.dumps(contents).encode())
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"the index {folder} could not be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return _index(files, kept, unreadable, arrays, made_by)
+
+
+def _fill(
+    arrays: dict[str, np.ndarray], files: list[str], encode: Callable, image_res: int, batch_size: int
+) -> tuple[list[int], dict[str, str]]:
+    """Writes the rows of the images that can be read, one after the other -> their numbers; the others."""
+    kept, unreadable = [], {}
+    starts = range(0, len(files), batch_size)
+    for start in with_progress(starts, len(starts), "Indexing", LOG_STEPS):
+        good = []
+        for number, picture in enumerate(read_pictures(files[start : start + batch_size], image_res), start):
+            if isinstance(picture, BadImage):
+                unreadable[files[number]] = picture.cause
+                log.warning(f"left out of the index: {picture}")
+            else:
+                good.append((number, picture))
+        if good:
+            rows = slice(len(kept), len(kept) + len(good))
+            states, features = encode([picture.pixels for _, picture in good])
+            arrays[STATES][rows] = _stored(states.cpu())
+            arrays[FEATURES][rows] = features.cpu().numpy()
+            kept += [number for number, _ in good]
+    if not kept:
+        raise UserError(
+            f"none of {len(files)} images can be read, the first: {files[0]} ({unreadable[files[0]]})"
+        )
+    return kept, unreadable
+
+
+def open_index(folder: str | Path, made_by: dict) -> Index:
+    """A saved index, memory-mapped. Raises UserError where it is damaged, was made by other weights or in
+    another precision than `made_by` says, or where the images are not those any more that it was made of.
+    """
+    folder, remedy = Path(folder), "delete it and index again"
+    try:
+        contents = json.loads((folder / CONTENTS).read_text())
+        arrays = {name: np.load(folder / name, mmap_mode="c") for name in (FEATURES, STATES)}
+        if contents["format"] != FORMAT:
+            raise UserError(f"the index {folder} is of another version of this program; {remedy}")
+        theirs, entries = contents["made_by"], contents["files"]
+        stamps = {file: tuple(stamp) for file, *stamp in entries}
+        unreadable, source = contents["unreadable"], contents["folder"]
+        if min(map(len, arrays.values())) < len(entries):
+            raise ValueError("fewer rows than files")
+    except OSError as error:
+        raise UserError(f"{folder} is no readable index ({error.strerror or error}); {remedy}") from error
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        raise UserError(
+            f"the index {folder} is damaged ({type(error).__name__}: {error}); {remedy}"
+        ) from error
+    check_made_by(theirs, made_by, f"the index {folder}")
+    for problem, files in _changes(stamps, unreadable, source):
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise UserError(f"the index {folder} is out of date: {files[0]}{more} {problem}; {remedy}")
+    names = [file for file, *_ in entries]
+    return _index(names, range(len(names)), unreadable, arrays, theirs)
+
+
+def check_made_by(theirs: dict, ours: dict, name: str) -> None:
+    """UserError where an index was not computed as this model would."""
+    for what, key in (("another image encoder", "weights"), ("another precision", "precision")):
+        if theirs[key] != ours[key]:
+            raise UserError(
+                f"{name} was made by {what} ({theirs[key]}, this model has {ours[key]}); index the images "
+                "again with this model"
+            )
+
+
+def _changes(
+    stamps: dict[str, tuple[int, int]], unreadable: dict[str, str], folder: str | None
+) -> Iterator[tuple[str, list[str]]]:
+    """What is not as it was when the index was made: the problem and the files that have it."""
+    now = {file: _stamp(file) for file in stamps}
+    found = {
+        "is gone": [file for file in stamps if now[file] == GONE],
+        "has changed": [file for file, stamp in stamps.items() if now[file] not in (GONE, stamp)],
+        "is new": [],
+    }
+    if folder is not None and Path(folder).is_dir():
+        found["is new"] = [
+            file for file in image_files(folder) if file not in stamps and file not in unreadable
+        ]
+    return ((problem, files) for problem, files in found.items() if files)
+
+
+GONE = (-1, -1)
+
+
+def _stamp(file: str) -> tuple[int, int]:
+    """Size in bytes and time of the last change in nanoseconds."""
+    try:
+        status = Path(file).stat()
+    except OSError:
+        return GONE
+    return status.st_size, status.st_mtime_ns
+
+
+def _index(
+    files: list[str], kept: Sequence[int], unreadable: dict, arrays: dict[str, np.ndarray], made_by: dict
+) -> Index:
+    features, states = (torch.from_numpy(arrays[name][: len(kept)]) for name in (FEATURES, STATES))
+    states = states.view(PRECISIONS[made_by["precision"]])
+    return Index([files[number] for number in kept], features, states, made_by, unreadable)
+
+
+def _stored_dtype(precision: str) -> np.dtype:
+    """What numpy calls it; bfloat16, which it does not know, is stored as whole numbers of the same bits."""
+    return np.dtype(np.int16 if precision == "bf16" else str(PRECISIONS[precision]).removeprefix("torch."))
+
+
+def _stored(states: Tensor) -> np.ndarray:
+    return (states.view(torch.int16) if states.dtype == torch.bfloat16 else states).numpy()

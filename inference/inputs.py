@@ -1,0 +1,119 @@
+"""What people hand in, one or many of paths, PIL images, arrays, tensors or texts, as what the models read.
+
+R is the side of the model's square input, in pixels.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dataset.transforms import BadImage, EvalTransform, load_image, upright_rgb
+from utils import UserError, num_cores
+
+# A path, a PIL image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8.
+OneImage: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
+Images: TypeAlias = "OneImage | Sequence[OneImage]"  # arrays and tensors with four axes are several images
+Texts: TypeAlias = "str | Sequence[str]"
+
+
+class Picture(NamedTuple):
+    """pixels (3, R, R) uint8; height and width that the image had, in pixels."""
+
+    pixels: Tensor
+    height: int
+    width: int
+
+
+def listed(inputs: object, what: str) -> tuple[list, bool]:
+    """One input or several -> a list, and whether it was a single one. Raises UserError for an empty list."""
+    if isinstance(inputs, np.ndarray | Tensor):
+        is_single = inputs.ndim < 4
+    else:
+        is_single = isinstance(inputs, str | Path | Image.Image) or not isinstance(inputs, Iterable)
+    inputs = [inputs] if is_single else list(inputs)
+    if not inputs:
+        raise UserError(f"no {what}s given: the list is empty")
+    return inputs, is_single
+
+
+def read_image(image: OneImage, name: str = "image") -> Image.Image:
+    """RGB, upright, as the task scripts read it. Raises UserError, `name` saying which image it is, for what
+    is no image, and BadImage for a file or PIL image that cannot be read.
+    """
+    if isinstance(image, str | Path):
+        return load_image(image)
+    if isinstance(image, Image.Image):
+        try:
+            return upright_rgb(image.copy())
+        except Exception as error:  # a lazily opened file is decoded only here
+            raise BadImage(name, f"{type(error).__name__}: {error}") from error
+    if not isinstance(image, np.ndarray | Tensor):
+        raise UserError(
+            f"{name} is a {type(image).__name__}; expected a path, a PIL image, a numpy array (H, W, 3) or a "
+            "tensor (3, H, W)"
+        )
+    wanted, channels = ("(H, W, 3)", -1) if isinstance(image, np.ndarray) else ("(3, H, W)", 0)
+    kind = str(image.dtype).removeprefix("torch.")
+    if image.ndim != 3 or image.shape[channels] != 3 or 0 in image.shape or kind != "uint8":
+        raise UserError(
+            f"{name} is {kind} of shape {tuple(image.shape)}; expected uint8 {wanted}, RGB from 0 to 255"
+        )
+    pixels = image if isinstance(image, np.ndarray) else image.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def read_pictures(images: Sequence[OneImage], image_res: int, first: int = 0) -> list[Picture | BadImage]:
+    """The images resized as for evaluation, in threads; one that is there several times is read once. In
+    place of one that cannot be read stands the error. `first`: the number of the first image, for messages.
+    """
+    transform = EvalTransform(image_res)
+
+    def read(item: tuple[int, OneImage]) -> Picture | BadImage:
+        try:
+            image = read_image(item[1], f"image {item[0]}")
+        except BadImage as error:
+            return error
+        return Picture(transform(image), image.height, image.width)
+
+    different = {id(image): (number, image) for number, image in enumerate(images, first)}
+    with ThreadPoolExecutor(min(num_cores(), len(different))) as threads:
+        found = dict(zip(different, threads.map(read, different.values()), strict=True))
+    return [found[id(image)] for image in images]
+
+
+def good_pictures(images: Sequence[OneImage], image_res: int, first: int = 0) -> list[Picture]:
+    """As `read_pictures`; UserError naming the first that cannot be read."""
+    pictures = read_pictures(images, image_res, first)
+    for picture in pictures:
+        if isinstance(picture, BadImage):
+            raise UserError(f"{picture}; give another image or leave it out") from picture
+    return pictures
+
+
+def clean_texts(texts: Sequence[str], clean: Callable[[str], str]) -> list[str]:
+    """The texts as the model reads them. Raises UserError for what is no text or has no word."""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"text {number} is a {type(text).__name__}, expected str")
+        if not clean(text).strip():
+            raise UserError(f"text {number}, {text!r}, has no word")
+    return [clean(text) for text in texts]
+
+
+def paired(first: tuple[list, bool], second: tuple[list, bool], names: str) -> tuple[list, list, bool]:
+    """Two results of `listed` as pairs, a single input going with all of the others, and whether both were
+    single. Raises UserError where the numbers differ.
+    """
+    (ours, our_single), (theirs, their_single) = first, second
+    total = max(len(ours), len(theirs))
+    ours, theirs = ours * (total if our_single else 1), theirs * (total if their_single else 1)
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"{len(ours)} and {len(theirs)} {names}: give as many of both, or a single one of either"
+        )
+    return ours, theirs, our_single and their_single

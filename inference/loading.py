@@ -1,0 +1,142 @@
+"""From a checkpoint file to a model that answers: its kind, its config, its tokenizer."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from torch import Tensor, nn
+
+from checkpoint import kind_of, load_weights, weights_in
+from checkpoint_tools import TASKS
+from config import CONTRAST, ENCODERS, Key, check_values
+from dataset.text import build_tokenizer, check_vocabulary
+from inference.model import Simla
+from launch import pick_device
+from safe_load import safe_load, to_plain
+from utils import PRECISIONS, UserError
+
+ROOT = Path(__file__).parent.parent  # relative paths of a config start here, where the scripts are run
+LOADED_AS = {  # kind of checkpoint -> the task that reads it here, by the rows of `checkpoint`
+    "pretrain": "zero_shot_retrieval",
+    "retrieval": "zero_shot_retrieval",
+    "vqa": "VQA",
+    "ve": "VE",
+    "nlvr": "NLVR",
+}
+USED_KEYS = {*ENCODERS, *CONTRAST, "vit_mask_token", "decoder_layers", "batch_size_test", "k_test", "eos"}
+USED_KEYS |= {"num_beams", "max_answer_tokens"}
+
+
+def load(
+    checkpoint: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "fp32",
+    config: str | Path | Mapping | None = None,
+    text_encoder: str | None = None,
+) -> Simla:
+    """The model of a checkpoint of any task, ours or published, .pth or .safetensors, ready to be asked.
+
+    device: auto (a GPU where there is one), cpu, cuda or cuda:N; dtype: what the encoders compute in, fp32,
+    tf32, bf16 or fp16, or the torch dtype; config: a task's YAML file or mapping, for a file that holds none
+    or the wrong one; text_encoder: hub name or folder of the tokenizer, instead of the config's. Raises
+    UserError for a file that is damaged, no SIMLA checkpoint, of pretrain_nlvr, or does not fit its config.
+
+    On a GPU the dtype also decides whether torch multiplies float32 in tf32, for the whole process.
+    """
+    source = str(checkpoint)
+    precision = _precision(dtype)
+    chosen = pick_device(str(device))
+    content = safe_load(checkpoint)
+    state = weights_in(content, source)
+    kind = kind_of(state, source, content.get("metadata"))
+    if kind not in LOADED_AS:
+        raise UserError(
+            f"{source} is a {kind} checkpoint, half-way to NLVR2, which answers nothing itself; load what "
+            "NLVR.py made of it"
+        )
+    task = LOADED_AS[kind]
+    table, build = TASKS[task]
+    values, where = _stored_config(content, source) if config is None else _given_config(config)
+    settings = model_config(values, table, where)
+    settings["text_encoder"] = text_encoder or settings["text_encoder"]
+    settings["vit_mask_token"] = kind != "pretrain" and "visual_encoder.mask_token" in state
+    tokenizer = build_tokenizer(settings["text_encoder"])
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        model = build(settings)
+        concepts = _concept_head(state) if kind == "pretrain" else None
+    check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
+    load_weights(model, checkpoint, task)
+    for name in model.twin_names:  # only training asks them
+        delattr(model, f"{name}_m")
+    return Simla(model, tokenizer, settings, kind, source, chosen, precision, concepts)
+
+
+def _precision(dtype: str | torch.dtype) -> str:
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    name = names.get(dtype, dtype)
+    if name not in PRECISIONS:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(PRECISIONS)}, or the torch dtype")
+    return name
+
+
+def _stored_config(content: dict, source: str) -> tuple[dict, str]:
+    """The config in the checkpoint, and how to call it in messages."""
+    stored = to_plain(content.get("config"))
+    if text := content.get("metadata", {}).get("config"):
+        try:
+            stored = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{source}: the config in its metadata is not JSON ({error})") from error
+    if not isinstance(stored, dict) or not stored:
+        raise UserError(
+            f"{source} holds no config, which says how large the model is and how images are read; give that "
+            "of its training, config='configs/...yaml'"
+        )
+    return stored, f"in {source}"
+
+
+def _given_config(config: str | Path | Mapping) -> tuple[dict, str]:
+    if isinstance(config, Mapping):
+        return dict(config), "given"
+    try:
+        values = YAML(typ="safe").load(Path(config).read_text())
+    except OSError as error:
+        raise UserError(f"config {config} cannot be read: {error.strerror}") from error
+    except YAMLError as error:
+        raise UserError(f"config {config} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config {config} must hold `key: value` lines, found {type(values).__name__}")
+    return values, str(config)
+
+
+def model_config(values: dict, table: dict[str, Key], where: str) -> dict:
+    """What model and scoring need of a task's config, checked, defaults filled in; training, data, and keys
+    that other versions have, are passed over. Raises UserError for what is missing or of a wrong type.
+    """
+    used = {name: key for name, key in table.items() if name in USED_KEYS}
+    known = {name: value for name, value in values.items() if name in used}
+    released = {"released_code": table["released_code"]}  # changes no score: the paper's, whatever is stored
+    config = check_values(known, used | released, where)
+    for name in ("bert_config", "text_encoder"):
+        config[name] = _found(config[name])
+    return config
+
+
+def _found(path: str | dict) -> str | dict:
+    """A relative path as it is, or, where nothing is there, from the folder of the scripts."""
+    if isinstance(path, str) and not Path(path).exists() and (ROOT / path).exists():
+        return str(ROOT / path)
+    return path
+
+
+def _concept_head(state: Mapping[str, Tensor]) -> nn.Linear | None:
+    """The head that names an image's keywords, where the file has it."""
+    if "concept_head.weight" not in state:
+        return None
+    vocab_size, embed_dim = state["concept_head.weight"].shape
+    head = nn.Linear(embed_dim, vocab_size)
+    head.load_state_dict({name: state[f"concept_head.{name}"] for name in ("weight", "bias")})
+    return head

@@ -1,0 +1,347 @@
+"""`Simla`: what a trained model can be asked. Every method takes one or many images and texts.
+
+I images, T texts, B pairs of them, E shared embedding, R side of the square input.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dataset.nlvr import CLASSES as NLVR_CLASSES
+from dataset.text import clean_caption, clean_question, tokenize
+from dataset.transforms import normalise
+from dataset.ve import CLASSES as VE_CLASSES
+from dataset.vqa import MAX_WORDS_IN_EVALUATION
+from inference.answers import ranking, writing
+from inference.heat import Grounding, check_boxes, grounding, heat_maps
+from inference.index import Hit, Index, build_index, check_made_by, open_index
+from inference.inputs import Images, Texts, clean_texts, good_pictures, listed, paired
+from inference.keywords import Concepts
+from models.gradcam import MODES, check_block
+from models.rerank import rerank
+from utils import PRECISIONS, UserError, autocast, set_precision
+from zero_shot_retrieval import MAX_TEXT_TOKENS
+
+WRITTEN_BY = {  # kind of checkpoint -> the script that makes it
+    "pretrain": "Pretrain.py",
+    "retrieval": "Retrieval.py or Grounding.py",
+    "vqa": "VQA.py",
+    "ve": "VE.py",
+    "nlvr": "NLVR.py",
+}
+FEATURES = "projection to features", "pretrain", "retrieval"  # a part, and the kinds that have it
+MATCHING = "matching head", "pretrain", "retrieval"
+PAIRS_AT_A_TIME = 512  # in `match`
+
+
+class Simla:
+    """A trained model; `load` makes it. What a checkpoint has no head for raises UserError.
+
+    kind: pretrain, retrieval (also what Grounding.py writes), vqa, ve or nlvr; source: the checkpoint file;
+    config: the sizes, and the defaults of what may be chosen.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        config: dict,
+        kind: str,
+        source: str,
+        device: torch.device,
+        precision: str,
+        concept_head: nn.Linear | None = None,
+    ):
+        set_precision(device, precision)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.concepts = None if concept_head is None else Concepts(concept_head.to(device), tokenizer)
+        self.tokenizer, self.config, self.kind, self.source = tokenizer, config, kind, source
+        self.device, self.precision = device, precision
+
+    def __repr__(self) -> str:
+        return f"Simla({self.kind} checkpoint {self.source}, {self.device}, {self.precision})"
+
+    # ---- contrast and matching ----
+
+    def encode_image(self, images: Images) -> Tensor:
+        """Unit-length features of the images, (I, E) float32 on the CPU."""
+        self._need("encode_image", *FEATURES)
+        images, _ = listed(images, "image")
+        with self._scoring():
+            return torch.cat([self.model.encode_image(batch)[1].cpu() for batch in self._batches(images)])
+
+    def encode_text(self, texts: Texts) -> Tensor:
+        """Unit-length features of the texts, (T, E) float32 on the CPU."""
+        self._need("encode_text", *FEATURES)
+        ids, mask = self._captions(listed(texts, "text")[0])
+        size = self.config["batch_size_test"]
+        with self._scoring():
+            rows = zip(ids.split(size), mask.split(size), strict=True)
+            return torch.cat([self.model.encode_text(*row).cpu() for row in rows])
+
+    def similarity(self, images: Images, texts: Texts) -> Tensor:
+        """Cosine of every image's and every text's features, (I, T); a single image or text has no axis."""
+        self._need("similarity", *FEATURES)
+        (images, one_image), (texts, one_text) = listed(images, "image"), listed(texts, "text")
+        cosines = self.encode_image(images) @ self.encode_text(texts).T
+        return cosines[0 if one_image else slice(None), ..., 0 if one_text else slice(None)]
+
+    def match(self, images: Images, texts: Texts) -> Tensor:
+        """The matching head's probability that a text describes an image, (I, T); a single image or text has
+        no axis. Reads every pair jointly, which takes longer than `similarity` and tells more apart.
+        """
+        self._need("match", *MATCHING)
+        (images, one_image), (texts, one_text) = listed(images, "image"), listed(texts, "text")
+        ids, mask = self._captions(texts)
+        rows = []
+        with self._scoring():
+            for image in self._batches(images):
+                cross = self.model.text_encoder.project(self.model.visual_encoder(image))
+                parts = []
+                for part in zip(
+                    *(side.split(max(1, PAIRS_AT_A_TIME // len(image))) for side in (ids, mask)), strict=True
+                ):
+                    own = (
+                        side.repeat(len(image), 1) for side in part
+                    )  # all texts for image 0, for image 1, ...
+                    logits = self.model.itm_head(self.model.text_encoder.first_state(*own, cross))
+                    parts.append(logits.float().softmax(-1)[:, 1].view(len(image), -1).cpu())
+                rows.append(torch.cat(parts, dim=1))
+        return torch.cat(rows)[0 if one_image else slice(None), ..., 0 if one_text else slice(None)]
+
+    # ---- search ----
+
+    def index(self, images: str | Path | Sequence[str | Path], folder: str | Path | None = None) -> Index:
+        """Encodes a folder of images, subfolders included, or a list of files, for `search`.
+
+        folder: a new one to write the index to, for `open_index`; None: it stays in memory. An image takes
+        4 N D bytes (1.8 MB at 384 x 384 for the base size), half of it in bf16 or fp16. Files that cannot be
+        read are left out and listed in the index's `unreadable`.
+        """
+        self._need("index", *FEATURES)
+
+        def encode(pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
+            with self._scoring():
+                states, features = self.model.encode_image(normalise(torch.stack(pixels).to(self.device)))
+            return states.to(PRECISIONS[self.precision]), features
+
+        sizes = (*self.model.visual_encoder.pos_embed.shape[1:], self.model.vision_proj.out_features)
+        res, batch_size = self.config["image_res"], self.config["batch_size_test"]
+        return build_index(images, folder, encode, sizes, res, batch_size, self.image_side)
+
+    def open_index(self, folder: str | Path) -> Index:
+        """An index that `index` has written, memory-mapped. Raises UserError where it is damaged, its images
+        have changed, or this model would have computed it otherwise.
+        """
+        self._need("open_index", *FEATURES)
+        return open_index(folder, self.image_side)
+
+    def search(
+        self,
+        images: Index | str | Path | Sequence[str | Path],
+        queries: Texts,
+        top: int = 5,
+        candidates: int | None = None,
+    ) -> list:
+        """The images that match a text best: for each query a list of Hit, best first; one list for one text.
+
+        The features choose `candidates` images (None: k_test of the config, or `top` if more), which the
+        matching head then ranks, exactly as zero_shot_retrieval.py does. images: an index, or what `index`
+        takes.
+        """
+        self._need("search", *MATCHING)
+        queries, is_single = listed(queries, "query")
+        ids, mask = self._captions(queries)
+        index = images if isinstance(images, Index) else self.index(images)
+        check_made_by(index.made_by, self.image_side, "the index")
+        similarity = index.features @ self.encode_text(queries).T  # (I, T)
+        num = min(candidates or max(top, self.config["k_test"]), len(index))
+        found = []
+        for number in range(len(queries)):
+            own = slice(number, number + 1)
+            cosines, rows = similarity[:, number].topk(num)
+            with self._scoring():
+                inputs = cosines[:, None].to(self.device), num, index.states[rows], ids[own], mask[own]
+                scores = rerank(self.model, *inputs)[1][0]
+            order = scores.argsort(descending=True, stable=True)[:top].tolist()
+            hits = zip(rows[order].tolist(), scores[order].tolist(), cosines[order].tolist(), strict=True)
+            found.append([Hit(index.files[row], score, cosine) for row, score, cosine in hits])
+        return found[0] if is_single else found
+
+    @cached_property
+    def image_side(self) -> dict:
+        """What an index depends on: the weights that read images, by their hash, and the precision."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, value in self.model.state_dict().items():
+            if name.startswith(("visual_encoder.", "vision_proj.")):
+                digest.update(name.encode())
+                digest.update(value.float().cpu().numpy().tobytes())
+        return {"weights": digest.hexdigest(), "precision": self.precision}
+
+    # ---- grounding ----
+
+    def ground(
+        self,
+        images: Images,
+        texts: Texts,
+        boxes: Sequence | None = None,
+        mode: str = "itm",
+        block: int | None = None,
+    ) -> Grounding | list[Grounding]:
+        """Where in the image a text and each of its words is seen, for every pair of image and text.
+
+        boxes: proposals to rank, [[x, y, width, height, ...], ...] in pixels of the image, a list of those
+        for many pairs; mode: itm (cross-attention, by the matching head) or itc (the image encoder's
+        attention, by the features); block: the layer, from 0, None = three quarters up (8 of 0 to 11, as in
+        Grounding.py). In the last layer itm only hears [CLS]: the maps of the words are empty there. Always
+        in float32.
+        """
+        self._need("ground", *MATCHING)
+        if mode not in MODES:
+            raise UserError(f"mode {mode!r}: expected {' or '.join(MODES)}")
+        layers = {"itm": self.model.text_encoder.encoder.layer, "itc": self.model.visual_encoder.blocks}[mode]
+        block = (len(layers) - 1) * 3 // 4 if block is None else block
+        check_block(self.model, mode, block)
+        images, texts, is_single = self._pairs(images, texts, clean_caption, "texts")
+        proposals = [[]] * len(texts) if boxes is None else [boxes] if is_single else list(boxes)
+        if len(proposals) != len(texts):
+            raise UserError(f"{len(proposals)} lists of boxes for {len(texts)} pairs: give one for each")
+        proposals = [check_boxes(own, f"boxes of pair {number}") for number, own in enumerate(proposals)]
+        found = []
+        for start, pictures in self._pictures(images):
+            own = slice(start, start + len(pictures))
+            pixels = self._normalised([picture.pixels for picture in pictures])
+            maps = heat_maps(self.model, self.tokenizer, mode, block, pixels, texts[own])
+            for text, heats, picture, ranked in zip(texts[own], maps, pictures, proposals[own], strict=True):
+                found.append(grounding(text, *heats, picture.height, picture.width, ranked))
+        return found[0] if is_single else found
+
+    # ---- questions and statements ----
+
+    def answer(
+        self,
+        images: Images,
+        questions: Texts,
+        answers: Sequence[str] | str | Path | None = None,
+        top: int = 5,
+    ) -> list:
+        """The best answers as (answer, probability), best first: a list for each pair of image and question.
+
+        answers: those to rank, as a list or the path of a JSON list; probabilities are among the k_test
+        likeliest. None: free answers by beam search, num_beams of them, the probability being that of the
+        words one after the other.
+        """
+        self._need("answer", "answer decoder", "vqa")
+        clean = partial(clean_question, max_words=MAX_WORDS_IN_EVALUATION)
+        images, questions, is_single = self._pairs(images, questions, clean, "questions")
+        context = self.model, self.tokenizer, self.config
+        give = writing(*context) if answers is None else ranking(*context, answers)
+        with self._scoring():
+            found = [row[:top] for batch in self._pair_batches(images, questions) for row in give(batch)]
+        return found[0] if is_single else found
+
+    def entails(self, images: Images, sentences: Texts) -> dict[str, float] | list[dict[str, float]]:
+        """The probabilities of contradiction, neutral and entailment for every pair of image and sentence."""
+        self._need("entails", "entailment head", "ve")
+        images, sentences, is_single = self._pairs(images, sentences, clean_caption, "sentences")
+        with self._scoring():
+            found = [
+                dict(zip(VE_CLASSES, row, strict=True))
+                for inputs in self._pair_batches(images, sentences)
+                for row in self.model.predict(*inputs).float().softmax(-1).tolist()
+            ]
+        return found[0] if is_single else found
+
+    def compare(self, first: Images, second: Images, statements: Texts) -> float | list[float]:
+        """The probability that a statement is true of two images, for every triple of them."""
+        self._need("compare", "two-image head", "nlvr")
+        left, right, one_pair = paired(listed(first, "image"), listed(second, "image"), "images")
+        couples, statements, is_single = self._pairs(
+            list(zip(left, right, strict=True)), statements, clean_caption, "statements", one_pair
+        )
+        found = []
+        with self._scoring():
+            batches = (self._pair_batches([couple[i] for couple in couples], statements) for i in (0, 1))
+            for (left, ids, mask), (right, _, _) in zip(*batches, strict=True):
+                probabilities = self.model.predict(torch.cat([left, right]), ids, mask).float().softmax(-1)
+                found += probabilities[:, NLVR_CLASSES.index("True")].tolist()
+        return found[0] if is_single else found
+
+    # ---- keywords ----
+
+    def keywords(self, images: Images, top: int = 5, words: Sequence[str] | None = None) -> list:
+        """The words that the concept head of pre-training sees in an image: for each image a list of (word,
+        probability), best first. Each word has a probability of its own; they do not sum to 1.
+
+        words: those to choose from, single words of the vocabulary; None: all, function words left out.
+        """
+        self._need("keywords", "concept head", "pretrain")
+        if self.concepts is None:
+            raise UserError(f"{self.source} was exported without its concept head; load its source instead")
+        images, is_single = listed(images, "image")
+        features = self.encode_image(images).to(self.device)
+        with torch.inference_mode():
+            found = self.concepts.best(features, top, words)
+        return found[0] if is_single else found
+
+    # ---- inputs ----
+
+    def _need(self, method: str, part: str, *kinds: str) -> None:
+        if self.kind not in kinds:
+            scripts = " or ".join(WRITTEN_BY[kind] for kind in kinds)
+            raise UserError(
+                f"{self.source} is a {self.kind} checkpoint, which has no {part}; {method} needs a "
+                f"checkpoint of {scripts}"
+            )
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """As the task scripts score: no gradients, the precision of the model."""
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            yield
+
+    @property
+    def _position_limit(self) -> int:
+        return self.model.text_encoder.config.max_position_embeddings
+
+    def _captions(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask (T, 30 or less) as retrieval reads them."""
+        texts = clean_texts(texts, clean_caption)
+        ids, mask = tokenize(self.tokenizer, texts, MAX_TEXT_TOKENS, position_limit=self._position_limit)
+        return ids.to(self.device), mask.to(self.device)
+
+    def _pairs(
+        self, images: Images, texts: Texts, clean, names: str, one_image: bool | None = None
+    ) -> tuple[list, list[str], bool]:
+        """As `paired`, the texts clean; one_image: of a list, whether it stands for a single input."""
+        images, is_single = listed(images, "image")
+        texts, one_text = listed(texts, names.removesuffix("s"))
+        is_single = is_single if one_image is None else one_image
+        return paired((images, is_single), (clean_texts(texts, clean), one_text), f"images and {names}")
+
+    def _pictures(self, images: list) -> Iterator[tuple[int, list]]:
+        """The images read, batch by batch, with the number of the first."""
+        size = self.config["batch_size_test"]
+        for start in range(0, len(images), size):
+            yield start, good_pictures(images[start : start + size], self.config["image_res"], start)
+
+    def _normalised(self, pixels: list[Tensor]) -> Tensor:
+        return normalise(torch.stack(pixels).to(self.device))
+
+    def _batches(self, images: list) -> Iterator[Tensor]:
+        """The images as the encoder takes them, (B, 3, R, R) each."""
+        for _, pictures in self._pictures(images):
+            yield self._normalised([picture.pixels for picture in pictures])
+
+    def _pair_batches(self, images: list, texts: list[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Image (B, 3, R, R), ids and mask (B, T) of the pairs, as the task scripts collate them."""
+        size = self.config["batch_size_test"]
+        for start, image in zip(range(0, len(images), size), self._batches(images), strict=True):
+            own = texts[start : start + size]
+            ids, mask = tokenize(self.tokenizer, own, position_limit=self._position_limit)
+            yield image, ids.to(self.device), mask.to(self.device)

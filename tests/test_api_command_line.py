@@ -1,0 +1,199 @@
+"""The command `simla`: what it prints is what the Python interface says; the package lists every module."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from api_data import make_checkpoints
+from PIL import Image
+from tiny import ROOT
+
+import simla
+from inference.command_line import VARIABLE, main
+from plots import plot_gallery, plot_word_maps
+from utils import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest needs it there
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_checkpoints(tmp_path_factory.mktemp("api"))
+
+
+@pytest.fixture(scope="module")
+def images(tiny):
+    return [str(tiny.data / entry["image"]) for entry in tiny.entries("retrieval_test")]
+
+
+@pytest.fixture
+def ask(tiny, monkeypatch, capsys):
+    """Runs the command in this process -> what it prints: an object with --json, else text."""
+
+    def ask(kind: str, *arguments: object) -> dict | str:
+        command = ["simla", *map(str, arguments), "--device", "cpu"]
+        monkeypatch.setenv(VARIABLE, str(tiny.checkpoints[kind]))
+        monkeypatch.setattr(sys, "argv", command)
+        capsys.readouterr()
+        main()
+        printed = capsys.readouterr().out
+        return json.loads(printed) if "--json" in command else printed
+
+    return ask
+
+
+def load(tiny, kind: str) -> simla.Simla:
+    return simla.load(tiny.checkpoints[kind], "cpu")
+
+
+def test_match_and_similarity(tiny, images, ask):
+    model, texts = load(tiny, "retrieval"), ["a cup", "two dogs"]
+    result = ask("retrieval", "match", images[0], *texts, "--json")
+    expected = model.match(images[0], texts).tolist()
+    assert [row["probability"] for row in result["results"]] == expected
+    assert [row["text"] for row in result["results"]] == texts
+    cosines = ask("retrieval", "similarity", images[0], *texts, "--json")["results"]
+    assert [row["cosine"] for row in cosines] == model.similarity(images[0], texts).tolist()
+    lines = ask("retrieval", "match", images[0], *texts).splitlines()
+    assert [line.split(maxsplit=1)[1] for line in lines] == texts
+    assert float(lines[0].split()[0]) == pytest.approx(expected[0], abs=1e-4)
+
+
+def test_encode(tiny, images, ask, tmp_path):
+    model, out = load(tiny, "retrieval"), tmp_path / "f.npy"
+    assert ask("retrieval", "encode", *images[:3], "-o", out, "--json")["shape"] == [3, 16]
+    assert np.array_equal(np.load(out), model.encode_image(images[:3]).numpy())
+    assert "2 rows of 16" in ask("retrieval", "encode", "a cup", "a dog", "--texts", "-o", out)
+    assert np.array_equal(np.load(out), model.encode_text(["a cup", "a dog"]).numpy())
+
+
+def test_ground(tiny, images, ask, tmp_path):
+    boxes = [[0, 0, 20, 20], [10, 10, 30, 30]]
+    expected = load(tiny, "retrieval").ground(images[0], "a red cup", boxes, block=0)
+    command = ("ground", images[0], "a red cup", "--block", 0, "--boxes", json.dumps(boxes))
+    result = ask("retrieval", *command, "--json", "-o", tmp_path / "map.png")
+    assert result["box"] == expected.box and result["heat"] == expected.heat.tolist()
+    assert [(row["box"], row["score"]) for row in result["boxes"]] == expected.ranked
+    assert [row["word"] for row in result["words"]] == ["a", "red", "cup"]
+    assert result["words"][2]["heat"] == expected.words[2][1].tolist()
+    picture = np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))
+    assert picture.shape[1] > 800 and picture.std() > 10
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    text = ask("retrieval", *command[:-1], tmp_path / "boxes.json")
+    assert str(expected.ranked[0][0]) in text.splitlines()[1]
+    with pytest.raises(UserError, match="--boxes none: expected a JSON list"):
+        ask("retrieval", *command[:-1], "none")
+
+
+def test_search(tiny, images, ask, tmp_path):
+    model, folder = load(tiny, "retrieval"), str(Path(images[0]).parent)
+    expected = [[hit._asdict() for hit in hits] for hits in model.search(folder, ["a cup", "two dogs"], 2)]
+    command = ("search", folder, "a cup", "two dogs", "--top", 2, "--index", tmp_path / "index")
+    for _ in range(2):  # writes the index, then opens it
+        result = ask("retrieval", *command, "--json", "-o", tmp_path / "gallery.png")
+        assert [row["hits"] for row in result["results"]] == expected and result["num_images"] == 7
+        assert [row["query"] for row in result["results"]] == ["a cup", "two dogs"]
+    assert np.asarray(Image.open(tmp_path / "gallery.png").convert("RGB")).std() > 10
+    text = ask("retrieval", "search", folder, "a cup", "--candidates", 7)
+    assert model.search(folder, "a cup", candidates=7)[0].file in text.splitlines()[1]
+
+
+def test_answer_entails_compare_and_keywords(tiny, images, ask, tmp_path):
+    vqa = load(tiny, "vqa")
+    (tmp_path / "answers.json").write_text('["two", "a beach", "yes"]')
+    for given in ("two, a beach,yes", tmp_path / "answers.json"):
+        result = ask("vqa", "answer", images[0], "what is it?", "--answers", given, "--top", 2, "--json")
+        pairs = [(row["answer"], row["probability"]) for row in result["results"]]
+        assert pairs == vqa.answer(images[0], "what is it?", ["two", "a beach", "yes"], top=2)
+    result = ask("vqa", "answer", images[0], "what is it?", "--json")["results"]
+    assert [tuple(row.values()) for row in result] == vqa.answer(images[0], "what is it?")
+
+    result = ask("ve", "entails", images[0], "a dog", "--json")["results"]
+    found = {row["class"]: row["probability"] for row in result}
+    assert found == load(tiny, "ve").entails(images[0], "a dog")
+    assert result[0]["probability"] == max(found.values())
+
+    result = ask("nlvr", "compare", images[0], images[1], "both are red", "--json")["results"]
+    probability = load(tiny, "nlvr").compare(images[0], images[1], "both are red")
+    assert result == [{"statement": "both are red", "probability": probability}]
+    assert f"{probability:.4f}  both are red" in ask("nlvr", "compare", images[0], images[1], "both are red")
+
+    result = ask("pretrain", "keywords", images[0], "--top", 3, "--json")["results"]
+    assert [tuple(row.values()) for row in result] == load(tiny, "pretrain").keywords(images[0], top=3)
+
+
+def test_the_checkpoint_may_be_named_on_the_command_line(tiny, images, ask, monkeypatch):
+    result = ask("ve", "match", images[0], "a cup", "--checkpoint", tiny.checkpoints["retrieval"], "--json")
+    assert len(result["results"]) == 1
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(sys, "argv", ["simla", "match", images[0], "a cup"])
+    with pytest.raises(UserError, match=f"give --checkpoint FILE, or set {VARIABLE}"):
+        main()
+
+
+def test_wrong_arguments_and_help(ask, images, capsys):
+    for arguments in (("search", "x", "a", "--top", 0), ("match", images[0]), ("paint", "x")):
+        with pytest.raises(SystemExit) as stop:
+            ask("retrieval", *arguments)
+        assert stop.value.code == 2
+    with pytest.raises(SystemExit):
+        ask("retrieval", "--help")
+    text = capsys.readouterr().out
+    names = ("match", "similarity", "ground", "search", "answer", "keywords", "entails", "compare", "encode")
+    for name in names:
+        assert f"    {name}" in text
+    assert VARIABLE in text
+
+
+# ---- pictures ----
+
+
+def test_word_maps_are_hot_where_the_map_is(tmp_path):
+    heat = torch.zeros(4, 4)
+    heat[0, 3] = 1.0  # at the top right
+    maps = [("one", heat), ("two", torch.zeros(4, 4))]
+    plot_word_maps(
+        Image.new("RGB", (60, 60), "white"),
+        "one two",
+        heat,
+        maps,
+        [("box", [2, 40, 16, 16])],
+        tmp_path / "m.png",
+    )
+    picture = np.asarray(Image.open(tmp_path / "m.png").convert("RGB")).astype(int)
+    third = picture[:, : int(picture.shape[1] * 0.29)]  # the text's map
+    red = (third[..., 0] - third[..., 2] > 100) & (third[..., 1] < 120)
+    rows, columns = red.nonzero()
+    assert len(rows) > 50 and columns.mean() > third.shape[1] / 2 and rows.mean() < third.shape[0] / 2
+
+
+def test_a_gallery_of_unequal_rows_without_truth(tmp_path):
+    file = str(tmp_path / "a.png")
+    Image.new("RGB", (16, 16), "blue").save(file)
+    notes = [["best\n1.0", "next\n0.5"], ["best\n2.0"]]
+    plot_gallery(["a", "b"], [[file, file], [file]], None, tmp_path / "g.png", "two", notes)
+    picture = np.asarray(Image.open(tmp_path / "g.png").convert("RGB")).astype(int)
+    blue = (picture - [0, 0, 255] == 0).all(-1)
+    half = picture.shape[0] // 2
+    assert blue[:half].sum() == pytest.approx(2 * blue[half:].sum(), rel=0.1) and blue.sum() > 1000
+    assert not (np.abs(picture - [0x1A, 0x96, 0x41]).sum(-1) < 30).any()  # nothing counts as right
+
+
+# ---- the package ----
+
+
+def test_the_package_has_every_module_and_says_where_the_command_is():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = project["tool"]["setuptools"]
+    assert listed["py-modules"] == sorted(path.stem for path in ROOT.glob("*.py"))
+    folders = {path.parent.relative_to(ROOT) for path in ROOT.rglob("*/*.py") if not path.match(".venv/**")}
+    folders = {folder for folder in folders if folder.parts[0] not in ("tests", "benchmarks", ".venv")}
+    assert listed["packages"] == sorted(".".join(folder.parts) for folder in folders)
+    assert project["project"]["scripts"] == {"simla": "simla:run"} and callable(simla.run)
+    assert listed["dynamic"]["dependencies"] == {"file": "requirements.txt"}

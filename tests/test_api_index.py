@@ -1,0 +1,186 @@
+"""The index of images: in memory or memory-mapped the same results; what is out of date is refused."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from api_data import make_checkpoints
+from PIL import Image
+
+import simla
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_checkpoints(tmp_path_factory.mktemp("api"))
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return simla.load(tiny.checkpoints["retrieval"], "cpu")
+
+
+@pytest.fixture
+def photos(tiny, tmp_path):
+    """A folder of seven images, one in a subfolder, beside a file that is none."""
+    folder = tmp_path / "photos"
+    shutil.copytree(tiny.data / "images" / "test", folder)
+    (folder / "more").mkdir()
+    (folder / "00003.jpg").rename(folder / "more" / "x.JPG")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+QUERIES = ["two dogs on a beach", "a cup"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_memory_and_disk_find_the_same(tiny, photos, tmp_path, dtype, stored):
+    model = simla.load(tiny.checkpoints["retrieval"], "cpu", dtype)
+    in_memory = model.search(photos, QUERIES, top=7)
+    written = model.index(photos, tmp_path / "photos.index")
+    opened = model.open_index(tmp_path / "photos.index")
+    assert opened.states.dtype == written.states.dtype == stored
+    assert len(opened) == 7 and opened.files == written.files
+    assert str(photos / "more" / "x.JPG") in opened.files
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "photos.index"}  # no temporary folder
+    assert in_memory == model.search(written, QUERIES, top=7) == model.search(opened, QUERIES, top=7)
+    assert isinstance(np.load(tmp_path / "photos.index" / "states.npy", mmap_mode="r"), np.memmap)
+    reopened = simla.load(tiny.checkpoints["retrieval"], "cpu", dtype).open_index(tmp_path / "photos.index")
+    assert torch.equal(reopened.states, opened.states)
+
+
+def test_files_that_cannot_be_read_are_left_out_and_named(model, photos, tmp_path, caplog):
+    (photos / "00000.jpg").write_bytes(b"no jpeg")
+    (photos / "00005.jpg").write_bytes(b"")
+    for folder in (None, tmp_path / "photos.index"):
+        index = model.index(photos, folder)
+        found = {file.removeprefix(f"{photos}/"): cause for file, cause in index.unreadable.items()}
+        assert found == {"00000.jpg": "not an image", "00005.jpg": "empty file"}
+        assert len(index) == len(index.features) == len(index.states) == 5
+    assert str(photos / "00000.jpg") in caplog.text
+    opened = model.open_index(tmp_path / "photos.index")
+    assert opened.unreadable == index.unreadable
+    # rows and names go together
+    torch.testing.assert_close(opened.features, model.encode_image(opened.files))
+    with pytest.raises(UserError, match=r"none of 2 images can be read, the first: .*\(not an image\)"):
+        model.index([photos / "00000.jpg", photos / "00005.jpg"])
+
+
+def change(photos):
+    Image.new("RGB", (40, 40), "red").save(photos / "00001.jpg")
+
+
+def touch(photos):
+    os.utime(photos / "00001.jpg", ns=(1, 1))
+
+
+def remove(photos):
+    (photos / "00001.jpg").unlink()
+    (photos / "00002.jpg").unlink()
+
+
+def add(photos):
+    shutil.copy(photos / "00001.jpg", photos / "more" / "new.png")
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (change, r"out of date: .*00001\.jpg has changed; delete it and index again"),
+        (touch, r"00001\.jpg has changed"),
+        (remove, r"00001\.jpg and 1 more is gone"),
+        (add, r"new\.png is new"),
+    ],
+)
+def test_an_index_of_other_images_is_refused(model, photos, tmp_path, alter, message):
+    model.index(photos, tmp_path / "index")
+    assert len(model.open_index(tmp_path / "index")) == 7
+    alter(photos)
+    with pytest.raises(UserError, match=message):
+        model.open_index(tmp_path / "index")
+
+
+def test_an_index_of_a_list_is_of_these_files_alone(model, photos, tmp_path):
+    model.index([photos / "00001.jpg", photos / "00002.jpg"], tmp_path / "index")
+    add(photos)
+    remaining = model.open_index(tmp_path / "index")
+    assert [file.rsplit("/", 1)[1] for file in remaining.files] == ["00001.jpg", "00002.jpg"]
+
+
+def test_an_index_of_another_model_is_refused(tiny, model, photos, tmp_path):
+    index = model.index(photos, tmp_path / "index")
+    other = simla.load(tiny.checkpoints["pretrain"], "cpu")
+    for use in (lambda: other.open_index(tmp_path / "index"), lambda: other.search(index, "a cup")):
+        with pytest.raises(UserError, match="made by another image encoder"):
+            use()
+    half = simla.load(tiny.checkpoints["retrieval"], "cpu", "bf16")
+    with pytest.raises(UserError, match="another precision"):
+        half.open_index(tmp_path / "index")
+
+
+def cut(folder):
+    content = (folder / "states.npy").read_bytes()
+    (folder / "states.npy").write_bytes(content[: len(content) // 2])
+
+
+def shorten(folder):
+    np.save(folder / "features.npy", np.load(folder / "features.npy")[:3])
+
+
+def garble(folder):
+    (folder / "index.json").write_text("{")
+
+
+def forget(folder):
+    contents = json.loads((folder / "index.json").read_text())
+    del contents["made_by"]
+    (folder / "index.json").write_text(json.dumps(contents))
+
+
+def outdate(folder):
+    contents = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**contents, "format": 0}))
+
+
+def lose(folder):
+    (folder / "features.npy").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut, "is damaged"),
+        (shorten, "is damaged.*fewer rows than files"),
+        (garble, "is damaged"),
+        (forget, "is damaged.*made_by"),
+        (outdate, "another version"),
+        (lose, "no readable index"),
+    ],
+)
+def test_a_damaged_index_is_refused(model, photos, tmp_path, spoil, message):
+    model.index(photos, tmp_path / "index")
+    spoil(tmp_path / "index")
+    with pytest.raises(UserError, match=message):
+        model.open_index(tmp_path / "index")
+
+
+def test_where_no_index_can_be_made(model, photos, tmp_path):
+    with pytest.raises(UserError, match="photos is there already"):
+        model.index(photos, photos)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no image"):
+        model.index(tmp_path / "empty")
+    with pytest.raises(UserError, match="found an empty list"):
+        model.index([])
+    with pytest.raises(UserError, match="found a Image"):
+        model.index([Image.new("RGB", (8, 8))])
+    with pytest.raises(UserError, match="could not be written"):
+        model.index(photos, photos / "notes.txt" / "index")
+    assert not list(photos.glob(".*"))
