@@ -74,14 +74,18 @@ def start(command: list[str], environment: dict) -> subprocess.Popen:
 
 
 def outputs(processes: list[subprocess.Popen]) -> list[str]:
-    """What each printed, when all have ended; of a test that fails here nothing runs on."""
+    """What each printed, when all have ended; of a test that fails here nothing runs on: torchrun,
+    told to stop, ends its processes, which are in sessions of their own.
+    """
     try:
         return [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in processes]
     finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        for number, seconds in ((signal.SIGTERM, 60), (signal.SIGKILL, 10)):
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(seconds)
 
 
 # ---- two machines ----
