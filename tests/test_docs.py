@@ -29,9 +29,9 @@ SOURCES = [
     *ROOT.glob("benchmarks/*.py"),
     *ROOT.glob("tests/*.py"),
 ]
-OTHERS_FLAGS = {  # of torchrun, SLURM and img2dataset
+OTHERS_FLAGS = {  # of torchrun, SLURM, img2dataset and TensorBoard
     *("--nproc_per_node", "--master_port", "--max-restarts", "--use_env"),
-    *("--signal", "--nodes", "--requeue", "--output_format", "--caption_col"),
+    *("--signal", "--nodes", "--requeue", "--output_format", "--caption_col", "--logdir"),
 }
 LAUNCHERS = {
     "torchrun": torch.distributed.run.parse_args,
