@@ -7,6 +7,7 @@ Expected 30 epochs on the 4 M images of the paper: about 7 days on 8 A100 as pub
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from config import PRETRAIN, parse
 from dataset.pretrain import code_views, pretrain_loader
 from dataset.text import build_tokenizer, check_vocabulary
+from dry_run import CLS, dry_run
 from engine import fit
 from launch import run_script, script_arguments, start
 from models.dvae import STRIDE, build_image_tokenizer, fit_kmeans_codebook
@@ -55,11 +57,13 @@ def make_image_tokenizer(config: dict, code_res: int, device: torch.device) -> n
     return build_image_tokenizer(settings).to(device).eval()
 
 
-def main(args: argparse.Namespace, config: dict) -> None:
+def main(args: argparse.Namespace, config: dict) -> dict | None:
     # start
     device = start(args, config)
     if args.evaluate:
         raise UserError("Pretrain.py only trains; zero_shot_retrieval.py --evaluate scores its checkpoints")
+    if args.dry_run:
+        return dry_run(partial(SIMLA.from_config, cls_id=CLS), losses, config, args, device, "start")
 
     # data
     grid_size = config["image_res"] // config["vit"]["patch_size"]
