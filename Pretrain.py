@@ -57,13 +57,14 @@ def make_image_tokenizer(config: dict, code_res: int, device: torch.device) -> n
     return build_image_tokenizer(settings).to(device).eval()
 
 
-def main(args: argparse.Namespace, config: dict) -> dict | None:
+def main(args: argparse.Namespace, config: dict) -> None:
     # start
     device = start(args, config)
     if args.evaluate:
         raise UserError("Pretrain.py only trains; zero_shot_retrieval.py --evaluate scores its checkpoints")
     if args.dry_run:
-        return dry_run(partial(SIMLA.from_config, cls_id=CLS), losses, config, args, device, "start")
+        dry_run(partial(SIMLA.from_config, cls_id=CLS), losses, config, args, device, "start")
+        return
 
     # data
     grid_size = config["image_res"] // config["vit"]["patch_size"]

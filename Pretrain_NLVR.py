@@ -28,11 +28,12 @@ def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
     return model(batch["image"], batch["text_ids"], batch["text_mask"])
 
 
-def main(args: argparse.Namespace, config: dict) -> dict | None:
+def main(args: argparse.Namespace, config: dict) -> None:
     # start
     device = start(args, config)
     if args.dry_run:
-        return dry_run(SIMLAPretrainNLVR.from_config, losses, config, args, device, "start")
+        dry_run(SIMLAPretrainNLVR.from_config, losses, config, args, device, "start")
+        return
     if args.evaluate:
         raise UserError("Pretrain_NLVR.py only trains; NLVR.py --evaluate scores what was fine-tuned from it")
 

@@ -1,11 +1,13 @@
 """What a training step holds in memory and how much it computes, found out in seconds without either.
 
 The step runs on tensors that have sizes, types and a device but no numbers (torch's fake tensors); every
-storage is counted from its birth to its end. That is what torch's allocator hands out. What it cannot see: the kernels' own workspaces, the allocator's rounding and gaps, NCCL,
-and the CUDA context (some 0.5 GiB); `compile` is left out. Estimated figures, not measured ones.
+storage is counted from its birth to its end. That is what torch's allocator hands out. What it cannot see:
+the kernels' own workspaces, the allocator's rounding and gaps, NCCL, and the CUDA context (some 0.5 GiB);
+`compile` is left out. An estimate, not a measurement.
 """
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +18,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -95,6 +96,7 @@ def _run(
             module.dropout_prob = 0.0
     on_this_thread = torch.autograd.set_multithreading_enabled(False)  # where the account is kept
     account = Account()
+    warnings.filterwarnings("ignore", message="User provided device_type of 'cuda'")  # it is not there
     with as_one_process(), on_this_thread, FakeTensorMode(allow_non_fake_inputs=True), account:
         for module in (model, *others):
             give_sizes(module, device)
@@ -107,12 +109,12 @@ def _run(
             for param in trained:
                 param.register_post_accumulate_grad_hook(_forget_gradient)
         held.append({name: torch.empty_like(value, device=device) for name, value in batch.items()})
-        with FusedAttention(account):
+        with fused_attention(account):
             with _autocast(device, config["precision"]):
                 total = sum(losses(model, held[-1], alpha, *others).values())
             left = account.now
             if is_whole:
-                torch.autograd.backward(total)  # unlike total.backward() it leaves the mode on
+                total.backward()
     sizes = weights, optimizer, account.peak - weights - optimizer
     return Estimate(*count_parameters(model), *sizes, account.flops), left - weights - optimizer
 
@@ -175,20 +177,21 @@ class Account(TorchDispatchMode):
         self.now -= size
 
 
-class FusedAttention(TorchFunctionMode):
+@contextlib.contextmanager
+def fused_attention(account: Account) -> Iterator[None]:
     """F.scaled_dot_product_attention as GPUs and CPUs have it in one kernel, without a map in memory. (Where
-    torch has no such kernel, as for tensors without numbers, it makes the map.)
+    torch has no such kernel, as for tensors without numbers, it makes the map.) It is replaced by name, since
+    torch's modes are off in a backward pass, which may compute layers again.
     """
 
-    def __init__(self, account: Account):
-        super().__init__()
-        self.account = account
+    def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, *_) -> Tensor:
+        return _Fused.apply(query, keys, values, mask, account)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            query, keys, values, mask = (*args, None)[:4]
-            return _Fused.apply(query, keys, values, mask, self.account)
-        return function(*args, **(kwargs or {}))
+    theirs, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = theirs
 
 
 class _Fused(Function):
