@@ -96,8 +96,9 @@ def _run(
             module.dropout_prob = 0.0
     on_this_thread = torch.autograd.set_multithreading_enabled(False)  # where the account is kept
     account = Account()
-    warnings.filterwarnings("ignore", message="User provided device_type of 'cuda'")  # it is not there
-    with as_one_process(), on_this_thread, FakeTensorMode(allow_non_fake_inputs=True), account:
+    sizes_alone = FakeTensorMode(allow_non_fake_inputs=True)
+    with warnings.catch_warnings(), as_one_process(), on_this_thread, sizes_alone, account:
+        warnings.filterwarnings("ignore", message="CUDA is not available")
         for module in (model, *others):
             give_sizes(module, device)
         weights = account.now

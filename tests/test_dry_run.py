@@ -1,11 +1,13 @@
 """--dry_run of every script needs no files and leaves none; its estimate is near what a step takes."""
 
+import argparse
 import importlib
 import json
 import re
 import subprocess
 import sys
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,16 @@ from tiny import MODEL, ROOT, run
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import train_step
+from torch.profiler import ProfilerActivity, profile
 
+import VE
 from config import TABLES, read_config
 from dry_run import CLS, random_batch
 from memory import estimate_step
 from models.pretrain import SIMLA
 from models.retrieval import SIMLARetrieval
 from models.vit import without_memory
+from training import set_checkpointing
 from utils import UserError, world_size
 
 SCRIPTS = ("Pretrain", "Retrieval", "Grounding", "VQA", "Pretrain_NLVR", "NLVR", "VE")
@@ -115,11 +120,11 @@ def test_two_ranks(tmp_path):
 
 def test_the_estimate_of_a_gpu_needs_none_and_leaves_everything_as_it_was(tmp_path, monkeypatch, capsys):
     attention = F.scaled_dot_product_attention
-    config = tiny_config("Pretrain", tmp_path)
+    config = tiny_config("VE", tmp_path)
     sizes = {}
     for precision in ("fp32", "bf16"):
-        flags = "--dry_run", "estimate", "--overrides", f"precision={precision}", "batch_size=64"
-        out = go(monkeypatch, capsys, "Pretrain", config, *flags)
+        flags = "--dry_run", "estimate", "--overrides", f"precision={precision}", "batch_size_train=64"
+        out = go(monkeypatch, capsys, "VE", config, *flags)
         assert "on cuda" in out and "measured" not in out and "samples a second" not in out
         sizes[precision] = float(re.search(r"([\d,.]+) MiB gradients", out)[1])
     assert 0.4 < sizes["bf16"] / sizes["fp32"] < 0.9
@@ -140,12 +145,16 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_the_estimate_is_near_what_the_process_takes(again, tmp_path):
-    """The peak of the resident memory above what it was before the model, some hundred MiB."""
+def middle_size(folder: Path, **changes) -> Path:
+    """Of some hundred MiB."""
     bert = {**MODEL["bert_config"], "hidden_size": 256, "encoder_width": 256, "intermediate_size": 1024}
     sizes = {"image_res": 128, "vision_width": 256, "bert_config": bert, "batch_size_train": 32}
-    config = tiny_config("VE", tmp_path, **sizes, checkpoint_activations=again)
+    return tiny_config("VE", folder, **sizes, **changes)
+
+
+def test_the_estimate_is_near_what_the_process_takes(tmp_path):
+    """The peak of the resident memory above what it was before the model."""
+    config = middle_size(tmp_path)
     command = [sys.executable, "-c", STEP, "--config", str(config), "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -155,10 +164,27 @@ def test_the_estimate_is_near_what_the_process_takes(again, tmp_path):
     assert measured == pytest.approx(found["estimated_bytes"], rel=0.25)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_the_estimate_is_what_torch_allocates(again, tmp_path):
+    """By the profiler's account of a forward and a backward pass."""
+    config = read_config(str(middle_size(tmp_path, checkpoint_activations=again)), TABLE_OF["VE.py"])
+    batch = random_batch(config)
+    batch = {**batch, "image": batch["image"].float(), "code_view": batch["code_view"].float()}
+    device = torch.device("cpu")
+    found = estimate_step(
+        lambda: [VE.SIMLAVE.from_config(config)], VE.losses, batch, config, 0.4, device, False
+    )
+    model = VE.SIMLAVE.from_config(config).train()
+    set_checkpointing(model, again)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        sum(VE.losses(model, batch, 0.4).values()).backward()
+    changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    measured = max(accumulate(changes)) + sum(value.nbytes for value in batch.values())
+    assert measured == pytest.approx(found.step, rel=0.1)
+
+
 @pytest.mark.parametrize("task", ["pretrain", "retrieval"])
 def test_the_arithmetic_is_what_the_benchmark_derives(task):
-    import argparse
-
     config = train_step.settings(argparse.Namespace(task=task, scale="tiny"))
     config |= {"batch_size": 8, "max_tokens": train_step.TOKENS, "checkpoint_activations": False}
     make = partial(SIMLA.from_config, cls_id=CLS) if task == "pretrain" else SIMLARetrieval.from_config
@@ -217,7 +243,6 @@ def test_the_model_of_a_preset_is_built(script):
 def test_the_figure_of_a_preset_is_what_the_estimate_says_today():
     preset = ROOT / "configs" / "single_gpu" / "VE_12gb.yaml"
     config = read_config(str(preset), TABLE_OF["VE.py"])
-    VE = importlib.import_module("VE")
     batch = random_batch(config)
     batch["image"] = batch["image"].float()
     build = lambda: [VE.SIMLAVE.from_config(config)]  # noqa: E731
