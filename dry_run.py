@@ -66,12 +66,12 @@ def dry_run(
     accumulation, batch = config["grad_accumulation_steps"], random_batch(config, num_images)
     batch_size, is_real = len(batch["text_ids"]), args.dry_run == "steps"
     planned = device if is_real else torch.device("cuda")
-    as_floats = {**batch, "image": normalise(batch["image"]), "code_view": unit_range(batch["code_view"])}
-    keeps_gradients = accumulation > 1 or world_size() > 1
-    estimate = estimate_step(
-        build, losses, as_floats, config, target_weight(config), planned, keeps_gradients
-    )
-    found = report_estimate(estimate, batch_size, planned)
+    found = {}
+    if is_main():  # the others would find the same
+        pixels = {"image": normalise(batch["image"]), "code_view": unit_range(batch["code_view"])}
+        keeps_gradients = accumulation > 1 or world_size() > 1
+        inputs = build, losses, {**batch, **pixels}, config, target_weight(config)
+        found = report_estimate(estimate_step(*inputs, planned, keeps_gradients), batch_size, planned)
     per_step = batch_size * accumulation * world_size()
     if is_real:
         found |= take_steps(build, losses, [batch] * accumulation, config, args, device, epoch_step)

@@ -140,7 +140,10 @@ torch.set_num_threads(1)
 sys.argv = ["VE.py", "--device", "cpu", "--dry_run", *sys.argv[1:]]
 found, dry = {}, dry_run.dry_run
 VE.dry_run = lambda *args, **kwargs: found.update(dry(*args, **kwargs))
-VE.parse_and_run()
+flags = sys.argv
+for batch_size in (2, 32):  # what the libraries take of their own is there before the second one
+    sys.argv = [*flags, "--overrides", f"batch_size_train={batch_size}"]
+    VE.parse_and_run()
 print(json.dumps(found))
 """
 
