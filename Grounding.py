@@ -18,6 +18,7 @@ from dataset import stop_at_unreadable, test_loader
 from dataset.grounding import SPLITS, GroundingEvalData, Target, grounding_loader
 from dataset.items import Collate
 from dataset.text import build_tokenizer, check_vocabulary
+from dry_run import dry_run
 from engine import fit, record_evaluation
 from launch import run_script, script_arguments, start
 from metrics import box_iou, choose_box, grounding_accuracy, grounding_chance, heat_box, resize_heat
@@ -100,6 +101,8 @@ def report(
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
     device = start(args, config)
+    if args.dry_run:
+        return dry_run(SIMLARetrieval.from_config, losses, config, args, device, "end")
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])

@@ -15,16 +15,19 @@ import torch
 from config import NLVR, parse
 from dataset.nlvr import CLASSES, read_nlvr
 from dataset.text import build_tokenizer, check_vocabulary
+from dry_run import dry_run
 from launch import run_script, script_arguments, start
 from models.initial import starting_weights
 from models.nlvr import SIMLANLVR
 from utils import log
-from VE import SPLITS, report, train_and_evaluate
+from VE import SPLITS, losses, report, train_and_evaluate
 
 
 def main(args: argparse.Namespace, config: dict) -> dict:
     # start
     device = start(args, config)
+    if args.dry_run:
+        return dry_run(SIMLANLVR.from_config, losses, config, args, device, "end", num_images=2)
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])

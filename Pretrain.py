@@ -8,6 +8,7 @@ Expected 30 epochs on the 4 M images of the paper: about 7 days on 8 A100 as pub
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from config import PRETRAIN, parse
 from dataset.mixture import Mixture
 from dataset.pretrain import code_views, pretrain_loader, read_sets
 from dataset.text import build_tokenizer, check_vocabulary
+from dry_run import CLS, dry_run
 from engine import fit
 from launch import run_script, script_arguments, start
 from models.dvae import STRIDE, build_image_tokenizer, fit_kmeans_codebook
@@ -62,6 +64,9 @@ def main(args: argparse.Namespace, config: dict) -> None:
     device = start(args, config)
     if args.evaluate:
         raise UserError("Pretrain.py only trains; zero_shot_retrieval.py --evaluate scores its checkpoints")
+    if args.dry_run:
+        dry_run(partial(SIMLA.from_config, cls_id=CLS), losses, config, args, device, "start")
+        return
 
     # data
     entries = read_sets(config["train_file"], config["samples_per_epoch"], config["image_root"])

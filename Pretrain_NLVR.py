@@ -15,6 +15,7 @@ from config import PRETRAIN_NLVR, parse
 from dataset.items import finetune_loader
 from dataset.pretrain import read_pairs
 from dataset.text import build_tokenizer, check_vocabulary
+from dry_run import dry_run
 from engine import fit
 from launch import run_script, script_arguments, start
 from models.initial import starting_weights
@@ -30,6 +31,9 @@ def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
 def main(args: argparse.Namespace, config: dict) -> None:
     # start
     device = start(args, config)
+    if args.dry_run:
+        dry_run(SIMLAPretrainNLVR.from_config, losses, config, args, device, "start")
+        return
     if args.evaluate:
         raise UserError("Pretrain_NLVR.py only trains; NLVR.py --evaluate scores what was fine-tuned from it")
 

@@ -9,6 +9,7 @@ Expected the paper's TR@1 / IR@1: COCO test (5,000 images, k_test 256) 75.8 / 57
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from config import RETRIEVAL, parse
 from dataset.retrieval import RetrievalEvalData, retrieval_loader
 from dataset.text import build_tokenizer, check_vocabulary
+from dry_run import dry_run
 from engine import fit, record_evaluation
 from launch import add_flag, run_script, script_arguments, start
 from models.initial import starting_weights
@@ -30,9 +32,17 @@ def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
     return model(batch["image"], batch["text_ids"], batch["text_mask"], batch["idx"], alpha)
 
 
+def make_model(args: argparse.Namespace, config: dict) -> SIMLARetrieval:
+    model = SIMLARetrieval.from_config(config)
+    model.visual_encoder.requires_grad_(not args.freeze_visual_encoder)
+    return model
+
+
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
     device = start(args, config)
+    if args.dry_run:
+        return dry_run(partial(make_model, args), losses, config, args, device, "end")
     select_on_test = config["released_code"]["select_on_test"]
     if not args.evaluate and not (config["train_file"] and (config["val_file"] or select_on_test)):
         raise UserError(f"config {args.config}: fine-tuning needs train_file and val_file (or --evaluate)")
@@ -47,12 +57,11 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 
     # model
     torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them
-    model = SIMLARetrieval.from_config(config)
+    model = make_model(args, config)
     bert = model.text_encoder.config
     check_vocabulary(tokenizer, bert.vocab_size)
     weights = starting_weights(model, config, "Retrieval", args.checkpoint, args.resume)
     log.info(weights)
-    model.visual_encoder.requires_grad_(not args.freeze_visual_encoder)
     model = model.to(device)
 
     def evaluate_splits(epoch: int = 0) -> dict[str, float]:

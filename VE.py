@@ -18,6 +18,7 @@ from config import VE, parse
 from dataset.items import evaluation_loader, finetune_loader
 from dataset.text import build_tokenizer, check_vocabulary
 from dataset.ve import CLASSES, read_ve
+from dry_run import dry_run
 from engine import evaluate_classes, fit, record_evaluation
 from launch import run_script, script_arguments, start
 from metrics import accuracy, confusion_table, majority_accuracy
@@ -107,6 +108,8 @@ def report(
 def main(args: argparse.Namespace, config: dict) -> dict:
     # start
     device = start(args, config)
+    if args.dry_run:
+        return dry_run(SIMLAVE.from_config, losses, config, args, device, "end")
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])

@@ -19,6 +19,7 @@ from dataset import stop_at_unreadable, test_loader
 from dataset.items import Collate
 from dataset.text import build_tokenizer, check_vocabulary
 from dataset.vqa import AnswerList, VQAEvalData, eos_token, read_answer_list, vqa_loader
+from dry_run import dry_run
 from engine import fit, record_evaluation
 from launch import run_script, script_arguments, start
 from models.answer_tree import AnswerTree
@@ -96,6 +97,8 @@ def report(data: VQAEvalData, given: list[dict], accuracy: dict, protocol: dict,
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
     device = start(args, config)
+    if args.dry_run:
+        return dry_run(SIMLAVQA.from_config, losses, config, args, device, "start")
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])

@@ -39,7 +39,7 @@ def _launched_as() -> tuple[int, int, int]:
 
 def start(args: argparse.Namespace, config: dict) -> torch.device:
     """Joins the other processes, picks the device, seeds all generators (differently on each rank), finds
-    what to resume and begins run.json. Sets args.run, the run's id.
+    what to resume and begins run.json; with --dry_run without these two. Sets args.run, the run's id.
 
     Raises UserError for a --resume that finds nothing or comes with --evaluate, a GPU that is not there or
     lacks config `precision`, a taken port, an output folder that cannot be written, or Weights & Biases where
@@ -65,13 +65,16 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
                 f"{first_line(error)}; is the port in use? Choose another with --master_port"
             ) from error
         watch_peers()
-    make_output_folder(args.output_dir)
-    if not args.evaluate:
+    if not (args.evaluate or args.dry_run):
         check_wandb(config)
     set_precision(device, config["precision"])
-    run = _find_what_to_resume(args)
-    (args.run,) = set(all_gather_objects(run)) - {""}  # the main rank's
-    RunRecord(args.output_dir, args.run, config, device, args.checkpoint if args.resume else "")
+    if args.dry_run:
+        args.run = "dry run"
+    else:
+        make_output_folder(args.output_dir)
+        run = _find_what_to_resume(args)
+        (args.run,) = set(all_gather_objects(run)) - {""}  # the main rank's
+        RunRecord(args.output_dir, args.run, config, device, args.checkpoint if args.resume else "")
     seed = args.seed + rank()
     random.seed(seed)
     np.random.seed(seed)
@@ -241,6 +244,15 @@ def script_arguments(description: str, config: str, output_dir: str) -> argparse
         parser, "--resume", "continue the run that --checkpoint was saved by, or the newest of --output_dir"
     )
     add_flag(parser, "--evaluate", "no training")
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        nargs="?",
+        const="steps",
+        default="",
+        choices=("steps", "estimate"),
+        help="two steps on random input: memory, speed, length of the run; `estimate`: of a GPU, without it",
+    )
     parser.add_argument("--text_encoder", default="", help="BERT name or folder; replaces the config's")
     parser.add_argument("--text_decoder", default="", help="VQA: where the decoder's BERT weights come from")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import platform
-import resource
 import shlex
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from saving import atomic_write
-from utils import UserError, all_gather_objects, is_main, log, world_size
+from utils import UserError, all_gather_objects, is_main, log, peak_bytes, world_size
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "Pillow", "safetensors", "ruamel.yaml")
 
@@ -83,13 +82,12 @@ class RunRecord:
 
     def finish(self, status: str, message: str = "") -> None:
         """status: done, stopped (and resumable) or failed; peak memory is the main rank's."""
-        kibibyte = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
         self.content |= {
             "status": status,
             "message": message,
             "end": _now(),
             "seconds": round(time.monotonic() - self.begin, 1),
-            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte >> 20,
+            "peak_memory_mib": peak_bytes(torch.device("cpu")) >> 20,
         }
         if torch.cuda.is_available():
             self.content["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() >> 20

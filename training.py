@@ -187,6 +187,9 @@ class Training:
 
     # ---- train ----
 
+    def count_anew(self) -> None:
+        self.whole, self.window, self.bad_images = MetricLog(), MetricLog(), BadImages()
+
     def train_one_epoch(self, signals: StopSignals, best: Scores, save_last: bool) -> dict[str, float | dict]:
         """The rest of the epoch in progress; returns the means of every loss and the learning rate over all
         ranks, and the account of bad images. `save_last`: saves after the last step, for work that follows.
@@ -196,12 +199,12 @@ class Training:
         in which more than `max_bad_fraction` of the images could not be read; Stopped after a stop signal.
         """
         config, log_steps = self.config, self.config["log_steps"]
-        alpha = config["alpha"] if config.get("distill", True) else 0.0
+        alpha = target_weight(config)
         self.model.train()
         num_steps = self.num_steps()
         self.run_steps = num_steps * config["schedular"]["epochs"]
         self.schedule.start_epoch(self.epoch)
-        self.whole, self.window, self.bad_images = MetricLog(), MetricLog(), BadImages()
+        self.count_anew()
         # Each epoch draws from its own seed, so that one resumed at its start is as an unbroken one.
         torch.manual_seed((self.seed * 1_000_003 + self.epoch) * world_size() + rank() + 7919 * self.samples)
         # The loader draws from a generator of its own: workers that live on draw nothing at later epochs.
@@ -410,6 +413,11 @@ def accounts_of_other_ranks(ranks: list[dict]) -> dict:
         "window": window.state_dict(),
         "bad_images": bad_images.state_dict(),
     }
+
+
+def target_weight(config: dict) -> float:
+    """Weight of the momentum targets once it has grown, alpha; 0 without distillation."""
+    return config["alpha"] if config.get("distill", True) else 0.0
 
 
 def momentum_weight(alpha: float, epoch: int, step: int, num_steps: int, ramp: bool) -> float:

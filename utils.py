@@ -8,7 +8,9 @@ import datetime
 import json
 import logging
 import os
+import resource
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,12 +31,26 @@ class UserError(Exception):
 # ---- processes ----
 
 
+_alone = False
+
+
+@contextlib.contextmanager
+def as_one_process() -> Iterator[None]:
+    """Inside, this process counts as the only one: for work that the others have no part in."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def is_main() -> bool:
@@ -136,6 +152,39 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+# ---- time and memory ----
+
+
+def clock(function: Callable[[], object], device: torch.device) -> tuple[float, object]:
+    """Seconds until the device has done it all, and what it returned."""
+    synchronize(device)
+    begin = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return time.perf_counter() - begin, result
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """`peak_bytes` counts from here; of a process where the system can do that, else from its start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Of the GPU's memory as torch counts it, or else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- log ----

@@ -18,6 +18,7 @@ from dataset import stop_at_unreadable, test_loader
 from dataset.items import Collate
 from dataset.retrieval import RetrievalEvalData
 from dataset.text import build_tokenizer, check_vocabulary, tokenize
+from dry_run import dry_run_retrieval
 from engine import record_evaluation
 from launch import run_script, script_arguments, start
 from metrics import retrieval_chance, retrieval_recall
@@ -128,6 +129,9 @@ def report(
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
     device = start(args, config)
+    if args.dry_run:
+        model = SIMLARetrieval.from_config(config, twins=False)
+        return dry_run_retrieval(model, config, MAX_TEXT_TOKENS, device)
 
     # data
     data = RetrievalEvalData(config["test_file"], config)

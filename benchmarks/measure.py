@@ -3,10 +3,6 @@
 import argparse
 import json
 import platform
-import resource
-import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,33 +31,6 @@ def arguments(doc: str) -> argparse.ArgumentParser:
         "--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32"
     )
     return parser
-
-
-def clock(function: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    """Seconds until the device has done it all, and what it returned."""
-    synchronize(device)
-    begin = time.perf_counter()
-    result = function()
-    synchronize(device)
-    return time.perf_counter() - begin, result
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def reset_peak(device: torch.device) -> None:
-    """On a GPU `peak_bytes` counts from here; of a process it counts from its start."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Of the GPU's memory as torch counts it, or else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def device_name(device: torch.device) -> str:

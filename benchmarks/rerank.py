@@ -25,12 +25,9 @@ import torch.nn.functional as F
 from measure import (
     TINY,
     arguments,
-    clock,
     last_line,
     layer_flops,
-    peak_bytes,
     projection_flops,
-    reset_peak,
     row,
     utilization,
 )
@@ -40,7 +37,7 @@ from config import RETRIEVAL, read_config
 from models.bert import BertModel, padding_mask
 from models.rerank import SIZES, candidate_pairs, make_groups, rerank, score_group
 from models.retrieval import SIMLARetrieval
-from utils import PRECISIONS, autocast
+from utils import PRECISIONS, autocast, clock, peak_bytes, reset_peak
 
 # images, texts, k, mean tokens of a text with [CLS], images of ours and queries of each direction measured
 SHAPES = {

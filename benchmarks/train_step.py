@@ -22,10 +22,8 @@ import torch
 from measure import (
     TINY,
     arguments,
-    clock,
     last_line,
     layer_flops,
-    peak_bytes,
     projection_flops,
     row,
     utilization,
@@ -41,7 +39,7 @@ from models.pretrain import SIMLA
 from models.retrieval import SIMLARetrieval
 from optim import create_optimizer, param_groups
 from training import compile_layers, set_checkpointing
-from utils import autocast, find_places, set_precision
+from utils import autocast, clock, find_places, peak_bytes, set_precision
 
 TOKENS, WORDS_MASKED, PATCHES_MASKED = 25, 4, 75
 TASKS = {  # config, its table, our model, the plain one

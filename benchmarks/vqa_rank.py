@@ -22,12 +22,9 @@ import torch.nn.functional as F
 from measure import (
     TINY,
     arguments,
-    clock,
     last_line,
     layer_flops,
-    peak_bytes,
     projection_flops,
-    reset_peak,
     row,
     utilization,
 )
@@ -36,7 +33,7 @@ from torch import Tensor
 from config import VQA, read_config
 from models.answer_tree import AnswerTree
 from models.vqa import SIMLAVQA, question_states
-from utils import autocast
+from utils import autocast, clock, peak_bytes, reset_peak
 
 CLS, SEP = 101, 102
 SHARE_OF_LENGTHS = [0.6, 0.26, 0.08, 0.04, 0.01, 0.01]  # one to six word pieces

@@ -260,6 +260,12 @@ def fit_kmeans_codebook(
 # ---- by config ----
 
 
+def untrained_image_tokenizer(config: dict) -> DalleEncoder | KMeansCodebook:
+    """Of the kind and vocabulary that the config section names, at full size, with random weights or none."""
+    kind = KMeansCodebook if config["kind"] == "kmeans" else DalleEncoder
+    return kind(vocab_size=config["vocab_size"])
+
+
 def build_image_tokenizer(config: dict) -> DalleEncoder | KMeansCodebook:
     """The tokenizer of the config section {kind: dalle, flava or kmeans, path, vocab_size}.
 

@@ -193,7 +193,9 @@ def test_the_package_has_every_module_and_says_where_the_command_is():
     listed = project["tool"]["setuptools"]
     assert listed["py-modules"] == sorted(path.stem for path in ROOT.glob("*.py"))
     folders = {path.parent.relative_to(ROOT) for path in ROOT.rglob("*/*.py") if not path.match(".venv/**")}
-    folders = {folder for folder in folders if folder.parts[0] not in ("tests", "benchmarks", "docs", ".venv")}
+    folders = {
+        folder for folder in folders if folder.parts[0] not in ("tests", "benchmarks", "docs", ".venv")
+    }
     assert listed["packages"] == sorted(".".join(folder.parts) for folder in folders)
     assert project["project"]["scripts"] == {"simla": "simla:run"} and callable(simla.run)
     assert listed["dynamic"]["dependencies"] == {"file": "requirements.txt"}

@@ -155,6 +155,7 @@ def work(this_rank: int, num_ranks: int, folder: str) -> None:
             resume=False,
             evaluate=True,
             checkpoint="",
+            dry_run="",
         ),
         {"precision": "fp32"},
     )

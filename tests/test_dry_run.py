@@ -1,0 +1,254 @@
+"""--dry_run of every script needs no files and leaves none; its estimate is near what a step takes."""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ruamel.yaml import YAML
+from tiny import MODEL, ROOT, run
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import train_step
+from torch.profiler import ProfilerActivity, profile
+
+import VE
+from config import TABLES, read_config
+from dry_run import CLS, random_batch
+from memory import estimate_step
+from models.pretrain import SIMLA
+from models.retrieval import SIMLARetrieval
+from models.vit import without_memory
+from training import set_checkpointing
+from utils import UserError, world_size
+
+SCRIPTS = ("Pretrain", "Retrieval", "Grounding", "VQA", "Pretrain_NLVR", "NLVR", "VE")
+TABLE_OF = {script: table for scripts, table in TABLES.items() for script in scripts.split(", ")}
+FILES = {"train_file": "not_there.json", "test_file": "not_there.json", "val_file": "not_there.json"}
+PRESETS = sorted((ROOT / "configs" / "single_gpu").glob("*.yaml"))
+
+
+def tiny_config(script: str, folder: Path, **changes) -> Path:
+    """With files, weights and a tokenizer that are not there."""
+    given = {
+        **MODEL,
+        **FILES,
+        "refcoco_data": "not_there",
+        "init": "pretrained",
+        "text_encoder": "not/there",
+        "batch_size": 4,
+        "batch_size_train": 4,
+        "batch_size_test": 4,
+        "k_test": 3,
+        "num_masking_patches": 5,
+        "image_tokenizer": {"kind": "kmeans", "path": "not_there.safetensors", "vocab_size": 16},
+        "optimizer": {"lr": 1e-3},
+        "schedular": {"epochs": 3},
+        **changes,
+    }
+    path = folder / f"{script}.yaml"
+    with path.open("w") as file:
+        YAML(typ="safe", pure=True).dump(
+            {k: v for k, v in given.items() if k in TABLE_OF[f"{script}.py"]}, file
+        )
+    return path
+
+
+def go(monkeypatch, capsys, script: str, config: Path, *flags: str) -> str:
+    """What `python SCRIPT.py --dry_run` prints."""
+    command = [f"{script}.py", "--device", "cpu", "--config", str(config), "--output_dir", "out", *flags]
+    monkeypatch.setattr(sys, "argv", command)
+    importlib.import_module(script).parse_and_run()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_steps_of_every_script_without_any_file(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(script, tmp_path, grad_accumulation_steps=2)
+    out = go(monkeypatch, capsys, script, config, "--dry-run")
+    trained, every = (int(n.replace(",", "")) for n in re.search(r"([\d,]+) trained, ([\d,]+)", out).groups())
+    assert 0 < trained <= every
+    assert float(re.search(r"([\d.,]+) GFLOP a sample", out)[1]) > 0
+    assert "memory, measured" in out and "for a step of 8 samples on 1 rank(s)" in out
+    assert "cannot be told without the training files" in out and "not_there.json" in out
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_the_length_of_the_run_is_told_where_the_files_are(tmp_path, monkeypatch, capsys):
+    entries = [{"image": f"{i}.jpg", "sentence": "a duck", "label": "neutral"} for i in range(13)]
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    config = tiny_config("VE", tmp_path, train_file=str(tmp_path / "train.json"))
+    out = go(monkeypatch, capsys, "VE", config, "--dry_run", "--overrides", "checkpoint_activations=true")
+    assert re.search(r"13 samples, 3 epochs, 9 steps, 0:00:\d\d without reading images", out)
+
+
+def test_the_parts_of_an_evaluation(tmp_path, monkeypatch, capsys):
+    entries = [{"image": "a.jpg", "caption": ["one", "two"]}, {"image": "b.jpg", "caption": ["three"]}]
+    (tmp_path / "test.json").write_text(json.dumps(entries))
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config("Retrieval", tmp_path, test_file=str(tmp_path / "test.json"))
+    before = sorted(tmp_path.iterdir())
+    out = go(monkeypatch, capsys, "zero_shot_retrieval", config, "--dry_run")
+    assert "pairs a second" in out and "2 images, 3 texts, at most 12 pairs" in out
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(UserError, match="--dry_run tries a training"):
+        go(monkeypatch, capsys, "Retrieval", config, "--dry_run", "--evaluate")
+
+
+def test_two_ranks(tmp_path):
+    config = tiny_config("Pretrain", tmp_path)
+    done = run(
+        "Pretrain.py", "--dry_run", "--config", config, "--output_dir", tmp_path / "out", num_processes=2
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("for a step of 8 samples on 2 rank(s)") == 1
+    assert list(tmp_path.iterdir()) == [config]
+
+
+# ---- the estimate ----
+
+
+def test_the_estimate_of_a_gpu_needs_none_and_leaves_everything_as_it_was(tmp_path, monkeypatch, capsys):
+    attention = F.scaled_dot_product_attention
+    config = tiny_config("VE", tmp_path)
+    sizes = {}
+    for precision in ("fp32", "bf16"):
+        flags = "--dry_run", "estimate", "--overrides", f"precision={precision}", "batch_size_train=64"
+        out = go(monkeypatch, capsys, "VE", config, *flags)
+        assert "on cuda" in out and "measured" not in out and "samples a second" not in out
+        sizes[precision] = float(re.search(r"([\d,.]+) MiB gradients", out)[1])
+    assert 0.4 < sizes["bf16"] / sizes["fp32"] < 0.9
+    assert F.scaled_dot_product_attention is attention and world_size() == 1
+
+
+STEP = """
+import json, sys
+import torch
+import VE
+import dry_run
+torch.set_num_threads(1)
+sys.argv = ["VE.py", "--device", "cpu", "--dry_run", *sys.argv[1:]]
+found, dry = {}, dry_run.dry_run
+VE.dry_run = lambda *args, **kwargs: found.update(dry(*args, **kwargs))
+flags = sys.argv
+for batch_size in (2, 32):  # what the libraries take of their own is there before the second one
+    sys.argv = [*flags, "--overrides", f"batch_size_train={batch_size}"]
+    VE.parse_and_run()
+print(json.dumps(found))
+"""
+
+
+def middle_size(folder: Path, **changes) -> Path:
+    """Of some hundred MiB."""
+    bert = {**MODEL["bert_config"], "hidden_size": 256, "encoder_width": 256, "intermediate_size": 1024}
+    sizes = {"image_res": 128, "vision_width": 256, "bert_config": bert, "batch_size_train": 32}
+    return tiny_config("VE", folder, **sizes, **changes)
+
+
+def test_the_estimate_is_near_what_the_process_takes(tmp_path):
+    """The peak of the resident memory above what it was before the model."""
+    config = middle_size(tmp_path)
+    command = [sys.executable, "-c", STEP, "--config", str(config), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    measured = found["peak_bytes"] - found["bytes_before"]
+    assert measured > 100 << 20
+    assert measured == pytest.approx(found["estimated_bytes"], rel=0.25)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_estimate_is_what_torch_allocates(again, tmp_path):
+    """By the profiler's account of a forward and a backward pass."""
+    config = read_config(str(middle_size(tmp_path, checkpoint_activations=again)), TABLE_OF["VE.py"])
+    batch = random_batch(config)
+    batch = {**batch, "image": batch["image"].float(), "code_view": batch["code_view"].float()}
+    device = torch.device("cpu")
+    found = estimate_step(
+        lambda: [VE.SIMLAVE.from_config(config)], VE.losses, batch, config, 0.4, device, False
+    )
+    model = VE.SIMLAVE.from_config(config).train()
+    set_checkpointing(model, again)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        sum(VE.losses(model, batch, 0.4).values()).backward()
+    changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    measured = max(accumulate(changes)) + sum(value.nbytes for value in batch.values())
+    assert measured == pytest.approx(found.step, rel=0.1)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "retrieval"])
+def test_the_arithmetic_is_what_the_benchmark_derives(task):
+    config = train_step.settings(argparse.Namespace(task=task, scale="tiny"))
+    config |= {"batch_size": 8, "max_tokens": train_step.TOKENS, "checkpoint_activations": False}
+    make = partial(SIMLA.from_config, cls_id=CLS) if task == "pretrain" else SIMLARetrieval.from_config
+    losses = {"pretrain": pretrain_losses, "retrieval": importlib.import_module("Retrieval").losses}[task]
+    batch = random_batch(config)
+    batch["image"] = batch["image"].float()
+    found = estimate_step(lambda: [make(config)], losses, batch, config, 0.4, torch.device("cpu"), False)
+    derived = len(batch["text_ids"]) * sum(train_step.flops(config, task).values())
+    assert 0.75 * derived < found.flops < 1.05 * derived  # last layers compute less; two layers here
+
+
+def pretrain_losses(model, batch, alpha):
+    codes = torch.zeros(batch["patch_mask"].shape, dtype=torch.long)
+    return importlib.import_module("Pretrain").losses(
+        model, {**batch, "code_view": None}, alpha, lambda _: codes
+    )
+
+
+# ---- the presets ----
+
+
+def script_of(preset: Path) -> str:
+    return re.search(r"python (\w+)\.py --config configs/single_gpu/" + preset.name, preset.read_text())[1]
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_loads_and_keeps_the_published_number_of_samples_in_a_step(preset):
+    script, config = script_of(preset), read_config(str(preset), TABLE_OF[f"{script_of(preset)}.py"])
+    published = read_config(
+        str(preset.parents[1] / f"{preset.stem.rsplit('_', 1)[0]}.yaml"), TABLE_OF[f"{script}.py"]
+    )
+    key = "batch_size" if script == "Pretrain" else "batch_size_train"
+    per_step = config[key] * config["grad_accumulation_steps"]
+    assert per_step == 8 * published[key]  # of 8 GPUs
+    assert f"{per_step} samples make a step" in preset.read_text()
+    free = {key, "grad_accumulation_steps", "precision", "checkpoint_activations", "batch_size_test"}
+    assert all(config[name] == published[name] for name in config.keys() - free)
+    gigabytes = int(re.search(r"_(\d+)gb", preset.stem)[1])
+    estimated = float(re.search(r"Peak memory: ([\d.]+) GiB, estimated", preset.read_text())[1])
+    assert estimated < 0.85 * gigabytes
+    assert f"| `{preset.stem}.yaml` |" in (ROOT / "docs" / "memory.md").read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_model_of_a_preset_is_built(script):
+    module = importlib.import_module(script)
+    preset = next(path for path in PRESETS if script_of(path) == script)
+    config = read_config(str(preset), TABLE_OF[f"{script}.py"])
+    names = {name for name in vars(module) if name.startswith("SIMLA")}
+    (model,) = (getattr(module, name) for name in names)
+    make = partial(model.from_config, cls_id=CLS) if script == "Pretrain" else model.from_config
+    with without_memory():
+        assert sum(param.numel() for param in make(config).parameters()) > 2e8
+
+
+def test_the_figure_of_a_preset_is_what_the_estimate_says_today():
+    preset = ROOT / "configs" / "single_gpu" / "VE_12gb.yaml"
+    config = read_config(str(preset), TABLE_OF["VE.py"])
+    batch = random_batch(config)
+    batch["image"] = batch["image"].float()
+    build = lambda: [VE.SIMLAVE.from_config(config)]  # noqa: E731
+    found = estimate_step(build, VE.losses, batch, config, config["alpha"], torch.device("cuda"), True)
+    stated = float(re.search(r"Peak memory: ([\d.]+) GiB", preset.read_text())[1])
+    assert found.peak / 2**30 == pytest.approx(stated, rel=0.05)
