@@ -31,6 +31,7 @@ from sys import intern
 
 from dataset.json_list import JsonList
 from dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
+from dataset.prepare.visual_genome import image_name
 from dataset.tables import by_id, checked, look_up
 from dataset.vqa import NUM_ANSWERS, covered_share, frequent_answers
 from utils import UserError
@@ -170,8 +171,7 @@ def vg_entries(
             cause = "Visual Genome questions on an image of VQA v2's val or test"
             report.leave_out(cause, f"image {number}", len(questions))
             continue
-        url = checked(image, "url", str, f"{images_file}: image_id {number}")
-        name = "/".join(url.split("/")[-2:])  # VG_100K/1.jpg or VG_100K_2/1.jpg
+        name = image_name(image, f"{images_file}: image_id {number}")
         for question in questions:
             answer = normalize_answer(question["answer"])
             if answer:
