@@ -438,17 +438,18 @@ def test_rows_of_another_length_are_left_out_and_counted(own, capsys):
     prepare("table", own / "photos", "--table", "t.csv")
     assert [text for _, text in pairs(own / "photos/pairs.json", own)] == ["Dog"]
     printed = capsys.readouterr().out
-    assert numbers(printed)["captions of rows with a cell too many or too few"] == 2
+    assert numbers(printed)["captions of rows with a cell that is null, missing or one too many"] == 2
     assert "t.csv, line 2" in printed
 
 
-def test_empty_lists_and_names_that_no_file_has_are_counted(own, capsys):
-    rows = [("a.jpg", []), ("a\0.jpg", "x"), ("\ud83d.jpg", "y"), ("a.jpg", ["Dog"])]
+def test_nulls_empty_lists_and_names_that_no_file_has_are_counted(own, capsys):
+    rows = [("a.jpg", None), ("a.jpg", []), ("a\0.jpg", "x"), ("\ud83d.jpg", "y"), ("a.jpg", ["Dog"])]
     put(own / "t.jsonl", "\n".join(json.dumps({"image": i, "caption": c}) for i, c in rows))
     prepare("table", own, "--table", "t.jsonl", "--images", "photos")
     assert pairs(own / "pairs.json", own) == [("photos/a.jpg", "Dog")]
     found = numbers(capsys.readouterr().out)
-    assert found["captions in the table"] == 4 and found["pairs without a caption"] == 1
+    assert found["captions in the table"] == 5 and found["pairs without a caption"] == 1
+    assert found["captions of rows with a cell that is null, missing or one too many"] == 1
     assert found["captions whose image has no name that a file can have"] == 2
 
 

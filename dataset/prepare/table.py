@@ -26,6 +26,7 @@ from utils import UserError
 IMAGE_NAMES = ["image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "file", "img"]
 CAPTION_NAMES = ["caption", "captions", "text", "texts", "title", "sentence", "description"]
 NUM_AHEAD = 4096  # images looked for at a time
+NO_CELL = "captions of rows with a cell that is null, missing or one too many"
 csv.field_size_limit(1 << 30)  # the default refuses a long text
 
 
@@ -92,7 +93,7 @@ def _rows(
             captions = (captions or [""]) if isinstance(captions, list) else [captions]
             num_rows["captions"] += len(captions)
             if None in (*row, image, *captions):  # csv's way to say too many, and too few; null elsewhere
-                report.leave_out("captions of rows with a cell too many or too few", where, len(captions))
+                report.leave_out(NO_CELL, where, len(captions))
                 continue
             if not isinstance(image, str) or not all(isinstance(caption, str) for caption in captions):
                 raise UserError(
