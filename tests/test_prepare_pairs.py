@@ -101,6 +101,8 @@ def test_regions_are_drawn_the_same_each_time(genome, capsys):
     assert [text for _, text in pairs(genome / "vg.json", genome)] == drawn
     prepare("visual_genome", genome, "--regions", "0")
     assert len(load(genome / "vg.json")) == 50
+    with pytest.raises(UserError, match="--regions -1: 0 takes all, a number above 0 so many"):
+        prepare("visual_genome", genome, "--regions", "-1")
 
 
 def test_without_the_splits_leaks_must_be_allowed(genome, capsys):
@@ -195,6 +197,15 @@ def test_cc12m_has_the_url_first_and_may_have_a_header(tmp_path):
         put(tmp_path / f"cc12m/images/{row}_{crc32(URLS[row])}.jpg")
     prepare("cc12m", tmp_path)
     assert [text for _, text in pairs(tmp_path / "cc12m.json", tmp_path)] == ["thing 0", "thing 3"]
+
+
+def test_a_mark_of_utf_8_and_ends_of_lines_of_windows_are_no_part_of_a_list(tmp_path):
+    lines = "".join(f"{url}\tthing {number}\r\n" for number, url in enumerate(URLS))
+    put(tmp_path / "cc12m.tsv", f"\ufeff{lines}")
+    for row in (0, 1):
+        put(tmp_path / f"cc12m/images/{row}_{crc32(URLS[row])}.jpg")
+    prepare("cc12m", tmp_path)
+    assert [text for _, text in pairs(tmp_path / "cc12m.json", tmp_path)] == ["thing 0", "thing 1"]
 
 
 def test_images_named_by_the_line_alone_are_never_guessed(tmp_path):

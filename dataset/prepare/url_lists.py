@@ -234,7 +234,8 @@ def _read_tsv(path: Path, report: Report) -> Iterator[tuple[int, str, str]]:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:  # a caption may hold other ends of lines
+        # a caption may hold other ends of lines
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for line in file:
                 yield line.rstrip("\r\n")
     except (OSError, ValueError) as error:

@@ -52,6 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    if options.regions < 0:
+        raise UserError(f"--regions {options.regions}: 0 takes all, a number above 0 so many of each image")
     files = ("region_descriptions.json", "image_data.json")
     found = find_all(root, SITE, {file: [f"visual_genome/{file}", file] for file in files})
     folders = find_all(root, SITE, {"images": ["visual_genome/images", "visual_genome", "images"]})
