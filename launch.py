@@ -166,8 +166,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def make_output_folder(folder: str) -> Path:
-    """Creates the folder and proves that a file can be written there; UserError if not."""
+def make_output_folder(folder: str | Path, flag: str = "--output_dir") -> Path:
+    """Creates the folder that `flag` names and proves that a file can be written there; UserError if not."""
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ def make_output_folder(folder: str) -> Path:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+        raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from error
     return path
 
 

@@ -137,6 +137,11 @@ def is_url(path: str) -> bool:
     return path.startswith("pipe:") or "://" in path
 
 
+def printable(text: str) -> str:
+    """Halves of surrogate pairs, as in odd file names and cut JSON, become question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

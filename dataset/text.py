@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from utils import UserError, log
+from utils import UserError, log, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,8 @@ def clean_question(text: str, max_words: int = 50) -> str:
 
 
 def _first_words(text: str, max_words: int) -> str:
-    return " ".join(text.split(" ")[:max_words])
+    """Half of a surrogate pair, which no tokenizer takes, becomes a question mark."""
+    return printable(" ".join(text.split(" ")[:max_words]))
 
 
 def names_side(text: str) -> bool:

@@ -136,6 +136,7 @@ def make_defects(folder):
     at("empty.jpg").touch()
     at("words.jpg").write_text("404 not found")
     at("folder.jpg").mkdir()
+    at("program.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n")
     Image.new("RGB", (64, 64), "navy").save(at("navy.jpg"))
 
     def entry(image, caption="a cat"):
@@ -146,6 +147,7 @@ def make_defects(folder):
         (entry("nowhere.jpg"), "no such image"),
         (entry("empty.jpg"), "empty image file"),
         (entry("words.jpg"), "not an image"),
+        (entry("program.eps"), "not an image"),
         (entry("half.jpg"), "truncated image"),
         (entry("half.png"), "truncated image"),
         (entry("tiny.jpg"), "tiny image"),
@@ -196,11 +198,11 @@ def test_every_defect_is_found_with_number_and_cause(defects, tmp_path, capsys):
     assert causes(report, "test") == {(1, "same content as another file")}  # as that of a training entry
     by_number = {row["entry"]: row for row in report["found"] if row["split"] == "train"}
     assert by_number[1]["detail"] == "no such file"
-    assert "no 'caption'" in by_number[8]["detail"] and "must be text" in by_number[9]["detail"]
-    assert "40 words of 30" in by_number[12]["detail"]
-    assert by_number[14]["twin"] == by_number[14]["image"] == str(folder / "images" / "test.jpg")
-    assert by_number[15]["twin"] == str(folder / "images" / "test2.jpg")
-    assert f"{folder / 'train.json'}: entry 8: wrong entry" in capsys.readouterr().out
+    assert "no 'caption'" in by_number[9]["detail"] and "must be text" in by_number[10]["detail"]
+    assert "40 words of 30" in by_number[13]["detail"]
+    assert by_number[15]["twin"] == by_number[15]["image"] == str(folder / "images" / "test.jpg")
+    assert by_number[16]["twin"] == str(folder / "images" / "test2.jpg")
+    assert f"{folder / 'train.json'}: entry 9: wrong entry" in capsys.readouterr().out
 
     code, report = check(config, tmp_path / "out", "--full")
     again, test_again = sorted(number for number, _ in expected_full)[1:3]
@@ -215,6 +217,21 @@ def test_every_defect_is_found_with_number_and_cause(defects, tmp_path, capsys):
     assert "looks like an evaluation image: 1" in page and "truncated" in page
     counts = report["splits"]["train"]["counts"]
     assert counts["wrong entry"] == 3 and counts["truncated image"] == 2
+
+
+def test_text_and_names_with_half_a_surrogate_pair(defects, tmp_path, capsys):
+    config, folder, *_ = defects
+    write_list(
+        folder / "train.json",
+        [
+            {"image": "images/good.jpg", "caption": "cut \ud83d", "image_id": 1},
+            {"image": "images/\ud83d.jpg", "caption": "a cat", "image_id": 2},
+        ],
+    )
+    code, report = check(config, tmp_path / "out")
+    assert code == 1 and causes(report) == {(1, "image cannot be read")}
+    assert sum(report["splits"]["train"]["lengths"]) == 2
+    assert "images/?.jpg" in capsys.readouterr().out
 
 
 def test_copies_are_clean_and_the_originals_as_they_were(defects, tmp_path, capsys):
@@ -373,7 +390,7 @@ def test_what_cannot_be_checked_ends_with_2(demo, defects, tmp_path, capsys):
     assert "shards" in fails("--config", config, "--overrides", mixed)
     assert "vocabulary" in fails("--config", config, "--text_encoder", tmp_path)
     assert "is a file of the config" in fails("--config", config, "--fix", folder)
-    assert "cannot be written" in fails("--config", config, "--fix", folder / "train.json" / "a")
+    assert "--fix" in fails("--config", config, "--fix", folder / "train.json" / "a")
     with pytest.raises(SystemExit) as stop:
         main(["--full"])
     assert stop.value.code == 2

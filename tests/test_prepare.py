@@ -358,6 +358,12 @@ def test_in_parallel_keeps_the_order_and_does_not_run_ahead():
     assert list(results) == [-number for number in range(1, 10)]
 
 
+def test_an_out_that_cannot_be_written_is_said_at_once(coco):
+    file = put(coco / "file")
+    with pytest.raises(UserError, match=r"--out .*file/data cannot be written: Not a directory"):
+        prepare("coco", coco, out=file / "data")
+
+
 def test_out_need_not_exist_and_root_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "in/a.jpg")

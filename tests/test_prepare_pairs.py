@@ -1,6 +1,7 @@
 """Pre-training files of Visual Genome, URL lists, img2dataset folders and own tables."""
 
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -100,6 +101,8 @@ def test_regions_are_drawn_the_same_each_time(genome, capsys):
     assert [text for _, text in pairs(genome / "vg.json", genome)] == drawn
     prepare("visual_genome", genome, "--regions", "0")
     assert len(load(genome / "vg.json")) == 50
+    with pytest.raises(UserError, match="--regions -1: 0 takes all, a number above 0 so many"):
+        prepare("visual_genome", genome, "--regions", "-1")
 
 
 def test_without_the_splits_leaks_must_be_allowed(genome, capsys):
@@ -113,6 +116,25 @@ def test_without_the_splits_leaks_must_be_allowed(genome, capsys):
     assert "thing 3" in [text for _, text in pairs(genome / "vg.json", genome)]
     assert "thing 2" not in [text for _, text in pairs(genome / "vg.json", genome)]
     assert "may hold images of dataset_flickr30k.json's val and test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("coco/dataset_coco.json", {"split": None}, "dataset_coco.json: image 0: 'split' must be text"),
+        ("coco/dataset_coco.json", {"cocoid": "102"}, "image 0: 'cocoid' must be a whole number"),
+        (
+            "flickr30k/dataset_flickr30k.json",
+            {"filename": "a.jpg"},
+            "0: 'filename' must be Flickr's number",
+        ),
+    ],
+)
+def test_splits_of_another_kind_name_their_entry(genome, file, change, message):
+    first, *others = load(genome / file)["images"]
+    put(genome / file, {"images": [{**first, **change}, *others]})
+    with pytest.raises(UserError, match=message):
+        prepare("visual_genome", genome)
 
 
 def test_damaged_region_descriptions_name_their_entry(genome):
@@ -177,6 +199,15 @@ def test_cc12m_has_the_url_first_and_may_have_a_header(tmp_path):
     assert [text for _, text in pairs(tmp_path / "cc12m.json", tmp_path)] == ["thing 0", "thing 3"]
 
 
+def test_a_mark_of_utf_8_and_ends_of_lines_of_windows_are_no_part_of_a_list(tmp_path):
+    lines = "".join(f"{url}\tthing {number}\r\n" for number, url in enumerate(URLS))
+    put(tmp_path / "cc12m.tsv", f"\ufeff{lines}")
+    for row in (0, 1):
+        put(tmp_path / f"cc12m/images/{row}_{crc32(URLS[row])}.jpg")
+    prepare("cc12m", tmp_path)
+    assert [text for _, text in pairs(tmp_path / "cc12m.json", tmp_path)] == ["thing 0", "thing 1"]
+
+
 def test_images_named_by_the_line_alone_are_never_guessed(tmp_path):
     put(tmp_path / "cc12m.tsv", "".join(f"{url}\tthing {number}\n" for number, url in enumerate(URLS)))
     for row in range(5):
@@ -211,6 +242,13 @@ def test_sbu_by_its_json_and_by_its_two_texts(tmp_path):
     texts.write_text("\n".join(captions[:2]))
     with pytest.raises(UserError, match="3 URLs but 2 captions; download the files again"):
         prepare("sbu", tmp_path)
+
+
+def test_urls_that_are_none_are_named_by_their_end(tmp_path):
+    put(tmp_path / "cc12m.tsv", "http://[2001/a.jpg?x#y\tthing 0\nhttp://host/b.jpg\tthing 1\n")
+    put(tmp_path / "cc12m/images/a.jpg")
+    prepare("cc12m", tmp_path, "--image-names", "{file}")
+    assert pairs(tmp_path / "cc12m.json", tmp_path) == [("cc12m/images/a.jpg", "thing 0")]
 
 
 # ---- img2dataset ----
@@ -266,6 +304,29 @@ def test_a_download_that_has_gone_is_told(tmp_path, capsys):
     assert load(tmp_path / "pairs.json") == [{"image": "00000/000000000.jpg", "caption": "thing 000000000"}]
     printed = capsys.readouterr().out
     assert numbers(printed)["downloads that are missing"] == 1 and "first: 00001/000010000" in printed
+
+
+def test_paths_relative_to_a_root_that_is_a_link(tmp_path):
+    download(tmp_path / "far/away/disk/got", with_tables=False)
+    root = tmp_path / "data"
+    root.symlink_to(tmp_path / "far/away/disk")
+    prepare("img2dataset", root, "--folder", "got", "--relative")
+    paths = [entry["image"] for entry in load(root / "pairs.json")]
+    assert paths == ["got/00000/000000000.jpg", "got/00001/000010000.jpg"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    download(tmp_path, with_tables=False)
+
+    def scandir(path):
+        if path.name == "00001":
+            raise PermissionError(13, "Permission denied", str(path))
+        return os_scandir(path)
+
+    os_scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"images' folder .* cannot be listed: .*Permission denied: .*00001"):
+        prepare("img2dataset", tmp_path)
 
 
 def test_img2dataset_without_texts_has_captions_in_its_json(tmp_path):
@@ -388,15 +449,26 @@ def test_rows_of_another_length_are_left_out_and_counted(own, capsys):
     prepare("table", own / "photos", "--table", "t.csv")
     assert [text for _, text in pairs(own / "photos/pairs.json", own)] == ["Dog"]
     printed = capsys.readouterr().out
-    assert numbers(printed)["captions of rows with a cell too many or too few"] == 2
+    assert numbers(printed)["captions of rows with a cell that is null, missing or one too many"] == 2
     assert "t.csv, line 2" in printed
+
+
+def test_nulls_empty_lists_and_names_that_no_file_has_are_counted(own, capsys):
+    rows = [("a.jpg", None), ("a.jpg", []), ("a\0.jpg", "x"), ("\ud83d.jpg", "y"), ("a.jpg", ["Dog"])]
+    put(own / "t.jsonl", "\n".join(json.dumps({"image": i, "caption": c}) for i, c in rows))
+    prepare("table", own, "--table", "t.jsonl", "--images", "photos")
+    assert pairs(own / "pairs.json", own) == [("photos/a.jpg", "Dog")]
+    found = numbers(capsys.readouterr().out)
+    assert found["captions in the table"] == 5 and found["pairs without a caption"] == 1
+    assert found["captions of rows with a cell that is null, missing or one too many"] == 1
+    assert found["captions whose image has no name that a file can have"] == 2
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("t.csv", b"image,caption\na.jpg,caf\xe9\n", r"t.csv cannot be read as UTF-8"),
-        ("t.csv", b'image,caption\na.jpg,"open\n', r"t.csv cannot be read as UTF-8 excel: unexpected end"),
+        ("t.csv", b'image,caption\na.jpg,"open\n', r"t.csv, after line 1, cannot be read as excel: unexp"),
         ("t.jsonl", b'{"image": "a.jpg", "caption": "x"}\n{"image"', r"t.jsonl, line 2 is not valid JSON"),
         ("t.jsonl", b"[1]", r"t.jsonl, line 1 must be an object, found \[1\]"),
         ("t.jsonl", b'{"image": 3, "caption": "x"}', r"line 1: columns 'image' and 'caption' must hold text"),

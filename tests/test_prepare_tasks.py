@@ -411,6 +411,14 @@ def test_damaged_vqa_files_are_named(data, file, change, expected):
     assert not list(data.glob(".*.tmp"))
 
 
+def test_vqa_without_visual_genome_s_images_writes_nothing(data):
+    make_vqa(data)
+    make_vg(data)
+    (data / "visual_genome/images").rename(data / "elsewhere")
+    assert "Visual Genome's images (looked for visual_genome/images)" in fails("vqa", data)
+    assert not list(data.glob("*.json"))
+
+
 # ---- NLVR2 ----
 
 

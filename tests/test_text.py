@@ -211,3 +211,8 @@ def test_what_holds_for_every_draw(num_texts, length, probability, seed):
         assert torch.equal(chosen, ids >= 2)
     if probability == 0:
         assert not chosen.any()
+
+
+def test_half_a_surrogate_pair_becomes_what_a_tokenizer_takes():
+    assert clean_caption("A dog \ud83d runs \U0001f600") == "a dog ? runs \U0001f600"
+    assert clean_question("Where\udc00") == "where?"

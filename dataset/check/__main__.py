@@ -29,7 +29,7 @@ from dataset.check.workers import Workers
 from dataset.text import build_tokenizer
 from launch import make_output_folder
 from models.bert import BertConfig
-from utils import UserError, num_cores
+from utils import UserError, num_cores, printable
 
 
 def check(args: argparse.Namespace) -> bool:
@@ -63,7 +63,7 @@ def check(args: argparse.Namespace) -> bool:
     fixed = write_fixed(findings, args.fix) if args.fix else None
     report = Report(findings, {"config": args.config, "task": name, "full": args.full}, reading, fixed)
     report.write(folder)
-    print(report.text())
+    print(printable(report.text()))
     print(f"\n{folder / 'report.html'}: samples and pictures of what was found; report.json: all of it")
     return findings.has_problems()
 

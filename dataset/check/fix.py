@@ -18,7 +18,7 @@ def write_fixed(findings: Findings, folder: str) -> dict:
     """Writes a copy of each file that has entries with problems; {"files": what was left out of each,
     "config": the keys with the files to name}. Raises UserError where a copy would take an original's place.
     """
-    make_output_folder(folder)
+    make_output_folder(folder, "--fix")
     originals = {source.path.resolve() for source in findings.shared.sources}
     files, keys, used = [], {}, set()
     for number, source in enumerate(findings.shared.sources):

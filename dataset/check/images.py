@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from dataset.check.causes import NO_PIXELS, Cause
 from dataset.check.texts import Shared, Texts, path_key
 from dataset.check.workers import Workers
-from dataset.transforms import BadImage, View, crops, load_image, open_image
+from dataset.transforms import FORMATS, BadImage, View, crops, load_image, open_image
 from utils import UserError, with_progress
 
 CACHE = "checked_images.1.bin"  # another number whenever RECORD or what it means changes
@@ -153,14 +153,14 @@ def check_image(path: str, full: bool, known: np.void | None = None) -> np.void:
 def _look_at(path: str, content: bytes, full: bool, record: np.void) -> None:
     """Sets flags, size in pixels and, of a file that is decoded, look."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             record["width"], record["height"] = image.size
             is_whole, is_jpeg = ends_whole(content, image.format), image.format == "JPEG"
         if full:
-            image = open_image(path) if is_jpeg else load_image(path)
+            image = (open_image if is_jpeg else load_image)(content, path)
             (pixels,) = crops(image, [View(None, False, LOOK_SIDE)])
         elif not is_whole:
-            load_image(path)  # the end may be missing, or hidden by something that was appended
+            load_image(content, path)  # the end may be missing, or hidden by something that was appended
     except UnidentifiedImageError:
         record["flags"] = Cause.NOT_IMAGE if content else Cause.EMPTY_FILE
         return

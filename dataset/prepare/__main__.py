@@ -15,8 +15,8 @@ from types import ModuleType
 
 from dataset.prepare import CONVERTERS
 from dataset.prepare.common import Report
-from launch import run_script
-from utils import fill_in
+from launch import make_output_folder, run_script
+from utils import fill_in, printable
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,10 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
     report = Report(chosen.name)
     try:
         root, out = (Path(fill_in(folder)).absolute() for folder in (options.root, options.out))
-        converter.prepare(root, out, options, report)
+        converter.prepare(root, make_output_folder(out, "--out"), options, report)
     finally:
         if report:
-            print(report, flush=True)
+            print(printable(str(report)), flush=True)
 
 
 def _options(name: str, converter: ModuleType, arguments: list[str]) -> argparse.Namespace:

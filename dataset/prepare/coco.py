@@ -7,9 +7,9 @@ Needs below --root (the leading coco/ may be missing):
                                         val2017/, too: the same images by other names
 Writes coco_train.json, coco_val.json, coco_test.json (configs/Retrieval_coco.yaml; image paths relative to
 coco/images, the config's image_root) and coco.json (configs/Pretrain.yaml). Karpathy's "restval" is training.
---split 2014 writes coco2014_train.json, coco2014_val.json and coco2014.json, --split 2017 likewise. Official
-training images are in Karpathy's val and test: who pre-trains on train2017 has seen most of them. The
-pre-training file has one entry a caption, of training images alone.
+--split 2014 writes coco2014_train.json, coco2014_val.json and coco2014.json, --split 2017 likewise. Most
+images of Karpathy's val and test are in train2017: who pre-trains on it has seen them. The pre-training file
+has one entry a caption, of training images alone.
 """
 
 import argparse

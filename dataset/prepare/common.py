@@ -138,9 +138,9 @@ def list_files(folder: Path) -> tuple[set[str], set[str]]:
             for future in done:
                 try:
                     found, found_empty, subfolders = future.result()
-                except OSError as error:
+                except UserError:
                     pool.shutdown(cancel_futures=True)
-                    raise UserError(f"the images' folder {folder} cannot be listed: {error}") from error
+                    raise
                 files.update(found)
                 empty.update(found_empty)
                 running |= {pool.submit(list_folder, folder, subfolder) for subfolder in subfolders}
@@ -152,15 +152,21 @@ def list_files(folder: Path) -> tuple[set[str], set[str]]:
 
 
 def list_folder(folder: Path, subfolder: str) -> tuple[list[str], list[str], list[str]]:
-    """Of one folder alone: files, empty files and subfolders, as paths relative to `folder`."""
+    """Of one folder alone: files, empty files and subfolders, as paths relative to `folder`.
+
+    Raises UserError where it cannot be listed.
+    """
     files, empty, subfolders = [], [], []
-    with os.scandir(folder / subfolder) as items:
-        for item in items:
-            name = f"{subfolder}/{item.name}" if subfolder else item.name
-            if item.is_dir():
-                subfolders.append(name)
-            elif item.is_file():
-                (files if item.stat().st_size else empty).append(name)
+    try:
+        with os.scandir(folder / subfolder) as items:
+            for item in items:
+                name = f"{subfolder}/{item.name}" if subfolder else item.name
+                if item.is_dir():
+                    subfolders.append(name)
+                elif item.is_file():
+                    (files if item.stat().st_size else empty).append(name)
+    except OSError as error:
+        raise UserError(f"the images' folder {folder} cannot be listed: {error}") from error
     return files, empty, subfolders
 
 
@@ -181,7 +187,6 @@ def write_annotations(path: Path, entries: Iterable[dict], report: Report) -> in
     The file takes its name when it is complete: an earlier one stays until then, and whenever anything goes
     wrong. Raises UserError where there is no entry, or where writing fails.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     number = 0
     with atomic_write(path) as file:
         for entry in entries:

@@ -32,6 +32,7 @@ SHARD = re.compile(r"(\d{5,})(?:|\.parquet|_stats\.json)")
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp"}
 NUM_AHEAD = 32  # shards, of some 10,000 rows each
 LOG_SHARDS = 50
+BATCH_ROWS = 4096  # read at a time: a table may have the images themselves in it, too
 
 
 class Shard(NamedTuple):
@@ -48,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
-    folder = (root / options.folder).resolve() if options.folder != "." else root
+    folder = root / options.folder
     if not is_output(folder):
         tars = "; its .tar files are of layout webdataset" if any(folder.glob("*.tar")) else ""
         raise UserError(
@@ -158,7 +159,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> Iterator[dict]
                 raise UserError(
                     f"{path} has no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}"
                 )
-            for batch in file.iter_batches(columns=columns):
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
                 yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(

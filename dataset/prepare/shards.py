@@ -53,7 +53,6 @@ def prepare(_: Path, out: Path, options: argparse.Namespace, report: Report) -> 
     entries = read_pairs(options.annotations, options.root)
     res = options.image_res
     per_shard = options.samples_per_shard or fill_of(entries, options.shard_mb * 1e6, res)
-    out.mkdir(parents=True, exist_ok=True)
     files = [Path(fill_in(file)).absolute() for file in options.annotations]
     _same_settings(
         out / SETTINGS,

@@ -26,6 +26,7 @@ from utils import UserError
 IMAGE_NAMES = ["image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "file", "img"]
 CAPTION_NAMES = ["caption", "captions", "text", "texts", "title", "sentence", "description"]
 NUM_AHEAD = 4096  # images looked for at a time
+NO_CELL = "captions of rows with a cell that is null, missing or one too many"
 csv.field_size_limit(1 << 30)  # the default refuses a long text
 
 
@@ -89,10 +90,10 @@ def _rows(
                     _column(row, options.caption, CAPTION_NAMES, "--caption", path),
                 ]
             image, captions = (row.get(column) for column in columns)
-            captions = captions if isinstance(captions, list) else [captions]
+            captions = (captions or [""]) if isinstance(captions, list) else [captions]
             num_rows["captions"] += len(captions)
             if None in (*row, image, *captions):  # csv's way to say too many, and too few; null elsewhere
-                report.leave_out("captions of rows with a cell too many or too few", where, len(captions))
+                report.leave_out(NO_CELL, where, len(captions))
                 continue
             if not isinstance(image, str) or not all(isinstance(caption, str) for caption in captions):
                 raise UserError(
@@ -122,7 +123,12 @@ def _read_csv(path: Path, dialect: str = "excel") -> Iterator[tuple[str, dict]]:
             reader = csv.DictReader(file, dialect=dialect, strict=True)
             for row in reader:
                 yield f"{path}, line {reader.line_num}", row
-    except (OSError, ValueError, csv.Error) as error:
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, after line {reader.line_num}, cannot be read as {dialect}: {error}; a cell with "
+            "quotation marks in it must double them and stand in quotation marks itself"
+        ) from error
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 {dialect}: {error}") from error
 
 
@@ -168,6 +174,8 @@ def _look(row: tuple[str, str]) -> tuple[str, str, str]:
         status = os.stat(row[0])  # noqa: PTH116 - the quick one, for millions
     except OSError as error:
         return *row, f"cannot be found ({error.strerror})"
+    except ValueError:  # "\0", half of a surrogate pair
+        return *row, "has no name that a file can have"
     return *row, "" if stat.S_ISREG(status.st_mode) and status.st_size else "is an empty file or none"
 
 

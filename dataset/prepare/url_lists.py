@@ -18,6 +18,7 @@ get its neighbour's caption.
 """
 
 import argparse
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +27,6 @@ from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from dataset.prepare.common import (
     Images,
@@ -48,7 +48,7 @@ FIELDS: dict[str, Callable[[int, str], int | str]] = {  # of the number of a lin
     "row1": lambda row, _: row + 1,
     "crc32": lambda _, url: zlib.crc32(url.encode()),
     "md5": lambda _, url: md5(url.encode(), usedforsecurity=False).hexdigest(),
-    "file": lambda _, url: urlsplit(url).path.rpartition("/")[2],
+    "file": lambda _, url: re.split("[?#]", url, maxsplit=1)[0].rpartition("/")[2],
 }
 NUM_TRIED = 10_000  # lines, to find out how images are named
 
@@ -234,7 +234,8 @@ def _read_tsv(path: Path, report: Report) -> Iterator[tuple[int, str, str]]:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:  # a caption may hold other ends of lines
+        # a caption may hold other ends of lines
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for line in file:
                 yield line.rstrip("\r\n")
     except (OSError, ValueError) as error:

@@ -52,6 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    if options.regions < 0:
+        raise UserError(f"--regions {options.regions}: 0 takes all, a number above 0 so many of each image")
     files = ("region_descriptions.json", "image_data.json")
     found = find_all(root, SITE, {file: [f"visual_genome/{file}", file] for file in files})
     folders = find_all(root, SITE, {"images": ["visual_genome/images", "visual_genome", "images"]})
@@ -62,10 +64,8 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     report.source("visualgenome.org")
 
     regions = _Regions(found["region_descriptions.json"], about, held_out, options.regions, report)
-    rows = ((name, phrase) for name, phrase in regions.rows(images))
-    number = write_annotations(
-        out / "vg.json", pairs(rows, prefix(images.folder, root, options), report), report
-    )
+    start = prefix(images.folder, root, options)
+    number = write_annotations(out / "vg.json", pairs(regions.rows(images), start, report), report)
     report.count("images with regions", regions.num_images)
     report.count("pairs", number)
 
@@ -82,11 +82,26 @@ def _held_out(root: Path, name: str, allow_leaks: bool, report: Report) -> set[i
             )
         report.note(f"vg.json may hold images of {name}'s val and test splits")
         return set()
-    images = checked(read_source(path), "images", list, str(path))
-    held_out = (image for image in images if SPLITS.get(image["split"]) in ("val", "test"))
-    if name == "dataset_coco.json":
-        return {image["cocoid"] for image in held_out}
-    return {int(PurePosixPath(image["filename"]).stem) for image in held_out}
+    key = "cocoid" if name == "dataset_coco.json" else "filename"
+    ids = set()
+    for number, image in enumerate(checked(read_source(path), "images", list, str(path))):
+        where = f"{path}: image {number}"
+        if SPLITS.get(checked(image, "split", str, where)) in ("val", "test"):
+            value = checked(image, key, int if key == "cocoid" else str, where)
+            ids.add(value if key == "cocoid" else _flickr_id(value, where))
+    return ids
+
+
+def _flickr_id(name: str, where: str) -> int:
+    number = PurePosixPath(name).stem
+    if not number.isdecimal():
+        raise UserError(f"{where}: 'filename' must be Flickr's number and .jpg, found {name!r}"[:500])
+    return int(number)
+
+
+def image_name(about: dict, where: str) -> str:
+    """VG_100K/1.jpg or VG_100K_2/1.jpg, as at the end of the URL in image_data.json."""
+    return "/".join(checked(about, "url", str, where).split("/")[-2:])
 
 
 class _Regions:
@@ -114,8 +129,7 @@ class _Regions:
                     "regions of images that image_data.json lacks", str(image_id), len(regions)
                 )
                 continue
-            # VG_100K/2.jpg, as at the end of its URL
-            name = "/".join(PurePosixPath(checked(about, "url", str, f"image {image_id}")).parts[-2:])
+            name = image_name(about, f"image_data.json: image_id {image_id}")
             if self._is_held_out(about, name, len(regions)) or not images.has(name, len(regions)):
                 continue
             phrases = self._chosen([region["phrase"] for region in regions], image_id, name)

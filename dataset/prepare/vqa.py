@@ -31,6 +31,7 @@ from sys import intern
 
 from dataset.json_list import JsonList
 from dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
+from dataset.prepare.visual_genome import image_name
 from dataset.tables import by_id, checked, look_up
 from dataset.vqa import NUM_ANSWERS, covered_share, frequent_answers
 from utils import UserError
@@ -44,9 +45,10 @@ NUM_VG_IMAGES = 108_077
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     vg_wanted = {name: [f"visual_genome/{name}"] for name in ("question_answers.json", "image_data.json")}
-    files = find_all(root, SOURCE, {**_vqa_files(), **vg_wanted})
-    held_out = _prepare_vqa(files, root, out, report)
-    _prepare_vg(files, root, out, held_out, report)
+    folders = {"COCO's images": ["coco/images"], "Visual Genome's images": ["visual_genome/images"]}
+    files = find_all(root, SOURCE, {**_vqa_files(), **vg_wanted, **folders})
+    held_out = _prepare_vqa(files, out, report)
+    _prepare_vg(files, out, held_out, report)
     report.source("visualqa.org and Krishna et al. 2017")
 
 
@@ -62,9 +64,9 @@ def _vqa_files() -> dict[str, list[str]]:
 # ---- VQA v2 ----
 
 
-def _prepare_vqa(files: dict[str, Path], root: Path, out: Path, report: Report) -> set[str]:
+def _prepare_vqa(files: dict[str, Path], out: Path, report: Report) -> set[str]:
     """Writes its files and the list of answers; the images of val and test."""
-    images = Images(root / "coco/images", report, "VQA v2 questions whose image is")
+    images = Images(files["COCO's images"], report, "VQA v2 questions whose image is")
     answers: list[list[str]] = []
     held_out: set[str] = set()
     for split, folder in FOLDERS.items():
@@ -138,14 +140,14 @@ def annotated(annotation: dict, where: str) -> dict:
 # ---- Visual Genome ----
 
 
-def _prepare_vg(files: dict[str, Path], root: Path, out: Path, held_out: set[str], report: Report) -> None:
+def _prepare_vg(files: dict[str, Path], out: Path, held_out: set[str], report: Report) -> None:
     images_file = files["image_data.json"]
     known = by_id(read_source(images_file), "image_id", images_file)
     report.count("Visual Genome, images", len(known), NUM_VG_IMAGES)
     # Hundreds of megabytes, most of them not wanted: read image by image.
     groups = JsonList(files["question_answers.json"], check_group, "dataset.prepare.vqa.check_group")
     report.count("Visual Genome, questions", sum(len(group["qas"]) for group in groups))
-    images = Images(root / "visual_genome/images", report, "Visual Genome questions whose image is")
+    images = Images(files["Visual Genome's images"], report, "Visual Genome questions whose image is")
     entries = vg_entries(groups, known, images_file, held_out, report)
     write_annotations(out / "vg_qa.json", (entry for entry in entries if images.has(entry["image"])), report)
 
@@ -170,8 +172,7 @@ def vg_entries(
             cause = "Visual Genome questions on an image of VQA v2's val or test"
             report.leave_out(cause, f"image {number}", len(questions))
             continue
-        url = checked(image, "url", str, f"{images_file}: image_id {number}")
-        name = "/".join(url.split("/")[-2:])  # VG_100K/1.jpg or VG_100K_2/1.jpg
+        name = image_name(image, f"{images_file}: image_id {number}")
         for question in questions:
             answer = normalize_answer(question["answer"])
             if answer:
