@@ -5,8 +5,10 @@ mixing; broken shards; and making them.
 import io
 import json
 import logging
+import os
 import pickle
 import re
+import resource
 import tarfile
 from bisect import bisect_right
 from collections import Counter
@@ -353,6 +355,20 @@ def test_an_index_is_kept_and_holds_until_the_shard_changes(tmp_path):
             again[1]
     (tmp_path / ".0.tar.simla").write_bytes(b"rubbish")
     assert len(Shards([str(path)])) == 3
+
+
+def test_more_local_shards_than_a_process_may_have_files_open(tmp_path):
+    for number in range(60):
+        write_tar(tmp_path / f"{number}.tar", samples(1, number))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Path(os.devnull).open() as free:  # the lowest number that is not in use
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free.fileno() + 40, limits[1]))
+    try:
+        for _ in range(2):  # looked through, then by their indexes
+            entries = Shards(expand_names([f"{tmp_path}/{{0..59}}.tar"]))
+            assert [entry["text"] for entry in entries] == [f"picture {number}" for number in range(60)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_without_a_place_for_the_index_the_shard_is_looked_through_each_time(tmp_path, monkeypatch):
