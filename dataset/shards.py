@@ -66,6 +66,8 @@ class Shards(Sequence):
         if not self.is_stream:
             return range(len(self))
         place = (bisect_right(self.ends, index) + num_tries // 4) % len(self.names)
+        while not self.sizes[place]:
+            place = (place + 1) % len(self.names)
         return range(self.ends[place] - self.sizes[place], self.ends[place])
 
     def _fetch(self, place: int) -> "Fetch":

@@ -10,6 +10,7 @@ import pickle
 import re
 import resource
 import tarfile
+import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -156,6 +157,12 @@ def test_with_other_ranks_a_stream_goes_on_at_the_next_whole_step():
     mixture = Mixture([Numbers([30, 30])])
     for keys in epoch_of(mixture, 2, 1, 4, 1, first=20):  # 20 samples are two and a half steps of 8
         assert len(keys) == 60 // 8 * 4 - 12
+
+
+def test_with_other_ranks_nothing_may_be_left_of_a_stream():
+    mixture = Mixture([Numbers([30, 30])])
+    for first in (54, 58):  # the next whole step of 8 would end at 64
+        assert epoch_of(mixture, 2, 1, 4, 1, first=first) == [[], []]
 
 
 def test_order_of_an_annotation_file_or_local_shards_is_any_order_and_does_not_depend_on_readers():
@@ -392,6 +399,12 @@ def test_streams_are_counted_once(made, tmp_path):
         Shards(["pipe:false"])
 
 
+def test_streams_are_counted_each_time_where_there_is_no_home(made, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("no home")))
+    assert Shards([f"pipe:cat {made.folder}/00004.tar"]).sizes == [4]
+
+
 # ---- broken ones ----
 
 
@@ -485,6 +498,43 @@ def test_a_url_is_tried_again_and_then_replaced(tmp_path, made):
         assert fetch.call_count == 2
     data = data_of(Mixture([Shards(["pipe:exit 7"], [5])]))
     assert data[0, 0] == {"bad": [("pipe:exit 7", "cannot be fetched: exit code 7")] * MAX_TRIES}
+
+
+def test_a_replacement_is_not_looked_for_in_a_shard_without_samples(made):
+    names = ["pipe:exit 7", "pipe:exit 8", f"pipe:cat {made.folder}/00001.tar"]
+    item = data_of(Mixture([Shards(names, [5, 0, 5])]))[0, 0]
+    assert item["where"].startswith(names[2]) and {name for name, _ in item["bad"]} == {names[0]}
+
+
+def test_a_process_that_is_killed_while_it_fetches_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    tar = write_tar(tmp_path / "0.tar", samples(2))
+    shard = shard_stream.fetch(f"pipe:cat {tar}; ls {tmp_path}/scratch > {tmp_path}/seen")
+    assert len(shard) == 2 and (tmp_path / "seen").read_text() == ""
+    memory, seen = fsspec.filesystem("memory"), []
+    memory.pipe_file("/killed/0.tar", tar.read_bytes())
+    read = type(memory.open("/killed/0.tar")).read
+    with mock.patch.object(
+        type(memory.open("/killed/0.tar")),
+        "read",
+        lambda *args: seen.append(list((tmp_path / "scratch").iterdir())) or read(*args),
+    ):
+        assert len(shard_stream.fetch("memory://killed/0.tar")) == 2
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("size", ["5000000000", "9" * 19, "9" * 30])
+def test_a_header_with_a_senseless_number_ends_its_shard_alone(tmp_path, size, caplog):
+    path, broken = tmp_path / "0.tar", tarfile.TarInfo("0009.jpg")
+    broken.pax_headers = {"size": size}
+    with tarfile.open(write_tar(path, samples(2)), "a", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(broken)
+        for name in ("0010.jpg", "0010.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    for name in (str(path), f"pipe:cat {path}"):
+        assert [Shards([name])[index]["text"] for index in (0, 1)] == ["picture 0", "picture 1"]
+    assert "0.tar is damaged or cut short" in caplog.text
 
 
 # ---- making them ----
