@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import resource
+import signal
 import tarfile
 import tempfile
 from bisect import bisect_right
@@ -32,6 +33,7 @@ from dataset import EpochSampler, shard_index, shard_stream, train_loader
 from dataset.items import MAX_TRIES
 from dataset.masking import BlockMask
 from dataset.mixture import Mixture, shares, weighted
+from dataset.prepare import shards as prepare_shards
 from dataset.prepare.__main__ import main
 from dataset.prepare.shards import fill_of, write_shard
 from dataset.pretrain import PretrainData, code_views, read_pairs, read_sets
@@ -555,6 +557,30 @@ def test_made_shards_are_the_same_each_time_and_a_run_goes_on(made, tmp_path):
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     with pytest.raises(UserError, match=r"has shards with other samples_per_shard, see shards\.json"):
         make(made.file, tmp_path, "--samples_per_shard", "6")
+
+
+class Deadly(Sequence):
+    """Entries of which the last kills the process that asks for it."""
+
+    def __init__(self, entries: Sequence[dict]):
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, number: int) -> dict:
+        if number == len(self) - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.entries[number]
+
+
+def test_a_worker_that_is_killed_ends_the_run_which_can_go_on(made, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_shards, "read_pairs", lambda *args: Deadly(read_pairs(*args)))
+        with pytest.raises(UserError, match="one of the worker processes was killed"):
+            make(made.file, tmp_path, "--samples_per_shard", "5", "--workers", "2")
+    make(made.file, tmp_path)
+    assert bytes_of(tmp_path) == bytes_of(made.folder)
 
 
 def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, capsys):
