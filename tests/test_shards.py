@@ -495,7 +495,7 @@ def test_a_url_is_tried_again_and_then_replaced(tmp_path, made):
     with mock.patch.object(shard_stream, "fetch", wraps=shard_stream.fetch) as fetch:
         for index in range(5, 10):
             item = data[0, index]
-            assert item["bad"] == [("pipe:exit 7", "cannot be fetched: exit code 7")] * 4
+            assert item["bad"] == [("pipe:exit 7", "cannot be fetched: exit code 7")]  # a sample counts once
             assert item["where"].startswith(names[2])
         assert fetch.call_count == 2
     data = data_of(Mixture([Shards(["pipe:exit 7"], [5])]))
