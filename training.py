@@ -535,8 +535,10 @@ class BadImages:
 
     def merge(self, state: dict) -> None:
         """Adds the account of another rank."""
-        self.causes.update(state["causes"])
-        self.num_seen += state["num_seen"]
+        other = BadImages()
+        other.load_state_dict(state)
+        self.causes.update(other.causes)
+        self.num_seen += other.num_seen
 
     def report(self) -> dict[str, float | dict]:
         """Over all ranks the number of replaced images, their share of all and, if any, the numbers by cause.

@@ -49,7 +49,7 @@ class EpochSampler(Sampler):
         """`first`: samples at the head of the epoch's order that all ranks together have had already."""
         self.epoch, self.first = epoch, first
         if self.readers:  # who reads what is settled for whole steps
-            self.first = -(-first // self.global_batch) * self.global_batch
+            self.first = min(-(-first // self.global_batch) * self.global_batch, self.num_items)
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         order = self.order(self.seed, self.epoch)

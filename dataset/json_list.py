@@ -9,7 +9,6 @@ file changes. The text itself is read, not mapped: a mapped file that someone cu
 import codecs
 import fcntl
 import json
-import mmap
 import os
 import re
 import struct
@@ -22,6 +21,8 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
 
 from saving import atomic_write
 from utils import UserError, is_main, log, with_progress
@@ -241,14 +242,14 @@ def _enter_list(path: Path, window: _Window) -> bool:
 
 def _find_or_make_index(
     path: Path, file: BinaryIO, stamp: list, check: Check, check_name: str
-) -> tuple[bytearray | mmap.mmap, Path | None]:
+) -> tuple[bytearray | memoryview, Path | None]:
     """An index, and its file if it has one."""
     num_bytes = stamp[0]
     if num_bytes < KEPT_FROM_BYTES:
         return _scan(path, file, num_bytes, check), None
     places = list(index_places(path))
 
-    def find() -> tuple[mmap.mmap, list[str], Path] | None:
+    def find() -> tuple[memoryview, list[str], Path] | None:
         found = [(*index, place) for place in places if (index := read_index(place, stamp))]
         return max(found, key=lambda index: check_name in index[1], default=None)
 
@@ -293,23 +294,22 @@ def write_header(index: bytearray, stamp: list, checks: list[str]) -> None:
     index[:HEADER_BYTES] = json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n"
 
 
-def _checksum(index: bytearray | mmap.mmap) -> int:
+def _checksum(index: bytearray | memoryview) -> int:
     """Of the records."""
     with memoryview(index) as whole, whole[HEADER_BYTES:] as records:
         return zlib.crc32(records)
 
 
-def read_index(place: Path, stamp: list) -> tuple[mmap.mmap, list[str]] | None:
+def read_index(place: Path, stamp: list) -> tuple[memoryview, list[str]] | None:
     """The index and the names of the checks made; None where there is none for a file of this stamp."""
     try:
-        with place.open("rb") as file:
-            index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        header = json.loads(index[:HEADER_BYTES])
+        index = _mapped(place)
+        header = json.loads(bytes(index[:HEADER_BYTES]))
         if (header["format"], header["file"]) != (FORMAT, stamp):
             return None
         if _checksum(index) == header["crc"]:
             return index, list(header["checks"])
-    except OSError:
+    except (OSError, RuntimeError):
         return None
     except (ValueError, KeyError, TypeError):
         pass
@@ -317,7 +317,17 @@ def read_index(place: Path, stamp: list) -> tuple[mmap.mmap, list[str]] | None:
     return None
 
 
-def _keep(path: Path, content: bytearray, places: list[Path]) -> tuple[bytearray | mmap.mmap, Path | None]:
+def _mapped(place: Path) -> memoryview:
+    """The file, in memory that processes share. RuntimeError where torch cannot have it.
+
+    Not by Python's mmap: that holds a descriptor, and of indexes of shards there may be thousands.
+    """
+    size = place.stat().st_size
+    content = torch.from_file(str(place), shared=False, size=size, dtype=torch.uint8)
+    return memoryview(content.numpy()).toreadonly()
+
+
+def _keep(path: Path, content: bytearray, places: list[Path]) -> tuple[bytearray | memoryview, Path | None]:
     """Writes an index to the first place that takes it; returns what to read it from, and that place."""
     kept = write_index(content, places)
     if kept is not None:
@@ -330,7 +340,7 @@ def _keep(path: Path, content: bytearray, places: list[Path]) -> tuple[bytearray
     return content, None
 
 
-def write_index(content: bytearray, places: list[Path]) -> tuple[mmap.mmap, Path] | None:
+def write_index(content: bytearray, places: list[Path]) -> tuple[memoryview, Path] | None:
     """The index, mapped, and the first place that takes it; None where none does."""
     for place in places:
         # Of its own name: on a disk that several machines share another one may be writing, too.
@@ -339,10 +349,9 @@ def write_index(content: bytearray, places: list[Path]) -> tuple[mmap.mmap, Path
             place.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(scratch) as file:
                 file.write(content)
-            with scratch.open("rb") as file:
-                index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            index = _mapped(scratch)
             scratch.replace(place)
-        except (OSError, UserError):
+        except (OSError, RuntimeError, UserError):
             with suppress(OSError):
                 scratch.unlink(missing_ok=True)
             continue

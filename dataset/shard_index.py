@@ -31,6 +31,7 @@ TEXTS = ("txt", "json")  # the first that is there is the caption
 FORMAT = "shard 1"  # raise it whenever an index is laid out differently
 # Of a sample: first byte and length of the image, of the text, and whether that is JSON. First byte 0: none.
 RECORD = struct.Struct("<QIQI?")
+MAX_BYTES = 2**32 - 1  # of a member that a record has room for
 BLOCK = tarfile.BLOCKSIZE
 NUM_THREADS = 8  # that look through shards; they wait for the disk, too
 
@@ -137,7 +138,7 @@ def scan(file: BinaryIO, name: str) -> tuple[bytearray, str]:
                 folder, slash, base = member.name.rpartition("/")
                 key, _, kind = base.partition(".")
                 kind = kind.lower()
-                if member.isreg() and kind in IMAGES + TEXTS:
+                if member.isreg() and member.size <= MAX_BYTES and kind in IMAGES + TEXTS:
                     sample = samples.setdefault(folder + slash + key, {})
                     sample.setdefault("image" if kind in IMAGES else kind, (member.offset_data, member.size))
                 end = tar.offset
@@ -145,7 +146,7 @@ def scan(file: BinaryIO, name: str) -> tuple[bytearray, str]:
         block = file.read(BLOCK)
         if len(block) < BLOCK or any(block):
             problem = f"is damaged or cut short at byte {end}"
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # the latter of senseless numbers
         problem = f"is damaged or cut short after byte {end} ({first_line(error)})"
     index = bytearray(HEADER_BYTES)
     for sample in samples.values():

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from pathlib import Path
 from shutil import copyfileobj
 from threading import Thread
 from typing import BinaryIO
@@ -53,24 +52,30 @@ def fetch(name: str) -> Shard:
     for seconds in (*RETRY_SECONDS, None):
         try:
             file = _download(name)
+            index, _ = scan(file, name)
             break
         except Exception as error:  # each kind of URL has its own types
             if seconds is None:
                 raise BadImage(name, f"cannot be fetched: {first_line(error)}") from error
             time.sleep(seconds)
-    return Shard(name, scan(file, name)[0], file=file)
+    return Shard(name, index, file=file)
 
 
 def _download(name: str) -> BinaryIO:
-    with tempfile.NamedTemporaryFile(suffix=".tar") as file:  # the name goes, the file that is open stays
+    # Without a name from the beginning: a process that is killed meanwhile leaves nothing behind.
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (open for as long as the shard is)
+    try:
         if name.startswith("pipe:"):
             with _piped(name.removeprefix("pipe:")) as output:
                 copyfileobj(output, file, 1 << 20)
-            file.flush()
         else:
             system, path = fsspec.core.url_to_fs(name)
-            system.get_file(path, file.name)
-        return Path(file.name).open("rb")
+            system.get_file(path, f"/dev/fd/{file.fileno()}")
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 @contextmanager
@@ -85,10 +90,9 @@ def count_samples(names: list[str]) -> list[int]:
     """How many samples each shard has that is not local: as img2dataset and dataset.prepare say in the
     NAME_stats.json beside it, or else by fetching it once. Kept in the user's cache folder, by the names.
     """
-    digest = blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
-    place, kept = cache_folder() / f"shards-{digest}.json", None
-    with suppress(OSError, ValueError):
-        kept = json.loads(place.read_text())
+    digest, kept = blake2b("\n".join(names).encode(), digest_size=16).hexdigest(), None
+    with suppress(OSError, ValueError, RuntimeError):  # where there is no home nothing is kept
+        kept = json.loads((cache_folder() / f"shards-{digest}.json").read_text())
     if (known := all_gather_objects(kept)[0]) is not None:
         return known
     own = names[rank() :: world_size()]
@@ -101,7 +105,8 @@ def count_samples(names: list[str]) -> list[int]:
     if not any(sizes):
         raise UserError(f"no samples in {names[0]} and {len(names) - 1} more shards")
     if is_main():
-        with suppress(OSError, UserError):
+        with suppress(OSError, UserError, RuntimeError):
+            place = cache_folder() / f"shards-{digest}.json"
             place.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(place) as file:
                 file.write(json.dumps(sizes).encode())

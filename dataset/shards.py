@@ -60,12 +60,17 @@ class Shards(Sequence):
             self._fetch(bisect_right(self.ends, index))
 
     def near(self, index: int, num_tries: int) -> range:
-        """Where to look for a replacement of a bad sample: in its shard, then in the ones after it, so that
-        few shards are fetched for it; in local shards anywhere.
+        """Where to look for a replacement of a bad sample: in its shard, unless that cannot be had, then in
+        the ones after it, so that few shards are fetched for it; in local shards anywhere.
         """
         if not self.is_stream:
             return range(len(self))
-        place = (bisect_right(self.ends, index) + num_tries // 4) % len(self.names)
+        place = bisect_right(self.ends, index)
+        tried = self.fetched.get(place)
+        is_lost = tried is not None and isinstance(tried.shard, BadImage)
+        place = (place + (1 if is_lost else num_tries // 4)) % len(self.names)
+        while not self.sizes[place]:
+            place = (place + 1) % len(self.names)
         return range(self.ends[place] - self.sizes[place], self.ends[place])
 
     def _fetch(self, place: int) -> "Fetch":

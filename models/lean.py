@@ -32,8 +32,9 @@ class _GeluLinear(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad_gelu, *of_linear = _linear_backward(grad, F.gelu(x), weight, ctx.needs_input_grad[1:])
-        return torch.ops.aten.gelu_backward(grad_gelu, x), *of_linear
+        activated = F.gelu(x).to(grad.dtype)
+        grad_gelu, *of_linear = _linear_backward(grad, activated, weight, ctx.needs_input_grad[1:])
+        return torch.ops.aten.gelu_backward(grad_gelu.to(x.dtype), x), *of_linear
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
@@ -80,17 +81,17 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """F.dropout. On a CPU torch draws one number after the other and keeps four bytes of each; here four
     come of one draw, and one byte is kept.
     """
-    if x.device.type != "cpu" or not (training and probability):
+    if x.device.type != "cpu" or not (training and 0 < probability < 1):
         return F.dropout(x, probability, training)
     return _Dropout.apply(x, probability)
 
 
 def _keep(shape: torch.Size, probability: float) -> tuple[Tensor, float]:
     """Which elements stay (bool, on the CPU), and what they are multiplied by."""
-    dropped = round(probability * LEVELS)
+    dropped = min(round(probability * LEVELS), LEVELS - 1)
     bits = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     keep = bits.view(torch.int16)[: shape.numel()] >= dropped - LEVELS // 2
-    return keep.view(shape), LEVELS / max(1, LEVELS - dropped)
+    return keep.view(shape), LEVELS / (LEVELS - dropped)
 
 
 class _Dropout(Function):
@@ -113,7 +114,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, pro
 
     With dropout on a CPU torch keeps three maps (B, H, T, S); here a byte for each of their elements is kept.
     """
-    if query.device.type != "cpu" or not probability:
+    if query.device.type != "cpu" or not 0 < probability < 1:
         return F.scaled_dot_product_attention(query, keys, values, mask, probability)
     return _Attend.apply(query, keys, values, mask, probability)
 

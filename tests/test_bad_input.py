@@ -213,6 +213,13 @@ def test_bad_images_are_counted_by_cause_and_the_first_of_each_is_named(capsys, 
     assert BadImages().report() == {"bad_images": 0, "bad_image_fraction": 0.0}
 
 
+def test_accounts_of_versions_that_did_not_record_causes_add_up():
+    total = BadImages()
+    for num_bad in (2, 0, 3):
+        total.merge({"num_bad": num_bad, "num_seen": 50})
+    assert (total.num_bad, total.num_seen) == (5, 150)
+
+
 def test_a_verdict_needs_a_number_of_images():
     counter = BadImages()
     assert not counter.are_too_many(499, 499, 0.01)

@@ -66,6 +66,38 @@ def test_norm_gelu_linear_in_bf16() -> None:
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
 
 
+def test_gelu_linear_in_bf16_of_a_float32_input() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(6, 4), torch.randn(8, 6, requires_grad=True)
+    inputs = [x, linear.weight, linear.bias]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = lean.gelu_linear(x, linear), linear(F.gelu(x))
+    assert ours.dtype is torch.bfloat16 and torch.equal(ours, plain)
+    for one, other in zip(gradients(ours.float(), inputs), gradients(plain.float(), inputs), strict=True):
+        assert one.dtype is torch.float32
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6)])
+def test_of_no_rows_and_without_biases(shape: tuple[int, ...]) -> None:
+    norm, wide, narrow = nn.LayerNorm(6), nn.Linear(6, 5, bias=False), nn.Linear(5, 4, bias=False)
+    x = torch.randn(*shape, requires_grad=True)
+    output = lean.gelu_linear(lean.norm_linear(x, norm, wide), narrow)
+    assert output.shape == (*shape[:-1], 4)
+    output.sum().backward()
+    for parameter in (wide.weight, narrow.weight, norm.weight, norm.bias):
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    assert lean.dropout(x, 0.5, training=True).shape == shape
+
+
+def test_all_is_dropped() -> None:
+    x = torch.ones(1000)
+    assert torch.equal(lean.dropout(x, 1.0, training=True), torch.zeros(1000))
+    assert (lean.dropout(x, 1 - 1e-9, training=True) == 0).double().mean() > 0.99
+    query, keys, values = torch.ones(3, 1, 2, 5, 4)
+    assert torch.equal(lean.attend(query, keys, values, None, 1.0), torch.zeros(1, 2, 5, 4))
+
+
 @pytest.mark.parametrize("probability", [0.1, 0.5])
 def test_dropout_drops_its_share_and_keeps_the_mean(probability: float) -> None:
     torch.manual_seed(1)

@@ -5,9 +5,13 @@ mixing; broken shards; and making them.
 import io
 import json
 import logging
+import os
 import pickle
 import re
+import resource
+import signal
 import tarfile
+import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +33,7 @@ from dataset import EpochSampler, shard_index, shard_stream, train_loader
 from dataset.items import MAX_TRIES
 from dataset.masking import BlockMask
 from dataset.mixture import Mixture, shares, weighted
+from dataset.prepare import shards as prepare_shards
 from dataset.prepare.__main__ import main
 from dataset.prepare.shards import fill_of, write_shard
 from dataset.pretrain import PretrainData, code_views, read_pairs, read_sets
@@ -154,6 +159,12 @@ def test_with_other_ranks_a_stream_goes_on_at_the_next_whole_step():
     mixture = Mixture([Numbers([30, 30])])
     for keys in epoch_of(mixture, 2, 1, 4, 1, first=20):  # 20 samples are two and a half steps of 8
         assert len(keys) == 60 // 8 * 4 - 12
+
+
+def test_with_other_ranks_nothing_may_be_left_of_a_stream():
+    mixture = Mixture([Numbers([30, 30])])
+    for first in (54, 58):  # the next whole step of 8 would end at 64
+        assert epoch_of(mixture, 2, 1, 4, 1, first=first) == [[], []]
 
 
 def test_order_of_an_annotation_file_or_local_shards_is_any_order_and_does_not_depend_on_readers():
@@ -355,6 +366,20 @@ def test_an_index_is_kept_and_holds_until_the_shard_changes(tmp_path):
     assert len(Shards([str(path)])) == 3
 
 
+def test_more_local_shards_than_a_process_may_have_files_open(tmp_path):
+    for number in range(60):
+        write_tar(tmp_path / f"{number}.tar", samples(1, number))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Path(os.devnull).open() as free:  # the lowest number that is not in use
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free.fileno() + 40, limits[1]))
+    try:
+        for _ in range(2):  # looked through, then by their indexes
+            entries = Shards(expand_names([f"{tmp_path}/{{0..59}}.tar"]))
+            assert [entry["text"] for entry in entries] == [f"picture {number}" for number in range(60)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_without_a_place_for_the_index_the_shard_is_looked_through_each_time(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_index, "write_index", lambda *_: None)
     path = write_tar(tmp_path / "0.tar", samples(3))
@@ -374,6 +399,12 @@ def test_streams_are_counted_once(made, tmp_path):
         assert fetch.call_count == 5
     with pytest.raises(UserError, match=r"pipe:false: cannot be fetched: exit code 1; mend it or leave"):
         Shards(["pipe:false"])
+
+
+def test_streams_are_counted_each_time_where_there_is_no_home(made, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("no home")))
+    assert Shards([f"pipe:cat {made.folder}/00004.tar"]).sizes == [4]
 
 
 # ---- broken ones ----
@@ -464,11 +495,48 @@ def test_a_url_is_tried_again_and_then_replaced(tmp_path, made):
     with mock.patch.object(shard_stream, "fetch", wraps=shard_stream.fetch) as fetch:
         for index in range(5, 10):
             item = data[0, index]
-            assert item["bad"] == [("pipe:exit 7", "cannot be fetched: exit code 7")] * 4
+            assert item["bad"] == [("pipe:exit 7", "cannot be fetched: exit code 7")]  # a sample counts once
             assert item["where"].startswith(names[2])
         assert fetch.call_count == 2
     data = data_of(Mixture([Shards(["pipe:exit 7"], [5])]))
     assert data[0, 0] == {"bad": [("pipe:exit 7", "cannot be fetched: exit code 7")] * MAX_TRIES}
+
+
+def test_a_replacement_is_not_looked_for_in_a_shard_without_samples(made):
+    names = ["pipe:exit 7", "pipe:exit 8", f"pipe:cat {made.folder}/00001.tar"]
+    item = data_of(Mixture([Shards(names, [5, 0, 5])]))[0, 0]
+    assert item["where"].startswith(names[2]) and {name for name, _ in item["bad"]} == {names[0]}
+
+
+def test_a_process_that_is_killed_while_it_fetches_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    tar = write_tar(tmp_path / "0.tar", samples(2))
+    shard = shard_stream.fetch(f"pipe:cat {tar}; ls {tmp_path}/scratch > {tmp_path}/seen")
+    assert len(shard) == 2 and (tmp_path / "seen").read_text() == ""
+    memory, seen = fsspec.filesystem("memory"), []
+    memory.pipe_file("/killed/0.tar", tar.read_bytes())
+    read = type(memory.open("/killed/0.tar")).read
+    with mock.patch.object(
+        type(memory.open("/killed/0.tar")),
+        "read",
+        lambda *args: seen.append(list((tmp_path / "scratch").iterdir())) or read(*args),
+    ):
+        assert len(shard_stream.fetch("memory://killed/0.tar")) == 2
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("size", ["5000000000", "9" * 19, "9" * 30])
+def test_a_header_with_a_senseless_number_ends_its_shard_alone(tmp_path, size, caplog):
+    path, broken = tmp_path / "0.tar", tarfile.TarInfo("0009.jpg")
+    broken.pax_headers = {"size": size}
+    with tarfile.open(write_tar(path, samples(2)), "a", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(broken)
+        for name in ("0010.jpg", "0010.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    for name in (str(path), f"pipe:cat {path}"):
+        assert [Shards([name])[index]["text"] for index in (0, 1)] == ["picture 0", "picture 1"]
+    assert "0.tar is damaged or cut short" in caplog.text
 
 
 # ---- making them ----
@@ -489,6 +557,30 @@ def test_made_shards_are_the_same_each_time_and_a_run_goes_on(made, tmp_path):
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     with pytest.raises(UserError, match=r"has shards with other samples_per_shard, see shards\.json"):
         make(made.file, tmp_path, "--samples_per_shard", "6")
+
+
+class Deadly(Sequence):
+    """Entries of which the last kills the process that asks for it."""
+
+    def __init__(self, entries: Sequence[dict]):
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, number: int) -> dict:
+        if number == len(self) - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.entries[number]
+
+
+def test_a_worker_that_is_killed_ends_the_run_which_can_go_on(made, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_shards, "read_pairs", lambda *args: Deadly(read_pairs(*args)))
+        with pytest.raises(UserError, match="one of the worker processes was killed"):
+            make(made.file, tmp_path, "--samples_per_shard", "5", "--workers", "2")
+    make(made.file, tmp_path)
+    assert bytes_of(tmp_path) == bytes_of(made.folder)
 
 
 def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, capsys):

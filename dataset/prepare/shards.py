@@ -14,6 +14,8 @@ import json
 import multiprocessing
 import tarfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -68,8 +70,14 @@ def prepare(_: Path, out: Path, options: argparse.Namespace, report: Report) -> 
     workers = min(options.workers, len(numbers))
     if workers > 1:
         # spawn: forking a process that has started threads (torch) may hang
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            found = list(_with_progress(pool.imap(make, numbers), numbers))
+        try:
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+                found = list(_with_progress(pool.map(make, numbers), numbers))
+        except BrokenProcessPool as error:
+            raise UserError(
+                "one of the worker processes was killed (out of memory?); the same command goes on where it "
+                "was, with fewer --workers it needs less"
+            ) from error
     else:
         found = list(_with_progress(map(make, numbers), numbers))
     _report(found, out, len(entries), report)
