@@ -64,11 +64,13 @@ def ground(model: Simla, args: argparse.Namespace) -> dict:
 
 
 def search(model: Simla, args: argparse.Namespace) -> dict:
-    if args.index:
-        exists = Path(args.index).exists()
-        index = model.open_index(args.index) if exists else model.index(args.folder, args.index)
+    if args.index and Path(args.index).exists():
+        index = model.open_index(args.index)
+        if index.folder is None or Path(index.folder).resolve() != Path(args.folder).resolve():
+            source = index.folder or "a list of files"
+            raise UserError(f"the index {args.index} is of {source}, not of {args.folder}; name another one")
     else:
-        index = model.index(args.folder)
+        index = model.index(args.folder, args.index)
     found = model.search(index, args.query, args.top, args.candidates)
     results = [
         {"query": query, "hits": [hit._asdict() for hit in hits]}
@@ -83,7 +85,7 @@ def search(model: Simla, args: argparse.Namespace) -> dict:
     if args.out:
         files = [[hit.file for hit in hits] for hits in found]
         notes = [[f"{Path(hit.file).name}\n{hit.score:.2f}" for hit in hits] for hits in found]
-        title = f"Top {args.top} of {len(index)} images in {Path(args.folder).name}"
+        title = f"Top {args.top} of {len(index)} images in {Path(args.folder).resolve().name}"
         plot_gallery(args.query, files, None, args.out, title, notes)
         result["file"] = args.out
     return result

@@ -100,6 +100,10 @@ def test_search(tiny, images, ask, tmp_path):
         assert [row["hits"] for row in result["results"]] == expected and result["num_images"] == 7
         assert [row["query"] for row in result["results"]] == ["a cup", "two dogs"]
     assert np.asarray(Image.open(tmp_path / "gallery.png").convert("RGB")).std() > 10
+    around = str(Path(folder) / ".." / Path(folder).name)  # the same folder
+    assert ask("retrieval", "search", around, *command[2:], "--json")["num_images"] == 7
+    with pytest.raises(UserError, match=f"index is of {folder}, not of {tmp_path}; name another one"):
+        ask("retrieval", "search", tmp_path, *command[2:])
     text = ask("retrieval", "search", folder, "a cup", "--candidates", 7)
     assert model.search(folder, "a cup", candidates=7)[0].file in text.splitlines()[1]
 
