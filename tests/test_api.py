@@ -217,6 +217,8 @@ def test_keywords_are_those_of_the_concept_head(tiny, models, images):
     assert max(every.values()) == found[0][0][1]
     chosen = models["pretrain"].keywords(images[0], words=["beach", "Dog"])
     assert dict(chosen) == pytest.approx({word: every[word] for word in ("beach", "dog")})
+    (one,) = models["pretrain"].keywords(images[0], words="beach")  # a word, not its letters
+    assert one[0] == "beach" and one[1] == pytest.approx(every["beach"])
 
 
 def test_half_precision_is_that_of_the_scripts(tiny, images):
@@ -388,6 +390,14 @@ def test_paths_of_a_config_are_found_from_any_folder(tiny, images, monkeypatch, 
         ("ve", lambda m, i: m.compare(i, i, "a"), "needs a checkpoint of NLVR.py"),
         ("retrieval", lambda m, i: m.keywords(i), "needs a checkpoint of Pretrain.py"),
         ("pretrain", lambda m, i: m.keywords(i, words=["dogs and cats"]), "'dogs and cats' is no word"),
+        ("pretrain", lambda m, i: m.keywords(i, words=[]), "no words given"),
+        ("pretrain", lambda m, i: m.keywords(i, words=["dog", 3]), "a word is a int"),
+        ("pretrain", lambda m, i: m.keywords(i, top=-1), "top -1: expected a whole number from 1 on"),
+        ("vqa", lambda m, i: m.answer(i, "what?", top=0), "top 0: expected"),
+        ("pretrain", lambda m, i: m.search([i, i], "a", top=-1), "top -1: expected"),
+        ("pretrain", lambda m, i: m.search([i, i], "a", top=2.0), "top 2.0: expected"),
+        ("pretrain", lambda m, i: m.search([i, i], "a", candidates=0), "candidates 0: expected"),
+        ("retrieval", lambda m, i: m.match([i, Image.new("L", (0, 4))], "a"), "image 1 has no pixels"),
         ("retrieval", lambda m, i: m.match([], "a"), "no images given"),
         ("retrieval", lambda m, i: m.match(i, []), "no texts given"),
         ("retrieval", lambda m, i: m.match(i, "!?"), r"text 0, '!\?', has no word"),
