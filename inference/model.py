@@ -289,7 +289,7 @@ class Simla:
         words = None if words is None else listed(words, "word")[0]
         images, is_single = listed(images, "image")
         features = self.encode_image(images).to(self.device)
-        with torch.inference_mode():
+        with torch.no_grad():
             found = self.concepts.best(features, top, words)
         return found[0] if is_single else found
 
@@ -306,7 +306,7 @@ class Simla:
     @contextmanager
     def _scoring(self) -> Iterator[None]:
         """As the task scripts score: no gradients, the precision of the model."""
-        with torch.inference_mode(), autocast(self.device, self.precision):
+        with torch.no_grad(), autocast(self.device, self.precision):
             yield
 
     @property

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +298,30 @@ def test_asking_leaves_no_trace(models, images):
     assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
     assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
     assert not model.model.training
+
+
+def test_features_are_what_a_head_can_be_trained_on(models, images):
+    for features in (
+        models["retrieval"].encode_image(images[:2]),
+        models["retrieval"].encode_text(["a", "b"]),
+    ):
+        head = torch.nn.Linear(16, 1)
+        head(features).sum().backward()
+        torch.testing.assert_close(head.weight.grad[0], features.sum(0))
+
+
+def test_several_threads_may_ask_one_model(models, images):
+    model, index = models["pretrain"], models["pretrain"].index(images)
+
+    def ask(number: int) -> tuple:
+        image, text = images[number], f"a {'red ' * number}cup"
+        found = model.ground(image, text, block=0)
+        return model.search(index, text), found.box, found.heat.tolist(), model.keywords(image)
+
+    expected = [ask(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            assert list(threads.map(ask, range(4))) == expected
 
 
 # ---- checkpoints ----

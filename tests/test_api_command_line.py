@@ -167,6 +167,16 @@ def test_answer_entails_compare_and_keywords(tiny, images, ask, tmp_path):
     assert [tuple(row.values()) for row in result] == load(tiny, "pretrain").keywords(images[0], top=3)
 
 
+def test_json_never_holds_nan(tiny, images, ask, tmp_path):
+    content = torch.load(tiny.checkpoints["retrieval"], weights_only=True)
+    content["model"]["itm_head.bias"] += torch.inf
+    torch.save(content, tmp_path / "inf.pth")
+    command = ("match", images[0], "a cup", "--checkpoint", tmp_path / "inf.pth")
+    assert "nan" in ask("retrieval", *command)
+    with pytest.raises(UserError, match="nan or infinite, which JSON cannot say"):
+        ask("retrieval", *command, "--json")
+
+
 def test_the_checkpoint_may_be_named_on_the_command_line(tiny, images, ask, monkeypatch):
     result = ask("ve", "match", images[0], "a cup", "--checkpoint", tiny.checkpoints["retrieval"], "--json")
     assert len(result["results"]) == 1
