@@ -183,6 +183,8 @@ def open_index(folder: str | Path, made_by: dict) -> Index:
     another precision than `made_by` says, or where the images are not those any more that it was made of.
     """
     folder, remedy = Path(folder), "delete it and index again"
+    if not (folder / CONTENTS).is_file():  # it may be anything: no word of deleting it
+        raise UserError(f"{folder} holds no index ({CONTENTS}); name a folder that an index was written to")
     try:
         contents = json.loads((folder / CONTENTS).read_text())
         arrays = {name: np.load(folder / name, mmap_mode="c") for name in (FEATURES, STATES)}

@@ -187,6 +187,13 @@ def test_a_damaged_index_is_refused(model, photos, tmp_path, spoil, message):
         model.open_index(tmp_path / "index")
 
 
+def test_a_folder_that_is_no_index_is_not_to_be_deleted(model, photos):
+    for folder in (photos, photos / "none"):
+        with pytest.raises(UserError, match=r"holds no index \(index\.json\)") as stop:
+            model.open_index(folder)
+        assert "delete" not in str(stop.value)
+
+
 def test_where_no_index_can_be_made(model, photos, tmp_path):
     with pytest.raises(UserError, match="photos is there already"):
         model.index(photos, photos)
