@@ -27,7 +27,18 @@ def import_pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["text.parse_math"] = False  # a text or a file's name may have dollars
     return plt
+
+
+def check_picture_name(out: str | Path) -> None:
+    """UserError where matplotlib is not installed or could not write a picture of that name."""
+    import_pyplot()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    endings = FigureCanvasAgg.get_supported_filetypes()
+    if Path(out).suffix[1:].lower() not in endings:
+        raise UserError(f"{out}: the name of a picture ends in one of .{', .'.join(endings)}")
 
 
 def plot_gallery(

@@ -14,7 +14,7 @@ from inference.loading import load
 from inference.model import Simla
 from metrics import choose_box
 from models.gradcam import MODES
-from plots import plot_gallery, plot_word_maps
+from plots import check_picture_name, plot_gallery, plot_word_maps
 from saving import atomic_write
 from utils import UserError
 
@@ -64,11 +64,13 @@ def ground(model: Simla, args: argparse.Namespace) -> dict:
 
 
 def search(model: Simla, args: argparse.Namespace) -> dict:
-    if args.index:
-        exists = Path(args.index).exists()
-        index = model.open_index(args.index) if exists else model.index(args.folder, args.index)
+    if args.index and Path(args.index).exists():
+        index = model.open_index(args.index)
+        if index.folder is None or Path(index.folder).resolve() != Path(args.folder).resolve():
+            source = index.folder or "a list of files"
+            raise UserError(f"the index {args.index} is of {source}, not of {args.folder}; name another one")
     else:
-        index = model.index(args.folder)
+        index = model.index(args.folder, args.index)
     found = model.search(index, args.query, args.top, args.candidates)
     results = [
         {"query": query, "hits": [hit._asdict() for hit in hits]}
@@ -82,8 +84,8 @@ def search(model: Simla, args: argparse.Namespace) -> dict:
     }
     if args.out:
         files = [[hit.file for hit in hits] for hits in found]
-        notes = [[f"{Path(hit.file).name}\n{hit.score:.2f}" for hit in hits] for hits in found]
-        title = f"Top {args.top} of {len(index)} images in {Path(args.folder).name}"
+        notes = [[f"{_name(hit.file)}\n{hit.score:.2f}" for hit in hits] for hits in found]
+        title = f"Top {args.top} of {len(index)} images in {_name(args.folder)}"
         plot_gallery(args.query, files, None, args.out, title, notes)
         result["file"] = args.out
     return result
@@ -91,7 +93,7 @@ def search(model: Simla, args: argparse.Namespace) -> dict:
 
 def answer(model: Simla, args: argparse.Namespace) -> dict:
     answers = args.answers
-    if answers is not None and not Path(answers).is_file():
+    if answers is not None and not answers.endswith(".json") and not Path(answers).is_file():
         answers = [part.strip() for part in answers.split(",")]
     found = model.answer(args.image, args.question, answers, args.top)
     results = _rows(("answer", "probability"), found)
@@ -124,6 +126,11 @@ def _rows(names: tuple[str, str], pairs) -> list[dict]:
     ]
 
 
+def _name(path: str) -> str:
+    """A file's or folder's own name, for a picture; bytes in it that are no text, escaped."""
+    return Path(path).absolute().name.encode(errors="backslashreplace").decode()
+
+
 def _read_boxes(text: str) -> list:
     """A JSON list, or the file that holds one."""
     try:
@@ -132,6 +139,13 @@ def _read_boxes(text: str) -> list:
         raise UserError(
             f"--boxes {text}: expected a JSON list [[x, y, width, height], ...] or its file"
         ) from error
+
+
+def _to_json(result: dict) -> str:
+    try:
+        return json.dumps(result, allow_nan=False)
+    except ValueError as error:
+        raise UserError("a result is nan or infinite, which JSON cannot say; try --dtype fp32") from error
 
 
 # ---- what people see ----
@@ -228,6 +242,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_out(out: str, is_picture: bool) -> None:
+    """UserError, before anything is computed, where the result could not be written."""
+    if not Path(out).absolute().parent.is_dir():
+        raise UserError(f"-o {out}: there is no folder {Path(out).parent}; create it, or name another")
+    if is_picture:
+        check_picture_name(out)
+
+
 def _count(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
@@ -237,8 +259,11 @@ def _count(text: str) -> int:
 def main() -> None:
     args = build_parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     if not args.checkpoint:
         raise UserError(f"no checkpoint: give --checkpoint FILE, or set {VARIABLE}")
+    if out := getattr(args, "out", None):
+        _check_out(out, is_picture=args.command != "encode")
     model = load(args.checkpoint, args.device, args.dtype, args.config, args.text_encoder)
     result = args.function(model, args)
-    print(json.dumps(result) if args.json else describe(result))
+    print(_to_json(result) if args.json else describe(result))

@@ -16,7 +16,7 @@ from models.retrieval import SIMLARetrieval
 from utils import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grounding:
     """text: as the model reads it; heat (h, w): its map, not negative; words: (word, its map) in order;
     height, width: of the image in pixels; box: [x, y, width, height] in pixels, round the largest region that

@@ -5,6 +5,7 @@ features.npy and states.npy. I images, E shared embedding, N image tokens, D wid
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,25 +21,31 @@ from inference.inputs import read_pictures
 from saving import atomic_write
 from utils import PRECISIONS, UserError, log, with_progress
 
-FORMAT = 1
+FORMAT = 2
 CONTENTS, FEATURES, STATES = "index.json", "features.npy", "states.npy"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 LOG_STEPS = 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Index:
     """Images that `Simla.search` looks through.
 
     files (I): absolute paths; features (I, E) float32, unit length; states (I, N, D), of the precision that
-    they were computed in; made_by: see `Simla.image_side`; unreadable: files that were left out -> why.
+    they were computed in; made_by: see `Simla.image_side`; folder: the absolute path of the folder that was
+    indexed, None where it was a list; unreadable: files that were left out -> why.
     """
 
     files: list[str]
     features: Tensor
     states: Tensor
     made_by: dict
+    folder: str | None = None
     unreadable: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        source = self.folder or "a list"
+        return f"Index({len(self)} images of {source}, {len(self.unreadable)} unreadable)"
 
     def __len__(self) -> int:
         return len(self.files)
@@ -60,7 +67,7 @@ def image_files(images: str | Path | Sequence[str | Path]) -> list[str]:
         folder = Path(images).absolute()
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; search looks through a folder or a list of image files")
-        files = [str(path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+        files = _images_in(folder)
         if not files:
             raise UserError(f"{folder} holds no image; looked for files *{' *'.join(sorted(SUFFIXES))}")
         return files
@@ -70,6 +77,11 @@ def image_files(images: str | Path | Sequence[str | Path]) -> list[str]:
         found = f"a {type(wrong[0]).__name__}" if wrong else "an empty list"
         raise UserError(f"an index is made of a folder or a list of image files, found {found}")
     return [str(Path(file).absolute()) for file in files]
+
+
+def _images_in(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return [str(path) for path in sorted(paths) if not path.is_dir()]
 
 
 def build_index(
@@ -85,16 +97,25 @@ def build_index(
 
     encode: pixels, each (3, R, R) uint8 -> states (B, N, D), features (B, E); sizes: N, D, E. Files that
     cannot be read are left out, named in the log and in `unreadable`. Raises UserError where none can be
-    read, or the folder is there already or cannot be written.
+    read, the index does not fit into memory or on the disk, or the folder is there already or cannot be
+    written.
     """
     files = image_files(images)
     num_tokens, width, embed_dim = sizes
     shapes = {FEATURES: (len(files), embed_dim), STATES: (len(files), num_tokens, width)}
     dtypes = {FEATURES: np.dtype(np.float32), STATES: _stored_dtype(made_by["precision"])}
+    num_bytes = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes)
+    needed = f"an index of {len(files)} images takes {num_bytes / 1e9:.3g} GB"
+    source = str(Path(images).absolute()) if isinstance(images, str | Path) else None
     if folder is None:
-        arrays = {name: np.empty(shapes[name], dtypes[name]) for name in shapes}
+        try:
+            arrays = {name: np.empty(shapes[name], dtypes[name]) for name in shapes}
+        except MemoryError as error:
+            raise UserError(
+                f"{needed}, more than there is of memory; write it to a folder, or index fewer images"
+            ) from error
         kept, unreadable = _fill(arrays, files, encode, image_res, batch_size)
-        return _index(files, kept, unreadable, arrays, made_by)
+        return _index([files[i] for i in kept], arrays, made_by, source, unreadable)
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} is there already; delete it to index again, or name another folder")
@@ -102,20 +123,23 @@ def build_index(
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of an earlier try that was killed
         unfinished.mkdir(parents=True)
+        free = shutil.disk_usage(unfinished).free
+        if num_bytes > free:  # writing to a map of a file that the disk has no place for ends the process
+            raise UserError(f"{needed}, {free / 1e9:.3g} GB are free at {folder}; choose another disk")
         arrays = {
             name: np.lib.format.open_memmap(unfinished / name, "w+", dtypes[name], shapes[name])
             for name in shapes
         }
-        stamps = [_stamp(file) for file in files]  # before they are read: a later change is noticed
+        stamps = {file: _stamp(file) for file in files}  # before they are read: a later change is noticed
         kept, unreadable = _fill(arrays, files, encode, image_res, batch_size)
         for array in arrays.values():
             array.flush()
         contents = {
             "format": FORMAT,
             "made_by": made_by,
-            "folder": str(Path(images).absolute()) if isinstance(images, str | Path) else None,
-            "files": [[files[i], *stamps[i]] for i in kept],
-            "unreadable": unreadable,
+            "folder": source,
+            "files": [[files[i], *stamps[files[i]]] for i in kept],
+            "unreadable": [[file, cause, *stamps[file]] for file, cause in unreadable.items()],
         }
         with atomic_write(unfinished / CONTENTS) as file:
             file.write(json.dumps(contents).encode())
@@ -124,7 +148,7 @@ def build_index(
         raise UserError(f"the index {folder} could not be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return _index(files, kept, unreadable, arrays, made_by)
+    return _index([files[i] for i in kept], arrays, made_by, source, unreadable)
 
 
 def _fill(
@@ -159,15 +183,19 @@ def open_index(folder: str | Path, made_by: dict) -> Index:
     another precision than `made_by` says, or where the images are not those any more that it was made of.
     """
     folder, remedy = Path(folder), "delete it and index again"
+    if not (folder / CONTENTS).is_file():  # it may be anything: no word of deleting it
+        raise UserError(f"{folder} holds no index ({CONTENTS}); name a folder that an index was written to")
     try:
         contents = json.loads((folder / CONTENTS).read_text())
         arrays = {name: np.load(folder / name, mmap_mode="c") for name in (FEATURES, STATES)}
         if contents["format"] != FORMAT:
             raise UserError(f"the index {folder} is of another version of this program; {remedy}")
-        theirs, entries = contents["made_by"], contents["files"]
-        stamps = {file: tuple(stamp) for file, *stamp in entries}
-        unreadable, source = contents["unreadable"], contents["folder"]
-        if min(map(len, arrays.values())) < len(entries):
+        theirs, source = contents["made_by"], contents["folder"]
+        files = [file for file, *_ in contents["files"]]
+        unreadable = {file: cause for file, cause, *_ in contents["unreadable"]}
+        entries = contents["files"] + contents["unreadable"]
+        stamps = {file: (size, time) for file, *_, size, time in entries}
+        if min(map(len, arrays.values())) < len(files):
             raise ValueError("fewer rows than files")
     except OSError as error:
         raise UserError(f"{folder} is no readable index ({error.strerror or error}); {remedy}") from error
@@ -176,11 +204,10 @@ def open_index(folder: str | Path, made_by: dict) -> Index:
             f"the index {folder} is damaged ({type(error).__name__}: {error}); {remedy}"
         ) from error
     check_made_by(theirs, made_by, f"the index {folder}")
-    for problem, files in _changes(stamps, unreadable, source):
-        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        raise UserError(f"the index {folder} is out of date: {files[0]}{more} {problem}; {remedy}")
-    names = [file for file, *_ in entries]
-    return _index(names, range(len(names)), unreadable, arrays, theirs)
+    for problem, changed in _changes(stamps, source):
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(f"the index {folder} is out of date: {changed[0]}{more} {problem}; {remedy}")
+    return _index(files, arrays, theirs, source, unreadable)
 
 
 def check_made_by(theirs: dict, ours: dict, name: str) -> None:
@@ -193,20 +220,16 @@ def check_made_by(theirs: dict, ours: dict, name: str) -> None:
             )
 
 
-def _changes(
-    stamps: dict[str, tuple[int, int]], unreadable: dict[str, str], folder: str | None
-) -> Iterator[tuple[str, list[str]]]:
+def _changes(stamps: dict[str, tuple[int, int]], folder: str | None) -> Iterator[tuple[str, list[str]]]:
     """What is not as it was when the index was made: the problem and the files that have it."""
     now = {file: _stamp(file) for file in stamps}
     found = {
-        "is gone": [file for file in stamps if now[file] == GONE],
+        "is gone": [file for file, stamp in stamps.items() if now[file] == GONE != stamp],
         "has changed": [file for file, stamp in stamps.items() if now[file] not in (GONE, stamp)],
         "is new": [],
     }
     if folder is not None and Path(folder).is_dir():
-        found["is new"] = [
-            file for file in image_files(folder) if file not in stamps and file not in unreadable
-        ]
+        found["is new"] = [file for file in _images_in(Path(folder)) if file not in stamps]
     return ((problem, files) for problem, files in found.items() if files)
 
 
@@ -223,11 +246,14 @@ def _stamp(file: str) -> tuple[int, int]:
 
 
 def _index(
-    files: list[str], kept: Sequence[int], unreadable: dict, arrays: dict[str, np.ndarray], made_by: dict
+    files: list[str],
+    arrays: dict[str, np.ndarray],
+    made_by: dict,
+    folder: str | None,
+    unreadable: dict[str, str],
 ) -> Index:
-    features, states = (torch.from_numpy(arrays[name][: len(kept)]) for name in (FEATURES, STATES))
-    states = states.view(PRECISIONS[made_by["precision"]])
-    return Index([files[number] for number in kept], features, states, made_by, unreadable)
+    features, states = (torch.from_numpy(arrays[name][: len(files)]) for name in (FEATURES, STATES))
+    return Index(files, features, states.view(PRECISIONS[made_by["precision"]]), made_by, folder, unreadable)
 
 
 def _stored_dtype(precision: str) -> np.dtype:

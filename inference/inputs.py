@@ -48,6 +48,8 @@ def read_image(image: OneImage, name: str = "image") -> Image.Image:
     if isinstance(image, str | Path):
         return load_image(image)
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise UserError(f"{name} has no pixels: it is {image.width} x {image.height}")
         try:
             return upright_rgb(image.copy())
         except Exception as error:  # a lazily opened file is decoded only here
@@ -93,6 +95,13 @@ def good_pictures(images: Sequence[OneImage], image_res: int, first: int = 0) ->
         if isinstance(picture, BadImage):
             raise UserError(f"{picture}; give another image or leave it out") from picture
     return pictures
+
+
+def check_count(value: int, name: str) -> int:
+    """The value; UserError where it is no whole number from 1 on."""
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise UserError(f"{name} {value!r}: expected a whole number from 1 on")
+    return value
 
 
 def clean_texts(texts: Sequence[str], clean: Callable[[str], str]) -> list[str]:

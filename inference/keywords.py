@@ -42,6 +42,8 @@ class Concepts:
         return [list(zip(*row, strict=True)) for row in zip(names, values.tolist(), strict=True)]
 
     def _number(self, word: str) -> int:
+        if not isinstance(word, str):
+            raise UserError(f"a word is a {type(word).__name__}, expected str")
         tokens = self.tokenizer.tokenize(word)
         if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token:
             raise UserError(

@@ -20,7 +20,7 @@ from dataset.vqa import MAX_WORDS_IN_EVALUATION
 from inference.answers import ranking, writing
 from inference.heat import Grounding, check_boxes, grounding, heat_maps
 from inference.index import Hit, Index, build_index, check_made_by, open_index
-from inference.inputs import Images, Texts, clean_texts, good_pictures, listed, paired
+from inference.inputs import Images, Texts, check_count, clean_texts, good_pictures, listed, paired
 from inference.keywords import Concepts
 from models.gradcam import MODES, check_block
 from models.rerank import rerank
@@ -106,9 +106,8 @@ class Simla:
                 for part in zip(
                     *(side.split(max(1, PAIRS_AT_A_TIME // len(image))) for side in (ids, mask)), strict=True
                 ):
-                    own = (
-                        side.repeat(len(image), 1) for side in part
-                    )  # all texts for image 0, for image 1, ...
+                    # All texts for image 0, for image 1, ...
+                    own = (side.repeat(len(image), 1) for side in part)
                     logits = self.model.itm_head(self.model.text_encoder.first_state(*own, cross))
                     parts.append(logits.float().softmax(-1)[:, 1].view(len(image), -1).cpu())
                 rows.append(torch.cat(parts, dim=1))
@@ -155,12 +154,14 @@ class Simla:
         takes.
         """
         self._need("search", *MATCHING)
+        check_count(top, "top")
         queries, is_single = listed(queries, "query")
         ids, mask = self._captions(queries)
         index = images if isinstance(images, Index) else self.index(images)
         check_made_by(index.made_by, self.image_side, "the index")
         similarity = index.features @ self.encode_text(queries).T  # (I, T)
-        num = min(candidates or max(top, self.config["k_test"]), len(index))
+        num = max(top, self.config["k_test"]) if candidates is None else check_count(candidates, "candidates")
+        num = min(num, len(index))
         found = []
         for number in range(len(queries)):
             own = slice(number, number + 1)
@@ -237,6 +238,7 @@ class Simla:
         words one after the other.
         """
         self._need("answer", "answer decoder", "vqa")
+        check_count(top, "top")
         clean = partial(clean_question, max_words=MAX_WORDS_IN_EVALUATION)
         images, questions, is_single = self._pairs(images, questions, clean, "questions")
         context = self.model, self.tokenizer, self.config
@@ -274,7 +276,7 @@ class Simla:
 
     # ---- keywords ----
 
-    def keywords(self, images: Images, top: int = 5, words: Sequence[str] | None = None) -> list:
+    def keywords(self, images: Images, top: int = 5, words: str | Sequence[str] | None = None) -> list:
         """The words that the concept head of pre-training sees in an image: for each image a list of (word,
         probability), best first. Each word has a probability of its own; they do not sum to 1.
 
@@ -283,9 +285,11 @@ class Simla:
         self._need("keywords", "concept head", "pretrain")
         if self.concepts is None:
             raise UserError(f"{self.source} was exported without its concept head; load its source instead")
+        check_count(top, "top")
+        words = None if words is None else listed(words, "word")[0]
         images, is_single = listed(images, "image")
         features = self.encode_image(images).to(self.device)
-        with torch.inference_mode():
+        with torch.no_grad():
             found = self.concepts.best(features, top, words)
         return found[0] if is_single else found
 
@@ -302,7 +306,7 @@ class Simla:
     @contextmanager
     def _scoring(self) -> Iterator[None]:
         """As the task scripts score: no gradients, the precision of the model."""
-        with torch.inference_mode(), autocast(self.device, self.precision):
+        with torch.no_grad(), autocast(self.device, self.precision):
             yield
 
     @property

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,8 @@ def test_keywords_are_those_of_the_concept_head(tiny, models, images):
     assert max(every.values()) == found[0][0][1]
     chosen = models["pretrain"].keywords(images[0], words=["beach", "Dog"])
     assert dict(chosen) == pytest.approx({word: every[word] for word in ("beach", "dog")})
+    (one,) = models["pretrain"].keywords(images[0], words="beach")  # a word, not its letters
+    assert one[0] == "beach" and one[1] == pytest.approx(every["beach"])
 
 
 def test_half_precision_is_that_of_the_scripts(tiny, images):
@@ -295,6 +298,30 @@ def test_asking_leaves_no_trace(models, images):
     assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
     assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
     assert not model.model.training
+
+
+def test_features_are_what_a_head_can_be_trained_on(models, images):
+    for features in (
+        models["retrieval"].encode_image(images[:2]),
+        models["retrieval"].encode_text(["a", "b"]),
+    ):
+        head = torch.nn.Linear(16, 1)
+        head(features).sum().backward()
+        torch.testing.assert_close(head.weight.grad[0], features.sum(0))
+
+
+def test_several_threads_may_ask_one_model(models, images):
+    model, index = models["pretrain"], models["pretrain"].index(images)
+
+    def ask(number: int) -> tuple:
+        image, text = images[number], f"a {'red ' * number}cup"
+        found = model.ground(image, text, block=0)
+        return model.search(index, text), found.box, found.heat.tolist(), model.keywords(image)
+
+    expected = [ask(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            assert list(threads.map(ask, range(4))) == expected
 
 
 # ---- checkpoints ----
@@ -388,6 +415,14 @@ def test_paths_of_a_config_are_found_from_any_folder(tiny, images, monkeypatch, 
         ("ve", lambda m, i: m.compare(i, i, "a"), "needs a checkpoint of NLVR.py"),
         ("retrieval", lambda m, i: m.keywords(i), "needs a checkpoint of Pretrain.py"),
         ("pretrain", lambda m, i: m.keywords(i, words=["dogs and cats"]), "'dogs and cats' is no word"),
+        ("pretrain", lambda m, i: m.keywords(i, words=[]), "no words given"),
+        ("pretrain", lambda m, i: m.keywords(i, words=["dog", 3]), "a word is a int"),
+        ("pretrain", lambda m, i: m.keywords(i, top=-1), "top -1: expected a whole number from 1 on"),
+        ("vqa", lambda m, i: m.answer(i, "what?", top=0), "top 0: expected"),
+        ("pretrain", lambda m, i: m.search([i, i], "a", top=-1), "top -1: expected"),
+        ("pretrain", lambda m, i: m.search([i, i], "a", top=2.0), "top 2.0: expected"),
+        ("pretrain", lambda m, i: m.search([i, i], "a", candidates=0), "candidates 0: expected"),
+        ("retrieval", lambda m, i: m.match([i, Image.new("L", (0, 4))], "a"), "image 1 has no pixels"),
         ("retrieval", lambda m, i: m.match([], "a"), "no images given"),
         ("retrieval", lambda m, i: m.match(i, []), "no texts given"),
         ("retrieval", lambda m, i: m.match(i, "!?"), r"text 0, '!\?', has no word"),

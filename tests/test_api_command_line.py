@@ -1,6 +1,10 @@
 """The command `simla`: what it prints is what the Python interface says; the package lists every module."""
 
+import contextlib
+import io
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -100,8 +104,41 @@ def test_search(tiny, images, ask, tmp_path):
         assert [row["hits"] for row in result["results"]] == expected and result["num_images"] == 7
         assert [row["query"] for row in result["results"]] == ["a cup", "two dogs"]
     assert np.asarray(Image.open(tmp_path / "gallery.png").convert("RGB")).std() > 10
+    around = str(Path(folder) / ".." / Path(folder).name)  # the same folder
+    assert ask("retrieval", "search", around, *command[2:], "--json")["num_images"] == 7
+    with pytest.raises(UserError, match=f"index is of {folder}, not of {tmp_path}; name another one"):
+        ask("retrieval", "search", tmp_path, *command[2:])
     text = ask("retrieval", "search", folder, "a cup", "--candidates", 7)
     assert model.search(folder, "a cup", candidates=7)[0].file in text.splitlines()[1]
+
+
+def test_names_and_queries_may_have_dollars_and_bytes_that_are_no_text(images, ask, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(images[0], os.fsencode(folder) + b"/$x_$ \xff.jpg")
+    (hit,) = ask("retrieval", "search", folder, "a $x_$ cup", "--json")["results"][0]["hits"]
+    assert os.fsencode(hit["file"]) == os.fsencode(folder) + b"/$x_$ \xff.jpg"
+    capture = io.TextIOWrapper(io.BytesIO(), "utf-8")  # as strict as a terminal
+    with contextlib.redirect_stdout(capture):
+        ask("retrieval", "search", folder, "a $x_$ cup", "-o", tmp_path / "gallery.png")
+    capture.flush()
+    assert rb"/$x_$ \udcff.jpg" in capture.buffer.getvalue()
+    assert np.asarray(Image.open(tmp_path / "gallery.png").convert("RGB")).std() > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("search", ".", "a", "-o", "none/g.png"), "-o none/g.png: there is no folder none"),
+        (("encode", "x.jpg", "-o", "none/f.npy"), "-o none/f.npy: there is no folder none"),
+        (("search", ".", "a", "-o", "gallery"), r"gallery: the name of a picture ends in one of .*\.png"),
+        (("ground", "x.jpg", "a", "-o", "map.xyz"), r"map\.xyz: the name of a picture ends in one of"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_loaded(ask, monkeypatch, arguments, message):
+    monkeypatch.setattr("inference.command_line.load", pytest.fail)
+    with pytest.raises(UserError, match=message):
+        ask("retrieval", *arguments)
 
 
 def test_answer_entails_compare_and_keywords(tiny, images, ask, tmp_path):
@@ -111,6 +148,8 @@ def test_answer_entails_compare_and_keywords(tiny, images, ask, tmp_path):
         result = ask("vqa", "answer", images[0], "what is it?", "--answers", given, "--top", 2, "--json")
         pairs = [(row["answer"], row["probability"]) for row in result["results"]]
         assert pairs == vqa.answer(images[0], "what is it?", ["two", "a beach", "yes"], top=2)
+    with pytest.raises(UserError, match=r"anwsers\.json"):  # mistyped, not an answer
+        ask("vqa", "answer", images[0], "what is it?", "--answers", tmp_path / "anwsers.json")
     result = ask("vqa", "answer", images[0], "what is it?", "--json")["results"]
     assert [tuple(row.values()) for row in result] == vqa.answer(images[0], "what is it?")
 
@@ -126,6 +165,16 @@ def test_answer_entails_compare_and_keywords(tiny, images, ask, tmp_path):
 
     result = ask("pretrain", "keywords", images[0], "--top", 3, "--json")["results"]
     assert [tuple(row.values()) for row in result] == load(tiny, "pretrain").keywords(images[0], top=3)
+
+
+def test_json_never_holds_nan(tiny, images, ask, tmp_path):
+    content = torch.load(tiny.checkpoints["retrieval"], weights_only=True)
+    content["model"]["itm_head.bias"] += torch.inf
+    torch.save(content, tmp_path / "inf.pth")
+    command = ("match", images[0], "a cup", "--checkpoint", tmp_path / "inf.pth")
+    assert "nan" in ask("retrieval", *command)
+    with pytest.raises(UserError, match="nan or infinite, which JSON cannot say"):
+        ask("retrieval", *command, "--json")
 
 
 def test_the_checkpoint_may_be_named_on_the_command_line(tiny, images, ask, monkeypatch):

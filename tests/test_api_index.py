@@ -1,5 +1,6 @@
 """The index of images: in memory or memory-mapped the same results; what is out of date is refused."""
 
+import argparse
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from api_data import make_checkpoints
 from PIL import Image
 
 import simla
+from inference.index import build_index
 from utils import UserError
 
 
@@ -32,6 +34,7 @@ def photos(tiny, tmp_path):
     (folder / "more").mkdir()
     (folder / "00003.jpg").rename(folder / "more" / "x.JPG")
     (folder / "notes.txt").write_text("no image")
+    (folder / "album.jpg").mkdir()  # no image either, whatever it is called
     return folder
 
 
@@ -66,7 +69,7 @@ def test_files_that_cannot_be_read_are_left_out_and_named(model, photos, tmp_pat
         assert len(index) == len(index.features) == len(index.states) == 5
     assert str(photos / "00000.jpg") in caplog.text
     opened = model.open_index(tmp_path / "photos.index")
-    assert opened.unreadable == index.unreadable
+    assert opened.unreadable == index.unreadable and opened.folder == index.folder == str(photos)
     # rows and names go together
     torch.testing.assert_close(opened.features, model.encode_image(opened.files))
     with pytest.raises(UserError, match=r"none of 2 images can be read, the first: .*\(not an image\)"):
@@ -90,6 +93,15 @@ def add(photos):
     shutil.copy(photos / "00001.jpg", photos / "more" / "new.png")
 
 
+def repair(photos):
+    shutil.copy(photos / "00001.jpg", photos / "broken.jpg")
+
+
+def clear(photos):
+    shutil.rmtree(photos)
+    photos.mkdir()
+
+
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
@@ -97,9 +109,12 @@ def add(photos):
         (touch, r"00001\.jpg has changed"),
         (remove, r"00001\.jpg and 1 more is gone"),
         (add, r"new\.png is new"),
+        (repair, r"broken\.jpg has changed"),
+        (clear, r"photos.*\.jpg and 7 more is gone"),
     ],
 )
 def test_an_index_of_other_images_is_refused(model, photos, tmp_path, alter, message):
+    (photos / "broken.jpg").write_bytes(b"no jpeg")
     model.index(photos, tmp_path / "index")
     assert len(model.open_index(tmp_path / "index")) == 7
     alter(photos)
@@ -111,6 +126,7 @@ def test_an_index_of_a_list_is_of_these_files_alone(model, photos, tmp_path):
     model.index([photos / "00001.jpg", photos / "00002.jpg"], tmp_path / "index")
     add(photos)
     remaining = model.open_index(tmp_path / "index")
+    assert remaining.folder is None and repr(remaining) == "Index(2 images of a list, 0 unreadable)"
     assert [file.rsplit("/", 1)[1] for file in remaining.files] == ["00001.jpg", "00002.jpg"]
 
 
@@ -171,6 +187,13 @@ def test_a_damaged_index_is_refused(model, photos, tmp_path, spoil, message):
         model.open_index(tmp_path / "index")
 
 
+def test_a_folder_that_is_no_index_is_not_to_be_deleted(model, photos):
+    for folder in (photos, photos / "none"):
+        with pytest.raises(UserError, match=r"holds no index \(index\.json\)") as stop:
+            model.open_index(folder)
+        assert "delete" not in str(stop.value)
+
+
 def test_where_no_index_can_be_made(model, photos, tmp_path):
     with pytest.raises(UserError, match="photos is there already"):
         model.index(photos, photos)
@@ -184,3 +207,14 @@ def test_where_no_index_can_be_made(model, photos, tmp_path):
     with pytest.raises(UserError, match="could not be written"):
         model.index(photos, photos / "notes.txt" / "index")
     assert not list(photos.glob(".*"))
+
+
+def test_an_index_that_has_no_room(model, photos, tmp_path, monkeypatch):
+    files, sizes = [photos / "00001.jpg"], (10**6, 10**6, 10**6)  # 4e12 bytes of states for an image
+    arguments = {"sizes": sizes, "image_res": 32, "batch_size": 1, "made_by": model.image_side}
+    with pytest.raises(UserError, match=r"of 10000 images takes 4e\+07 GB, more than there is of mem"):
+        build_index(files * 10_000, None, pytest.fail, **arguments)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: argparse.Namespace(free=10**9))
+    with pytest.raises(UserError, match=r"takes 4e\+03 GB, 1 GB are free at .*big; choose another disk"):
+        build_index(files, tmp_path / "big", pytest.fail, **arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"photos"}

@@ -347,7 +347,7 @@ def test_output_folder_that_cannot_be_written(tmp_path):
     for folder in (tmp_path / "file", "/proc/simla"):
         args = script_arguments("x", "c", str(folder)).parse_args(["--device", "cpu"])
         with pytest.raises(UserError, match="cannot be written"):
-            start(args, {})
+            start(args, {"precision": "fp32", "wandb": {}})
     assert (tmp_path / "file").read_text() == "here first"
 
 

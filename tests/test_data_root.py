@@ -11,6 +11,7 @@ from tiny import ROOT
 
 import config as config_module
 from config import DATA, OTHER, TABLES, read_config, save_config
+from dataset.check.tasks import TASKS, task_of
 from dataset.grounding import GroundingEvalData, grounding_loader
 from dataset.nlvr import read_nlvr
 from dataset.pretrain import code_views, pretrain_loader, read_pairs, read_sets
@@ -20,14 +21,10 @@ from dataset.ve import read_ve
 from dataset.vqa import VQAEvalData, read_answer_list, vqa_loader
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
-TABLE_OF = {
-    name.strip().removesuffix(".py"): table for names, table in TABLES.items() for name in names.split(",")
-}
-TABLE_OF["NLVR_Pretrain"] = TABLE_OF["Pretrain_NLVR"]
 
 
 def table_of(path: Path) -> dict:
-    return TABLE_OF.get(path.stem) or TABLE_OF[path.stem.split("_")[0]]
+    return TASKS[task_of(path.name)].table
 
 
 def paths_in(config: dict, table: dict, place: str) -> dict[str, list[str]]:

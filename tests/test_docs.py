@@ -32,6 +32,7 @@ SOURCES = [
 OTHERS_FLAGS = {  # of torchrun, SLURM, img2dataset and TensorBoard
     *("--nproc_per_node", "--master_port", "--max-restarts", "--use_env"),
     *("--signal", "--nodes", "--requeue", "--output_format", "--caption_col", "--logdir"),
+    *("--url_list", "--url_col", "--input_format"),
 }
 LAUNCHERS = {
     "torchrun": torch.distributed.run.parse_args,

@@ -260,7 +260,7 @@ def configs_of(*stems: str) -> list[str]:
 
 
 def read(name: str) -> dict:
-    return read_config(name, PRETRAIN if Path(name).stem == "Pretrain" else RETRIEVAL)
+    return read_config(name, PRETRAIN if Path(name).stem.startswith("Pretrain") else RETRIEVAL)
 
 
 def build(config: dict) -> SIMLA | SIMLARetrieval:
