@@ -1,6 +1,7 @@
 # make demo    the embedded data set, pre-training and zero-shot retrieval on this machine
 # make demo-all   the whole chain: pre-training and every downstream task (some 30 minutes on 2 cores)
-# make test    the tests
+# make app     a web page that asks the demo's model (make app CHECKPOINT="a.pth b.pth": your own)
+# make test    the tests; those of the web page need a Chromium, which `make browser` finds or installs
 # make fault-test   kills a training run 30 times, half of them while it saves, and resumes it (some 5 minutes)
 # make bench   every benchmark at the size for a CPU (some 20 minutes), results in benchmarks/RESULTS.md
 # make lint    ruff
@@ -10,6 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 INDEX ?=
+CHECKPOINT ?= output/demo/checkpoint_04.pth
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -27,7 +29,7 @@ else
 INSTALL = $(PIP) --extra-index-url $(INDEX)
 endif
 
-.PHONY: demo demo-all test fault-test bench lint format clean
+.PHONY: demo demo-all app test browser fault-test bench lint format clean
 
 demo: $(call READY,demo)
 	$(PY) demo.py
@@ -35,7 +37,14 @@ demo: $(call READY,demo)
 demo-all: $(call READY,demo)
 	$(PY) demo_all.py
 
+app: $(call READY,app)
+	$(PY) app.py --checkpoint $(CHECKPOINT)
+
+browser: $(call READY,test)
+	$(PY) tests/browser.py
+
 test: $(call READY,test)
+	-$(PY) tests/browser.py
 	$(PY) -m pytest -n 2 --dist loadfile
 
 fault-test: $(call READY,test)

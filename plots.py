@@ -7,6 +7,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from PIL import Image
@@ -152,7 +153,7 @@ def plot_word_maps(
     heat: Tensor,
     words: list[tuple[str, Tensor]],
     boxes: list[tuple[str, Box]],
-    out: str | Path,
+    out: str | Path | BinaryIO,
     num_columns: int = 6,
 ) -> None:
     """Where a model looks in an image for a text and for each of its words, each map beside a colour bar as a

@@ -86,7 +86,9 @@ def sprite(kind: str, side: int) -> Image.Image:
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True))
     picture = Image.open(io.BytesIO(png)).convert("RGBA")
     rim = Image.new("RGBA", picture.size, (250, 250, 245, 0))
-    rim.putalpha(picture.getchannel("A").filter(ImageFilter.MaxFilter(2 * (side // 64) + 1)))
+    alpha, reach = picture.getchannel("A"), side // 64
+    # A filter of one pixel changes nothing, and ends the process in Pillow 12.3.
+    rim.putalpha(alpha.filter(ImageFilter.MaxFilter(2 * reach + 1)) if reach else alpha)
     return Image.alpha_composite(rim, picture)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from inference.index import kept_index
 from inference.inputs import read_image
 from inference.loading import load
 from inference.model import Simla
@@ -64,13 +65,7 @@ def ground(model: Simla, args: argparse.Namespace) -> dict:
 
 
 def search(model: Simla, args: argparse.Namespace) -> dict:
-    if args.index and Path(args.index).exists():
-        index = model.open_index(args.index)
-        if index.folder is None or Path(index.folder).resolve() != Path(args.folder).resolve():
-            source = index.folder or "a list of files"
-            raise UserError(f"the index {args.index} is of {source}, not of {args.folder}; name another one")
-    else:
-        index = model.index(args.folder, args.index)
+    index = kept_index(model, args.folder, args.index) if args.index else model.index(args.folder)
     found = model.search(index, args.query, args.top, args.candidates)
     results = [
         {"query": query, "hits": [hit._asdict() for hit in hits]}

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from dataset.transforms import BadImage
 from inference.inputs import read_pictures
 from saving import atomic_write
 from utils import PRECISIONS, UserError, log, with_progress
+
+if TYPE_CHECKING:
+    from inference.model import Simla
 
 FORMAT = 2
 CONTENTS, FEATURES, STATES = "index.json", "features.npy", "states.npy"
@@ -176,6 +179,19 @@ def _fill(
             f"none of {len(files)} images can be read, the first: {files[0]} ({unreadable[files[0]]})"
         )
     return kept, unreadable
+
+
+def kept_index(model: "Simla", images: str | Path, folder: str | Path) -> Index:
+    """The index of a folder of images that `folder` keeps, made where it is missing. UserError where it is of
+    other images, and for what `open_index` and `build_index` refuse.
+    """
+    if not Path(folder).exists():
+        return model.index(images, folder)
+    index = model.open_index(folder)
+    if index.folder is None or Path(index.folder).resolve() != Path(images).resolve():
+        source = index.folder or "a list of files"
+        raise UserError(f"the index {folder} is of {source}, not of {images}; name another one")
+    return index
 
 
 def open_index(folder: str | Path, made_by: dict) -> Index:
