@@ -145,7 +145,7 @@ def _match(model: Simla, examples: list[list]) -> None:
             matches = gr.Label(label="Probability that it describes the image", show_heading=False)
             gr.Markdown("Where the likeliest description and each of its words is seen:")
             shown = {"show_label": False, "buttons": ["download", "fullscreen"], "interactive": False}
-            heat = gr.Image(alt_text="heat maps", type="pil", format="png", **shown)
+            heat = gr.Image(elem_id="heat-maps", type="pil", format="png", **shown)
     _wire(match, [image, texts, mode], [matches, heat], button)
     _offer(examples, [image, texts])
 

@@ -56,7 +56,7 @@ def main() -> None:
             expect(field).not_to_have_value("")
             field.fill(field.input_value() + "\na turtle at sunset\na green car")
             tab.click("Match")
-            expect(tab.panel.get_by_alt_text("heat maps")).to_be_visible()
+            expect(tab.panel.locator("#heat-maps img")).to_be_visible()
             shoot("ground")
             for name, number, button in (
                 ("Questions", 0, "Ask"),

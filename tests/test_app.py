@@ -142,9 +142,9 @@ class Tab:
         for text in texts:
             expect(self.panel).to_contain_text(text)
 
-    def picture(self, alt_text: str) -> np.ndarray:
+    def picture(self, elem_id: str) -> np.ndarray:
         """The pixels of an image that the page shows."""
-        shown = self.panel.get_by_alt_text(alt_text)
+        shown = self.panel.locator(f"#{elem_id} img")
         expect(shown).to_have_js_property("complete", True)
         with urllib.request.urlopen(shown.get_attribute("src")) as answer:
             return np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB"))
@@ -185,11 +185,11 @@ def test_an_upload_and_a_text_give_the_probability_and_the_heat_map(page, models
     values = models["pretrain"].match(images[0], TEXTS).tolist()
     tab.shows(*percent(zip(TEXTS, values, strict=True)))
     best = TEXTS[int(values[1] > values[0])]
-    assert np.array_equal(tab.picture("heat maps"), drawn(models["pretrain"], images[0], best, "itm"))
+    assert np.array_equal(tab.picture("heat-maps"), drawn(models["pretrain"], images[0], best, "itm"))
     tab.panel.get_by_label("similarity of features").check()
     with page.expect_response(lambda answer: "/file=" in answer.url):
         tab.click("Match")
-    assert np.array_equal(tab.picture("heat maps"), drawn(models["pretrain"], images[0], best, "itc"))
+    assert np.array_equal(tab.picture("heat-maps"), drawn(models["pretrain"], images[0], best, "itc"))
 
 
 def test_search_with_enter_and_among_uploads(page, models, images, tiny):
