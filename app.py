@@ -10,7 +10,10 @@ import argparse
 import ipaddress
 import logging
 import os
+import signal
+import socket
 import sys
+import tempfile
 from pathlib import Path
 
 from inference.index import Index, kept_index
@@ -50,7 +53,7 @@ def searched_images(
         raise UserError("--images and --index need a checkpoint of Pretrain.py or Retrieval.py, which search")
     if folder and not images:
         raise UserError("--index keeps what is computed of --images, which is missing")
-    if images is None and default.is_dir():
+    if images is None and default.is_dir() and any(default.iterdir()):
         images = default
     if model is None or images is None:
         return None
@@ -60,26 +63,45 @@ def searched_images(
 def serve(page, examples: dict[str, list[list]], host: str, port: int) -> None:
     """Starts the page in threads of this process. UserError where the address cannot be used."""
     import gradio as gr
+    from starlette.middleware import Middleware
 
-    from inference.page import MAX_UPLOAD
+    from inference.page import MAX_UPLOAD, FetchNothing
 
     cells = [cell for rows in examples.values() for row in rows for cell in row]
+    name = f"[{host}]" if ":" in host else host  # as Gradio writes addresses of IPv6
+    # Gradio asks the page whether it is up, which a proxy could not tell.
+    around = ",".join(
+        filter(None, [os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), LOCAL, "localhost"])
+    )
+    os.environ["no_proxy"] = f"{around},{host}"
     try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass  # Gradio would not say why it cannot listen
         page.launch(
-            server_name=host,
+            server_name=name,
             server_port=port,
             max_file_size=MAX_UPLOAD,
             allowed_paths=[cell for cell in cells if Path(cell).is_absolute()],  # and nothing else
             theme=gr.themes.Default(
                 font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
             ),
+            app_kwargs={"middleware": [Middleware(FetchNothing)]},
             footer_links=["api", "gradio"],
             ssr_mode=False,
             quiet=True,
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise UserError(f"port {port} of {host} cannot be used ({error}); choose another --port") from error
+        cause = error.strerror or error
+        raise UserError(
+            f"port {port} of {host} cannot be used ({cause}); choose another --port or --host"
+        ) from error
+
+
+def port_number(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, got {text!r}")
+    return int(text)
 
 
 def is_local(host: str) -> bool:
@@ -105,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host", default=LOCAL, help="address to listen on; 0.0.0.0: all (default: %(default)s)"
     )
-    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    parser.add_argument("--port", type=port_number, default=7860, help="(default: %(default)s)")
     parser.add_argument("--text_encoder", help="tokenizer: hub name or folder; replaces the configs'")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--dtype", default="fp32", help="fp32, tf32, bf16 or fp16 (default: %(default)s)")
@@ -129,10 +151,14 @@ def main() -> None:
     examples = demo_examples(Path(args.demo_data))
     if not is_local(args.host):
         log.warning(f"--host {args.host}: whoever reaches this machine can use the page, without a password")
-    page = build_page(models, index, examples)
-    serve(page, examples, args.host, args.port)
-    log.info(f"open {page.local_url} in a browser; Ctrl-C ends the page")
-    page.block_thread()
+    # For uploads; Gradio's own folder is shared by all its pages and all users of the machine.
+    with tempfile.TemporaryDirectory(prefix="simla_page_", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = build_page(models, index, examples)
+        serve(page, examples, args.host, args.port)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        log.info(f"open {page.local_url} in a browser; Ctrl-C ends the page")
+        page.block_thread()
 
 
 if __name__ == "__main__":

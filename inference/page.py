@@ -11,7 +11,9 @@ from functools import wraps
 from pathlib import Path
 
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 from PIL import Image
+from starlette.responses import PlainTextResponse
 
 from dataset.transforms import BadImage, load_image
 from inference.index import Index
@@ -23,10 +25,16 @@ MAX_UPLOAD = "20mb"  # a file
 MAX_PIXELS = 50_000_000  # of a picture: a small file can hold a huge one
 MAX_FILES, MAX_LETTERS, MAX_TEXTS = 100, 1000, 10
 MAX_WAITING = 32  # requests
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")  # whose headers tell the true size
+MAX_SCANS = 50  # of a JPEG, each a pass over all of its pixels; 10 are usual
+MAX_HEIGHT = 10  # widths of an image with heat maps, each of which is drawn in the same width
+DRAWN_SIDE = 768  # pixels of that image at most; a map is shown in 250
 TOP = 5  # answers and keywords
 SHOWN_SIDE = 384  # pixels of an image found
 NUM_EXAMPLES = 4
 DESCRIBING = ("retrieval", "pretrain")  # kinds that match texts and images, the better one first
+
+EXAMPLE_FILE = {"path": "photo.jpg", "meta": {"_type": "gradio.FileData"}}  # in the API's description
 
 Examples = dict[str, list[list]]  # of each tab, rows of its inputs
 
@@ -36,7 +44,7 @@ def build_page(models: dict[str, Simla], index: Index | None, examples: Examples
     `describing` returns. A tab that no model serves says which script writes its checkpoint.
     """
     describes = describing(models)
-    with gr.Blocks(title="SIMLA", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title="SIMLA", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(_heading(models))
         for title, model, kinds, build in (
             ("Search", describes, DESCRIBING, lambda model, rows: _search(model, rows, index)),
@@ -64,7 +72,9 @@ def describing(models: dict[str, Simla]) -> Simla | None:
 
 
 def demo_examples(data: Path) -> Examples:
-    """A few inputs for each tab from the test splits of the demo's data set, none where there is no split."""
+    """A few inputs for each tab from the test splits of the demo's data set, none where there is no split, or
+    its images are gone. UserError for other data.
+    """
 
     def spread(name: str) -> list[dict]:
         """Entries of a split, far from each other."""
@@ -75,19 +85,29 @@ def demo_examples(data: Path) -> Examples:
     def path(image: str) -> str:
         return str((data / image).absolute())
 
-    scenes = spread("retrieval")
-    return {
-        "Search": [[entry["caption"][0]] for entry in scenes],
-        "Match and ground": [[path(entry["image"]), entry["caption"][0]] for entry in scenes],
-        "Keywords": [[path(entry["image"])] for entry in scenes],
-        "Questions": [[path(entry["image"]), entry["question"]] for entry in spread("vqa")],
-        "Statements on two images": [
-            [*map(path, entry["images"]), entry["sentence"]] for entry in spread("nlvr")
-        ],
-        "Entailment": [
-            [path(f"images/test/{entry['image']}.jpg"), entry["sentence"]] for entry in spread("ve")
-        ],
-    }
+    def is_whole(row: list[str]) -> bool:
+        return all(Path(cell).is_file() for cell in row if Path(cell).is_absolute())
+
+    try:
+        scenes = spread("retrieval")
+        examples = {
+            "Search": [[entry["caption"][0]] for entry in scenes],
+            "Match and ground": [[path(entry["image"]), entry["caption"][0]] for entry in scenes],
+            "Keywords": [[path(entry["image"])] for entry in scenes],
+            "Questions": [[path(entry["image"]), entry["question"]] for entry in spread("vqa")],
+            "Statements on two images": [
+                [*map(path, entry["images"]), entry["sentence"]] for entry in spread("nlvr")
+            ],
+            "Entailment": [
+                [path(f"images/test/{entry['image']}.jpg"), entry["sentence"]] for entry in spread("ve")
+            ],
+        }
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{data} is not the demo's data set ({type(error).__name__}: {error}); delete it and run "
+            "`make demo`, or name another with --demo_data"
+        ) from error
+    return {tab: list(filter(is_whole, rows)) for tab, rows in examples.items()}
 
 
 def _heading(models: dict[str, Simla]) -> str:
@@ -117,7 +137,8 @@ def _search(model: Simla, examples: list[list], index: Index | None) -> None:
         with gr.Column():
             query = gr.Textbox(label="What to look for", max_length=MAX_LETTERS)
             label = "Your own images" if index is None else f"Your own images instead of the {len(index)}"
-            uploads = gr.File(label=label, file_count="multiple", file_types=["image"])
+            uploads = _only_files(gr.File(label=label, file_count="multiple", file_types=["image"]))
+            uploads.example_payload = lambda: [EXAMPLE_FILE]
             top = gr.Slider(1, 20, value=8, step=1, label="How many")
             button = gr.Button("Search", variant="primary")
         with gr.Column(scale=2):
@@ -153,7 +174,7 @@ def _match(model: Simla, examples: list[list]) -> None:
 def _answer(model: Simla, examples: list[list]) -> None:
     def answer(image: str | None, question: str, answers: str) -> dict[str, float]:
         image, question = _image(image), _text(question, "a question")
-        choices = [part.strip() for part in answers[:MAX_LETTERS].split(",") if part.strip()]
+        choices = [part.strip() for part in _bounded(answers).split(",") if part.strip()]
         return dict(model.answer(image, question, choices or None, TOP))
 
     with gr.Row():
@@ -170,7 +191,7 @@ def _answer(model: Simla, examples: list[list]) -> None:
 
 def _keywords(model: Simla, examples: list[list]) -> None:
     def keywords(image: str | None, words: str) -> dict[str, float]:
-        return dict(model.keywords(_image(image), 2 * TOP, words[:MAX_LETTERS].lower().split() or None))
+        return dict(model.keywords(_image(image), 2 * TOP, _bounded(words).lower().split() or None))
 
     with gr.Row():
         with gr.Column():
@@ -221,7 +242,34 @@ def _upload(label: str) -> gr.Image:
     image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=300)
     # The file as it is, read as the task scripts read it, with their messages; Gradio would decode it first.
     image.preprocess = lambda payload: None if payload is None else payload.path
-    return image
+    image.example_payload = lambda: EXAMPLE_FILE
+    return _only_files(image)
+
+
+def _only_files(component: gr.components.Component) -> gr.components.Component:
+    """Refuses an address in place of a file: Gradio would fetch what is there, however large."""
+    move = component.async_move_resource_to_block_cache
+
+    async def move_file(path: str | None) -> str | None:
+        if is_http_url_like(path):
+            raise gr.Error("send the file itself: this page fetches nothing", print_exception=False)
+        return await move(path)
+
+    component.async_move_resource_to_block_cache = move_file
+    return component
+
+
+class FetchNothing:
+    """ASGI middleware: refuses /file=https://..., for which Gradio would fetch the address."""
+
+    def __init__(self, app: Callable) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        app = self.app
+        if scope["type"] == "http" and is_http_url_like(scope["path"].partition("/file=")[2]):
+            app = PlainTextResponse("this page fetches nothing", 403)
+        await app(scope, receive, send)
 
 
 def _wire(
@@ -254,43 +302,57 @@ def _told_to_sender(function: Callable) -> Callable:
             return function(*inputs)
         except (UserError, BadImage) as error:
             message = str(error)
-            for part in inputs:
-                for file in part if isinstance(part, list) else [part]:
-                    if isinstance(file, str) and Path(file).is_absolute():
-                        message = message.replace(file, Path(file).name)
+            files = [file for part in inputs for file in (part if isinstance(part, list) else [part])]
+            if isinstance(error, BadImage):  # also of an image found, which has gone since the start
+                files.append(error.path)
+            for file in files:
+                if isinstance(file, str) and Path(file).is_absolute():
+                    message = message.replace(file, Path(file).name)
             raise gr.Error(message, print_exception=False) from error
 
     return answer
 
 
 def _image(file: str | None, name: str = "an image") -> str:
-    """The path of an upload; UserError for none, and for a picture too large to be decoded."""
+    """The path of an upload; UserError for none, for a rare format, and for a picture too large to be
+    decoded.
+    """
     if not file:
         raise UserError(f"upload {name} first")
     try:
         with Image.open(file) as header:
-            width, height = header.size
+            width, height, form = *header.size, header.format
     except Exception:  # whoever decodes it says what is wrong with it
         return file
+    if form not in FORMATS:
+        raise UserError(f"{Path(file).name} is of the format {form}; read are {', '.join(FORMATS)}")
     if width * height > MAX_PIXELS:
         raise UserError(
             f"{Path(file).name} has {width} x {height} pixels; at most {MAX_PIXELS // 1_000_000} million are "
             "read"
         )
+    if form in ("JPEG", "MPO") and Path(file).read_bytes().count(b"\xff\xda") > MAX_SCANS:
+        raise UserError(f"{Path(file).name} is written in more than {MAX_SCANS} scans; save it anew")
     return file
 
 
-def _text(text: str, name: str) -> str:
-    if not text.strip():
-        raise UserError(f"type {name} first")
-    if len(text) > MAX_LETTERS:  # what comes from a program has not passed the text box
+def _bounded(text: str | None) -> str:
+    """The text; UserError for one too long. What comes from a program has not passed the text box."""
+    text = text or ""
+    if len(text) > MAX_LETTERS:
         raise UserError(f"{len(text)} letters are too many: at most {MAX_LETTERS}")
     return text
 
 
-def _lines(texts: str) -> list[str]:
+def _text(text: str | None, name: str) -> str:
+    if not (text or "").strip():
+        raise UserError(f"type {name} first")
+    return _bounded(text)
+
+
+def _lines(texts: str | None) -> list[str]:
     """The different lines of a text."""
-    lines = list(dict.fromkeys(line.strip() for line in texts.splitlines() if line.strip()))
+    lines = list(dict.fromkeys(line.strip() for line in (texts or "").splitlines() if line.strip()))
     if len(lines) > MAX_TEXTS:
         raise UserError(f"{len(lines)} descriptions are too many: at most {MAX_TEXTS}")
     return [_text(line, "a description") for line in lines or [""]]
@@ -302,8 +364,13 @@ def _thumbnail(file: str) -> Image.Image:
     return image
 
 
-def _heat_picture(model: Simla, image: str, text: str, mode: str) -> Image.Image:
-    found, drawn = model.ground(image, text, mode=mode), io.BytesIO()
-    boxes = [] if found.box is None else [("hottest region", found.box)]
-    plot_word_maps(load_image(image), found.text, found.heat, found.words, boxes, drawn, num_columns=4)
+def _heat_picture(model: Simla, file: str, text: str, mode: str) -> Image.Image:
+    image, drawn = load_image(file), io.BytesIO()
+    if image.height > MAX_HEIGHT * image.width:
+        raise UserError(f"heat maps are drawn of images up to {MAX_HEIGHT} times as high as wide")
+    image.thumbnail((DRAWN_SIDE, DRAWN_SIDE))
+    found = model.ground(file, text, mode=mode)
+    scale = max(image.size) / max(found.width, found.height)
+    boxes = [] if found.box is None else [("hottest region", [side * scale for side in found.box])]
+    plot_word_maps(image, found.text, found.heat, found.words, boxes, drawn, num_columns=4)
     return Image.open(drawn)

@@ -1,9 +1,13 @@
 """The web page in a headless Chromium, and over HTTP as a program asks it."""
 
 import io
+import json
+import os
 import re
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -12,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
@@ -26,13 +31,17 @@ from playwright.sync_api import expect
 from tiny import ROOT
 
 import app
+import inference.page as page_module
 import simla
 from dataset.transforms import load_image
 from inference.page import (
+    DRAWN_SIDE,
     MAX_FILES,
     MAX_LETTERS,
     MAX_PIXELS,
+    MAX_SCANS,
     MAX_TEXTS,
+    NUM_EXAMPLES,
     build_page,
     demo_examples,
     describing,
@@ -44,6 +53,14 @@ START_SECONDS, END_SECONDS = 180, 30
 expect.set_options(timeout=30_000)
 KINDS = ("pretrain", "vqa", "nlvr", "ve")
 TEXTS = ["a turtle on a beach", "a cake at sunset"]
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +79,9 @@ def images(tiny):
 
 
 class Site:
-    """A running app.py."""
+    """A running app.py. variables: of its environment, besides ours."""
 
-    def __init__(self, *flags: str):
+    def __init__(self, *flags: str, **variables: str):
         self.port, self.lines = free_port(), []
         command = [
             sys.executable,
@@ -75,7 +92,13 @@ class Site:
             "cpu",
             *map(str, flags),
         ]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **variables},
+        )
         is_up = threading.Event()
 
         def read() -> None:
@@ -105,11 +128,20 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tiny):
-    files = [tiny.checkpoints[kind] for kind in KINDS]
-    site = Site("--checkpoint", *files, "--demo_data", tiny.data)
+def site(tiny, searched, tmp_path_factory):
+    """Started where the network is behind a proxy that does not answer."""
+    files, folder = [tiny.checkpoints[kind] for kind in KINDS], tmp_path_factory.mktemp("uploads")
+    data, dead = ["--demo_data", tiny.data, "--images", searched], f"http://127.0.0.1:{free_port()}"
+    site = Site("--checkpoint", *files, *data, TMPDIR=str(folder), http_proxy=dead, no_proxy="")
     yield site
-    site.end(signal.SIGKILL)
+    assert site.end(signal.SIGTERM) in (0, 130)
+    assert not any(path.is_file() for path in folder.rglob("*.*"))  # what was uploaded has gone
+
+
+@pytest.fixture(scope="module")
+def searched(tiny, tmp_path_factory):
+    """The images of the search tab, in a folder of which a test may delete one."""
+    return shutil.copytree(tiny.data / "images" / "test", tmp_path_factory.mktemp("searched") / "private")
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +224,8 @@ def test_an_upload_and_a_text_give_the_probability_and_the_heat_map(page, models
     assert np.array_equal(tab.picture("heat-maps"), drawn(models["pretrain"], images[0], best, "itc"))
 
 
-def test_search_with_enter_and_among_uploads(page, models, images, tiny):
-    model, folder = models["pretrain"], tiny.data / "images" / "test"
+def test_search_with_enter_and_among_uploads(page, models, images, searched):
+    model, folder = models["pretrain"], searched
     tab = Tab(page, "Search")
     tab.type("What to look for", TEXTS[0])
     tab.panel.get_by_label("What to look for").press("Enter")
@@ -308,6 +340,84 @@ def test_inputs_of_programs_are_bounded_too(site, images):
         ask(site, "search", "a turtle", [handle_file(images[0])] * (MAX_FILES + 1), 5)
     with pytest.raises(AppError):  # not in the list of the radio buttons
         ask(site, "match", handle_file(images[0]), "a turtle", "itx")
+    for name, inputs in (("answer", ["what is it?"]), ("keywords", [])):
+        with pytest.raises(AppError, match="letters are too many"):
+            ask(site, name, handle_file(images[0]), *inputs, "a " * MAX_LETTERS)
+
+
+def test_a_program_that_leaves_a_text_out_is_told(site, images):
+    image = handle_file(images[0])
+    with pytest.raises(AppError, match="type a description first"):
+        ask(site, "match", image, None, "itm")
+    with pytest.raises(AppError, match="type a question first"):
+        ask(site, "answer", image, None, None)
+    assert ask(site, "keywords", image, None) == ask(site, "keywords", image, "")
+
+
+def test_images_that_would_take_much_memory(site, tmp_path):
+    Image.new("1", (6000, 8000)).save(tmp_path / "large.png")
+    Image.new("1", (1, 40_000)).save(tmp_path / "tower.png")
+    content = Path(tmp_path, "large.png").read_bytes()
+    header = struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(content), 22)  # 16 x 16: a lie
+    Path(tmp_path, "small.ico").write_bytes(header + content)
+    large, tower, icon = (handle_file(tmp_path / name) for name in ("large.png", "tower.png", "small.ico"))
+    _, picture = ask(site, "match", large, TEXTS[0], "itm")
+    with Image.open(picture) as shown:
+        assert shown.width < 1000
+    with pytest.raises(AppError, match="up to 10 times as high as wide"):
+        ask(site, "match", tower, TEXTS[0], "itm")
+    with pytest.raises(AppError, match=r"small\.ico is of the format ICO"):
+        ask(site, "keywords", icon, "")
+
+
+def test_a_jpeg_of_too_many_scans(site, tmp_path):
+    Image.new("L", (64, 64), 100).save(tmp_path / "scans.jpg", progressive=True)
+    content = Path(tmp_path, "scans.jpg").read_bytes()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    ask(site, "keywords", handle_file(tmp_path / "scans.jpg"), "")
+    Path(tmp_path, "scans.jpg").write_bytes(content[:-2] + last * MAX_SCANS + content[-2:])
+    with pytest.raises(AppError, match=f"more than {MAX_SCANS} scans"):
+        ask(site, "keywords", handle_file(tmp_path / "scans.jpg"), "")
+
+
+def test_the_box_is_where_it_was_in_the_large_image(monkeypatch):
+    image, boxes = Image.new("RGB", (2 * DRAWN_SIDE, DRAWN_SIDE)), []
+    found = SimpleNamespace(width=2 * DRAWN_SIDE, height=DRAWN_SIDE, box=[10, 20, 30, 40], heat=0, words=[])
+    found.text = "a turtle"
+    model = SimpleNamespace(ground=lambda *_, **__: found)
+    monkeypatch.setattr(page_module, "load_image", lambda file: image)
+    monkeypatch.setattr(page_module, "plot_word_maps", lambda *inputs, **_: boxes.extend(inputs[4]))
+    monkeypatch.setattr(page_module.Image, "open", lambda file: file)
+    page_module._heat_picture(model, "file", "a turtle", "itm")
+    assert image.size == (DRAWN_SIDE, DRAWN_SIDE // 2)
+    assert boxes == [("hottest region", [5, 10, 15, 20])]
+
+
+def test_an_image_that_has_gone_is_named_without_its_folder(site, searched):
+    gone = min(searched.iterdir())
+    content = gone.read_bytes()
+    gone.unlink()
+    try:
+        with pytest.raises(AppError, match=f"{gone.name}: no such file") as said:
+            ask(site, "search", "a turtle", None, 20)
+        assert "private" not in str(said.value)
+    finally:
+        gone.write_bytes(content)
+
+
+def test_nothing_is_fetched(site):
+    address = "https://example.com/photo.jpg"
+    with pytest.raises(AppError, match="this page fetches nothing"):
+        ask(site, "keywords", handle_file(address), "")
+    with pytest.raises(AppError, match="this page fetches nothing"):
+        ask(site, "search", "a turtle", [handle_file(address)], 5)
+    with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+        urllib.request.urlopen(f"{site.url}gradio_api/file=%68ttps://example.com/photo.jpg")
+    assert refused.value.read() == b"this page fetches nothing"
+    with urllib.request.urlopen(
+        f"{site.url}gradio_api/info"
+    ) as answer:  # its examples are what programs copy
+        assert "githubusercontent" not in json.dumps(json.load(answer))
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", ROOT / "app.py", "checkpoint"])
@@ -331,10 +441,35 @@ def test_all_addresses_where_that_is_asked_for():
     try:
         with socket.create_connection(("127.0.0.2", port), timeout=5):
             pass
-        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 cannot be used"):
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 cannot be used .*in use"):
             app.serve(build_page({}, None, {}), {}, "127.0.0.1", port)
     finally:
         page.close()
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_an_address_of_ipv6():
+    page, port = build_page({}, None, {}), free_port()
+    app.serve(page, {}, "::1", port)
+    try:
+        assert page.local_url == f"http://[::1]:{port}/"
+        with socket.create_connection(("::1", port), timeout=5):
+            pass
+    finally:
+        page.close()
+
+
+@pytest.mark.parametrize("host", ["203.0.113.1", "no.such.invalid"])
+def test_an_address_that_is_not_this_machines(host):
+    with pytest.raises(UserError, match=rf"of {host} cannot be used \((?!.*GRADIO)"):
+        app.serve(build_page({}, None, {}), {}, host, free_port())
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "a"])
+def test_no_port(port, capsys):
+    with pytest.raises(SystemExit):
+        app.build_parser().parse_args(["--checkpoint", "x.pth", f"--port={port}"])
+    assert "expected a number from 1 to 65535" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -399,6 +534,21 @@ def test_an_index_is_kept(models, tiny, tmp_path):
     assert app.searched_images(model, None, None, tmp_path / "none") is None
     assert app.searched_images(None, None, None, folder) is None
     assert app.searched_images(model, None, None, folder).files == first.files
+
+
+def test_a_demo_that_is_partly_deleted(tiny, tmp_path):
+    for file in tiny.data.glob("*_test.json"):
+        shutil.copy(file, tmp_path)
+    assert not demo_examples(tmp_path)["Keywords"] and len(demo_examples(tmp_path)["Search"]) == NUM_EXAMPLES
+    folder = tmp_path / "images" / "test"
+    folder.mkdir(parents=True)
+    assert app.searched_images(SimpleNamespace(kind="pretrain"), None, None, folder) is None
+    entry = tiny.entries("retrieval_test")[0]
+    shutil.copy(tiny.data / entry["image"], folder)
+    assert demo_examples(tmp_path)["Keywords"] == [[str(tmp_path / entry["image"])]]
+    Path(tmp_path, "vqa_test.json").write_text("[{")
+    with pytest.raises(UserError, match="is not the demo's data set"):
+        demo_examples(tmp_path)
 
 
 def test_ctrl_c_ends_it(tiny, tmp_path):
