@@ -159,32 +159,34 @@ def plot_word_maps(
     """Where a model looks in an image for a text and for each of its words, each map beside a colour bar as a
     share of its own maximum.
 
-    heat, and that of every word: (h, w), of any scale; boxes: (label, [x, y, w, h] in pixels), on the text's
+    heat, and that of every word: (h, w), of any scale; boxes: (label, [x, y, w, h] in pixels), on the text's;
+    a legend says which is which.
     """
     import textwrap
 
     plt = import_pyplot()
+    from matplotlib.patheffects import withStroke
+
     rows = math.ceil((len(words) + 1) / num_columns)
     columns = math.ceil((len(words) + 1) / rows)
-    size = 2.2 * columns + 0.9, (2.2 * image.height / image.width + 0.35) * rows + 0.2
+    size = 2.2 * columns + 0.9, (2.2 * image.height / image.width + 0.35) * rows + (0.5 if boxes else 0.2)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, own) in zip(axes.flat, [(text, heat), *words], strict=False):
         drawn = show_heat(axis, image, own)
         axis.set_title(textwrap.fill(title, 28), fontsize=9, fontweight="bold" if own is heat else "normal")
+    frames = []
     for number, (label, box) in enumerate(boxes):
-        colour = plt.get_cmap("tab10")(number % 10)
-        frame = plt.Rectangle(
-            (box[0] - 0.5, box[1] - 0.5), box[2], box[3], fill=False, edgecolor=colour, linewidth=2
+        edge = {"edgecolor": plt.get_cmap("tab10")(number % 10), "linewidth": 2, "label": label}
+        # White round it: a frame may lie on its own colour.
+        edge["path_effects"] = [withStroke(linewidth=4, foreground="white")]
+        frames.append(plt.Rectangle((box[0] - 0.5, box[1] - 0.5), box[2], box[3], fill=False, **edge))
+        axes[0, 0].add_patch(frames[-1])
+    if frames:  # below the maps: at the boxes the names would cover each other, or lie outside
+        figure.legend(
+            handles=frames, loc="outside lower center", ncols=len(frames), frameon=False, fontsize=9
         )
-        axes[0, 0].add_patch(frame)
-        style = {
-            "fontsize": 7,
-            "color": "white",
-            "bbox": {"facecolor": colour, "edgecolor": "none", "pad": 1},
-        }
-        axes[0, 0].text(box[0], box[1], label, va="bottom", clip_on=True, **style)
     figure.colorbar(drawn, ax=axes, label="share of the map's maximum", fraction=0.03, alpha=1)
     figure.savefig(out, dpi=110)
     plt.close(figure)

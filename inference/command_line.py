@@ -96,7 +96,7 @@ def answer(model: Simla, args: argparse.Namespace) -> dict:
 
 
 def keywords(model: Simla, args: argparse.Namespace) -> dict:
-    results = _rows(("word", "probability"), model.keywords(args.image, args.top))
+    results = _rows(("word", "probability"), model.keywords(args.image, args.top, args.words))
     return {"image": args.image, "results": results}
 
 
@@ -220,6 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
         "keywords", keywords, "the words that an image calls up (pre-training checkpoints)", "image"
     )
     own.add_argument("--top", type=_count, default=5, help="words (default: %(default)s)")
+    own.add_argument("--words", nargs="+", help="words to choose from (default: all but function words)")
     command(
         "entails", entails, "does the image entail, contradict or leave open a sentence?", "image", "sentence"
     )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from api_data import make_checkpoints
+from matplotlib.figure import Figure
 from PIL import Image
 from tiny import ROOT
 
@@ -165,6 +166,9 @@ def test_answer_entails_compare_and_keywords(tiny, images, ask, tmp_path):
 
     result = ask("pretrain", "keywords", images[0], "--top", 3, "--json")["results"]
     assert [tuple(row.values()) for row in result] == load(tiny, "pretrain").keywords(images[0], top=3)
+    result = ask("pretrain", "keywords", images[0], "--words", "beach", "dog", "--json")["results"]
+    found = load(tiny, "pretrain").keywords(images[0], words=["beach", "dog"])
+    assert [tuple(row.values()) for row in result] == found
 
 
 def test_json_never_holds_nan(tiny, images, ask, tmp_path):
@@ -220,6 +224,32 @@ def test_word_maps_are_hot_where_the_map_is(tmp_path):
     red = (third[..., 0] - third[..., 2] > 100) & (third[..., 1] < 120)
     rows, columns = red.nonzero()
     assert len(rows) > 50 and columns.mean() > third.shape[1] / 2 and rows.mean() < third.shape[0] / 2
+
+
+def test_every_box_of_a_word_map_is_seen_and_named_wherever_it_lies(tmp_path, monkeypatch):
+    """Two boxes of the same corner at the upper edge, on a picture of their own colour."""
+    legends = []
+    legend = Figure.legend
+
+    def keep(*arguments, **options):
+        legends.append(legend(*arguments, **options))
+        return legends[-1]
+
+    monkeypatch.setattr(Figure, "legend", keep)
+    blue, orange = (31, 119, 180), (255, 127, 14)  # of the first and the second box
+    boxes = [("heat alone", [20, 0, 40, 30]), ("best proposal", [20, 0, 20, 20])]
+    image, heat = Image.new("RGB", (60, 60), blue), torch.zeros(4, 4)
+    plot_word_maps(image, "one", heat, [("one", heat)], boxes, tmp_path / "m.png")
+    (drawn,) = legends
+    assert [text.get_text() for text in drawn.get_texts()] == ["heat alone", "best proposal"]
+    picture = np.asarray(Image.open(tmp_path / "m.png").convert("RGB")).astype(int)
+    of_blue = (np.abs(picture - blue).sum(-1) < 10).nonzero()
+    left, right, top, bottom = of_blue[1].min(), of_blue[1].max(), of_blue[0].min(), of_blue[0].max()
+    assert (np.abs(picture - orange).sum(-1) < 30).any()
+    middle = picture[top:bottom, left : left + (right - left) // 2]  # the map of the text
+    scale = middle.shape[0] / 60
+    row = middle[int(25 * scale), :]  # crosses the sides of the first box alone
+    assert (np.abs(row - 255).sum(-1) < 60).sum() >= 2
 
 
 def test_a_gallery_of_unequal_rows_without_truth(tmp_path):
