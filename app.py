@@ -65,7 +65,7 @@ def serve(page, examples: dict[str, list[list]], host: str, port: int) -> None:
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from inference.page import MAX_UPLOAD, FetchNothing
+    from inference.uploads import MAX_UPLOAD, FetchNothing
 
     cells = [cell for rows in examples.values() for row in rows for cell in row]
     name = f"[{host}]" if ":" in host else host  # as Gradio writes addresses of IPv6

@@ -1,32 +1,34 @@
 """The web page: a tab for each thing that trained models can be asked. `app.py` serves it.
 
-What is uploaded comes from people nobody knows: texts, files and pictures have an upper size, one request
-is computed after the other, and what is wrong with an input is told without a path of this machine.
+One request is computed after the other.
 """
 
 import io
 import json
 from collections.abc import Callable, Sequence
-from functools import wraps
 from pathlib import Path
 
 import gradio as gr
-from gradio_client.utils import is_http_url_like
 from PIL import Image
-from starlette.responses import PlainTextResponse
 
-from dataset.transforms import BadImage, load_image
+from dataset.transforms import load_image
 from inference.index import Index
 from inference.model import WRITTEN_BY, Simla
+from inference.uploads import (
+    MAX_FILES,
+    MAX_LETTERS,
+    MAX_TEXTS,
+    bounded,
+    checked_image,
+    checked_lines,
+    checked_text,
+    only_files,
+    told_to_sender,
+)
 from plots import plot_word_maps
 from utils import UserError
 
-MAX_UPLOAD = "20mb"  # a file
-MAX_PIXELS = 50_000_000  # of a picture: a small file can hold a huge one
-MAX_FILES, MAX_LETTERS, MAX_TEXTS = 100, 1000, 10
 MAX_WAITING = 32  # requests
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")  # whose headers tell the true size
-MAX_SCANS = 50  # of a JPEG, each a pass over all of its pixels; 10 are usual
 MAX_HEIGHT = 10  # widths of an image with heat maps, each of which is drawn in the same width
 DRAWN_SIDE = 768  # pixels of that image at most; a map is shown in 250
 TOP = 5  # answers and keywords
@@ -120,12 +122,12 @@ def _heading(models: dict[str, Simla]) -> str:
 
 def _search(model: Simla, examples: list[list], index: Index | None) -> None:
     def search(query: str, uploads: list[str] | None, top: float) -> list[tuple[Image.Image, str]]:
-        query = _text(query, "what to look for")
+        query = checked_text(query, "what to look for")
         own = index
         if uploads:
             if len(uploads) > MAX_FILES:
                 raise UserError(f"{len(uploads)} files are too many: at most {MAX_FILES}")
-            own = model.index([_image(file) for file in uploads])
+            own = model.index([checked_image(file) for file in uploads])
             for file in own.unreadable:
                 gr.Warning(f"{Path(file).name} cannot be read and is left out")
         elif index is None:
@@ -137,7 +139,7 @@ def _search(model: Simla, examples: list[list], index: Index | None) -> None:
         with gr.Column():
             query = gr.Textbox(label="What to look for", max_length=MAX_LETTERS)
             label = "Your own images" if index is None else f"Your own images instead of the {len(index)}"
-            uploads = _only_files(gr.File(label=label, file_count="multiple", file_types=["image"]))
+            uploads = only_files(gr.File(label=label, file_count="multiple", file_types=["image"]))
             uploads.example_payload = lambda: [EXAMPLE_FILE]
             top = gr.Slider(1, 20, value=8, step=1, label="How many")
             button = gr.Button("Search", variant="primary")
@@ -150,7 +152,7 @@ def _search(model: Simla, examples: list[list], index: Index | None) -> None:
 
 def _match(model: Simla, examples: list[list]) -> None:
     def match(image: str | None, texts: str, mode: str) -> tuple[dict[str, float], Image.Image]:
-        image, texts = _image(image), _lines(texts)
+        image, texts = checked_image(image), checked_lines(texts)
         matches = dict(zip(texts, model.match(image, texts).tolist(), strict=True))
         return matches, _heat_picture(model, image, max(matches, key=matches.get), mode)
 
@@ -173,8 +175,8 @@ def _match(model: Simla, examples: list[list]) -> None:
 
 def _answer(model: Simla, examples: list[list]) -> None:
     def answer(image: str | None, question: str, answers: str) -> dict[str, float]:
-        image, question = _image(image), _text(question, "a question")
-        choices = [part.strip() for part in _bounded(answers).split(",") if part.strip()]
+        image, question = checked_image(image), checked_text(question, "a question")
+        choices = [part.strip() for part in bounded(answers).split(",") if part.strip()]
         return dict(model.answer(image, question, choices or None, TOP))
 
     with gr.Row():
@@ -191,7 +193,7 @@ def _answer(model: Simla, examples: list[list]) -> None:
 
 def _keywords(model: Simla, examples: list[list]) -> None:
     def keywords(image: str | None, words: str) -> dict[str, float]:
-        return dict(model.keywords(_image(image), 2 * TOP, _bounded(words).lower().split() or None))
+        return dict(model.keywords(checked_image(image), 2 * TOP, bounded(words).lower().split() or None))
 
     with gr.Row():
         with gr.Column():
@@ -206,8 +208,8 @@ def _keywords(model: Simla, examples: list[list]) -> None:
 
 def _compare(model: Simla, examples: list[list]) -> None:
     def compare(first: str | None, second: str | None, statement: str) -> dict[str, float]:
-        first, second = _image(first, "the first image"), _image(second, "the second image")
-        probability = model.compare(first, second, _text(statement, "a statement"))
+        first, second = checked_image(first, "the first image"), checked_image(second, "the second image")
+        probability = model.compare(first, second, checked_text(statement, "a statement"))
         return {"true": probability, "false": 1 - probability}
 
     with gr.Row():
@@ -223,7 +225,7 @@ def _compare(model: Simla, examples: list[list]) -> None:
 
 def _entails(model: Simla, examples: list[list]) -> None:
     def entails(image: str | None, sentence: str) -> dict[str, float]:
-        return model.entails(_image(image), _text(sentence, "a sentence"))
+        return model.entails(checked_image(image), checked_text(sentence, "a sentence"))
 
     with gr.Row():
         with gr.Column():
@@ -243,33 +245,7 @@ def _upload(label: str) -> gr.Image:
     # The file as it is, read as the task scripts read it, with their messages; Gradio would decode it first.
     image.preprocess = lambda payload: None if payload is None else payload.path
     image.example_payload = lambda: EXAMPLE_FILE
-    return _only_files(image)
-
-
-def _only_files(component: gr.components.Component) -> gr.components.Component:
-    """Refuses an address in place of a file: Gradio would fetch what is there, however large."""
-    move = component.async_move_resource_to_block_cache
-
-    async def move_file(path: str | None) -> str | None:
-        if is_http_url_like(path):
-            raise gr.Error("send the file itself: this page fetches nothing", print_exception=False)
-        return await move(path)
-
-    component.async_move_resource_to_block_cache = move_file
-    return component
-
-
-class FetchNothing:
-    """ASGI middleware: refuses /file=https://..., for which Gradio would fetch the address."""
-
-    def __init__(self, app: Callable) -> None:
-        self.app = app
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        app = self.app
-        if scope["type"] == "http" and is_http_url_like(scope["path"].partition("/file=")[2]):
-            app = PlainTextResponse("this page fetches nothing", 403)
-        await app(scope, receive, send)
+    return only_files(image)
 
 
 def _wire(
@@ -280,7 +256,7 @@ def _wire(
     one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "models"}
     gr.on(
         triggers,
-        _told_to_sender(function),
+        told_to_sender(function),
         list(inputs),
         outputs,
         api_name=function.__name__,
@@ -291,71 +267,6 @@ def _wire(
 def _offer(examples: list[list], inputs: list) -> None:
     if examples:
         gr.Examples(examples, inputs, label="Examples: a click fills them in")
-
-
-def _told_to_sender(function: Callable) -> Callable:
-    """Shows what is wrong with the inputs on the page, files by their names alone."""
-
-    @wraps(function)
-    def answer(*inputs):
-        try:
-            return function(*inputs)
-        except (UserError, BadImage) as error:
-            message = str(error)
-            files = [file for part in inputs for file in (part if isinstance(part, list) else [part])]
-            if isinstance(error, BadImage):  # also of an image found, which has gone since the start
-                files.append(error.path)
-            for file in files:
-                if isinstance(file, str) and Path(file).is_absolute():
-                    message = message.replace(file, Path(file).name)
-            raise gr.Error(message, print_exception=False) from error
-
-    return answer
-
-
-def _image(file: str | None, name: str = "an image") -> str:
-    """The path of an upload; UserError for none, for a rare format, and for a picture too large to be
-    decoded.
-    """
-    if not file:
-        raise UserError(f"upload {name} first")
-    try:
-        with Image.open(file) as header:
-            width, height, form = *header.size, header.format
-    except Exception:  # whoever decodes it says what is wrong with it
-        return file
-    if form not in FORMATS:
-        raise UserError(f"{Path(file).name} is of the format {form}; read are {', '.join(FORMATS)}")
-    if width * height > MAX_PIXELS:
-        raise UserError(
-            f"{Path(file).name} has {width} x {height} pixels; at most {MAX_PIXELS // 1_000_000} million are "
-            "read"
-        )
-    if form in ("JPEG", "MPO") and Path(file).read_bytes().count(b"\xff\xda") > MAX_SCANS:
-        raise UserError(f"{Path(file).name} is written in more than {MAX_SCANS} scans; save it anew")
-    return file
-
-
-def _bounded(text: str | None) -> str:
-    """The text; UserError for one too long. What comes from a program has not passed the text box."""
-    text = text or ""
-    if len(text) > MAX_LETTERS:
-        raise UserError(f"{len(text)} letters are too many: at most {MAX_LETTERS}")
-    return text
-
-
-def _text(text: str | None, name: str) -> str:
-    if not (text or "").strip():
-        raise UserError(f"type {name} first")
-    return _bounded(text)
-
-
-def _lines(texts: str | None) -> list[str]:
-    """The different lines of a text."""
-    lines = list(dict.fromkeys(line.strip() for line in (texts or "").splitlines() if line.strip()))
-    if len(lines) > MAX_TEXTS:
-        raise UserError(f"{len(lines)} descriptions are too many: at most {MAX_TEXTS}")
-    return [_text(line, "a description") for line in lines or [""]]
 
 
 def _thumbnail(file: str) -> Image.Image:

@@ -34,18 +34,8 @@ import app
 import inference.page as page_module
 import simla
 from dataset.transforms import load_image
-from inference.page import (
-    DRAWN_SIDE,
-    MAX_FILES,
-    MAX_LETTERS,
-    MAX_PIXELS,
-    MAX_SCANS,
-    MAX_TEXTS,
-    NUM_EXAMPLES,
-    build_page,
-    demo_examples,
-    describing,
-)
+from inference.page import DRAWN_SIDE, NUM_EXAMPLES, build_page, demo_examples, describing
+from inference.uploads import MAX_FILES, MAX_LETTERS, MAX_PIXELS, MAX_SCANS, MAX_TEXTS
 from plots import plot_word_maps
 from utils import UserError, free_port
 
