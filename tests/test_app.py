@@ -26,6 +26,7 @@ from api_data import make_checkpoints
 from browser import open_browser
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from gradio_client.utils import Status
 from PIL import Image
 from playwright.sync_api import expect
 from tiny import ROOT
@@ -318,6 +319,38 @@ def test_over_http_the_numbers_are_exact_also_of_two_who_ask_at_once(site, model
         thread.join()
     for image, values in expected.items():
         assert found[image] == pytest.approx(values, abs=1e-6)
+
+
+def test_a_full_queue_turns_the_next_request_away(monkeypatch, images):
+    begun, may_end = threading.Event(), threading.Event()
+
+    def entails(image: str, sentence: str) -> dict[str, float]:
+        begun.set()
+        assert may_end.wait(START_SECONDS)
+        return {"entailment": 1.0}
+
+    monkeypatch.setattr(page_module, "MAX_WAITING", 1)
+    model, port = SimpleNamespace(source="ve.pth", device="cpu", entails=entails), free_port()
+    page = build_page({"ve": model}, None, {})
+    app.serve(page, {}, app.LOCAL, port)
+    try:
+        client = Client(page.local_url, verbose=False)
+
+        def send():
+            return client.submit(handle_file(images[0]), "a cat", api_name="/entails")
+
+        first = send()
+        assert begun.wait(START_SECONDS)
+        second = send()
+        while second.status().code != Status.IN_QUEUE:
+            time.sleep(0.01)
+        with pytest.raises(Exception, match=r"(?i)queue is full"):
+            send().result(START_SECONDS)
+        may_end.set()
+        assert [job.result(START_SECONDS)["label"] for job in (first, second)] == ["entailment"] * 2
+    finally:
+        may_end.set()
+        page.close()
 
 
 def test_inputs_of_programs_are_bounded_too(site, images):
