@@ -213,6 +213,12 @@ def report_length(config: dict, per_step: int, seconds_per_step: float | None) -
         log.info(f"whole run         cannot be told without the training files: {error}")
         return {}
     num_steps = num_samples // per_step * config["schedular"]["epochs"]
+    if num_steps == 0:
+        log.info(
+            f"whole run         would not begin: {num_samples:,} training samples are fewer than a step of "
+            f"{per_step}; lower the batch size"
+        )
+        return {"num_samples": num_samples, "num_steps": 0}
     time = "" if seconds_per_step is None else f", {duration(num_steps * seconds_per_step)}"
     log.info(
         f"whole run         {num_samples:,} samples, {config['schedular']['epochs']} epochs, {num_steps:,} "
