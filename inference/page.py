@@ -101,7 +101,7 @@ def demo_examples(data: Path) -> Examples:
                 [*map(path, entry["images"]), entry["sentence"]] for entry in spread("nlvr")
             ],
             "Entailment": [
-                [path(f"images/test/{entry['image']}.jpg"), entry["sentence"]] for entry in spread("ve")
+                [path(f"images/{entry['image']}.jpg"), entry["sentence"]] for entry in spread("ve")
             ],
         }
     except (ValueError, LookupError, TypeError) as error:

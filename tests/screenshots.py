@@ -1,43 +1,44 @@
-"""The screenshots of the README and of docs/web_page.md, from what `make demo-all` has trained.
+"""A screenshot of every tab of the web page, asking what `make demo-all` has trained.
 
-python tests/screenshots.py [--demo output/demo-all] [-o docs/images]
+python tests/screenshots.py [--demo output/demo-all] [-o output/screenshots]
 """
 
 import argparse
 import json
 import signal
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from browser import open_browser
-from PIL import Image
 from playwright.sync_api import expect
 from test_app import Site, Tab
 from tiny import ROOT
 
 STAGES = ("pretrain", "vqa", "nlvr", "ve")
-COLOURS = 128  # of a picture: a third of the bytes, and nothing that one sees
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, default=ROOT / "output" / "demo-all")
     parser.add_argument("--demo_data", type=Path, default=ROOT / "data" / "demo")
-    parser.add_argument("-o", "--out", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("-o", "--out", type=Path, default=ROOT / "output" / "screenshots")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     records = [json.loads((args.demo / stage / "stage.json").read_text()) for stage in STAGES]
     files = [args.demo.parents[1] / record["checkpoint"] for record in records]
-    site = Site("--demo_data", args.demo_data, "--checkpoint", *files)
+    site = Site(
+        "--demo_data", args.demo_data, "--text_encoder", args.demo_data / "bert", "--checkpoint", *files
+    )
     try:
-        with open_browser((1200, 900)) as page:
+        with open_browser((1200, 1100)) as page:
             page.goto(site.url)
 
             def shoot(name: str) -> None:
                 page.wait_for_timeout(1000)  # the progress bar fades
                 file = args.out / f"app_{name}.png"
-                page.screenshot(path=file, full_page=True)
-                with Image.open(file) as picture:
-                    small = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-                small.save(file, optimize=True)
+                page.screenshot(path=file)
                 print(file)
 
             def example(tab: Tab, number: int) -> None:

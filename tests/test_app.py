@@ -260,7 +260,9 @@ def test_questions_keywords_statements_and_entailment(page, models, images):
 
 
 def test_examples_fill_the_inputs(page, models, tiny):
-    image, caption = demo_examples(tiny.data)["Match and ground"][1]
+    examples = demo_examples(tiny.data)
+    assert {tab: len(rows) for tab, rows in examples.items()} == dict.fromkeys(examples, NUM_EXAMPLES)
+    image, caption = examples["Match and ground"][1]
     tab = Tab(page, "Match and ground")
     tab.panel.get_by_text(caption, exact=True).click()
     expect(tab.panel.get_by_label("Descriptions")).to_have_value(caption)
