@@ -26,20 +26,15 @@ def find_browser(playwright) -> str | None:
 
 
 @contextmanager
-def open_browser(size: tuple[int, int] = (1200, 900), scale: float = 1) -> Iterator[Page]:
-    """An empty page of a headless browser. size: of the window; scale: pixels for a unit of it."""
+def open_browser(size: tuple[int, int] = (1200, 900)) -> Iterator[Page]:
+    """An empty page of a headless browser, whose window has that width and height."""
     with sync_playwright() as playwright:
         path = find_browser(playwright)
         if path is None:
             raise FileNotFoundError(MISSING)
-        flags = [
-            *QUIET,
-            *(["--no-sandbox"] if os.geteuid() == 0 else []),
-        ]  # it refuses to start as root with one
-        browser = playwright.chromium.launch(executable_path=path, args=flags)
-        page = browser.new_page(
-            viewport={"width": size[0], "height": size[1]}, device_scale_factor=scale, color_scheme="light"
-        )
+        as_root = ["--no-sandbox"] if os.geteuid() == 0 else []  # as root it refuses to start with one
+        browser = playwright.chromium.launch(executable_path=path, args=[*QUIET, *as_root])
+        page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme="light")
         page.set_default_timeout(TIMEOUT_MS)
         yield page
         browser.close()
