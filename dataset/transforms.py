@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from dataset.deep_images import WrongRange, eight_bits, value_range
 from dataset.randaugment import RandAugment
 from utils import first_line
 
@@ -68,8 +69,10 @@ def load_image(source: Source, name: str = "") -> Image.Image:
     source: a path, the content of a file, or one opened; name: what to call it where that is no path. Raises
     `BadImage`.
     """
-    with _bad_image(source, name), Image.open(io.BytesIO(_content(source)), formats=FORMATS) as image:
-        return upright_rgb(image)
+    with _bad_image(source, name) as name:
+        content = _content(source)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return upright_rgb(image, content, name)
 
 
 def open_image(source: Source, name: str = "") -> "Image.Image | JpegFile":
@@ -81,7 +84,7 @@ def open_image(source: Source, name: str = "") -> "Image.Image | JpegFile":
             # Of other formats it would decode the picture, and hide that it is damaged.
             if image.format == "JPEG" and image.mode in ("RGB", "L") and not _is_turned(image):
                 return JpegFile(name, content, image.size)
-            return upright_rgb(image)
+            return upright_rgb(image, content, name)
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -108,16 +111,17 @@ class JpegFile:
         return pixels
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """RGB, upright by its EXIF tag, transparency over white. The image itself may be turned."""
+def upright_rgb(image: Image.Image, content: bytes = b"", name: str = "an image") -> Image.Image:
+    """Return the image as RGB, upright by its EXIF tag, transparency over white, more than 8 bits scaled.
+
+    The image itself may be turned. content: its file, if there is one; name: for messages.
+    """
     image.load()
+    ends = value_range(image, content)
     with suppress(Exception):  # broken EXIF does not spoil the pixels
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8 instead of scaling
-        deep, transparent = np.asarray(image), image.info.get("transparency")
-        image = Image.fromarray((deep.clip(0, 65535) >> 8).astype(np.uint8))
-        if transparent is not None:
-            image.putalpha(Image.fromarray(deep != transparent).convert("L"))
+    if ends is not None:
+        image = eight_bits(image, *ends, content, name)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -166,6 +170,8 @@ def _cause(error: Exception) -> str:
         return "not an image"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
+    if isinstance(error, WrongRange):
+        return text
     if isinstance(error, OSError) and error.errno is not None:
         return f"cannot be read: {error.strerror}"
     if "truncated" in text.lower():

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dataset.deep_images import WrongRange
 from dataset.transforms import BadImage, EvalTransform, load_image, upright_rgb
 from utils import UserError, num_cores
 
@@ -51,9 +52,10 @@ def read_image(image: OneImage, name: str = "image") -> Image.Image:
         if 0 in image.size:
             raise UserError(f"{name} has no pixels: it is {image.width} x {image.height}")
         try:
-            return upright_rgb(image.copy())
+            return upright_rgb(_copy(image), name=name)
         except Exception as error:  # a lazily opened file is decoded only here
-            raise BadImage(name, f"{type(error).__name__}: {error}") from error
+            kind = "" if isinstance(error, WrongRange) else f"{type(error).__name__}: "
+            raise BadImage(name, f"{kind}{error}") from error
     if not isinstance(image, np.ndarray | Tensor):
         raise UserError(
             f"{name} is a {type(image).__name__}; expected a path, a PIL image, a numpy array (H, W, 3) or a "
@@ -67,6 +69,15 @@ def read_image(image: OneImage, name: str = "image") -> Image.Image:
         )
     pixels = image if isinstance(image, np.ndarray) else image.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _copy(image: Image.Image) -> Image.Image:
+    """Return a copy that still knows its file's format and, of TIFF, its tags."""
+    copied = image.copy()
+    copied.format = image.format
+    if hasattr(image, "tag_v2"):
+        copied.tag_v2 = image.tag_v2
+    return copied
 
 
 def read_pictures(images: Sequence[OneImage], image_res: int, first: int = 0) -> list[Picture | BadImage]:

@@ -36,8 +36,8 @@ def examine(path: Path) -> tuple[str, str]:
         same = isinstance(evaluation, str) and evaluation == training
         strange = "" if same else f"evaluation: {evaluation}, training: {training}"
         with suppress(Exception):  # neither does PIL
-            as_pil_converts(path)
-            strange += " but PIL reads it"
+            if as_pil_converts(path) is not None:
+                strange += " but PIL reads it"
         return evaluation if isinstance(evaluation, str) else "read", strange
     differences = ["evaluation and training part"] if apart(evaluation, training) else []
     plain = as_pil_converts(path)
@@ -52,10 +52,10 @@ def load_for_training(path: Path) -> Image.Image:
 
 
 def as_pil_converts(path: Path) -> Image.Image | None:
-    """By convert("RGB") alone; None for what is to be read otherwise: turned, transparent, of 16 bits."""
+    """By convert("RGB") alone; None for what is to be read otherwise: turned, transparent, of more bits."""
     with Image.open(path) as image:
         image.load()
-        special = image.has_transparency_data or image.mode.startswith("I")
+        special = image.has_transparency_data or image.mode.startswith(("I", "F"))
         return None if special or turned(image) else image.convert("RGB")
 
 

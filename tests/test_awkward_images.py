@@ -47,6 +47,7 @@ NOT_READ = {
     "decompression_bomb.gif": "too many pixels",
     "decompression_bomb.ico": "too many pixels",
     "duplicate_xref_entry.pdf": "not an image",
+    "i_trns.png": "one shade",  # 8 bits in 16
     "libtiff_segfault.tif": "not an image",
     "png_decompression_dos.png": "damaged",
     "seek_too_large.tif": "damaged",
@@ -103,13 +104,9 @@ def test_adobe_s_inverted_cmyk_is_not_a_negative():
 
 
 def test_transparent_parts_are_white_in_every_kind_of_file():
-    for name in ("p_trns_single.png", "1_trns.png", "l_trns.png", "i_trns.png", "rgb_trns.png", "la.tga"):
+    for name in ("p_trns_single.png", "1_trns.png", "l_trns.png", "rgb_trns.png", "la.tga"):
         with Image.open(FOLDER / name) as image:
-            deep = np.asarray(image)
-            if image.mode.startswith("I"):
-                clear = deep == image.info["transparency"]
-            else:
-                clear = np.asarray(image.convert("RGBA"))[..., 3] == 0
+            clear = np.asarray(image.convert("RGBA"))[..., 3] == 0
         assert 0 < clear.mean() < 1, name
         assert (pixels(FOLDER / name)[clear] == 255).all(), name
     for name in ("transparent.webp", "transparency.avif", "first_frame_transparency.gif"):
