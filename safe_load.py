@@ -95,16 +95,21 @@ class _Call:
         raise pickle.UnpicklingError("the pickle tries to change a function")
 
 
+def _as_text(name: str | bytes) -> str:
+    """Return the name that Python 2 wrote in the type that is Python 3's `bytes`."""
+    return name.decode("latin-1") if isinstance(name, bytes) else name
+
+
 class _NumpyType:
     """numpy.dtype, whose own __setstate__ could describe memory that is not there."""
 
-    def __init__(self, name: str, *_) -> None:
-        self.dtype = np.dtype(name)
+    def __init__(self, name: str | bytes, *_) -> None:
+        self.dtype = np.dtype(_as_text(name))
         if self.dtype.hasobject or self.dtype.kind == "V":
             raise pickle.UnpicklingError(f"numpy type {name} is not plain data")
 
     def __setstate__(self, state: tuple) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
+        self.dtype = self.dtype.newbyteorder(_as_text(state[1]))
 
 
 class _NumpyArray(np.ndarray):
@@ -127,6 +132,10 @@ def _tensor_of_dtype(storage: Storage, offset: int, size: tuple, stride: tuple, 
     return _tensor(Storage(storage.untyped, rest[2]), offset, size, stride)
 
 
+def _bytearray(data: str | bytes = b"", *_encoding) -> bytearray:
+    return bytearray(data, "latin-1") if isinstance(data, str) else bytearray(data)
+
+
 PLAIN = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, slice, range)
 FUNCTIONS: dict[str, Callable] = {
     "collections.OrderedDict": OrderedDict,
@@ -141,12 +150,27 @@ FUNCTIONS: dict[str, Callable] = {
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": lambda function, _type, args, _state: function(*args),
     "numpy.dtype": _NumpyType,
-    "numpy.core.multiarray.scalar": lambda dtype, data: np.frombuffer(data, dtype.dtype)[0],
+    "numpy.core.multiarray.scalar": lambda dtype, data: np.ndarray((), dtype.dtype, data)[()],
     "numpy.core.multiarray._reconstruct": lambda *_: np.ndarray.__new__(_NumpyArray, (0,)),
     "_codecs.encode": lambda text, _encoding: text.encode("latin-1"),  # how protocol 2 writes bytes
     "builtins.type": lambda _: None,  # protocol 2 writes the class of None as type(None)
     **{f"builtins.{kind.__name__}": kind for kind in PLAIN},
+    "builtins.bytearray": _bytearray,
 }
+
+
+def todays_name(module: str, name: str) -> tuple[str, str]:
+    """Return module and name as Python 3 and older numpy have them; protocol 2 writes Python 2's."""
+    module = module.replace("numpy._core", "numpy.core")
+    if module == "__builtin__":
+        return "builtins", {"unicode": "str", "xrange": "range", "long": "int"}.get(name, name)
+    return module, name
+
+
+def allowed_function(module: str, name: str) -> _Call | None:
+    """Return what a pickle may call by this name; None for every name that `FUNCTIONS` lacks."""
+    function = FUNCTIONS.get(".".join(todays_name(module, name)))
+    return None if function is None else _Call(function)
 
 
 @cache
@@ -161,11 +185,9 @@ class _Unpickler(pickle.Unpickler):
         self.storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy._core", "numpy.core")
-        if module == "__builtin__":  # protocol 2 writes the names of Python 2
-            module, name = "builtins", {"unicode": "str", "xrange": "range", "long": "int"}.get(name, name)
-        if f"{module}.{name}" in FUNCTIONS:
-            return _Call(FUNCTIONS[f"{module}.{name}"])
+        module, name = todays_name(module, name)
+        if (function := allowed_function(module, name)) is not None:
+            return function
         if module in ("torch", "torch.storage", "torch.cuda") and name in STORAGE_DTYPES:
             return STORAGE_DTYPES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

@@ -4,15 +4,18 @@ import math
 import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from dataset.annotations import NUMBER, TEXT, Annotations, Mapped, item_of, read_annotations
 from dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from dataset.json_list import read_json
 from dataset.retrieval import WithIdentities
 from dataset.tables import by_id, checked, look_up
+from safe_load import allowed_function
 from utils import UserError
 
 SPLITS = ("val", "testA", "testB")  # of evaluation
@@ -135,27 +138,31 @@ def _is_number(value: object) -> bool:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Numbers, text, lists, tuples, sets and dicts need no name; whatever is named is refused, not called."""
+    """Sets, ordered dicts, bytes and numpy's numbers are named by a pickle; any other name is refused."""
 
     def __init__(self, file: BinaryIO, path: Path):
-        super().__init__(file, encoding="latin1")  # reads every byte of a Python 2 string
+        super().__init__(file, encoding="bytes")  # Python 2's str, of which `_plain` makes text
         self.path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        raise UserError(
-            f"{self.path}: its pickle asks for {module}.{name}, but a list of references is made of plain "
-            "values; nothing of the file was run. Get the file from a source you trust"
-        )
+        function = allowed_function(module, name)
+        if function is None:
+            raise UserError(
+                f"{self.path}: its pickle asks for {module}.{name}, but a list of references is made of "
+                "plain values; nothing of the file was run. Get the file from a source you trust"
+            )
+        return function
 
 
 def read_plain_pickle(path: Path) -> Any:
-    """The numbers, texts, lists and dicts of a pickle of Python 2 or 3, without running anything it asks for.
+    """Return the numbers, texts, lists, sets and dicts of a pickle of Python 2 or 3; it runs nothing of it.
 
-    Raises UserError when the file is missing, damaged or holds anything else.
+    Bytes are text here, as in Python 2, and numpy's numbers are plain ones. Raises UserError when the
+    file is missing, damaged or holds anything else.
     """
     try:
         with path.open("rb") as file:
-            return _PlainUnpickler(file, path).load()
+            return _plain(_PlainUnpickler(file, path).load())
     except UserError:
         raise
     except OSError as error:
@@ -164,3 +171,25 @@ def read_plain_pickle(path: Path) -> Any:
         raise UserError(
             f"{path} is not a complete pickle ({type(error).__name__}: {error}); copy or download it again"
         ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bytes | bytearray):
+        return _decoded(bytes(value))
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return kind(map(_plain, value))
+    return value
+
+
+@cache  # keys and splits come again and again: one copy of each is kept in memory
+def _decoded(text: bytes) -> str:
+    """Return the text; it is UTF-8 unless it cannot be, then Latin-1, which has a letter for every byte."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
