@@ -5,8 +5,10 @@ import logging
 import os
 import random
 import sys
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +24,57 @@ from utils import UserError, all_gather_objects, first_line, is_main, log, rank,
 # ---- start and end ----
 
 
+# Launcher -> its variables of rank, world size, local rank and the number of ranks on this machine.
+LAUNCHERS = {
+    "SLURM": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
+    "Open MPI's mpirun": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH's, Intel's
+}
+WAITING_SAID_AFTER_SECONDS, WAITING_SAID_EVERY_SECONDS = 10, 60
+
+
 def _launched_as() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's or SLURM's variables, else one process."""
+    """Return (rank, world size, local rank) from the variables of torchrun, SLURM or mpirun, else of a single
+    process.
+
+    Sets MASTER_PORT, and on one machine MASTER_ADDR, where mpirun or SLURM leave them out. Raises UserError
+    where nothing says at which machine the ranks meet, or how many there are.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
-        if "MASTER_ADDR" not in os.environ:
+    for launcher, (this_rank, num_ranks, local_rank, num_local) in LAUNCHERS.items():
+        total = int(os.environ.get(num_ranks) or 1)
+        if total == 1 or this_rank not in os.environ:
+            continue
+        if launcher == "SLURM" and "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
             raise UserError(
-                "SLURM started several tasks but MASTER_ADDR is not set; in the batch script: export "
-                "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1) MASTER_PORT=29500"
+                f"this SLURM job has {total} tasks, but a script started without srun is one process, which "
+                "would wait for the others for ever: use srun, as in scripts/slurm.sbatch; for a single "
+                "process, `srun --ntasks=1`"
+            )
+        if local_rank not in os.environ:
+            raise UserError(f"{launcher} started {total} processes but {local_rank} is not set; use torchrun")
+        if os.environ.get(num_local) == str(total):
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        if "MASTER_ADDR" not in os.environ:
+            address = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)"
+            raise UserError(
+                f"{launcher} started several processes but MASTER_ADDR, the machine of the first one, is not "
+                f"set; in the batch script: export MASTER_ADDR={address if launcher == 'SLURM' else 'HOST'} "
+                "MASTER_PORT=29500" + " and mpirun -x MASTER_ADDR -x MASTER_PORT" * ("Open" in launcher)
             )
         os.environ.setdefault("MASTER_PORT", "29500")
-        return tuple(int(os.environ[key]) for key in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+        return int(os.environ[this_rank]), total, int(os.environ[local_rank])
+    if "PMIX_RANK" in os.environ and not any(names[1] in os.environ for names in LAUNCHERS.values()):
+        raise UserError(
+            "an MPI launcher (PMIX_RANK) started this, which does not say how many processes there "
+            "are; use torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR"
+        )
     return 0, 1, 0
 
 
@@ -88,6 +129,31 @@ def _meet(url: str, this_rank: int, num_ranks: int, device: torch.device) -> Non
     torchrun's store outlives a restart, and with it the addresses of the processes before: those started
     again meet under a name of their own. Only where one launcher counts the restarts, several may differ.
     """
+    whom = f"the other {num_ranks - 1} of {num_ranks} processes" if this_rank == 0 else "rank 0"
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if url == "env://" else url
+    with _say_while_waiting(f"rank {this_rank} waits at {where} for {whom}"):
+        _join(url, this_rank, num_ranks, device)
+
+
+@contextmanager
+def _say_while_waiting(message: str) -> Iterator[None]:
+    """Print the message where what is inside takes long, again and again."""
+    done = threading.Event()
+
+    def say() -> None:
+        seconds = WAITING_SAID_AFTER_SECONDS
+        while not done.wait(seconds):
+            print(message, flush=True)
+            seconds = WAITING_SAID_EVERY_SECONDS
+
+    threading.Thread(target=say, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _join(url: str, this_rank: int, num_ranks: int, device: torch.device) -> None:
     store, this_rank, num_ranks = next(dist.rendezvous(url, this_rank, num_ranks))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -262,6 +328,9 @@ def script_arguments(description: str, config: str, output_dir: str) -> argparse
     )
     parser.add_argument(
         "--dist_url", default="env://", help="where the processes meet (default: %(default)s)"
+    )
+    parser.add_argument(  # from torch.distributed.launch without --use_env; LOCAL_RANK says the same
+        "--local-rank", "--local_rank", default=0, type=int, help=argparse.SUPPRESS
     )
     parser.add_argument(
         "--distributed", nargs="?", const=True, default=True, type=boolean, help="as --world_size"

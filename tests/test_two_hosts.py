@@ -19,7 +19,7 @@ CAP_NET_ADMIN, CAP_SYS_ADMIN = 12, 21
 SRUN = """#!/usr/bin/env bash
 # Runs the command as the tasks of a job, one on each machine, and ends with their highest code.
 for task in $(seq 0 $((SLURM_NTASKS - 1))); do
-    SLURM_PROCID=$task SLURM_LOCALID=0 "$@" &
+    SLURM_STEP_ID=0 SLURM_PROCID=$task SLURM_LOCALID=0 "$@" &
     pids+=($!)
 done
 echo "${pids[@]}" > "$JOB_FOLDER/pids.part"
