@@ -303,7 +303,7 @@ def read_config(path: str, table: dict[str, Key], overrides: list[str] | None = 
     nearest valid name), a missing key, or a value of the wrong type.
     """
     try:
-        values = YAML(typ="safe").load(Path(path).read_text())
+        values = YAML(typ="safe").load(Path(path).read_bytes())
     except OSError as error:
         raise UserError(
             f"config {path} cannot be read: {error.strerror}; name a YAML file with --config"
@@ -367,7 +367,7 @@ def _override(values: dict, text: str) -> None:
 def _read_bert_config(path: str) -> dict:
     """The JSON file as a mapping, in which single values can be overridden."""
     try:
-        return json.loads(Path(fill_in(path)).read_text())
+        return json.loads(Path(fill_in(path)).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"bert_config {path} cannot be read as JSON: {error}") from error
 
@@ -413,7 +413,7 @@ def _check_value(value: object, key: Key, path: str, name: str) -> object:
 
 def save_config(config: dict, output_dir: str) -> None:
     """Writes config.yaml with the git revision of the code as a comment."""
-    with (Path(output_dir) / "config.yaml").open("w") as file:
+    with (Path(output_dir) / "config.yaml").open("w", encoding="utf-8") as file:
         file.write(f"# code revision: {code_revision()}\n")
         YAML(typ="safe", pure=True).dump(config, file)
 

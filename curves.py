@@ -41,7 +41,7 @@ def read_records(path: Path, order: str) -> list[dict]:
     """
     if not path.is_file():
         return []
-    records, lines = [], path.read_text().splitlines()
+    records, lines = [], path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = {name: _number(value) for name, value in json.loads(line).items()}
@@ -77,7 +77,7 @@ def read_levels(config: Path) -> dict[str, float]:
         log.info(f"no {config}: no chance levels")
         return {}
     try:
-        return chance_levels(YAML(typ="safe").load(config.read_text()))
+        return chance_levels(YAML(typ="safe").load(config.read_bytes()))
     except (YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{config} is not the resolved config that a run writes ({error!r})") from error
 

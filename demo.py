@@ -55,7 +55,7 @@ def retrieval(output_dir: Path, *arguments: str) -> dict:
     """Zero-shot retrieval on the test scenes -> the scores of result/retrieval.json."""
     common = ["--config", str(CONFIGS / "Retrieval.yaml"), "--output_dir", str(output_dir)]
     launch("zero_shot_retrieval.py", "--evaluate", *common, *arguments)
-    return json.loads((output_dir / "result" / "retrieval.json").read_text())
+    return json.loads((output_dir / "result" / "retrieval.json").read_bytes())
 
 
 def spread(items: Sequence[int], number: int) -> list[int]:
@@ -115,7 +115,7 @@ def main() -> None:
         "chance": {name: chance[name] for name in METRICS},
     }
     text = json.dumps({"zero_shot_retrieval": summary, "seconds": seconds}, indent=1)
-    (out / "summary.json").write_text(text)
+    (out / "summary.json").write_text(text, encoding="utf-8")
     plot_curves([out], out / "losses.png")
     gallery(out)
     print(f"\n{seconds} s; {out}/summary.json, {out}/gallery.png, {out}/losses.png")

@@ -72,7 +72,7 @@ def read_grounding(result: dict) -> dict:
 
 def blind_guess(task: str, rule: str, split: str = "test") -> float:
     """What is right without picture and text taken together, by the data set's own statistics."""
-    return json.loads((DATA / "manifest.json").read_text())["tasks"][task]["chance"][split][rule]
+    return json.loads((DATA / "manifest.json").read_bytes())["tasks"][task]["chance"][split][rule]
 
 
 def read_vqa(result: dict) -> dict:
@@ -123,12 +123,12 @@ def run_stage(stage: Stage, out: Path, seed: str) -> dict:
     folder, finished = out / stage.name, out / stage.name / "stage.json"
     if finished.is_file():
         print(f"\n{stage.name}: done already, {finished}", flush=True)
-        record = json.loads(finished.read_text())
+        record = json.loads(finished.read_bytes())
         if record["seed"] != seed:
             raise UserError(f"{finished} is of seed {record['seed']}; give seed {seed} another --output_dir")
         return record
     begin = time.monotonic()
-    start = json.loads((out / stage.start / "stage.json").read_text())["checkpoint"] if stage.start else ""
+    start = json.loads((out / stage.start / "stage.json").read_bytes())["checkpoint"] if stage.start else ""
     record = {"seed": seed}
     if stage.result:
         before = evaluate(stage, folder / "before", start, seed)
@@ -140,7 +140,7 @@ def run_stage(stage: Stage, out: Path, seed: str) -> dict:
         record |= {"before": before["value"], "after": after["value"]}
     record["seconds"] = round(time.monotonic() - begin)
     fresh = finished.with_suffix(".tmp")
-    fresh.write_text(json.dumps(record, indent=1))
+    fresh.write_text(json.dumps(record, indent=1), encoding="utf-8")
     fresh.replace(finished)
     return record
 
@@ -153,7 +153,7 @@ def evaluate(stage: Stage, folder: Path, checkpoint: str, seed: str) -> dict:
         flags = ["--config", str(CONFIGS / config), "--output_dir", str(folder), "--seed", seed, *stage.flags]
         flags += ["--checkpoint", checkpoint] if checkpoint else []
         launch(script, "--evaluate", *flags, "--overrides", *overrides(script, folder.parent.parent))
-    return stage.read(json.loads(result.read_text()))
+    return stage.read(json.loads(result.read_bytes()))
 
 
 def train(stage: Stage, folder: Path, start: str, seed: str) -> None:
@@ -186,7 +186,7 @@ def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
     data, tokenizer = GroundingEvalData(config), build_tokenizer(config["text_encoder"])
     model = SIMLARetrieval.from_config(config)
     load_weights(model, folder / BEST, "Grounding")
-    choices = json.loads((folder / "after" / "result" / "grounding.json").read_text())["choices"]
+    choices = json.loads((folder / "after" / "result" / "grounding.json").read_bytes())["choices"]
     shown = spread([i for i, target in enumerate(data.targets) if target.split != "val"], num_pictures)
     batch = Collate(tokenizer, model.text_encoder.config.max_position_embeddings)([data[i] for i in shown])
     mode, block = GROUNDING_FLAGS[1], int(GROUNDING_FLAGS[3])
@@ -205,8 +205,8 @@ def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
 
 def draw_answers(folder: Path, num_pictures: int = 12) -> None:
     """The fine-tuned model's answers to every so-manieth test question."""
-    questions = json.loads((DATA / "vqa_test.json").read_text())
-    given = json.loads((folder / "after" / "result" / "vqa_top_answers.json").read_text())
+    questions = json.loads((DATA / "vqa_test.json").read_bytes())
+    given = json.loads((folder / "after" / "result" / "vqa_top_answers.json").read_bytes())
     shown = spread(range(len(questions)), num_pictures)
     answers = [given[i]["answers"][0] for i in shown]
     annotated = [questions[i]["answer"] for i in shown]
@@ -244,7 +244,7 @@ def main() -> None:
         if stage.result:
             columns = ("metric", "chance", "before", "after", "n", "seconds")
             summary[stage.key or stage.name] = {column: record[column] for column in columns}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     plot_curves([out / "pretrain"], out / "pretrain" / "losses.png")
     gallery(out / "retrieval")
     draw_heat_maps(out / "grounding")

@@ -238,7 +238,7 @@ def make_output_folder(folder: str | Path, flag: str = "--output_dir") -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write_test_{os.getpid()}"
-        probe.write_text("")
+        probe.write_text("", encoding="utf-8")
         probe.unlink()
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from error

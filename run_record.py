@@ -25,7 +25,7 @@ def code_revision() -> str:
     try:
         command = ["git", "describe", "--always", "--dirty"]
         where = Path(__file__).parent
-        done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=where, capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
@@ -50,7 +50,7 @@ def config_hash(config: dict) -> str:
 def previous_run(output_dir: str) -> str:
     """The id of the run that was last started in the folder, "" where none can be read."""
     try:
-        return json.loads((Path(output_dir) / "run.json").read_text())["run"]
+        return json.loads((Path(output_dir) / "run.json").read_bytes())["run"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -473,7 +473,7 @@ def forget_later_lines(path: Path, comes_later: Callable[[dict], bool]) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if not comes_later(json.loads(line)):
                 kept.append(line)

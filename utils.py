@@ -182,7 +182,7 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):  # Linux
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -271,7 +271,7 @@ def append_log(output_dir: str, record: dict) -> None:
 def append_line(path: Path, line: str) -> None:
     """A line more in a log; a full disk costs the line, not the run."""
     try:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
         log.error(f"{path}: a line could not be written ({error.strerror})")
@@ -282,4 +282,4 @@ def save_result(output_dir: str, name: str, content: dict | list) -> None:
     if is_main():
         folder = Path(output_dir) / "result"
         folder.mkdir(exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1))
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

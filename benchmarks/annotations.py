@@ -69,7 +69,7 @@ def plain_pairs(name: str) -> list[dict]:
 
 def memory(_: list[str] | None = None) -> dict[str, int]:
     """Of the process that it is called in."""
-    fields = Path("/proc/self/smaps_rollup").read_text().split()
+    fields = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").split()
     clean, dirty, pss = (
         1024 * int(fields[fields.index(f"{name}:") + 1]) for name in ("Private_Clean", "Private_Dirty", "Pss")
     )
@@ -104,7 +104,7 @@ def measure(name: str, is_plain: bool) -> dict:
 
 def write_pairs(path: Path, num: int) -> None:
     draw, words = random.Random(0), WORDS.split()
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for number in range(num):
             image = f"/data/pairs/{number // 10_000:05d}/{number:09d}.jpg"
             caption = " ".join(draw.choices(words, k=24))

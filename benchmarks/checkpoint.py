@@ -183,7 +183,7 @@ def check(folder: Path, scale: str) -> dict:
 def device_bytes() -> int:
     """What this process made the system read from its disk; -1 where the system does not say."""
     try:
-        lines = Path("/proc/self/io").read_text().split()
+        lines = Path("/proc/self/io").read_text(encoding="utf-8").split()
     except OSError:
         return -1
     return int(lines[lines.index("read_bytes:") + 1])

@@ -49,7 +49,7 @@ def run(name: str) -> dict:
 
 def write(results: dict[str, dict]) -> None:
     figures = {name: {k: v for k, v in found.items() if k != "output"} for name, found in results.items()}
-    (HERE / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (HERE / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     parts = ["# Benchmarks\n\nWritten by `make bench`; the figures are in results.json too.\n"]
     for name in COMMANDS:
         if name in results:
@@ -59,14 +59,14 @@ def write(results: dict[str, dict]) -> None:
                 f"torch {found['versions']['torch']}, revision {found['code_revision']}, {found['date']}\n\n"
                 f"```\n{found['output']}\n```\n"
             )
-    (HERE / "RESULTS.md").write_text("\n".join(parts))
+    (HERE / "RESULTS.md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def earlier() -> dict[str, dict]:
     """What the two files hold, "output" being the block of RESULTS.md."""
     try:
-        results = json.loads((HERE / "results.json").read_text())
-        text = (HERE / "RESULTS.md").read_text()
+        results = json.loads((HERE / "results.json").read_bytes())
+        text = (HERE / "RESULTS.md").read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     for part in text.split("\n## ")[1:]:

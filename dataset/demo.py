@@ -234,7 +234,7 @@ def write_tasks(out: Path, scenes: dict[str, list[dict]], seed: int) -> dict:
 
 def read_manifest(out: Path) -> dict | None:
     try:
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((out / "manifest.json").read_bytes())
     except (OSError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) and manifest.get("made_by") == "dataset.demo" else None

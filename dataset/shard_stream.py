@@ -92,7 +92,7 @@ def count_samples(names: list[str]) -> list[int]:
     """
     digest, kept = blake2b("\n".join(names).encode(), digest_size=16).hexdigest(), None
     with suppress(OSError, ValueError, RuntimeError):  # where there is no home nothing is kept
-        kept = json.loads((cache_folder() / f"shards-{digest}.json").read_text())
+        kept = json.loads((cache_folder() / f"shards-{digest}.json").read_bytes())
     if (known := all_gather_objects(kept)[0]) is not None:
         return known
     own = names[rank() :: world_size()]

@@ -4,9 +4,11 @@ Shapes: B texts, T tokens. One text is [CLS] and its word pieces, *without* the 
 published checkpoints were trained that way.
 """
 
+import codecs
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -50,7 +52,8 @@ def build_tokenizer(name_or_folder: str) -> "PreTrainedTokenizerBase":
 
     words, cause = {}, None
     try:
-        tokenizer = BertTokenizer.from_pretrained(name_or_folder, do_lower_case=True)
+        given = _words_after_a_mark(Path(name_or_folder) / "vocab.txt")
+        tokenizer = BertTokenizer.from_pretrained(name_or_folder, do_lower_case=True, **given)
         words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     except Exception as error:  # of many types, by way of the network, the cache and the files
         cause = error
@@ -67,6 +70,17 @@ def build_tokenizer(name_or_folder: str) -> "PreTrainedTokenizerBase":
     )
     tokenizer.model_max_length = int(1e9)  # `tokenize` knows the limit, and says so in its own words
     return tokenizer
+
+
+def _words_after_a_mark(file: Path) -> dict[str, dict[str, int]]:
+    """{"vocab": word -> id} of a file that begins with a byte-order mark, {} for any other.
+
+    BertTokenizer would take the mark for a part of the first word, which is [PAD].
+    """
+    if not file.is_file() or not file.read_bytes().startswith(codecs.BOM_UTF8):
+        return {}
+    with file.open(encoding="utf-8-sig") as lines:
+        return {"vocab": {line.rstrip("\n"): number for number, line in enumerate(lines)}}
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:

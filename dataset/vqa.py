@@ -238,7 +238,7 @@ def main() -> None:
     if not listed:
         raise UserError(f"no answer in {', '.join(args.train)} is counted {args.min_count} times")
     try:
-        with Path(fill_in(args.out)).open("w") as file:
+        with Path(fill_in(args.out)).open("w", encoding="utf-8") as file:
             json.dump(listed, file)
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error

@@ -129,7 +129,7 @@ def _name(path: str) -> str:
 def _read_boxes(text: str) -> list:
     """A JSON list, or the file that holds one."""
     try:
-        return json.loads(Path(text).read_text() if Path(text).is_file() else text)
+        return json.loads(Path(text).read_bytes() if Path(text).is_file() else text)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--boxes {text}: expected a JSON list [[x, y, width, height], ...] or its file"

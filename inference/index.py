@@ -202,7 +202,7 @@ def open_index(folder: str | Path, made_by: dict) -> Index:
     if not (folder / CONTENTS).is_file():  # it may be anything: no word of deleting it
         raise UserError(f"{folder} holds no index ({CONTENTS}); name a folder that an index was written to")
     try:
-        contents = json.loads((folder / CONTENTS).read_text())
+        contents = json.loads((folder / CONTENTS).read_bytes())
         arrays = {name: np.load(folder / name, mmap_mode="c") for name in (FEATURES, STATES)}
         if contents["format"] != FORMAT:
             raise UserError(f"the index {folder} is of another version of this program; {remedy}")

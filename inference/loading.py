@@ -102,7 +102,7 @@ def _given_config(config: str | Path | Mapping) -> tuple[dict, str]:
     if isinstance(config, Mapping):
         return dict(config), "given"
     try:
-        values = YAML(typ="safe").load(Path(config).read_text())
+        values = YAML(typ="safe").load(Path(config).read_bytes())
     except OSError as error:
         raise UserError(f"config {config} cannot be read: {error.strerror}") from error
     except YAMLError as error:

@@ -81,7 +81,7 @@ def demo_examples(data: Path) -> Examples:
     def spread(name: str) -> list[dict]:
         """Entries of a split, far from each other."""
         file = data / f"{name}_test.json"
-        entries = json.loads(file.read_text()) if file.is_file() else []
+        entries = json.loads(file.read_bytes()) if file.is_file() else []
         return [entries[number * len(entries) // NUM_EXAMPLES] for number in range(NUM_EXAMPLES) if entries]
 
     def path(image: str) -> str:

@@ -53,7 +53,7 @@ class BertConfig:
         if not isinstance(source, dict):
             path = source
             try:
-                source = json.loads(Path(path).read_text())
+                source = json.loads(Path(path).read_bytes())
             except (OSError, ValueError) as error:  # ValueError: not JSON, or not even text
                 raise UserError(f"bert_config {path} cannot be read as JSON: {error}") from error
             if not isinstance(source, dict):

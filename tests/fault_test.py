@@ -315,7 +315,7 @@ def describe(hit: dict) -> str:
 
 
 def json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def different(whole: Path, killed: Path) -> list[str]:

@@ -39,7 +39,7 @@ def accept(_: object, where: str) -> None:
 
 
 def write(path: Path, entries: object) -> Path:
-    path.write_text(json.dumps(entries))
+    path.write_text(json.dumps(entries), encoding="utf-8")
     return path
 
 
@@ -417,7 +417,7 @@ def test_a_file_that_changes_under_a_run_ends_it_with_one_sentence(kept, tmp_pat
 
 
 def private_kilobytes(_: object) -> int:
-    fields = Path("/proc/self/smaps_rollup").read_text().split()
+    fields = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").split()
     return sum(int(fields[fields.index(f"Private_{kind}:") + 1]) for kind in ("Clean", "Dirty"))
 
 

@@ -285,7 +285,7 @@ def test_examples_fill_the_inputs(page, models, tiny):
 def test_what_is_wrong_is_said_on_the_page(page, images, tmp_path):
     content = Path(images[0]).read_bytes()
     Path(tmp_path, "half.jpg").write_bytes(content[: len(content) // 2])
-    Path(tmp_path, "text.jpg").write_text("no image")
+    Path(tmp_path, "text.jpg").write_text("no image", encoding="utf-8")
     Image.new("1", (10_000, MAX_PIXELS // 10_000 + 1)).save(tmp_path / "large.png")
     Path(tmp_path, "heavy.jpg").write_bytes(content + bytes(21_000_000))
     tab, messages = Tab(page, "Keywords"), page.get_by_test_id("toast-body")
@@ -585,7 +585,7 @@ def test_a_demo_that_is_partly_deleted(tiny, tmp_path):
     entry = tiny.entries("retrieval_test")[0]
     shutil.copy(tiny.data / entry["image"], folder)
     assert demo_examples(tmp_path)["Keywords"] == [[str(tmp_path / entry["image"])]]
-    Path(tmp_path, "vqa_test.json").write_text("[{")
+    Path(tmp_path, "vqa_test.json").write_text("[{", encoding="utf-8")
     with pytest.raises(UserError, match="is not the demo's data set"):
         demo_examples(tmp_path)
 

@@ -292,7 +292,7 @@ def test_evaluation_leaves_out_what_it_is_told_to_and_says_so(script, tasks, mon
         file = Path(
             configs["Retrieval" if script is zero_shot_retrieval else script.__name__][f"{split}_file"]
         )
-        entries = json.loads(file.read_text())
+        entries = json.loads(file.read_text(encoding="utf-8"))
         kept = [entry for entry in entries if all(map(is_good, files_of(entry, folder / "data")))]
         (folder / "data" / f"kept_{file.name}").write_text(json.dumps(kept))
         overrides.append(f"{split}_file={folder / 'data'}/kept_{file.name}")

@@ -47,7 +47,9 @@ def tokenizer(demo):
 
 def demo_config(name, data, folder):
     path = folder / f"{name}.yaml"
-    path.write_text(Path(f"configs/demo/{name}.yaml").read_text().replace("data/demo", str(data)))
+    path.write_text(
+        Path(f"configs/demo/{name}.yaml").read_text(encoding="utf-8").replace("data/demo", str(data))
+    )
     return path
 
 
@@ -89,7 +91,7 @@ def test_the_demo_s_data_is_clean(path, demo, tmp_path, capsys):
     assert set(report["splits"]) == set(task.splits)
     values = read_config(str(config), task.table)
     for split, found in report["splits"].items():
-        entries = json.loads(Path(values[f"{split}_file"]).read_text())
+        entries = json.loads(Path(values[f"{split}_file"]).read_bytes())
         assert found["entries"] == len(entries) and sum(found["lengths"]) >= len(entries)
         names = {name for entry in entries for name in entry.get("images", [entry.get("image")])}
         assert found["images"] == len(names)
@@ -465,7 +467,7 @@ def test_the_end_of_a_file_tells_whether_it_is_whole(format, tmp_path):
 
 def resident():
     """Bytes of memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def test_200_000_entries_take_a_few_bytes_each(tmp_path, tokenizer):

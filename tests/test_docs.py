@@ -46,7 +46,7 @@ class Parsed(Exception):
 
 
 def text_of(page: Path) -> str:
-    return page.read_text()
+    return page.read_text(encoding="utf-8")
 
 
 def blocks(page: Path) -> list[str]:

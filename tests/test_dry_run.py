@@ -182,7 +182,9 @@ def pretrain_losses(model, batch, alpha):
 
 
 def script_of(preset: Path) -> str:
-    return re.search(r"python (\w+)\.py --config configs/single_gpu/" + preset.name, preset.read_text())[1]
+    return re.search(
+        r"python (\w+)\.py --config configs/single_gpu/" + preset.name, preset.read_text(encoding="utf-8")
+    )[1]
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)

@@ -79,7 +79,7 @@ def train(event: str, rank: int) -> None:
 
 def work(rank: int, num_ranks: int, output: Path, command: list[str], event: str) -> None:
     os.setsid()
-    with output.open("a") as file:
+    with output.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}

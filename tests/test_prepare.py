@@ -39,7 +39,7 @@ def numbers(printed: str) -> dict[str, int]:
 
 
 def load(path: Path) -> list:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ---- Karpathy's splits ----

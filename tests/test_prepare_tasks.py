@@ -31,12 +31,12 @@ def data(tmp_path, monkeypatch):
 
 def write(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def write_lines(path: Path, entries: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
 
 
 def draw(path: Path) -> None:
@@ -62,7 +62,7 @@ def config_of(name: str, table: dict) -> dict:
 
 
 def content(path: Path) -> list | dict:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def shown(data, index: int = 0) -> tuple:

@@ -370,7 +370,7 @@ def test_more_local_shards_than_a_process_may_have_files_open(tmp_path):
     for number in range(60):
         write_tar(tmp_path / f"{number}.tar", samples(1, number))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with Path(os.devnull).open() as free:  # the lowest number that is not in use
+    with Path(os.devnull).open(encoding="utf-8") as free:  # the lowest number that is not in use
         resource.setrlimit(resource.RLIMIT_NOFILE, (free.fileno() + 40, limits[1]))
     try:
         for _ in range(2):  # looked through, then by their indexes

@@ -81,7 +81,9 @@ def test_texts_that_name_none(text):
     assert not names_side(text)
 
 
-@pytest.mark.parametrize("kind", ["vocab.txt", "with tokenizer_config", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "kind", ["vocab.txt", "with tokenizer_config", "with a byte-order mark", "tokenizer.json"]
+)
 def test_every_kind_of_folder_makes_the_same_tokenizer(kind, vocab_folder, tmp_path):
     if kind == "tokenizer.json":
         from transformers import BertTokenizer
@@ -91,7 +93,8 @@ def test_every_kind_of_folder_makes_the_same_tokenizer(kind, vocab_folder, tmp_p
             if file.name != kind:
                 file.unlink()
     else:
-        (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+        encoding = "utf-8-sig" if kind == "with a byte-order mark" else "utf-8"
+        (tmp_path / "vocab.txt").write_text("\n".join(WORDS), encoding=encoding)
     if kind == "with tokenizer_config":
         config = {"do_lower_case": False, "model_max_length": 512, "tokenizer_class": "BertTokenizer"}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))

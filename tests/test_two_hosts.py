@@ -55,7 +55,7 @@ def environment(tmp_path):
 
 
 def write_program(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     path.chmod(0o755)
 
 
@@ -97,7 +97,7 @@ def cannot_make_networks() -> str:
     """
     if not shutil.which("ip"):
         return "needs the command ip (package iproute2)"
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     rights = int(status.split("CapEff:")[1].split()[0], 16)
     if not all(rights >> right & 1 for right in (CAP_NET_ADMIN, CAP_SYS_ADMIN)):
         return "needs root's rights CAP_NET_ADMIN and CAP_SYS_ADMIN, to make network namespaces"

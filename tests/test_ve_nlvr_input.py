@@ -181,7 +181,7 @@ def test_an_unreadable_second_image_replaces_the_whole_training_item(tiny, tmp_p
 @pytest.mark.parametrize("script", [VE, NLVR, Pretrain_NLVR])
 def test_a_training_run_names_and_counts_unreadable_images(monkeypatch, capsys, tiny, tmp_path, script):
     config = read_yaml(tiny[script.__name__])
-    entries = json.loads(Path(config["train_file"]).read_text())
+    entries = json.loads(Path(config["train_file"]).read_text(encoding="utf-8"))
     root = Path(config.get("image_root") or Path(config["train_file"]).parent)
     for entry in entries:
         for key in ("image", "images"):
@@ -201,7 +201,7 @@ def test_a_training_run_names_and_counts_unreadable_images(monkeypatch, capsys, 
 
 
 def read_yaml(path: Path) -> dict:
-    return YAML(typ="safe", pure=True).load(path.read_text())
+    return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("script", [VE, NLVR])

@@ -64,7 +64,7 @@ def make_task_files(folder: Path) -> dict[str, Path]:
 
 
 def write_config(path: Path, config: dict) -> Path:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         YAML(typ="safe", pure=True).dump(config, file)
     return path
 

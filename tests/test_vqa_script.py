@@ -36,7 +36,7 @@ ENTRY = {"dataset": "vqa", "image": "a.jpg", "question": PLACE, "question_id": 1
 
 
 def write(path: Path, content: object) -> Path:
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
 

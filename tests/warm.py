@@ -117,7 +117,10 @@ def run(args, cwd=None, env=None, timeout: float | None = None) -> subprocess.Co
     """As subprocess.run with capture_output and text."""
     if sys.platform != "linux":
         return subprocess.run(args, cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True)
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stdout,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stderr,
+    ):
         process = Popen(args, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
         try:
             process.wait(timeout)
@@ -217,9 +220,10 @@ def _work(request: dict, files: list[int]) -> None:
     args = request["args"]
     unbuffered = args[0] in FLAGS
     args = args[unbuffered:]
-    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), write_through=unbuffered)  # noqa: SIM115
+    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8", write_through=unbuffered)  # noqa: SIM115
     sys.stderr = io.TextIOWrapper(
         open(2, "wb", buffering=0, closefd=False),  # noqa: SIM115
+        encoding="utf-8",
         errors="backslashreplace",
         write_through=True,
     )

@@ -103,7 +103,7 @@ def _report(found: list[dict], out: Path, num_entries: int, report: Report) -> N
 def _same_settings(path: Path, settings: dict) -> None:
     """Notes in the folder what it is made of; UserError where it has shards of something else."""
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_bytes())
     except (OSError, ValueError):
         before = settings
     if before != settings:
@@ -138,7 +138,7 @@ def write_shard(number: int, entries: Sequence[dict], out: Path, per_shard: int,
     """Makes a shard, unless it is there; returns its statistics."""
     path, statistics = out / f"{number:05}.tar", out / f"{number:05}_stats.json"
     if path.is_file() and statistics.is_file():
-        return json.loads(statistics.read_text())
+        return json.loads(statistics.read_bytes())
     share = range(len(entries))[number * per_shard : (number + 1) * per_shard]
     left_out: dict[str, tuple[int, str]] = {}  # cause -> how many, the first
     with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
