@@ -14,9 +14,9 @@ import torch
 
 from checkpoint import load_weights
 from config import GROUNDING, parse
-from dataset import stop_at_unreadable, test_loader
 from dataset.grounding import SPLITS, GroundingEvalData, Target, grounding_loader
 from dataset.items import Collate
+from dataset.loaders import stop_at_unreadable, test_loader
 from dataset.text import build_tokenizer, check_vocabulary
 from dry_run import dry_run
 from engine import fit, record_evaluation

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from config import VQA, parse
-from dataset import stop_at_unreadable, test_loader
 from dataset.items import Collate
+from dataset.loaders import stop_at_unreadable, test_loader
 from dataset.text import build_tokenizer, check_vocabulary
 from dataset.vqa import AnswerList, VQAEvalData, eos_token, read_answer_list, vqa_loader
 from dry_run import dry_run

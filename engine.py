@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from config import save_config
-from dataset import stop_at_unreadable
+from dataset.loaders import stop_at_unreadable
 from faults import StopSignals
 from metrics import confusion_counts
 from models.momentum import MomentumModel

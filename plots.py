@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset import stop_at_unreadable
+from dataset.loaders import stop_at_unreadable
 from launch import run_script
 from metrics import Box, resize_heat
 from utils import UserError

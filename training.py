@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from chance import ChanceCheck
 from checkpoint import resume
-from dataset import stop_at_unreadable
+from dataset.loaders import stop_at_unreadable
 from dataset.transforms import normalise, unit_range
 from faults import FiniteCheck, Stopped, StopSignals, add_up, agree, gradient_norm, leave_together
 from models.bert import BertModel, Layer

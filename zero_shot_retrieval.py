@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from config import RETRIEVAL, parse
-from dataset import stop_at_unreadable, test_loader
 from dataset.items import Collate
+from dataset.loaders import stop_at_unreadable, test_loader
 from dataset.retrieval import RetrievalEvalData
 from dataset.text import build_tokenizer, check_vocabulary, tokenize
 from dry_run import dry_run_retrieval

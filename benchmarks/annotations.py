@@ -29,8 +29,8 @@ import torch
 from measure import last_line
 from torch.utils.data import Dataset
 
-from dataset import train_loader
 from dataset.json_list import index_places
+from dataset.loaders import train_loader
 from dataset.pretrain import read_pairs
 
 MAX_PLAIN = 2_000_000

@@ -29,7 +29,7 @@ from torch import Tensor
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
-from dataset import train_loader
+from dataset.loaders import train_loader
 from dataset.masking import BlockMask
 from dataset.mixture import Mixture
 from dataset.pretrain import PretrainData

@@ -59,7 +59,6 @@ from dataset.demo_scenes import (
     related_kinds,
     sprite,
 )
-from dataset.demo_tasks import make_tasks
 
 VERSION = 4  # raise it whenever the same arguments give other files
 SPLITS = ("train", "val", "test")
@@ -225,6 +224,8 @@ def write_annotations(out: Path, scenes: dict[str, list[dict]]) -> None:
 
 def write_tasks(out: Path, scenes: dict[str, list[dict]], seed: int) -> dict:
     """Write the annotations of dataset/demo_tasks.py and return their statistics."""
+    from dataset.demo_tasks import make_tasks  # here, because it needs torch, which workers should not import
+
     files, refs, statistics = make_tasks(scenes, seed)
     for name, content in files.items():
         write_json(out / name, content)

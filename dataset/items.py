@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from dataset import test_loader, train_loader
+from dataset.loaders import test_loader, train_loader
 from dataset.text import clean_caption, names_side, tokenize
 from dataset.transforms import BadImage, EvalTransform, ItemRandom, TrainTransform, load_image, open_image
 from utils import UserError, all_gather_objects, log, with_progress

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset import train_loader
 from dataset.annotations import TEXT, TEXTS, Mapped, item_of, read_annotations
 from dataset.items import Collate, TrainItems
+from dataset.loaders import train_loader
 from dataset.masking import BlockMask
 from dataset.mixture import Mixture, weighted
 from dataset.shard_stream import count_samples

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset import train_loader
 from dataset.annotations import NUMBER, TEXT, TEXTS, Mapped, item_of, read_annotations
 from dataset.items import Collate, EvalItems, finetune_items, leave_out_unreadable
 from dataset.json_list import read_json
+from dataset.loaders import train_loader
 from dataset.text import clean_question, tokenize
 from launch import run_script
 from utils import UserError, fill_in, find_places

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset import EpochSampler, json_list, stop_at_unreadable, train_loader
+from dataset import json_list
 from dataset.annotations import ANY, TEXT, TEXTS, Annotations, Mapped, item_of, read_annotations
 from dataset.items import Collate, TrainItems
 from dataset.json_list import HEADER_BYTES, RECORD, JsonList
+from dataset.loaders import EpochSampler, stop_at_unreadable, train_loader
 from dataset.retrieval import WithIdentities
 from utils import UserError
 

@@ -29,8 +29,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import make_tiny
 
-from dataset import EpochSampler, shard_index, shard_stream, train_loader
+from dataset import shard_index, shard_stream
 from dataset.items import MAX_TRIES
+from dataset.loaders import EpochSampler, train_loader
 from dataset.masking import BlockMask
 from dataset.mixture import Mixture, shares, weighted
 from dataset.prepare import shards as prepare_shards
@@ -112,7 +113,9 @@ def epoch_of(
     config = {"num_workers": workers, "grad_accumulation_steps": accumulation}
     found = []
     for rank in range(num_ranks):
-        with mock.patch.multiple("dataset", rank=lambda rank=rank: rank, world_size=lambda: num_ranks):
+        with mock.patch.multiple(
+            "dataset.loaders", rank=lambda rank=rank: rank, world_size=lambda: num_ranks
+        ):
             sampler = train_loader(mixture, batch, 5, config, list, False, mixture).sampler
             sampler.set_epoch(epoch, first)
             found.append(list(sampler))

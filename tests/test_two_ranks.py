@@ -15,7 +15,7 @@ from models_for_tests import tiny_pretrain_model
 from test_pretrain_goldens import check_digest, check_losses, check_queues
 from test_retrieval_goldens import check_retrieval_losses
 
-from dataset import EpochSampler
+from dataset.loaders import EpochSampler
 from models.rerank import NOT_SCORED
 from training import distribute
 from utils import UserError
@@ -187,7 +187,9 @@ def test_any_number_of_ranks_shares_an_epoch(num_ranks, batch_size, more, seed, 
     num_items = num_ranks * batch_size + more
     shares = []
     for rank in range(num_ranks):
-        with mock.patch.multiple("dataset", rank=lambda rank=rank: rank, world_size=lambda: num_ranks):
+        with mock.patch.multiple(
+            "dataset.loaders", rank=lambda rank=rank: rank, world_size=lambda: num_ranks
+        ):
             sampler = EpochSampler(num_items, batch_size, seed)
             sampler.set_epoch(epoch)
             shares.append(list(sampler))
@@ -197,7 +199,7 @@ def test_any_number_of_ranks_shares_an_epoch(num_ranks, batch_size, more, seed, 
 
 def test_fewer_samples_than_a_global_batch_are_refused():
     with (
-        mock.patch("dataset.world_size", lambda: 4),
+        mock.patch("dataset.loaders.world_size", lambda: 4),
         pytest.raises(UserError, match=r"15 training samples .* batch of 4 on 4 rank"),
     ):
         EpochSampler(15, 4, 0)

@@ -17,7 +17,7 @@ from models_for_tests import golden_pretrain_model, pretrain_inputs, tiny_texts
 from test_retrieval_goldens import golden_retrieval_model, retrieval_inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dataset import EpochSampler
+from dataset.loaders import EpochSampler
 from faults import leave_together
 from launch import start
 from models.align import Draws

@@ -1,0 +1,148 @@
+"""Data sets yield dicts; loaders batch them. Every draw is a function of (seed, epoch, index), so a sample
+does not depend on the worker or rank that reads it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import cv2
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dataset.mixture import Mixture
+from faults import start_helper_process
+from utils import UserError, rank, world_size
+
+
+class EpochSampler(Sampler):
+    """This rank's share of a shuffled epoch, as (epoch, index); whole global batches only.
+
+    The epoch travels with the index, so that workers that live on between epochs know it. `batch_size` is
+    what one rank takes for one step of the optimiser. An epoch in progress holds 8 bytes for each item of its
+    share, and while it begins 8 for each of all.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        seed: int,
+        order: Callable[[int, int], Tensor] | None = None,
+        readers: tuple[int, int, int] | None = None,
+    ):
+        """order(seed, epoch): the `num_items` indices of an epoch; by default it is those below, shuffled.
+
+        readers: a rank's loader processes, the batch that each makes at a time, and how many samples it wants
+        to look ahead. Each process then reads a stretch of the order, and gets (epoch, index, index to come
+        so much later); with another number of ranks or processes an epoch has its samples in another order.
+        """
+        self.global_batch = batch_size * world_size()
+        if num_items < self.global_batch:
+            raise UserError(
+                f"{num_items} training samples are fewer than one batch of {batch_size} on {world_size()} "
+                "rank(s); lower batch_size"
+            )
+        self.num_items, self.seed, self.epoch, self.first = num_items, seed, 0, 0
+        self.order, self.readers = order or self._shuffled, readers
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """`first`: samples at the head of the epoch's order that all ranks together have had already."""
+        self.epoch, self.first = epoch, first
+        if self.readers:  # who reads what is settled for whole steps
+            self.first = min(-(-first // self.global_batch) * self.global_batch, self.num_items)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        order = self.order(self.seed, self.epoch)
+        if self.readers:
+            own = self._by_reader(order)[self.first // world_size() :]
+        else:
+            own = order[self.first : self.first + len(self) * world_size()][rank() :: world_size(), None]
+        own, epoch = own.numpy().copy(), self.epoch  # a copy, so that the whole order can go
+        return ((epoch, *map(int, indices)) for indices in own)
+
+    def __len__(self) -> int:
+        return (self.num_items - self.first) // self.global_batch * (self.global_batch // world_size())
+
+    def _shuffled(self, seed: int, epoch: int) -> Tensor:
+        return torch.randperm(
+            self.num_items, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        )
+
+    def _by_reader(self, order: Tensor) -> Tensor:
+        """(n, 2): this rank's stretch of the order, cut into one for each of its processes, which make its
+        batches in turn; and what comes later in the same stretch.
+        """
+        num_workers, batch_size, ahead = self.readers
+        num_own = len(order) // self.global_batch * self.global_batch // world_size()
+        order = order[rank() * num_own : (rank() + 1) * num_own].view(-1, batch_size)
+        own, begin = torch.empty(*order.shape, 2, dtype=order.dtype), 0
+        for worker in range(num_workers):
+            batches = own[worker::num_workers]
+            stretch = order[begin : begin + len(batches)]
+            later = (torch.arange(len(stretch)) + -(-ahead // batch_size)).clamp(max=len(stretch) - 1)
+            batches[..., 0], batches[..., 1] = stretch, stretch[later]
+            begin += len(batches)
+        return own.view(-1, 2)
+
+
+def train_loader(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    config: dict,
+    collate: Callable,
+    pin: bool,
+    mixture: Mixture | None = None,
+):
+    """Batches of a training set; `grad_accumulation_steps` of them make a step, and only whole ones come.
+
+    mixture: whose epochs they are; by default one has all items once.
+    """
+    num_workers = config["num_workers"]
+    num_items, order = (mixture.samples_per_epoch, mixture.order) if mixture else (len(dataset), None)
+    readers = None
+    if mixture and mixture.look_ahead:
+        readers = max(num_workers, 1), batch_size, mixture.look_ahead
+    step = batch_size * config["grad_accumulation_steps"]
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EpochSampler(num_items, step, seed, order, readers),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_start_worker,
+        collate_fn=collate,
+        pin_memory=pin,
+        drop_last=True,
+        generator=torch.Generator(),
+    )
+
+
+def test_loader(
+    dataset: Dataset, batch_size: int, num_workers: int, collate: Callable, pin: bool
+) -> DataLoader:
+    """This rank's share of the items (every world_size-th), in order, none left out and none twice."""
+    share = range(rank(), len(dataset), world_size())
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=share,
+        num_workers=num_workers,
+        worker_init_fn=_start_worker,
+        collate_fn=collate,
+        pin_memory=pin,
+        generator=torch.Generator(),  # so that an evaluation does not move the training's
+    )
+
+
+def _start_worker(_: int) -> None:
+    start_helper_process()
+    cv2.setNumThreads(0)  # the loader's processes are the parallelism
+
+
+def stop_at_unreadable(batches: Iterable[dict]) -> Iterator[dict]:
+    """Passes batches through; UserError naming the files of one that could not be made."""
+    for batch in batches:
+        if "unreadable" in batch:
+            raise UserError(batch["unreadable"])
+        yield batch
