@@ -105,6 +105,18 @@ def test_regions_are_drawn_the_same_each_time(genome, capsys):
         prepare("visual_genome", genome, "--regions", "-1")
 
 
+def test_blank_phrases_take_no_place_among_those_drawn(genome, capsys):
+    phrases = ["", " \n", "a", "\u00a0", "b", "A ", "c"]
+    entries = [{"id": 1, "regions": [{"phrase": phrase} for phrase in phrases]}]
+    blank = {"id": 4, "regions": [{"phrase": ""}, {"phrase": " "}]}
+    put(genome / "visual_genome/region_descriptions.json", [*entries, blank])
+    prepare("visual_genome", genome, "--regions", "3")
+    assert [text for _, text in pairs(genome / "vg.json", genome)] == ["a", "b", "c"]
+    found = numbers(capsys.readouterr().out)
+    assert found["pairs without a caption"] == 5 and found["repeated phrases"] == 1
+    assert found["images with regions"] == 1 and "regions beyond --regions" not in found
+
+
 def test_without_the_splits_leaks_must_be_allowed(genome, capsys):
     (genome / "flickr30k/dataset_flickr30k.json").unlink()
     with pytest.raises(

@@ -261,7 +261,7 @@ def make_vqa(data: Path) -> None:
         ]
         head = {"info": {"version": "2.0"}, "license": {}, "data_subtype": folder}
         write(
-            data / f"vqa/v2_OpenEndedQuestions_mscoco_{folder}_questions.json",
+            data / f"vqa/v2_OpenEnded_mscoco_{folder}_questions.json",
             {**head, "task_type": "Open-Ended", "questions": questions},
         )
         for image, _, _ in asked[split]:
@@ -349,7 +349,7 @@ def test_missing_vqa_images_are_counted_by_data_set(data, capsys):
     make_vqa(data)
     make_vg(data)
     draw(data / "coco/images/test2015" / coco_name(4, "test2015"))
-    path = data / "vqa/v2_OpenEndedQuestions_mscoco_test2015_questions.json"
+    path = data / "vqa/v2_OpenEnded_mscoco_test2015_questions.json"
     questions = content(path)
     more = [{"image_id": image, "question": "Why?", "question_id": 40 + image} for image in (3, 4)]
     write(path, {**questions, "questions": questions["questions"] + more})
@@ -362,6 +362,23 @@ def test_missing_vqa_images_are_counted_by_data_set(data, capsys):
     assert "vqa_test.json is incomplete" in printed
 
 
+def test_vqa_files_in_the_folders_of_the_authors_reader(data, capsys):
+    """Questions/ and Annotations/; the questions of Visual Genome may name their image `image_id`."""
+    make_vqa(data)
+    make_vg(data)
+    prepare("vqa", data, capsys)
+    before = {path.name: path.read_bytes() for path in data.glob("*.json")}
+    for path in list((data / "vqa").iterdir()):
+        folder = data / "vqa" / ("Questions" if "OpenEnded" in path.name else "Annotations")
+        folder.mkdir(exist_ok=True)
+        path.rename(folder / path.name)
+    groups = content(data / "visual_genome/question_answers.json")
+    renamed = [{"image_id": group["id"], "qas": group["qas"]} for group in groups]
+    write(data / "visual_genome/question_answers.json", renamed)
+    prepare("vqa", data, capsys)
+    assert {path.name: path.read_bytes() for path in data.glob("*.json")} == before
+
+
 @pytest.mark.parametrize(
     ("file", "change", "expected"),
     [
@@ -369,9 +386,9 @@ def test_missing_vqa_images_are_counted_by_data_set(data, capsys):
         ("visual_genome/question_answers.json", damage, "is not valid JSON (truncated?)"),
         ("visual_genome/image_data.json", damage, "cannot be read"),
         (
-            "vqa/v2_OpenEndedQuestions_mscoco_test2015_questions.json",
+            "vqa/v2_OpenEnded_mscoco_test2015_questions.json",
             Path.unlink,
-            "test, questions (looked for vqa/v2_OpenEndedQuestions_mscoco_test2015_questions.json)",
+            "test, questions (looked for vqa/v2_OpenEnded_mscoco_test2015_questions.json and vqa/*/",
         ),
         (
             "vqa/v2_mscoco_train2014_annotations.json",
@@ -490,6 +507,26 @@ def test_nlvr2_leaves_out_pairs_that_lack_an_image(data, capsys):
         f"2 entries whose image is not in {data}/nlvr2; first: images/train/37/train-10171-0-img1" in printed
     )
     assert len(content(data / "nlvr_train.json")) == 1
+
+
+def test_nlvr2_s_other_files_are_converted_where_they_are_there(data, capsys):
+    """test2.json and the subsets; the repository brings test2.json to those who lack its images, too."""
+    make_nlvr2(data)
+    folder = data / "nlvr2/data"
+    write_lines(folder / "test2.json", [nlvr_line("test2-189-0-0", "True")])
+    write_lines(folder / "balanced/balanced_dev.json", [nlvr_line("dev-850-0-0", "False")])
+    write_lines(folder / "unbalanced/unbalanced_test1.json", [nlvr_line("test1-0-1-0", "True")])
+    printed = prepare("nlvr2", data, capsys)
+    assert "nlvr_test2.json is not written: not one of the images of" in printed
+    assert "sentences, test2 1 6,970" in printed and "sentences, balanced_dev 1 2,300" in printed
+    assert not (data / "nlvr_test2.json").exists()
+    assert content(data / "nlvr_balanced_dev.json") == content(data / "nlvr_dev.json")
+    assert content(data / "nlvr_unbalanced_test1.json") == content(data / "nlvr_test.json")
+    for side in (0, 1):
+        draw(data / f"nlvr2/test2/test2-189-0-img{side}.png")
+    prepare("nlvr2", data, capsys)
+    (entry,) = read_nlvr(str(data / "nlvr_test2.json"), str(data / "nlvr2"))
+    assert all(Path(image).is_file() for image in entry["images"])
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,13 @@ Reads, below --root:
     nlvr2/data/train.json, dev.json, test1.json     one JSON object a line, of github.com/lil-lab/nlvr
     nlvr2/images/train/<directory>/...              the images, as the authors' archives unpack
     nlvr2/dev/..., nlvr2/test1/...
+and, where they are there, nlvr2/data/test2.json, with its images in nlvr2/test2/..., and the authors' subsets
+    nlvr2/data/balanced/balanced_dev.json, balanced_test1.json
+    nlvr2/data/unbalanced/unbalanced_dev.json, unbalanced_test1.json
 
-Writes, below --out, nlvr_train.json, nlvr_dev.json and nlvr_test.json (the public test, test-P) with
-{"images": [left, right], "sentence", "label": "True" or "False", "identifier"}; image_root is nlvr2.
+Writes, below --out, nlvr_train.json, nlvr_dev.json and nlvr_test.json (the public test, test-P), and of the
+others nlvr_test2.json (test-U), nlvr_balanced_dev.json and so on, with {"images": [left, right], "sentence",
+"label": "True" or "False", "identifier"}; image_root is nlvr2.
 """
 
 import argparse
@@ -18,19 +22,35 @@ from dataset.tables import checked, read_json_lines
 from utils import UserError
 
 SOURCE = "github.com/lil-lab/nlvr (nlvr2/data; the images on request from its authors)"
-SPLITS = {"train": ("train", 86_373), "dev": ("dev", 6_982), "test": ("test1", 6_967)}  # file, official
+SPLITS = {  # split -> file, official number of sentences
+    "train": ("train", 86_373),
+    "dev": ("dev", 6_982),
+    "test": ("test1", 6_967),
+    "test2": ("test2", 6_970),
+    "balanced_dev": ("balanced/balanced_dev", 2_300),
+    "balanced_test1": ("balanced/balanced_test1", 2_316),
+    "unbalanced_dev": ("unbalanced/unbalanced_dev", 3_562),
+    "unbalanced_test1": ("unbalanced/unbalanced_test1", 3_536),
+}
+NEEDED = ("train", "dev", "test")
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
-    wanted = {f"sentences of {file}": [f"nlvr2/data/{file}.json"] for file, _ in SPLITS.values()}
-    files = find_all(root, SOURCE, wanted)
+    paths = {split: f"nlvr2/data/{file}.json" for split, (file, _) in SPLITS.items()}
+    find_all(root, SOURCE, {f"sentences of {split}": [paths[split]] for split in NEEDED})
     images = Images(root / "nlvr2", report)
-    for split, (file, official) in SPLITS.items():
-        entries = list(sentences(files[f"sentences of {file}"]))
+    for split, (_, official) in SPLITS.items():
+        path = root / paths[split]
+        if split not in NEEDED and not path.is_file():
+            continue
+        entries = list(sentences(path))
         report.count(f"sentences, {split}", len(entries), official)
-        kept = (entry for entry in entries if all(images.has(image) for image in entry["images"]))
-        write_annotations(out / f"nlvr_{split}.json", kept, report)
-    report.source("Suhr et al. 2019, table 1; test is test-P")
+        kept = [entry for entry in entries if all(images.has(image) for image in entry["images"])]
+        if kept or split in NEEDED:
+            write_annotations(out / f"nlvr_{split}.json", kept, report)
+        else:
+            report.note(f"nlvr_{split}.json is not written: not one of the images of {path} is there")
+    report.source("Suhr et al. 2019, table 1 (test is test-P, test2 test-U), and the files of the subsets")
 
 
 def sentences(path: Path) -> Iterator[dict]:

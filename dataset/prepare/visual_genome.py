@@ -8,7 +8,8 @@ Writes vg.json (configs/Pretrain.yaml): one entry a region, with its phrase as t
 
 Left out are images that are evaluated on later: those whose coco_id is in Karpathy's val or test split, and
 those whose flickr_id is in Flickr30k's. Without a split's file the conversion stops, unless --allow-leaks
-says that it does not matter. A phrase that its image has already (but for case and space) is left out, too.
+says that it does not matter. A blank phrase is left out, and one that its image has already (but for case
+and space).
 Of the rest, --regions are drawn for each image, the same in every run; 0 takes all, some 50. The published
 recipe counts 769 thousand pairs on 100 thousand images, about 8 each, out of 5.4 million regions, and does
 not say how they were chosen; the draw is this project's.
@@ -122,7 +123,7 @@ class _Regions:
         """Image relative to the images' folder, and phrase."""
         for entry in JsonList(self.path, _check, f"{__name__}._check"):
             regions = entry["regions"]
-            image_id = entry["id"] if "id" in entry else entry["image_id"]
+            image_id = number_of_image(entry, str(self.path))
             about = self.about.get(image_id)
             if about is None:
                 self.report.leave_out(
@@ -132,7 +133,7 @@ class _Regions:
             name = image_name(about, f"image_data.json: image_id {image_id}")
             if self._is_held_out(about, name, len(regions)) or not images.has(name, len(regions)):
                 continue
-            phrases = self._chosen([region["phrase"] for region in regions], image_id, name)
+            phrases = self._chosen([region["phrase"].strip() for region in regions], image_id, name)
             self.num_images += bool(phrases)
             yield from ((name, phrase) for phrase in phrases)
 
@@ -145,12 +146,16 @@ class _Regions:
         return False
 
     def _chosen(self, phrases: list[str], image_id: int, name: str) -> list[str]:
+        """Return the phrases of this image to write, none blank, none twice, at most --regions of them."""
+        worded = [phrase for phrase in phrases if phrase]
+        if len(worded) < len(phrases):
+            self.report.leave_out("pairs without a caption", name, len(phrases) - len(worded))
         first: dict[str, str] = {}
-        for phrase in phrases:
+        for phrase in worded:
             first.setdefault(" ".join(phrase.lower().split()), phrase)
         different = list(first.values())
-        if len(different) < len(phrases):
-            self.report.leave_out("repeated phrases", name, len(phrases) - len(different))
+        if len(different) < len(worded):
+            self.report.leave_out("repeated phrases", name, len(worded) - len(different))
         if not self.num_regions or len(different) <= self.num_regions:
             return different
         self.report.leave_out("regions beyond --regions", name, len(different) - self.num_regions)
@@ -158,8 +163,13 @@ class _Regions:
         return [different[place] for place in sorted(chosen)]
 
 
+def number_of_image(entry: object, where: str) -> int:
+    """Return the image that regions or questions are of: `id` in release 1.2, `image_id` in others."""
+    key = "image_id" if isinstance(entry, dict) and "id" not in entry and "image_id" in entry else "id"
+    return checked(entry, key, int, where)
+
+
 def _check(entry: object, where: str) -> None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("id", entry.get("image_id")), int):
-        raise UserError(f"{where} must be an object with 'id', found {entry!r}"[:500])
+    number_of_image(entry, where)
     for region in checked(entry, "regions", list, where):
         checked(region, "phrase", str, where)

@@ -1,7 +1,7 @@
 """VQA v2, the questions of Visual Genome, and the list of answers.
 
 Reads, below --root:
-    vqa/v2_OpenEndedQuestions_mscoco_{train2014,val2014,test2015}_questions.json
+    vqa/v2_OpenEnded_mscoco_{train2014,val2014,test2015}_questions.json     (or in a folder of vqa/)
     vqa/v2_mscoco_{train2014,val2014}_annotations.json
     visual_genome/question_answers.json, image_data.json
     coco/images/{train2014,val2014,test2015}/..., visual_genome/images/VG_100K/..., VG_100K_2/...
@@ -31,7 +31,7 @@ from sys import intern
 
 from dataset.json_list import JsonList
 from dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
-from dataset.prepare.visual_genome import image_name
+from dataset.prepare.visual_genome import image_name, number_of_image
 from dataset.tables import by_id, checked, look_up
 from dataset.vqa import NUM_ANSWERS, covered_share, frequent_answers
 from utils import UserError
@@ -55,10 +55,15 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
 def _vqa_files() -> dict[str, list[str]]:
     wanted = {}
     for split, folder in FOLDERS.items():
-        wanted[f"{split}, questions"] = [f"vqa/v2_OpenEndedQuestions_mscoco_{folder}_questions.json"]
+        wanted[f"{split}, questions"] = _places(f"v2_OpenEnded_mscoco_{folder}_questions.json")
         if split != "test":
-            wanted[f"{split}, annotations"] = [f"vqa/v2_mscoco_{folder}_annotations.json"]
+            wanted[f"{split}, annotations"] = _places(f"v2_mscoco_{folder}_annotations.json")
     return wanted
+
+
+def _places(name: str) -> list[str]:
+    """Return where the file may lie; the authors' own reader has folders Questions and Annotations."""
+    return [f"vqa/{name}", f"vqa/*/{name}"]
 
 
 # ---- VQA v2 ----
@@ -154,7 +159,7 @@ def _prepare_vg(files: dict[str, Path], out: Path, held_out: set[str], report: R
 
 def check_group(group: object, where: str) -> None:
     """The questions on an image: {"id", "qas": [{"question", "answer"}, ...]}."""
-    checked(group, "id", int, where)
+    number_of_image(group, where)
     for qa in checked(group, "qas", list, where):
         for field in ("question", "answer"):
             checked(qa, field, str, f"{where}, qas")
@@ -165,7 +170,7 @@ def vg_entries(
 ) -> Iterator[dict]:
     """held_out: images of COCO, as `coco_image` names them, on which no question is taken."""
     for group in groups:
-        number, questions = group["id"], group["qas"]
+        number, questions = number_of_image(group, "question_answers.json"), group["qas"]
         image = look_up(images, number, "question_answers.json: id", images_file)
         in_coco = image.get("coco_id")
         if in_coco and any(coco_image(folder, in_coco) in held_out for folder in FOLDERS.values()):
