@@ -14,6 +14,7 @@ from utils import UserError, fill_in
 TEXT = (str,)
 TEXTS = (str, list)
 NUMBER = (int,)
+NUMBER_OR_TEXT = (int, str)
 ANY = (object,)
 
 _checks_late: ContextVar[bool] = ContextVar("_checks_late", default=False)
@@ -129,6 +130,7 @@ def _check_fields(entry: object, fields: dict[str, tuple], where: str) -> None:
         value = entry[field]
         if not isinstance(value, types) or value == [] or (isinstance(value, list) and not _all_text(value)):
             wanted = {TEXT: "text", TEXTS: "text or a non-empty list of texts", NUMBER: "a whole number"}
+            wanted |= {NUMBER_OR_TEXT: "a whole number or text"}
             wanted = wanted.get(types, "a non-empty list of texts")
             raise UserError(f"{where}: {field!r} must be {wanted}, found {value!r}"[:500])
 

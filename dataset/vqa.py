@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from dataset.annotations import NUMBER, TEXT, TEXTS, Mapped, item_of, read_annotations
+from dataset.annotations import NUMBER_OR_TEXT, TEXT, TEXTS, Mapped, item_of, read_annotations
 from dataset.items import Collate, EvalItems, finetune_items, leave_out_unreadable
 from dataset.json_list import read_json
 from dataset.loaders import train_loader
 from dataset.text import clean_question, tokenize
 from launch import run_script
-from utils import UserError, fill_in, find_places
+from utils import UserError, fill_in, find_places, log
 from vqa_accuracy import most_common_answer, normalize_answer
 
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
@@ -114,7 +115,7 @@ class VQAEvalData(EvalItems):
     """
 
     def __init__(self, files: str | list[str], config: dict, is_test: bool):
-        fields = {"question_id": NUMBER} if is_test else {"answer": TEXTS}
+        fields = {"question_id": NUMBER_OR_TEXT} if is_test else {"answer": TEXTS}
         questions = read_questions(files, config, **fields)
         if is_test and any("answer" in entry for entry in questions):
             fields["answer"] = TEXTS  # all have them or none
@@ -135,11 +136,11 @@ class VQAEvalData(EvalItems):
 
 
 def check_question_ids(questions: Iterable[dict]) -> None:
-    places: dict[int, str] = {}
+    places: dict[int | str, str] = {}
     for entry in questions:
         number, where = entry["question_id"], entry["where"]
         if number in places:
-            raise UserError(f"{where}: question_id {number} is that of {places[number]} too; remove one")
+            raise UserError(f"{where}: question_id {number!r} is that of {places[number]} too; remove one")
         places[number] = where
 
 
@@ -153,34 +154,50 @@ class AnswerList:
 
 
 def read_answer_list(file: str, tokenizer, eos: str, position_limit: int) -> AnswerList:
-    """Raises UserError for a file that is no list of different texts, or has one too long for the decoder."""
+    """Raises UserError for a file that is no list of texts, or has one too long for the decoder."""
     path = Path(file)
     return make_answer_list(read_json(path, list), f"answer_list {path}", tokenizer, eos, position_limit)
 
 
 def make_answer_list(texts: list, name: str, tokenizer, eos: str, position_limit: int) -> AnswerList:
-    """As `read_answer_list`, of what such a file holds; `name` is for messages."""
-    wrong = [text for text in texts if not isinstance(text, str) or not text.strip()]
-    if wrong or not texts:
-        found = repr(wrong[0]) if wrong else "an empty list"
-        raise UserError(
-            f"{name} must be a JSON list of answers, each a text, found {found[:100]}; make one "
-            "with python -m dataset.vqa answers"
+    """As `read_answer_list`, of what such a file holds; `name` is for messages.
+
+    Answers of the same tokens are one to the decoder: the first of them stays, and a message counts the rest.
+    """
+    if not texts or not all(isinstance(text, str) for text in texts):
+        _refuse_answer(
+            name, next((repr(text) for text in texts if not isinstance(text, str)), "an empty list")
         )
-    repeated = [text for text, count in Counter(texts).items() if count > 1]
-    if repeated:
-        raise UserError(
-            f"{name} has {len(repeated)} answers more than once, such as "
-            f"{', '.join(map(repr, repeated[:5]))}; keep one of each"
-        )
-    ended = [text + eos for text in texts]
-    for text, ids in zip(texts, tokenizer(ended)["input_ids"], strict=True):
+    no_word, *rows = tokenizer([eos, *(text + eos for text in texts)])["input_ids"]
+    kept: dict[tuple[int, ...], str] = {}
+    merged: list[tuple[str, str]] = []
+    for text, ids in zip(texts, rows, strict=True):
+        if ids == no_word:
+            _refuse_answer(name, repr(text))
         if len(ids) > position_limit:
             raise UserError(
                 f"{name}: {text[:60]!r} is {len(ids)} tokens long, the decoder has "
                 f"{position_limit} positions; shorten it or raise max_position_embeddings in bert_config"
             )
+        if tuple(ids) in kept:
+            merged.append((text, kept[tuple(ids)]))
+        else:
+            kept[tuple(ids)] = text
+    if merged:
+        log.warning(
+            f"{name}: {len(merged)} of {len(texts)} answers have the tokens of an earlier one and are merged "
+            f"with it, such as {merged[0][0]!r} with {merged[0][1]!r}"
+        )
+    texts = list(kept.values())
+    ended = [text + eos for text in texts]
     return AnswerList(texts, *tokenize(tokenizer, ended, position_limit=position_limit))
+
+
+def _refuse_answer(name: str, found: str) -> NoReturn:
+    raise UserError(
+        f"{name} must be a JSON list of answers, each a text, found {found[:100]}; make one "
+        "with python -m dataset.vqa answers"
+    )
 
 
 def eos_token(tokenizer, eos: str) -> int:

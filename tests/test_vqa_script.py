@@ -5,6 +5,7 @@ evaluates as N forked ranks, since the imports take longer than the work.
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -173,7 +174,9 @@ def test_each_data_set_has_its_own_root(tiny, tmp_path):
         ([{**ENTRY, "dataset": "gqa"}], ["entry 0", "'dataset' must be 'vqa' or 'vg', found 'gqa'"]),
         ([ENTRY, ENTRY], ["entry 1", "question_id 1", "entry 0"]),
         ([{k: v for k, v in ENTRY.items() if k != "question_id"}], ["entry 0 has no 'question_id'"]),
-        ([{**ENTRY, "question_id": "1"}], ["'question_id' must be a whole number, found '1'"]),
+        ([{**ENTRY, "question_id": 1.0}], ["'question_id' must be a whole number or text, found 1.0"]),
+        ([{**ENTRY, "question_id": None}], ["'question_id' must be a whole number or text, found None"]),
+        ([{**ENTRY, "question_id": "01"}] * 2, ["entry 1", "question_id '01'", "entry 0"]),
         ([{"image": "a.jpg", "caption": ["a"]}], ["entry 0 has no 'dataset'; found image, caption"]),
         ([{**ENTRY, "answer": []}], ["'answer' must be text or a non-empty list of texts, found []"]),
         ([{**ENTRY, "answer": [3]}], ["entry 0: 'answer' must be", "[3]"]),
@@ -203,11 +206,11 @@ def test_a_val_file_needs_answers_but_no_question_ids(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (["yes", "no", "yes", "no", "2"], ["2 answers more than once", "'yes', 'no'", "keep one"]),
         ([], ["an empty list", "python -m dataset.vqa answers"]),
         ({"yes": 1}, ["must hold a JSON list, found dict"]),
         (["yes", 2], ["each a text, found 2"]),
         (["yes", " "], ["each a text, found ' '"]),
+        (["yes", "\u200b"], ["each a text, found '\\u200b'"]),  # a text without a token
         (["yes", "tree " * 80], ["82 tokens long", "64 positions", "max_position_embeddings"]),
     ],
 )
@@ -217,6 +220,40 @@ def test_answer_lists_that_do_not_fit(tiny, tmp_path, content, expected):
         read_answer_list(str(path), tokenizer_of(tiny), "[SEP]", 64)
     assert all(part in str(error.value) for part in [*expected, str(path)]), str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "kept", "said"),
+    [
+        (["yes", "Yes", "no", "NO", " yes"], ["yes", "no"], "3 of 5 answers .*such as 'Yes' with 'yes'"),
+        (["two", "yes", "two"], ["two", "yes"], "1 of 3 answers .*such as 'two' with 'two'"),
+        (["a  tree", "a tree", "á tree"], ["a  tree"], "2 of 3 answers .*such as 'a tree' with 'a  tree'"),
+        (["yes", "yes yes", "no"], ["yes", "yes yes", "no"], None),
+    ],
+)
+def test_answers_of_the_same_tokens_are_merged_and_said(tiny, tmp_path, caplog, content, kept, said):
+    """As two answers they would share the first places of `k_test` and each other's probability."""
+    path = write(tmp_path / "answers.json", content)
+    with caplog.at_level(logging.WARNING, "simla"):
+        answers = read_answer_list(str(path), tokenizer_of(tiny), "[SEP]", 64)
+    assert answers.texts == kept and len(answers.ids) == len(kept)
+    if said is None:
+        assert not caplog.text
+    else:
+        assert re.search(f"answer_list {path}: {said}", caplog.text)
+
+
+def test_question_ids_as_text_are_written_back_unchanged(tiny, tmp_path, monkeypatch):
+    """As GQA has them; "01" is not "1"."""
+    entries = json.loads((tiny["data"] / "vqa_test.json").read_text())[:3]
+    ids = ["01827492", "1827492", 1827492]
+    for entry, number in zip(entries, ids, strict=True):
+        entry |= {"question_id": number, "image": str(tiny["data"] / entry["image"])}
+    path = write(tmp_path / "q.json", entries)
+    accuracies = vqa(monkeypatch, tiny, tmp_path, "--evaluate", "--overrides", f"test_file={path}")
+    assert 0 <= accuracies["accuracy"] <= 100
+    for name in ("vqa_result_epoch0", "vqa_top_answers"):
+        assert [row["question_id"] for row in result(tmp_path, name)] == ids
 
 
 def test_a_training_answer_beyond_the_position_table_is_cut_and_said(tiny, tmp_path, caplog):

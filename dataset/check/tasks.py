@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, Key
-from dataset.annotations import NUMBER, TEXTS, Mapped, checked_late, item_of
+from dataset.annotations import NUMBER, NUMBER_OR_TEXT, TEXTS, Mapped, checked_late, item_of
 from dataset.grounding import GroundingEvalData, read_expressions
 from dataset.mixture import weighted
 from dataset.nlvr import read_nlvr
@@ -117,7 +117,7 @@ TASKS = {
         {
             "train": _questions(MAX_WORDS_IN_TRAINING, _answers_fit, answer=TEXTS),
             "val": _questions(MAX_WORDS_IN_EVALUATION, answer=TEXTS),
-            "test": _questions(MAX_WORDS_IN_EVALUATION, _test_questions_fit, question_id=NUMBER),
+            "test": _questions(MAX_WORDS_IN_EVALUATION, _test_questions_fit, question_id=NUMBER_OR_TEXT),
         },
     ),
     "NLVR_Pretrain": Task(PRETRAIN_NLVR, {"train": Split(_pairs)}),
