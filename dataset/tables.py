@@ -1,6 +1,7 @@
 """Official annotation files: lists of objects that name one another by their ids, checked value by value."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,28 @@ def checked(entry: object, key: str, kind: type, where: str, least: int | None =
     return value
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """Where it stands and what it holds, of every line that is not blank; UserError naming a damaged one."""
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number, from 1, and content of each line, without its end, which alone parts lines, and without a
+    byte-order mark; UserError where the file cannot be read.
+    """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if line.strip():
-                    yield where, json.loads(line)
+                yield number, line.removeprefix(BOM_UTF8 if number == 1 else b"").rstrip(b"\r\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(
-            f"{where} is not valid JSON (truncated?): {error}; download the file again"
-        ) from error
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """Where it stands and what it holds, of every line that is not blank; UserError naming a damaged one."""
+    for number, line in read_lines(path):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{where} is not valid JSON (truncated?): {error}; download the file again"
+            ) from error
+        yield where, content

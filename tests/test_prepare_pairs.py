@@ -1,8 +1,11 @@
 """Pre-training files of Visual Genome, URL lists, img2dataset folders and own tables."""
 
+import io
 import json
 import os
+import re
 import sys
+import tarfile
 import zlib
 from collections.abc import Callable
 from hashlib import md5
@@ -10,11 +13,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import parquet
 from test_prepare import RETRIEVAL, karpathy_image, load, numbers, prepare, put
 
 from dataset.annotations import read_annotations
-from dataset.pretrain import read_pairs
+from dataset.prepare import common
+from dataset.pretrain import read_pairs, read_sets
+from dataset.transforms import load_image
 from utils import UserError
 
 
@@ -256,6 +262,31 @@ def test_sbu_by_its_json_and_by_its_two_texts(tmp_path):
         prepare("sbu", tmp_path)
 
 
+def test_captions_and_urls_of_sbu_that_are_no_text_are_counted(tmp_path, capsys):
+    urls = ["http://f/1.jpg", "http://f/2.jpg", "http://f/3.jpg", "http://f/4.jpg", None]
+    captions = ["a", None, ["c", "d"], 4, "e"]
+    put(tmp_path / "sbu/sbu-captions-all.json", {"image_urls": urls, "captions": captions})
+    for number in range(1, 5):
+        put(tmp_path / f"sbu/images/{number}.jpg")
+    prepare("sbu", tmp_path)
+    assert [text for _, text in pairs(tmp_path / "sbu.json", tmp_path)] == ["a", "c", "d"]
+    found = numbers(capsys.readouterr().out)
+    assert found["pairs without a caption"] == found["URLs that are no text"] == 1
+    assert found["captions that are no text but numbers"] == 1
+
+
+def test_a_line_that_is_not_utf_8_is_counted_and_keeps_its_number(tmp_path, capsys):
+    lines = [f"thing {number}\t{url}\n".encode() for number, url in enumerate(URLS)]
+    lines[1] = lines[1].replace(b"thing", b"th\xefng")
+    put(tmp_path / "cc12m.tsv").write_bytes(b"".join(lines))
+    for row in range(5):
+        put(tmp_path / f"cc12m/images/{row}_{crc32(URLS[row])}.jpg")
+    prepare("cc12m", tmp_path)
+    assert [text[-1] for _, text in pairs(tmp_path / "cc12m.json", tmp_path)] == ["0", "2", "3", "4"]
+    printed = capsys.readouterr().out
+    assert numbers(printed)["lines that are not UTF-8"] == 1 and "first: cc12m.tsv line 2" in printed
+
+
 def test_urls_that_are_none_are_named_by_their_end(tmp_path):
     put(tmp_path / "cc12m.tsv", "http://[2001/a.jpg?x#y\tthing 0\nhttp://host/b.jpg\tthing 1\n")
     put(tmp_path / "cc12m/images/a.jpg")
@@ -348,10 +379,160 @@ def test_img2dataset_without_texts_has_captions_in_its_json(tmp_path):
     assert pairs(tmp_path / "pairs.json", tmp_path) == [("00000/000000000.png", "a thing")]
 
 
-def test_webdataset_s_layout_is_told_apart(tmp_path):
-    put(tmp_path / "00000.tar")
-    with pytest.raises(UserError, match=r"its .tar files are of layout webdataset; download with"):
+def test_tar_files_of_other_names_are_for_train_file(tmp_path):
+    put(tmp_path / "cc3m-train-0000.tar")
+    with pytest.raises(UserError, match=r"00000.tar or 00000_stats.json in it; its .tar files, if they are"):
         prepare("img2dataset", tmp_path)
+
+
+def number_captions(folder: Path, with_tables: bool) -> None:
+    """A shard whose captions came from columns of numbers and lists; with the list as text in its .txt."""
+    captions = [["A dog", "One dog"], None, "['A cat', \"the cat's\"]", 7, "A hen"]
+    if with_tables:
+        captions = captions[:1]  # a column of a table has one type
+    for number, caption in enumerate(captions):
+        row = {"caption": caption, "url": "u", "key": f"{number:09}", "status": "success"}
+        put(folder / f"00000/{number:09}.jpg")
+        put(folder / f"00000/{number:09}.json", row)
+        put(folder / f"00000/{number:09}.txt", str(caption or ""))
+        if with_tables:
+            table = pa.Table.from_pylist([{**row, "error_message": None}])
+            parquet.write_table(table, folder / "00000.parquet")
+
+
+def test_captions_that_are_lists_or_numbers_before_img2dataset_made_them_text(tmp_path, capsys):
+    number_captions(tmp_path / "a", with_tables=False)
+    prepare("img2dataset", tmp_path, "--folder", "a", "--name", "a")
+    texts = [text for _, text in pairs(tmp_path / "a.json", tmp_path)]
+    assert texts == ["A dog", "One dog", "A cat", "the cat's", "A hen"]
+    found = numbers(capsys.readouterr().out)
+    assert found["a: URLs"] == 5 and found["a: pairs with an image"] == 5
+    assert found["captions that are no text but numbers"] == found["pairs without a caption"] == 1
+    assert found["lists written as text, read as several captions"] == 1
+    number_captions(tmp_path / "b", with_tables=True)
+    prepare("img2dataset", tmp_path, "--folder", "b", "--name", "b")
+    assert [text for _, text in pairs(tmp_path / "b.json", tmp_path)] == ["A dog", "One dog"]
+
+
+def test_a_table_of_numbers_has_no_caption(tmp_path, capsys):
+    row = {"key": "000000000", "caption": 3, "status": "success", "error_message": None}
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "00000.parquet")
+    put(tmp_path / "00000/000000000.jpg")
+    with pytest.raises(UserError, match="everything was left out, for the causes above"):
+        prepare("img2dataset", tmp_path)
+    assert numbers(capsys.readouterr().out)["captions that are no text but numbers"] == 1
+
+
+def test_small_files_that_are_damaged_or_of_another_shape_do_not_end_a_conversion(tmp_path, capsys):
+    shapes = {
+        0: {"caption": "A dog"},
+        1: ["A cat"],
+        2: '{"cap',
+        3: {"url": "u"},
+        4: {},
+        5: {"caption": {"en": 1}},
+    }
+    for number, content in shapes.items():
+        put(tmp_path / f"00000/{number}.jpg")
+        put(tmp_path / f"00000/{number}.json", content)
+    put(tmp_path / "00000/3.txt", "A hen")
+    (tmp_path / "00000/4.txt").write_bytes("Ein Bär".encode("latin-1"))
+    prepare("img2dataset", tmp_path)
+    assert [text for _, text in pairs(tmp_path / "pairs.json", tmp_path)] == ["A dog", "A hen"]
+    found = numbers(capsys.readouterr().out)
+    assert found["downloads whose .json is damaged or holds no object"] == 2
+    assert found["captions that are no text but bytes that are not UTF-8"] == 1
+    assert found["captions that are no text but objects"] == 1
+
+
+@pytest.mark.parametrize(
+    ("statistics", "number", "what"),
+    [
+        ({"count": 3}, 2, "URLs not downloaded, no cause recorded"),
+        ({"count": 3, "status_dict": [1]}, 2, "URLs not downloaded, no cause recorded"),
+        ({"count": 3, "status_dict": {"success": 1, "timed out\n": 2}}, 2, "URLs not downloaded: timed out"),
+        (
+            ["count"],
+            1,
+            "files of statistics that are none of img2dataset's, so that failed URLs are not counted",
+        ),
+        ("{", 1, "files of statistics that are none of img2dataset's, so that failed URLs are not counted"),
+    ],
+)
+def test_statistics_of_other_versions(tmp_path, capsys, statistics, number, what):
+    put(tmp_path / "00000/0.jpg")
+    put(tmp_path / "00000/0.txt", "A dog")
+    put(tmp_path / "00000_stats.json", statistics)
+    prepare("img2dataset", tmp_path)
+    assert len(load(tmp_path / "pairs.json")) == 1
+    assert numbers(capsys.readouterr().out)[what] == number
+
+
+def test_downloads_without_captions_name_img2dataset_s_flag(tmp_path, capsys):
+    put(tmp_path / "00000/0.jpg")
+    put(tmp_path / "00000/0.json", {"url": "u", "key": "0"})
+    with pytest.raises(UserError, match="everything was left out"):
+        prepare("img2dataset", tmp_path)
+    assert "--caption_col names their column: download again with it" in capsys.readouterr().out
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_layout_webdataset_is_named_for_train_file(tmp_path):
+    folder = tmp_path / "cc3m/train"
+    for number in (0, 1, 3):
+        members = {"000000.jpg": b"x", "000000.json": b"{}", "000000.txt": b"A dog"} if number else {}
+        write_tar(folder / f"{number:05}.tar", members)
+        put(folder / f"{number:05}_stats.json", {"count": 1, "successes": 1, "status_dict": {"success": 1}})
+    named = f"train_file: ['{folder}/{{00000..00001}}.tar', '{folder}/00003.tar']"
+    with pytest.raises(UserError, match=re.escape(f"nothing to convert. In the config: {named}")):
+        prepare("img2dataset", tmp_path, "--folder", "cc3m/train")
+    put(tmp_path / "cc3m/val/00000/0.jpg")
+    put(tmp_path / "cc3m/val/00000/0.txt", "A cat")
+    with pytest.raises(UserError, match=re.escape(named)):
+        prepare("cc3m", tmp_path)
+    assert len(load(tmp_path / "cc3m_val.json")) == 1 and not (tmp_path / "cc3m_train.json").exists()
+    write_tar(folder / "00001.tar", {"000000.jpg": b"x", "000000.json": b"{}"})
+    with pytest.raises(UserError, match=r"\(layout webdataset\) without captions. .*--caption_col"):
+        prepare("img2dataset", tmp_path, "--folder", "cc3m/train")
+    put(tmp_path / "tf/00000.tfrecord")
+    with pytest.raises(UserError, match="layout tfrecord is not read"):
+        prepare("img2dataset", tmp_path, "--folder", "tf")
+
+
+def test_layout_parquet_becomes_shards(tmp_path, capsys):
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(image, "JPEG")
+    rows = [
+        {"url": "u", "caption": ["A dog", "One dog"], "status": "success", "jpg": image.getvalue()},
+        {"url": "u", "caption": ["A cat"], "status": "success", "jpg": image.getvalue()},
+        {"url": "u", "caption": ["A hen"], "status": "failed_to_download", "error_message": "timed out"},
+        {"url": "u", "caption": ["A cow"], "status": "success", "jpg": b""},
+        {"url": "u", "caption": None, "status": "success", "jpg": image.getvalue()},
+    ]
+    rows = [{"error_message": None, "jpg": None, **row, "key": f"{n:09}"} for n, row in enumerate(rows)]
+    (tmp_path / "got").mkdir()
+    for number in range(2):
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"got/{number:05}.parquet")
+    prepare("img2dataset", tmp_path, "--folder", "got", "--name", "web")
+    printed = capsys.readouterr().out
+    found = numbers(printed)
+    assert found["web: URLs"] == 10 and found["web: pairs with an image"] == 4
+    assert found["URLs not downloaded: timed out"] == found["downloads that are empty files"] == 2
+    assert found["pairs without a caption"] == 2
+    named = f"{tmp_path}/web_shards/{{00000..00001}}.tar"
+    assert f"in the config: train_file: '{named}'" in printed
+    entries = read_sets([named])
+    assert [entries[n]["text"] for n in range(4)] == [["A dog", "One dog"], "A cat"] * 2
+    assert load_image(entries[3]["images"][0]).size == (8, 8)
+    assert load(tmp_path / "web_shards/00001_stats.json")["successes"] == 2
 
 
 def test_conceptual_captions_from_img2dataset(tmp_path, capsys):
@@ -366,7 +547,9 @@ def test_tables_without_captions_or_pyarrow_are_errors(tmp_path, monkeypatch):
     download(tmp_path, with_tables=True)
     table = parquet.read_table(tmp_path / "00001.parquet").drop_columns("caption")
     parquet.write_table(table, tmp_path / "00001.parquet")
-    with pytest.raises(UserError, match=r"00001.parquet has no column 'caption'; it has url, key, status"):
+    with pytest.raises(
+        UserError, match=r"00001.parquet has no column 'caption'; it has url, key, .*--caption_col names"
+    ):
         prepare("img2dataset", tmp_path)
     (tmp_path / "00001.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"00001.parquet cannot be read .*; download or unpack it again"):
@@ -396,7 +579,7 @@ def write_parquet(path: Path, image: str = "image", caption: str = "caption") ->
 
 TABLES: dict[str, Callable[[Path], object]] = {
     "t.csv": lambda path: put(path, "\ufeffimage,caption\r\n" + "".join(f"{i},{c}\r\n" for i, c in QUOTED)),
-    "t.tsv": lambda path: put(path, "Text\tfile_name\n" + "".join(f"{c}\t{i}\n" for i, c in QUOTED)),
+    "t.tsv": lambda path: put(path, "Text\tfile_name\r\n" + "".join(f"{c}\t{i}\r\n" for i, c in ROWS)),
     "t.jsonl": lambda path: put(
         path, "\n\n".join(json.dumps({"id": 1, "path": i, "caption": [c]}) for i, c in ROWS)
     ),
@@ -421,6 +604,86 @@ def test_own_tables(own, capsys, table):
     assert found["captions in the table"] == 5 and found["pairs without a caption"] == 1
     assert found["captions whose image cannot be found (No such file or directory)"] == 1
     assert f"first: {own}/photos/gone.jpg" in printed
+
+
+def test_in_tsv_a_row_is_a_line_and_quotation_marks_mean_nothing(own, capsys):
+    captions = ['"Big dog', "a cat", 'the sign says "', '"whole"', " spaced "]
+    put(
+        own / "t.tsv",
+        "\ufeffimage\tcaption\n" + "".join(f"a.jpg\t{c}\n" for c in captions) + "\na.jpg\tx\ty\n",
+    )
+    prepare("table", own, "--table", "t.tsv", "--images", "photos")
+    assert [text for _, text in pairs(own / "pairs.json", own)] == [*captions[:4], "spaced"]
+    assert numbers(capsys.readouterr().out)["captions in the table"] == 6
+
+
+@pytest.mark.parametrize(
+    ("cell", "captions"),
+    [
+        ("['a dog runs', 'one dog']", ["a dog runs", "one dog"]),
+        ('["a dog", "caf\\u00e9 \\ud83d\\ude00"]', ["a dog", "café \U0001f600"]),
+        ("""[u'a dog', "the dog's", 'say \\'hi\\'',]""", ["a dog", "the dog's", "say 'hi'"]),
+        ("['a dog' 'one dog'\n 'dogs']", ["a dog", "one dog", "dogs"]),  # as numpy prints an array
+        (" ['a'] ", ["a"]),
+        ("[]", []),
+        ("['', 'a']", ["a"]),
+        ('["a", 1]', ['["a", 1]']),
+        ("[1, 2]", ["[1, 2]"]),
+        ("['a', x]", ["['a', x]"]),
+        ("['a' + 'b']", ["['a' + 'b']"]),
+        ("[not a list", ["[not a list"]),
+        ("[a dog]", ["[a dog]"]),
+        ("(see left) a dog", ["(see left) a dog"]),
+        ("['\\x']", ["['\\x']"]),
+        ("[" * 100_000 + "]", ["[" * 100_000 + "]"]),
+        (b"caf\xc3\xa9", ["café"]),
+        ([b"a", ["b", None], float("nan"), 3, True, "c"], ["a", "b", "c"]),
+        (b"\xe9", []),
+        ({"en": "a"}, []),
+        (None, []),
+    ],
+)
+def test_captions_in_a_cell(cell, captions):
+    assert list(common.captions_in(cell, "here", common.Report("a"))) == captions
+
+
+def test_a_list_written_as_text_is_several_captions_and_said(own, capsys):
+    put(
+        own / "t.csv",
+        """image,caption\na.jpg,"['A dog', 'one dog']"\na.jpg,[sic] a cat\ngone.jpg,"[""x"", ""y""]"\n""",
+    )
+    prepare("table", own, "--table", "t.csv", "--images", "photos")
+    assert [text for _, text in pairs(own / "pairs.json", own)] == ["A dog", "one dog", "[sic] a cat"]
+    printed = capsys.readouterr().out
+    found = numbers(printed)
+    assert found["lists written as text, read as several captions"] == 2 and "t.csv, line 4" in printed
+    assert found["captions in the table"] == 5
+
+
+def test_captions_of_tables_that_are_no_text_are_counted(own, capsys):
+    captions = ["A dog", 3, 2.5, float("nan"), {"en": "x"}, ["One dog", None, 4], True]
+    put(own / "t.jsonl", "\n".join(json.dumps({"image": "a.jpg", "caption": c}) for c in captions))
+    prepare("table", own, "--table", "t.jsonl", "--images", "photos", "--name", "lines")
+    assert [text for _, text in pairs(own / "lines.json", own)] == ["A dog", "One dog"]
+    found = numbers(capsys.readouterr().out)
+    assert found["captions in the table"] == 9 and found["captions that are no text but numbers"] == 3
+    assert (
+        found["captions that are no text but objects"]
+        == found["captions that are no text but truth values"]
+        == 1
+    )
+    assert found["pairs without a caption"] == 2
+    table = pa.table(
+        {"image": ["a.jpg"] * 2, "caption": pa.array([[b"A dog", b"\xe9"], []], pa.list_(pa.binary()))}
+    )
+    parquet.write_table(table, own / "t.parquet")
+    prepare("table", own, "--table", "t.parquet", "--images", "photos", "--name", "bytes")
+    assert [text for _, text in pairs(own / "bytes.json", own)] == ["A dog"]
+    parquet.write_table(pa.table({"image": [b"\xff\xd8"], "caption": ["x"]}), own / "t.parquet")
+    with pytest.raises(
+        UserError, match=r"row 0: column 'image' must hold the path .* tables that hold the images"
+    ):
+        prepare("table", own, "--table", "t.parquet", "--images", "photos")
 
 
 def test_columns_by_flag_and_several_tables(own):
@@ -479,11 +742,23 @@ def test_nulls_empty_lists_and_names_that_no_file_has_are_counted(own, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", b"image,caption\na.jpg,caf\xe9\n", r"t.csv cannot be read as UTF-8"),
-        ("t.csv", b'image,caption\na.jpg,"open\n', r"t.csv, after line 1, cannot be read as excel: unexp"),
+        ("t.csv", b"image,caption\na.jpg,caf\xe9\n", r"t.csv, line 2 cannot be read as UTF-8"),
+        ("t.csv", b'image,caption\na.jpg,"open\n', r"t.csv, line 2 cannot be read as a row of csv \(unexp"),
+        ("t.csv", b'image,caption\na.jpg,"open\nb.jpg,x\nc.jpg,says ""\n', r"t.csv, line 2 cannot be read"),
+        ("t.csv", b'image,caption\na.jpg,x\nb.jpg,"two\nlines"\n', r"line 3 .*hold the end of a line"),
+        ("t.csv", b"image,caption\na.jpg,x\tb.jpg\n", r"t.csv, line 2: a cell holds a tab, and no column"),
+        ("t.csv", b"image;caption\na.jpg;x\n", r"it has 'image;caption'.* in .csv commas part the cells"),
+        ("t.csv", b"image,caption,caption\na.jpg,x,y\n", r"line 1: two columns are named 'caption'"),
+        ("t.tsv", b'"image"\t"caption"\n"a.jpg"\t"x"\n', r"""it has '"image"', .*marks mean nothing"""),
+        ("t.tsv", "image\tcaption\na.jpg\tx\n".encode("utf-16"), r"t.tsv, line 1 cannot be read as UTF-8"),
+        ("t.tsv.gz", b"", r"t.tsv.gz: must end in .*; unpack a packed table"),
         ("t.jsonl", b'{"image": "a.jpg", "caption": "x"}\n{"image"', r"t.jsonl, line 2 is not valid JSON"),
         ("t.jsonl", b"[1]", r"t.jsonl, line 1 must be an object, found \[1\]"),
-        ("t.jsonl", b'{"image": 3, "caption": "x"}', r"line 1: columns 'image' and 'caption' must hold text"),
+        (
+            "t.jsonl",
+            b'{"image": 3, "caption": "x"}',
+            r"line 1: column 'image' must hold the path of an image",
+        ),
         ("t.xlsx", b"", r"t.xlsx: must end in .csv, .tsv, .jsonl, .parquet"),
     ],
 )

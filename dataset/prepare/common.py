@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
 
+from dataset.prepare.captions import is_missing, kind_of, values_of
 from saving import atomic_write
 from utils import UserError, log
 
@@ -26,6 +27,7 @@ class Report:
         self.counts: list[tuple[str, int, int | None]] = []
         self.sources: list[str] = []
         self.left_out: Counter[str] = Counter()
+        self.noticed: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = defaultdict(list)
         self.written: list[tuple[Path, int]] = []
         self.notes: list[str] = []
@@ -41,8 +43,24 @@ class Report:
     def leave_out(self, cause: str, example: str, number: int = 1) -> None:
         """To be called for everything that is not written; the cause says of what there are `number`."""
         self.left_out[cause] += number
-        if len(self.examples[cause]) < NUM_EXAMPLES and example not in self.examples[cause]:
-            self.examples[cause].append(example)
+        self._show(cause, example)
+
+    def notice(self, what: str, example: str) -> None:
+        """To be called for everything that is read otherwise than it is written; `what`, in the plural."""
+        self.noticed[what] += 1
+        self._show(what, example)
+
+    def _show(self, what: str, example: str) -> None:
+        if len(self.examples[what]) < NUM_EXAMPLES and example not in self.examples[what]:
+            self.examples[what].append(example)
+
+    def include(self, other: "Report") -> None:
+        """Adds what another one, of a part of the work, has noticed and left out."""
+        self.left_out.update(other.left_out)
+        self.noticed.update(other.noticed)
+        for what, examples in other.examples.items():
+            for example in examples:
+                self._show(what, example)
 
     def note(self, text: str) -> None:
         """A line at the end: what to set in a config, for example."""
@@ -62,15 +80,18 @@ class Report:
             differs = "" if official in (None, found) else f"  differs by {found - official:+,}"
             lines.append(f"  {what:{width}}  {found:>12,}  {known:>12}{differs}")
         lines += [f"  official numbers: {source}" for source in self.sources]
-        lines.append("left out:" + ("" if self.left_out else " nothing"))
-        causes = self.left_out.most_common()
-        for cause, number in causes[:NUM_CAUSES]:
-            lines.append(f"  {number:>12,}  {cause}; first: {', '.join(self.examples[cause])}")
-        if rest := causes[NUM_CAUSES:]:
-            lines.append(f"  {sum(number for _, number in rest):>12,}  for {len(rest)} rarer causes")
+        lines += ["noticed:", *self._table(self.noticed)] if self.noticed else []
+        lines += ["left out:" + ("" if self.left_out else " nothing"), *self._table(self.left_out)]
         lines.append("written:" + ("" if self.written else " nothing"))
         lines += [f"  {number:>12,}  entries in {path}" for path, number in self.written]
         return "\n".join([*lines, *self.notes])
+
+    def _table(self, counter: Counter[str]) -> Iterator[str]:
+        causes = counter.most_common()
+        for cause, number in causes[:NUM_CAUSES]:
+            yield f"  {number:>12,}  {cause}; first: {', '.join(self.examples[cause])}"
+        if rest := causes[NUM_CAUSES:]:
+            yield f"  {sum(number for _, number in rest):>12,}  for {len(rest)} rarer causes"
 
 
 # ---- the downloads ----
@@ -204,13 +225,31 @@ def write_annotations(path: Path, entries: Iterable[dict], report: Report) -> in
     return number
 
 
-def pairs(rows: Iterable[tuple[str, str]], start: str, report: Report) -> Iterator[dict]:
-    """Pre-training entries of (image name, caption); `start` precedes the names, as of `prefix`."""
-    for name, caption in rows:
-        if caption.strip():
-            yield {"image": start + name, "caption": caption.strip()}
+def values_in(cell: object, where: str, report: Report) -> list[object]:
+    """What the cell holds, of a list each part; a list that is written as text is reported as noticed."""
+    values, was_text = values_of(cell)
+    if was_text:
+        report.notice("lists written as text, read as several captions", where)
+    return values
+
+
+def captions_in(cell: object, where: str, report: Report) -> Iterator[str]:
+    """The captions that the cell holds; what is none is reported as left out."""
+    for value in values_in(cell, where, report):
+        if is_missing(value):
+            report.leave_out("pairs without a caption", where)
+        elif not isinstance(value, str):
+            report.leave_out(f"captions that are no text but {kind_of(value)}", where)
         else:
-            report.leave_out("pairs without a caption", name)
+            yield value.strip()
+
+
+def pairs(rows: Iterable[tuple[str, object]], start: str, report: Report) -> Iterator[dict]:
+    """Pre-training entries of image names and cells that hold their captions; `start` precedes the names, as
+    of `prefix`.
+    """
+    for name, cell in rows:
+        yield from ({"image": start + name, "caption": text} for text in captions_in(cell, name, report))
 
 
 def add_relative(parser: argparse.ArgumentParser) -> None:

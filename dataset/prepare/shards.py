@@ -13,7 +13,7 @@ import io
 import json
 import multiprocessing
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -141,24 +141,44 @@ def write_shard(number: int, entries: Sequence[dict], out: Path, per_shard: int,
         return json.loads(statistics.read_bytes())
     share = range(len(entries))[number * per_shard : (number + 1) * per_shard]
     left_out: dict[str, tuple[int, str]] = {}  # cause -> how many, the first
-    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for place in share:
             try:
-                members = sample_files(entries[place], res)
+                yield f"{place:09}", sample_files(entries[place], res)
             except BadImage as error:
                 cause = error.cause.partition(":")[0]
                 count, first = left_out.get(cause, (0, error.path))
                 left_out[cause] = count + 1, first
-                continue
-            for kind, content in members.items():
-                member = tarfile.TarInfo(f"{place:09}.{kind}")  # with no time and no owner
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+
+    write_tar(path, samples())
     successes = len(share) - sum(count for count, _ in left_out.values())
     found = {"count": len(share), "successes": successes, "left_out": left_out}
-    with atomic_write(statistics) as file:
-        file.write(json.dumps(found, indent=1).encode())
+    write_statistics(statistics, found)
     return found
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """Writes a shard of keys and, by their endings, the members of each."""
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            for kind, content in members.items():
+                member = tarfile.TarInfo(f"{key}.{kind}")  # with no time and no owner
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_statistics(path: Path, found: dict) -> None:
+    """found: what the shard of this name has, `count` and `successes` as img2dataset writes them."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(found, indent=1).encode())
+
+
+def caption_file(texts: list[str]) -> dict[str, bytes]:
+    """The member of a sample that holds its captions, by its ending."""
+    if len(texts) == 1:
+        return {"txt": texts[0].encode("utf-8", "replace")}
+    return {"json": json.dumps({"caption": texts}).encode()}
 
 
 def sample_files(entry: dict, res: int) -> dict[str, bytes]:
@@ -169,9 +189,7 @@ def sample_files(entry: dict, res: int) -> dict[str, bytes]:
     if not texts:
         raise BadImage(path, "no caption")
     kind, content = _image_file(path, res)
-    if len(texts) == 1:
-        return {kind: content, "txt": texts[0].encode("utf-8", "replace")}
-    return {kind: content, "json": json.dumps({"caption": texts}).encode()}
+    return {kind: content, **caption_file(texts)}
 
 
 def _image_file(path: str, res: int) -> tuple[str, bytes]:

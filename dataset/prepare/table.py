@@ -5,7 +5,9 @@
 Needs below --root the table or tables (.csv, .tsv, .jsonl or .parquet, with column names; the last needs
 `pip install pyarrow`) and the images, whose paths in the table are absolute or relative to --images.
 Columns are named by --image and --caption; without, the usual names are tried (image, file_name, path, ...;
-caption, text, title, ...). A cell of jsonl or parquet may hold a list of captions.
+caption, text, title, ...). Text is UTF-8, and a row is a line: in .tsv tabs part its cells and quotation
+marks mean nothing, in .csv commas do, and a cell may stand in quotation marks. A cell may hold a list of
+captions, in .csv and .tsv as JSON or Python writes it: ["A dog", "One dog"].
 Writes {--name}.json for --task pretrain (one entry a caption), {--name}_train.json for retrieval_train (the
 same), or {--name}_test.json for retrieval_test: one entry an image, with all of its captions.
 """
@@ -16,11 +18,13 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 
-from dataset.prepare.common import Report, add_relative, in_parallel, pairs, write_annotations
+from dataset.prepare.captions import is_missing
+from dataset.prepare.common import Report, add_relative, in_parallel, pairs, values_in, write_annotations
 from dataset.prepare.img2dataset import read_parquet
-from dataset.tables import read_json_lines
+from dataset.tables import read_json_lines, read_lines
 from utils import UserError
 
 IMAGE_NAMES = ["image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "file", "img"]
@@ -76,12 +80,15 @@ def _tables(root: Path, pattern: str) -> list[Path]:
 
 def _rows(
     tables: list[Path], options: argparse.Namespace, num_rows: Counter, report: Report
-) -> Iterator[tuple[str, str]]:
-    """Image path as it stands in the table, and caption."""
+) -> Iterator[tuple[str, object]]:
+    """Image path as it stands in the table, and caption, or what stands in its place."""
     for path in tables:
         reader = READERS.get(path.suffix.lower())
         if reader is None:
-            raise UserError(f"--table {path}: must end in {', '.join(READERS)}")
+            raise UserError(
+                f"--table {path}: must end in {', '.join(READERS)}; unpack a packed table, and name one of "
+                "text by what parts its cells: .tsv for tabs, .csv for commas"
+            )
         columns = None
         for where, row in reader(path):
             if columns is None:
@@ -89,15 +96,20 @@ def _rows(
                     _column(row, options.image, IMAGE_NAMES, "--image", path),
                     _column(row, options.caption, CAPTION_NAMES, "--caption", path),
                 ]
-            image, captions = (row.get(column) for column in columns)
-            captions = (captions or [""]) if isinstance(captions, list) else [captions]
+            image, cell = (row.get(column) for column in columns)
+            captions = values_in(cell, where, report)
             num_rows["captions"] += len(captions)
-            if None in (*row, image, *captions):  # csv's way to say too many, and too few; null elsewhere
+            if None in (*row, cell) or is_missing(
+                image
+            ):  # so `_under_header` says too many and too few cells
                 report.leave_out(NO_CELL, where, len(captions))
                 continue
-            if not isinstance(image, str) or not all(isinstance(caption, str) for caption in captions):
+            if not isinstance(image, str):
+                hint = "; dataset.prepare img2dataset reads tables that hold the images themselves"
+                hint = hint if isinstance(image, bytes | dict) else ""
                 raise UserError(
-                    f"{where}: columns {columns[0]!r} and {columns[1]!r} must hold text, found {row!r}"[:500]
+                    f"{where}: column {columns[0]!r} must hold the path of an image, found {image!r}"[:500]
+                    + hint
                 )
             yield from ((image, caption) for caption in captions)
 
@@ -111,29 +123,59 @@ def _column(row: dict, wanted: str | None, usual: list[str], flag: str, path: Pa
         found = next((names[name] for name in usual if name in names), None)
     if found is None:
         told = f"no column {wanted!r}" if wanted else f"no column named {', '.join(usual)}"
+        is_odd = len(row) == 1 or any('"' in str(name) for name in row)
+        hint = (
+            "; in .csv commas part the cells, in .tsv tabs do, and quotation marks mean nothing"
+            if is_odd
+            else ""
+        )
         raise UserError(
-            f"{path} has {told}; it has {', '.join(map(repr, row))}. Name the right one by {flag}"
+            f"{path} has {told}; it has {', '.join(map(repr, row))}. Name the right one by {flag}{hint}"
         )
     return found
 
 
-def _read_csv(path: Path, dialect: str = "excel") -> Iterator[tuple[str, dict]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, dialect=dialect, strict=True)
-            for row in reader:
-                yield f"{path}, line {reader.line_num}", row
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, after line {reader.line_num}, cannot be read as {dialect}: {error}; a cell with "
-            "quotation marks in it must double them and stand in quotation marks itself"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 {dialect}: {error}") from error
+def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
+    return _under_header(path, _cells_of_csv)
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[str, dict]]:
-    return _read_csv(path, "excel-tab")
+    return _under_header(path, lambda line: line.split("\t"))
+
+
+def _cells_of_csv(line: str) -> list[str]:
+    """Each line alone: with a mark left open, the rows up to the next one would become one cell."""
+    return next(csv.reader([line], strict=True), [])
+
+
+def _under_header(path: Path, cells_of: Callable[[str], list[str]]) -> Iterator[tuple[str, dict]]:
+    """Each row of a text file, by the names in its first one: cells that are missing are None, those beyond
+    the last name stand under None. Blank lines are passed over.
+    """
+    header: list[str] = []
+    for number, line in read_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            cells = cells_of(line.decode())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} cannot be read as UTF-8 ({error}); save the table as UTF-8") from error
+        except csv.Error as error:
+            raise UserError(
+                f"{where} cannot be read as a row of csv ({error}): a cell with quotation marks in it must "
+                "double them and stand in quotation marks itself, and no cell may hold the end of a line"
+            ) from error
+        if not line.strip():
+            continue
+        if not header:
+            header = cells
+            if twice := [name for name, times in Counter(filter(None, cells)).items() if times > 1]:
+                raise UserError(f"{where}: two columns are named {twice[0]!r}; rename or drop one of them")
+            continue
+        if any("\t" in cell for cell in cells) and not any("\t" in name for name in header):
+            raise UserError(
+                f"{where}: a cell holds a tab, and no column's name does; are these rows of a .tsv?"
+            )
+        yield where, dict(zip_longest(header, cells))
 
 
 def _read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:

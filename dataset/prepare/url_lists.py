@@ -5,7 +5,7 @@ Needs below --root the list, and the images that you have downloaded by it:
     cc3m/Validation_GCC-1.1.0-Validation.tsv, with images in cc3m/val/
     cc12m/cc12m.tsv, with images in cc12m/images/
     sbu/sbu-captions-all.json, or SBU_captioned_photo_dataset_urls.txt and _captions.txt, with sbu/images/
-or, without the list, what img2dataset made of it in layout "files": cc3m/train/00000/ and so on.
+or, without the list, what img2dataset made of it in layout "files" or "parquet": cc3m/train/00000/ and so on.
 Writes cc3m_train.json and cc3m_val.json (of which one may be missing), cc12m.json, sbu.json, as
 configs/Pretrain.yaml names them.
 
@@ -38,8 +38,8 @@ from dataset.prepare.common import (
     read_source,
     write_annotations,
 )
-from dataset.prepare.img2dataset import is_output, write_output
-from dataset.tables import checked
+from dataset.prepare.img2dataset import AlreadyShards, is_output, write_output
+from dataset.tables import checked, read_lines
 from utils import UserError
 
 NAMINGS = ["{row}_{crc32}", "{crc32}", "{md5}"]  # each with .jpg, too
@@ -117,12 +117,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     source = SOURCES[options.name]
     report.source(source.counted_by)
-    written = [_write(part, source, root, out, options, report) for part in source.parts]
+    written, shards = [], []
+    for part in source.parts:
+        try:
+            written.append(_write(part, source, root, out, options, report))
+        except AlreadyShards as error:
+            shards.append(str(error))
+    if shards:
+        raise UserError("; ".join(shards))
     if not any(written):
         wanted = (f"images in {_any(part.images)} with {_any(part.lists)}" for part in source.parts)
         raise UserError(
             f"missing in --root {root}: {'; or '.join(wanted)}. The list is to be had from {source.page}, "
-            "the images by img2dataset (output_format files; the list is not needed then) or another tool"
+            "the images by img2dataset (output_format files or parquet; the list is not needed then) or "
+            "another tool"
         )
 
 
@@ -147,7 +155,7 @@ def _write(
     name_of = _Naming(options.image_names or _guess(listed, source.namings, images))
     num_lines = Counter()
 
-    def rows() -> Iterator[tuple[str, str]]:
+    def rows() -> Iterator[tuple[str, object]]:
         for row, url, caption in _read_list(listed, report):
             num_lines["lines"] += 1
             name = name_of(row, url)
@@ -196,20 +204,23 @@ def _guess(path: Path, namings: list[str], images: Images) -> str:
     return best
 
 
-def _read_list(path: Path, report: Report) -> Iterator[tuple[int, str, str]]:
-    """Number, URL and caption of each line."""
+def _read_list(path: Path, report: Report) -> Iterator[tuple[int, str, object]]:
+    """Number, URL and caption, or what stands in its place, of each line."""
     if path.suffix == ".json":
         content = read_source(path)
         urls, captions = (checked(content, key, list, str(path)) for key in ("image_urls", "captions"))
-        _check_equal(len(urls), len(captions), path)
-        yield from ((row, *pair) for row, pair in enumerate(zip(urls, captions, strict=True)))
     elif path.suffix == ".txt":
-        captions = path.with_name(path.name.replace("urls", "captions"))
-        pair = list(_lines(path)), list(_lines(captions))
-        _check_equal(*map(len, pair), path)
-        yield from ((row, *texts) for row, texts in enumerate(zip(*pair, strict=True)))
+        urls = [line.decode("utf-8", "replace") for _, line in read_lines(path)]
+        captions = [line for _, line in read_lines(path.with_name(path.name.replace("urls", "captions")))]
     else:
         yield from _read_tsv(path, report)
+        return
+    _check_equal(len(urls), len(captions), path)
+    for row, (url, caption) in enumerate(zip(urls, captions, strict=True)):
+        if isinstance(url, str):
+            yield row, url, caption
+        else:
+            report.leave_out("URLs that are no text", f"{path.name} entry {row}")
 
 
 def _check_equal(num_urls: int, num_captions: int, path: Path) -> None:
@@ -220,23 +231,18 @@ def _check_equal(num_urls: int, num_captions: int, path: Path) -> None:
 def _read_tsv(path: Path, report: Report) -> Iterator[tuple[int, str, str]]:
     """Of caption and URL, or URL and caption; quotation marks mean nothing."""
     has_header = 0
-    for number, line in enumerate(_lines(path)):
-        fields = line.split("\t")
+    for number, line in read_lines(path):
+        where = f"{path.name} line {number}"
+        try:
+            fields = line.decode().split("\t")
+        except UnicodeDecodeError:
+            report.leave_out("lines that are not UTF-8", where)
+            continue
         is_url = [field.startswith(("http://", "https://")) for field in fields]
         if len(fields) == 2 and any(is_url):
             first, second = fields
-            yield number - has_header, *((first, second) if is_url[0] else (second, first))
-        elif number == 0:
+            yield number - 1 - has_header, *((first, second) if is_url[0] else (second, first))
+        elif number == 1:
             has_header = 1
         else:
-            report.leave_out("lines that are not a URL and a caption", f"{path.name} line {number + 1}")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        # a caption may hold other ends of lines
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for line in file:
-                yield line.rstrip("\r\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); download or unpack it again") from error
+            report.leave_out("lines that are not a URL and a caption", where)
