@@ -250,8 +250,9 @@ def run_script(main: Callable[[], None]) -> None:
 
     A UserError ends it as one sentence and exit code 1, without a traceback; a stop signal, once everything
     is saved, with exit code 75, "resumable". What is being written is finished first, and every rank ends at
-    once, so that none waits for one that failed.
+    once, so that none waits for one that failed. What the terminal's encoding lacks is printed as its number.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from dataset.annotations import TEXT, read_annotations
 from dataset.json_list import read_json
 from dataset.prepare.common import read_source
 from dataset.tables import read_json_lines
+from launch import run_script
 from models.bert import BertConfig
 from utils import UserError
 
@@ -56,6 +58,12 @@ def test_a_config_that_is_not_utf_8_is_one_sentence(tmp_path):
     (tmp_path / "c.yaml").write_bytes("# Größe\na: 1\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"c.yaml is not valid YAML: unacceptable character #x00f6"):
         read_config(str(tmp_path / "c.yaml"), PRETRAIN)
+
+
+def test_a_terminal_without_umlauts_does_not_end_a_program(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    run_script(lambda: print("Bär"))
+    assert sys.stdout.buffer.getvalue() == b"B\\xe4r\n"
 
 
 def test_json_may_begin_with_a_mark(tmp_path):
