@@ -502,6 +502,9 @@ def test_layout_webdataset_is_named_for_train_file(tmp_path):
     write_tar(folder / "00001.tar", {"000000.jpg": b"x", "000000.json": b"{}"})
     with pytest.raises(UserError, match=r"\(layout webdataset\) without captions. .*--caption_col"):
         prepare("img2dataset", tmp_path, "--folder", "cc3m/train")
+    write_tar(folder / "00001.tar", {"000000.jpg": b"x", "000000.json": b'{"caption": "A dog"}'})
+    with pytest.raises(UserError, match="nothing to convert"):
+        prepare("img2dataset", tmp_path, "--folder", "cc3m/train")
     put(tmp_path / "tf/00000.tfrecord")
     with pytest.raises(UserError, match="layout tfrecord is not read"):
         prepare("img2dataset", tmp_path, "--folder", "tf")

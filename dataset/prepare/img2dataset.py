@@ -253,15 +253,18 @@ def _point_to_tars(folder: Path, names: list[str]) -> None:
 
 
 def _has_captions(folder: Path, names: list[str]) -> bool:
-    """Whether the first shard that is whole and not empty has texts; True where none is."""
+    """Whether the first shard that is whole and not empty has .txt, or .json with captions; True where none
+    is.
+    """
     for name in names:
         try:
             with tarfile.open(folder / f"{name}.tar", "r:") as tar:
-                members = tar.getnames()
-        except (OSError, tarfile.TarError):
+                kinds = {Path(member.name).suffix: member for member in tar}
+                about = json.load(tar.extractfile(kinds[".json"])) if ".json" in kinds else {}
+        except (OSError, ValueError, tarfile.TarError):
             continue
-        if members:
-            return any(member.endswith(".txt") for member in members)
+        if kinds:
+            return ".txt" in kinds or (isinstance(about, dict) and "caption" in about)
     return True
 
 
