@@ -1,7 +1,8 @@
 """Fine-tuning for NLVR2: is the sentence true of two images?
 
 Data     JSON lists of {"images": [path, path], "sentence": text, "label": "True" or "False"}: `train_file`,
-         `val_file`, `test_file`
+         `val_file`, `test_file`; with NLVR2's "identifier" in the last two, consistency is told and
+         result/nlvr_val_predictions.csv and nlvr_test_predictions.csv are written, as its script takes them
 Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env NLVR.py --config configs/NLVR.yaml \\
              --checkpoint output/NLVR_Pretrain/checkpoint_00.pth
          after Pretrain_NLVR.py, from whose result it starts
@@ -9,18 +10,51 @@ Expected the paper's accuracy: dev 79.8, test-P 79.5
 """
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from config import NLVR, parse
-from dataset.nlvr import CLASSES, read_nlvr
+from dataset.nlvr import CLASSES, official_identifiers, read_nlvr
 from dataset.text import build_tokenizer, check_vocabulary
 from dry_run import dry_run
 from launch import run_script, script_arguments, start
+from metrics import consistency
 from models.initial import starting_weights
 from models.nlvr import SIMLANLVR
-from utils import log
+from saving import atomic_write
+from utils import is_main, log
 from VE import SPLITS, losses, report, train_and_evaluate
+
+
+class OfficialScores:
+    """What NLVR2's own script scores: consistency, and each split's predictions in a file."""
+
+    def __init__(self, output_dir: str):
+        self.output_dir = output_dir
+        self.predictions: dict[str, str] = {}  # split -> lines "identifier,prediction" of the last evaluation
+
+    def score(self, split: str, items: Sequence[dict], classes: Tensor) -> dict[str, float]:
+        """Return `val_consistency`, if it can be known; classes: the true and predicted ones, (N, 2)."""
+        identifiers = official_identifiers(items)
+        if identifiers is None:
+            return {}
+        true, predicted = classes.unbind(1)
+        rows = zip(identifiers, predicted.tolist(), strict=True)
+        self.predictions[split] = "".join(f"{name},{CLASSES[number]}\n" for name, number in rows)
+        return {f"{split}_consistency": consistency(identifiers, (true == predicted).tolist())}
+
+    def save(self) -> None:
+        """Write result/nlvr_val_predictions.csv and so on, of the last evaluation; on the main rank only."""
+        if not is_main():
+            return
+        folder = Path(self.output_dir) / "result"
+        folder.mkdir(exist_ok=True)
+        for split, lines in self.predictions.items():
+            with atomic_write(folder / f"nlvr_{split}_predictions.csv") as file:
+                file.write(lines.encode())
 
 
 def main(args: argparse.Namespace, config: dict) -> dict:
@@ -44,12 +78,18 @@ def main(args: argparse.Namespace, config: dict) -> dict:
     model = model.to(device)
 
     # train, evaluate and save: the losses and scores of VE.py
-    weights, scores = train_and_evaluate(
-        model, entries, tokenizer, len(CLASSES), weights, config, args, device
-    )
+    official = OfficialScores(args.output_dir)
+    settings = len(CLASSES), weights, config, args, device
+    weights, scores = train_and_evaluate(model, entries, tokenizer, *settings, official.score, official.save)
 
     # report
     report("nlvr", scores, CLASSES, weights, entries, config, args.output_dir)
+    for split in SPLITS:
+        if f"{split}_consistency" not in scores:
+            log.info(
+                f"{config[f'{split}_file']}: no consistency, and no file of predictions; for them every "
+                "entry needs an 'identifier' of its own like dev-850-0-0: python -m dataset.prepare nlvr2"
+            )
     return scores
 
 

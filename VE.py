@@ -8,7 +8,7 @@ Expected the paper's accuracy: val 79.6, test 80.2
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,13 @@ from dataset.ve import CLASSES, read_ve
 from dry_run import dry_run
 from engine import evaluate_classes, fit, record_evaluation
 from launch import run_script, script_arguments, start
-from metrics import accuracy, confusion_table, majority_accuracy
+from metrics import accuracy, confusion_counts, confusion_table, majority_accuracy
 from models.initial import starting_weights
 from models.ve import SIMLAVE
 from utils import log, save_result
 
 SPLITS = ("val", "test")
+ScoreEntries = Callable[[str, Sequence[dict], Tensor], dict[str, float]]
 
 
 def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
@@ -35,13 +36,24 @@ def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
 
 
 def evaluate(
-    model: nn.Module, loaders: dict[str, DataLoader], num_classes: int, config: dict, device: torch.device
+    model: nn.Module,
+    loaders: dict[str, DataLoader],
+    num_classes: int,
+    config: dict,
+    device: torch.device,
+    score_entries: ScoreEntries | None = None,
 ) -> dict[str, float | list]:
-    """Of each split the accuracy in percent, `val_acc`, and the counts [true][predicted], `val_confusion`."""
+    """Of each split the accuracy in percent, `val_acc`, and the counts [true][predicted], `val_confusion`;
+    score_entries(split, entries, classes) -> further scores of a task; classes (N, 2): the true and the
+    predicted one of each of the loader's entries.
+    """
     scores = {}
     for split, loader in loaders.items():
-        counts = evaluate_classes(model, loader, num_classes, config, device, split)
+        classes = evaluate_classes(model, loader, config, device, split)
+        counts = confusion_counts(*classes.unbind(1), num_classes)
         scores |= {f"{split}_acc": accuracy(counts), f"{split}_confusion": counts.tolist()}
+        if score_entries is not None:
+            scores |= score_entries(split, loader.dataset.entries, classes)
     return scores
 
 
@@ -54,23 +66,26 @@ def train_and_evaluate(
     config: dict,
     args: argparse.Namespace,
     device: torch.device,
+    score_entries: ScoreEntries | None = None,
+    on_best: Callable[[], None] = lambda: None,
 ) -> tuple[str, dict]:
     """Fine-tunes on the entries of `train`, unless only `val` and `test` are there; returns what the scores
-    belong to and the scores of `evaluate`.
+    belong to and the scores of `evaluate`. on_best() is called after an evaluation whose scores may be those.
     """
     limit = model.text_encoder.config.max_position_embeddings
     pin = device.type == "cuda"
     loaders = {split: evaluation_loader(entries[split], config, tokenizer, limit, pin) for split in SPLITS}
 
     def evaluate_splits(epoch: int = 0) -> dict:
-        return evaluate(model, loaders, num_classes, config, device)
+        return evaluate(model, loaders, num_classes, config, device, score_entries)
 
     if "train" not in entries:
         scores = evaluate_splits()
+        on_best()
         record_evaluation(scores, config, args.output_dir)
         return weights, scores
     loader = finetune_loader(entries["train"], config, tokenizer, limit, args.seed, pin)
-    return fit(model, loader, losses, config, args, device, "end", evaluate_splits, best="val_acc")
+    return fit(model, loader, losses, config, args, device, "end", evaluate_splits, "val_acc", on_best)
 
 
 def report(
@@ -89,17 +104,24 @@ def report(
         counts = torch.tensor(scores[f"{split}_confusion"])
         num_scored = int(counts.sum())
         left_out = len(entries[split]) - num_scored
+        more = {
+            name.removeprefix(f"{split}_"): value
+            for name, value in scores.items()
+            if name.startswith(f"{split}_") and not name.endswith(("_acc", "_confusion"))
+        }
         result[split] = {
             "file": config[f"{split}_file"],
             "n": num_scored,
             "left_out": left_out,
             "acc": accuracy(counts),
+            **more,
             "most_frequent_class": majority_accuracy(counts),
             "confusion": counts.tolist(),
         }
+        shown = "".join(f"{name} {value:.2f}, " for name, value in more.items())
         log.info(
-            f"{config[f'{split}_file']}: accuracy {accuracy(counts):.2f}, always the most frequent class "
-            f"{majority_accuracy(counts):.2f}, n {num_scored}, left out {left_out}"
+            f"{config[f'{split}_file']}: accuracy {accuracy(counts):.2f}, {shown}always the most frequent "
+            f"class {majority_accuracy(counts):.2f}, n {num_scored}, left out {left_out}"
         )
         log.info(confusion_table(counts, classes))
     save_result(output_dir, name, result)

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from config import save_config
 from dataset.loaders import stop_at_unreadable
 from faults import StopSignals
-from metrics import confusion_counts
 from models.momentum import MomentumModel
 from saving import BEST, epoch_name
 from training import Losses, Scores, Training, to_device
@@ -29,14 +28,15 @@ def fit(
     epoch_step: str,
     evaluate: Callable[[int], Scores] | None = None,
     best: str | None = None,
+    on_best: Callable[[], None] = lambda: None,
 ) -> tuple[str, Scores]:
     """The epochs of a run: train, evaluate, log, save; returns the checkpoint to go on with and its scores.
 
     epoch_step: when the schedule moves (see `scheduler`); evaluate(epoch) -> scores for log.txt, called with
-    the model in any mode; best: the score whose largest value makes checkpoint_best.pth; None: every epoch's
-    checkpoint is kept. With --resume the run that wrote --checkpoint goes on, in mid-epoch too; its best
-    epoch stays the one to return until a better one comes. Raises Stopped, with everything saved, after a
-    stop signal.
+    the model in any mode; best: the score whose largest value makes checkpoint_best.pth, on_best() is called
+    then; None: every epoch's checkpoint is kept. With --resume the run that wrote --checkpoint goes on, in
+    mid-epoch too; its best epoch stays the one to return until a better one comes. Raises Stopped, with
+    everything saved, after a stop signal.
     """
     epochs = config["schedular"]["epochs"]
     if is_main():
@@ -63,11 +63,14 @@ def fit(
             if is_best or best is None:
                 kept = str(Path(args.output_dir) / (BEST if is_best else epoch_name(epoch)))
                 kept_scores = scores
+            if is_best:
+                on_best()
             training.finish_epoch(kept_scores, is_best)
     if first_epoch >= epochs:
         log.info(f"{args.checkpoint} is the end of the run already: schedular.epochs is {epochs}")
     if best and not kept_scores:  # a published checkpoint, at its end
         kept_scores = evaluate(epochs - 1)
+        on_best()
     barrier()  # the others may read what the main rank has written
     log.info(f"done: {kept}" + (f", {best} {kept_scores[best]:.2f}" if best else ""))
     return kept, kept_scores
@@ -83,14 +86,19 @@ def record_evaluation(scores: Scores, config: dict, output_dir: str) -> None:
 
 @torch.no_grad()
 def evaluate_classes(
-    model: nn.Module, loader: DataLoader, num_classes: int, config: dict, device: torch.device, header: str
+    model: nn.Module, loader: DataLoader, config: dict, device: torch.device, header: str
 ) -> Tensor:
-    """Counts of (true class, predicted class) over all ranks, (C, C) on the CPU; VE and NLVR share it."""
+    """Return the true and the predicted class of every entry that the ranks' loaders share, in order.
+
+    (N, 2) on the CPU, the same on all ranks; VE and NLVR share it.
+    """
     model.eval()
-    counts = torch.zeros(num_classes, num_classes, dtype=torch.long)
+    rows: list[tuple[int, int, int]] = []
     for batch in with_progress(stop_at_unreadable(loader), len(loader), header, config["log_steps"]):
         batch = to_device(batch, device)
         with autocast(device, config["precision"]):
             predicted = model.predict(batch["image"], batch["text_ids"], batch["text_mask"]).argmax(-1)
-        counts += confusion_counts(batch["label"].cpu(), predicted.cpu(), num_classes)
-    return sum(all_gather_objects(counts))
+        columns = batch["index"], batch["label"], predicted
+        rows += zip(*(column.tolist() for column in columns), strict=True)
+    gathered = sorted(row for part in all_gather_objects(rows) for row in part)
+    return torch.tensor(gathered)[:, 1:]

@@ -92,6 +92,19 @@ def majority_accuracy(counts: Tensor) -> float:
     return 100.0 * counts.sum(1).max().item() / max(counts.sum().item(), 1)
 
 
+def consistency(identifiers: Sequence[str], right: Sequence[bool]) -> float:
+    """Return NLVR2's second metric: of its sentences, the percentage judged right on all pairs of images.
+
+    identifiers: split-set-pair-sentence of each entry, as NLVR2 has them; right: whether it is judged right.
+    """
+    sentences: dict[tuple[str, str, str], bool] = {}
+    for identifier, is_right in zip(identifiers, right, strict=True):
+        split, image_set, _pair, number = identifier.split("-")
+        sentence = split, image_set, number
+        sentences[sentence] = sentences.get(sentence, True) and is_right
+    return 100.0 * sum(sentences.values()) / len(sentences)
+
+
 def confusion_table(counts: Tensor, classes: Sequence[str]) -> str:
     """A confusion matrix (C, C) as lines of text: a row for each true class, a column for each predicted."""
     corner = "true \\ predicted"

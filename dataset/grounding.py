@@ -15,7 +15,7 @@ from dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from dataset.json_list import read_json
 from dataset.retrieval import WithIdentities
 from dataset.tables import by_id, checked, look_up
-from safe_load import allowed_function
+from safe_load import allowed_function, todays_name
 from utils import UserError
 
 SPLITS = ("val", "testA", "testB")  # of evaluation
@@ -137,6 +137,9 @@ def _is_number(value: object) -> bool:
 # ---- pickles of plain values ----
 
 
+PLAIN_MODULES = ("builtins", "collections", "_codecs", "numpy", "numpy.core.multiarray")
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Sets, ordered dicts, bytes and numpy's numbers are named by a pickle; any other name is refused."""
 
@@ -146,7 +149,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         function = allowed_function(module, name)
-        if function is None:
+        if function is None or todays_name(module, name)[0] not in PLAIN_MODULES:
             raise UserError(
                 f"{self.path}: its pickle asks for {module}.{name}, but a list of references is made of "
                 "plain values; nothing of the file was run. Get the file from a source you trust"

@@ -1,14 +1,18 @@
 """Two images and a sentence that is true of them or not (NLVR2)."""
 
+import re
+from collections.abc import Iterable
+
 from dataset.annotations import ANY, TEXT, Mapped, item_of, read_annotations
 from utils import UserError
 
 CLASSES = ("False", "True")  # the label's number
+IDENTIFIER = re.compile(r"[^-,\s]+(-[^-,\s]+){3}")  # split, set of images, pair in the set, sentence
 
 
 def read_nlvr(files: str | list[str], image_root: str) -> Mapped:
     """Entries {"images": [path, path], "sentence", "label": "True" or "False" in any case, or a JSON boolean}
-    as items with a label 0 or 1.
+    as items with a label 0 or 1 and their identifier, "" where it is no text.
 
     Raises UserError, naming file and entry, for another label or number of images.
     """
@@ -24,7 +28,19 @@ def _check(entry: dict, where: str) -> None:
 
 
 def _item(entry: dict) -> dict:
-    return {**item_of(entry, "sentence"), "label": CLASSES.index(_label(entry))}
+    identifier = entry.get("identifier")
+    return {
+        **item_of(entry, "sentence"),
+        "label": CLASSES.index(_label(entry)),
+        "identifier": identifier if isinstance(identifier, str) else "",
+    }
+
+
+def official_identifiers(items: Iterable[dict]) -> list[str] | None:
+    """Return the identifiers of all items, or None where one is not as NLVR2 has them or stands twice."""
+    identifiers = [item["identifier"] for item in items]
+    are_official = all(map(IDENTIFIER.fullmatch, identifiers)) and len(set(identifiers)) == len(identifiers)
+    return identifiers if are_official else None
 
 
 def _label(entry: dict) -> str:

@@ -12,13 +12,17 @@ from PIL import Image
 from config import GROUNDING, NLVR, VE, VQA, read_config
 from dataset.annotations import TEXT, read_annotations
 from dataset.grounding import GroundingEvalData
-from dataset.nlvr import read_nlvr
+from dataset.nlvr import official_identifiers, read_nlvr
 from dataset.prepare.__main__ import main
+from dataset.prepare.nlvr2 import sentences
+from dataset.prepare.vqa import vqa_entries
 from dataset.ve import read_ve
 from dataset.vqa import VQAEvalData, given_answers, read_questions
+from metrics import consistency
 from utils import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+EXCERPTS = Path(__file__).parent / "excerpts"
 
 
 @pytest.fixture
@@ -362,6 +366,32 @@ def test_missing_vqa_images_are_counted_by_data_set(data, capsys):
     assert "vqa_test.json is incomplete" in printed
 
 
+def test_vqa_s_own_questions_and_annotations_are_read():
+    names = ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train2014_annotations.json")
+    entries = list(vqa_entries(*(EXCERPTS / name for name in names), "train2014"))
+    assert entries[0] == {
+        "dataset": "vqa",
+        "image": "train2014/COCO_train2014_000000228478.jpg",
+        "question": "What English meal is this likely for?",
+        "question_id": 228478002,
+        "answer": [
+            "brunch",
+            "tea",
+            "tea time",
+            "brunch",
+            "breakfast",
+            "tea",
+            "teatime",
+            "lunch",
+            "reception",
+            "breakfast",
+        ],
+        "question_type": "what",
+        "answer_type": "other",
+    }
+    assert [entry["question_id"] for entry in entries] == [228478002, 111756005]
+
+
 def test_vqa_files_in_the_folders_of_the_authors_reader(data, capsys):
     """Questions/ and Annotations/; the questions of Visual Genome may name their image `image_id`."""
     make_vqa(data)
@@ -507,6 +537,25 @@ def test_nlvr2_leaves_out_pairs_that_lack_an_image(data, capsys):
         f"2 entries whose image is not in {data}/nlvr2; first: images/train/37/train-10171-0-img1" in printed
     )
     assert len(content(data / "nlvr_train.json")) == 1
+
+
+def test_nlvr2_s_own_lines_convert_and_score_as_by_its_script(data):
+    """Set 850: two sentences, each on four pairs. The script of its authors gave these numbers."""
+    path = EXCERPTS / "nlvr2_dev.json"
+    entries = list(sentences(path))
+    assert entries[0] == {
+        "images": ["dev/dev-850-0-img0.png", "dev/dev-850-0-img1.png"],
+        "sentence": "The right image shows a curving walkway of dark glass circles embedded in dirt and "
+        "flanked by foliage.",
+        "label": "False",
+        "identifier": "dev-850-0-0",
+    }
+    write(data / "nlvr_dev.json", entries)
+    items = read_nlvr(str(data / "nlvr_dev.json"), "")
+    identifiers = official_identifiers(items)
+    assert identifiers == [json.loads(line)["identifier"] for line in path.read_text().splitlines()]
+    for wrong, percent in (((), 100.0), ((0,), 50.0), ((5, 6), 50.0), ((0, 4), 0.0)):
+        assert consistency(identifiers, [i not in wrong for i in range(8)]) == percent
 
 
 def test_nlvr2_s_other_files_are_converted_where_they_are_there(data, capsys):

@@ -136,6 +136,30 @@ def test_text_assignment_does_not_evaluate(monkeypatch, tiny, tmp_path):
     assert "NLVR.py --evaluate" in fails(monkeypatch, Pretrain_NLVR, *flags)
 
 
+@pytest.mark.parametrize(
+    "identifiers",
+    [
+        ["dev-1-0-0", None],
+        ["dev-1-0-0", 7],
+        ["dev-1-0-0", "dev-1-0-0"],
+        ["dev-1-0-0", "a-1"],
+        ["dev,1-0-0-0"] * 2,
+    ],
+)
+def test_nlvr_without_official_identifiers_has_accuracy_alone_and_says_so(
+    monkeypatch, capsys, tiny, tmp_path, identifiers
+):
+    """As in the published files, which have none."""
+    entries = [nlvr_entry(identifier=identifier) for identifier in identifiers]
+    path = write(tmp_path, entries)
+    flags = ["--evaluate", "--overrides", f"test_file={path}"]
+    record = record_of(monkeypatch, NLVR, tiny, tmp_path / "out", *flags)
+    assert "test_consistency" not in record and "val_consistency" in record
+    assert f"{path}: no consistency, and no file of predictions; for them" in capsys.readouterr().out
+    written = [file.name for file in (tmp_path / "out" / "result").iterdir()]
+    assert sorted(written) == ["nlvr.json", "nlvr_val_predictions.csv"]
+
+
 # ---- images ----
 
 

@@ -47,6 +47,7 @@ def make_task_files(folder: Path) -> dict[str, Path]:
                 "images": [f"{split}/{images[(i + j) % len(images)].name}" for j in (0, 1)],
                 "sentence": f"there are {i % 4} ducks in all",
                 "label": ("True", "False", True, "false")[i % 4],
+                "identifier": f"{split}-{i // 4}-{i % 2}-{i // 2 % 2}",  # two sentences on two pairs of a set
             }
             for i in range(num_entries)
         ]
@@ -195,6 +196,35 @@ def test_fine_tuning_keeps_the_best_checkpoint_of_validation(runs, task, classes
     table = [line.split() for line in printed[task].splitlines()]
     for name, row in zip(classes, result["test"]["confusion"], strict=True):
         assert [name, *map(str, row)] in table
+
+
+def test_nlvr_tells_consistency_and_writes_what_the_official_script_takes(runs):
+    """Of the best epoch, in the order of the entries, whatever the number of ranks."""
+    folder, printed = runs
+    result = json.loads((folder / "nlvr" / "result" / "nlvr.json").read_text())
+    for split in ("val", "test"):
+        entries = json.loads((folder / "tasks" / f"nlvr_{split}.json").read_text())
+        file = folder / "nlvr" / "result" / f"nlvr_{split}_predictions.csv"
+        lines = [line.split(",") for line in file.read_text().splitlines()]
+        assert [name for name, _ in lines] == [entry["identifier"] for entry in entries]
+        right = [
+            answer == str(entry["label"]).capitalize()
+            for (_, answer), entry in zip(lines, entries, strict=True)
+        ]
+        assert result[split]["acc"] == pytest.approx(100 * sum(right) / len(right))
+        sentences = {name.split("-")[1] + " " + name.split("-")[3] for name, _ in lines}
+        wrong = {
+            name.split("-")[1] + " " + name.split("-")[3]
+            for (name, _), is_right in zip(lines, right, strict=True)
+            if not is_right
+        }
+        expected = 100 * (1 - len(wrong) / len(sentences))
+        assert result[split]["consistency"] == pytest.approx(expected)
+        assert f"consistency {expected:.2f}" in printed["nlvr"]
+        for num_ranks in (1, 2, 3):
+            again = folder / f"nlvr_{num_ranks}" / "result" / file.name
+            assert again.read_bytes() == file.read_bytes()
+    assert not list((folder / "ve" / "result").glob("*.csv")) and "consistency" not in printed["ve"]
 
 
 @pytest.mark.parametrize("task", ["ve", "nlvr"])
