@@ -57,13 +57,14 @@ class ChanceCheck:
             listed = ", ".join(f"{name} {level:.3f}" for name, level in self.levels.items())
             log.info(f"a model that has learned nothing has: {listed}")
 
-    def look(self, means: dict[str, float], begin: int, end: int, num_steps: int) -> None:
+    def look(self, means: dict[str, float | None], begin: int, end: int, num_steps: int) -> None:
         """means: of the losses over the steps `begin` to `end`; num_steps: of the whole run. Looks at the
         means whose steps the run's patience ends in, so that a resumed run does not say it again.
         """
         if not begin < patience(num_steps) <= end:
             return
-        stuck = [name for name, level in self.levels.items() if means[name] > (1 - TOLERANCE) * level]
+        known = {name: mean for name in self.levels if (mean := means.get(name)) is not None}
+        stuck = [name for name, mean in known.items() if mean > (1 - TOLERANCE) * self.levels[name]]
         if stuck:
             found = ", ".join(f"{name} {means[name]:.3f} (chance {self.levels[name]:.3f})" for name in stuck)
             log.warning(f"nothing learned after {end} steps: {found}. {USUAL_CAUSES}")

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -33,9 +34,9 @@ class Run(NamedTuple):
 
 
 def read_records(path: Path, order: str) -> list[dict]:
-    """The JSON objects of a log, their values as numbers where they are ("0.1" in published logs); [] where
-    there is no such file. A record that starts over, at an `order` reached before, replaces what came after:
-    so does an output folder used again.
+    """The JSON objects of a log, their values as numbers where they are ("0.1" in published logs), null as
+    None; [] where there is no such file. A record that starts over, at an `order` reached before, replaces
+    what came after: so does an output folder used again.
 
     Raises UserError for a line that is not a JSON object; the last one may be cut short, as by a kill.
     """
@@ -92,7 +93,7 @@ def panels(runs: list[Run]) -> tuple[list[str], dict[str, list[str]]]:
             logged |= dict.fromkeys(name for name in record if name not in ("step", "epoch"))
         for record in run.epochs:
             for name, value in record.items():
-                if not isinstance(value, float) or name == "epoch":
+                if not isinstance(value, float | None) or name == "epoch":
                     continue
                 if not name.startswith("train_"):
                     names = scores.setdefault(split_and_metric(name)[1], [])
@@ -186,10 +187,14 @@ def draw_scores(axis, title: str, names: list[str], runs: list[Run]) -> None:
 
 
 def _draw(axis, records: list[dict], order: str, name: str, **style) -> None:
-    having = [record for record in records if isinstance(record.get(name), float)]
-    if len(having) == 1:
-        style = {"marker": ".", **style}  # a line of one point is none
-    axis.plot([record[order] for record in having], [record[name] for record in having], **style)
+    """A line through the values, broken where there is none: a loss is null where no step was finite."""
+    having = [record for record in records if name in record]
+    values = [math.nan if record[name] is None else record[name] for record in having]
+    axis.plot([record[order] for record in having], values, **style)
+    there = np.isfinite([math.nan, *values, math.nan])
+    alone = np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:])
+    if len(alone) and "marker" not in style:  # a line of one point is none
+        axis.plot([having[i][order] for i in alone], [values[i] for i in alone], ".", **style)
     axis.margins(y=0.15)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.spines[["top", "right"]].set_visible(False)

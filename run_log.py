@@ -79,13 +79,16 @@ class RunLog:
         """Samples a second count from here; num_samples: those of the epoch done before."""
         self.samples, self.since = num_samples, time.monotonic()
 
-    def steps(self, step: int, means: dict[str, float], num_samples: int) -> None:
-        """The means since the last call; num_samples: those of the epoch in progress that are done."""
+    def steps(self, step: int, means: dict[str, float | None], num_samples: int) -> None:
+        """The means since the last call, None left out; num_samples: those of the epoch in progress that are
+        done.
+        """
         num_new, seconds = num_samples - self.samples, time.monotonic() - self.since
         self.begin(num_samples)
         # None where the steps were another process's, which a signal stopped before it could log them.
         speed = {"samples_per_second": num_new / seconds} if num_new else {}
-        self.write(step, "train", {**means, **speed})
+        known = {name: mean for name, mean in means.items() if mean is not None}
+        self.write(step, "train", {**known, **speed})
 
     def epoch(self, step: int, stats: dict, scores: dict) -> None:
         """Bad images and scores: the numbers; lists, such as confusion matrices, are left to log.txt."""

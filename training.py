@@ -190,9 +190,12 @@ class Training:
     def count_anew(self) -> None:
         self.whole, self.window, self.bad_images = MetricLog(), MetricLog(), BadImages()
 
-    def train_one_epoch(self, signals: StopSignals, best: Scores, save_last: bool) -> dict[str, float | dict]:
-        """The rest of the epoch in progress; returns the means of every loss and the learning rate over all
-        ranks, and the account of bad images. `save_last`: saves after the last step, for work that follows.
+    def train_one_epoch(
+        self, signals: StopSignals, best: Scores, save_last: bool
+    ) -> dict[str, float | dict | None]:
+        """The rest of the epoch in progress; returns the means of every loss (None where no step was finite)
+        and of the learning rate over all ranks, and the account of bad images. `save_last`: saves after the
+        last step, for work that follows.
 
         The weight of the momentum targets ramps in epoch 0 of pre-training, and elsewhere where config
         `warm_up` says so. Raises UserError for too many steps in a row that were not finite, and for an epoch
@@ -283,9 +286,9 @@ class Training:
         check = self.update(means)
         files = [file for batch in batches for files in batch.get("files", []) for file in files]
         self.unread = check, f"epoch {self.epoch}, step {self.step}", files
-        values = {**means, "lr": self.optimizer.param_groups[-1]["lr"]}
-        self.whole.add(values, check.bad == 0)
-        self.window.add(values, check.bad == 0)
+        for metrics in (self.whole, self.window):
+            metrics.add(means, check.bad == 0)
+            metrics.add({"lr": self.optimizer.param_groups[-1]["lr"]})
 
     def update(self, means: dict[str, Tensor]) -> FiniteCheck:
         """Clips the gradient and moves the weights, if all is finite; means: the losses of the step."""
@@ -335,8 +338,10 @@ class Training:
         return bool(by_steps or (minutes and time.monotonic() - self.last_save >= 60 * minutes))
 
     def record_window(self) -> None:
-        """The means since the last call go to train_steps.jsonl, for curves, and to TensorBoard."""
-        if is_main() and self.window.count:  # none where no step of the window was finite
+        """The means since the last call go to train_steps.jsonl, for curves, and to TensorBoard; that of a
+        loss is null where none of the steps was finite.
+        """
+        if is_main() and self.window.sums:
             place = {"step": self.total_steps, "epoch": self.epoch}
             means = self.window.means()
             append_line(Path(self.output_dir) / STEPS_LOG, json.dumps({**place, **means}))
@@ -484,10 +489,10 @@ def forget_later_lines(path: Path, comes_later: Callable[[dict], bool]) -> None:
 
 
 def window_text(window: MetricLog) -> str:
-    means = window.means().items()
-    return "  ".join(
-        f"{name} {value:.2e}" if name == "lr" else f"{name} {value:.4f}" for name, value in means
-    )
+    def number(name: str, value: float | None) -> str:
+        return "-" if value is None else f"{value:.2e}" if name == "lr" else f"{value:.4f}"
+
+    return "  ".join(f"{name} {number(name, value)}" for name, value in window.means().items())
 
 
 class BadImages:

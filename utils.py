@@ -200,10 +200,11 @@ class MetricLog:
 
     def __init__(self):
         self.sums: dict[str, Tensor | float] = {}
-        self.count: Tensor | int = 0
+        self.counts: dict[str, Tensor | int] = {}  # of the additions that count
 
     def add(self, values: dict[str, Tensor | float], counted: Tensor | None = None) -> None:
         """counted: bool scalar on the values' device, false where they do not count; None = they do."""
+        number = 1 if counted is None else counted.long()
         for name, value in values.items():
             if isinstance(value, Tensor):
                 value = value.detach().double()
@@ -211,30 +212,44 @@ class MetricLog:
             elif counted is not None:
                 value = counted.double() * value
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count = self.count + (1 if counted is None else counted.long())
+            self.counts[name] = self.counts.get(name, 0) + number
 
-    def means(self) -> dict[str, float]:
-        """Means over this rank's additions."""
-        return {name: float(total) / max(int(self.count), 1) for name, total in self.sums.items()}
+    def means(self) -> dict[str, float | None]:
+        """Means over this rank's additions; None where no addition counted."""
+        return self._means([self.state_dict()])
 
     def state_dict(self) -> dict:
-        return {"sums": {name: float(total) for name, total in self.sums.items()}, "count": int(self.count)}
+        return {
+            "sums": {name: float(total) for name, total in self.sums.items()},
+            "counts": {name: int(count) for name, count in self.counts.items()},
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        self.sums, self.count = dict(state["sums"]), state["count"]
+        self.sums, self.counts = dict(state["sums"]), self._counts(state)
 
     def merge(self, state: dict) -> None:
         """Adds the sums of another rank."""
-        for name, total in state["sums"].items():
-            self.sums[name] = self.sums.get(name, 0.0) + total
-        self.count += state["count"]
+        for name, count in self._counts(state).items():
+            self.sums[name] = self.sums.get(name, 0.0) + state["sums"][name]
+            self.counts[name] = self.counts.get(name, 0) + count
 
-    def global_means(self) -> dict[str, float]:
-        """Means over the additions of all ranks, weighted by their number."""
-        gathered = all_gather_objects(self.state_dict())
-        total = sum(state["count"] for state in gathered)
-        names = gathered[0]["sums"]
-        return {name: sum(s["sums"].get(name, 0.0) for s in gathered) / max(total, 1) for name in names}
+    def global_means(self) -> dict[str, float | None]:
+        """Means over the additions of all ranks, weighted by their number; None where none counted."""
+        return self._means(all_gather_objects(self.state_dict()))
+
+    @staticmethod
+    def _counts(state: dict) -> dict[str, int]:
+        """Checkpoints of older versions have one number for all names."""
+        return dict(state["counts"] if "counts" in state else dict.fromkeys(state["sums"], state["count"]))
+
+    @staticmethod
+    def _means(states: list[dict]) -> dict[str, float | None]:
+        means = {}
+        for name in states[0]["sums"]:
+            count = sum(state["counts"].get(name, 0) for state in states)
+            total = sum(state["sums"].get(name, 0.0) for state in states)
+            means[name] = total / count if count else None
+        return means
 
 
 def with_progress(

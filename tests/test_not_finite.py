@@ -1,6 +1,7 @@
 """Steps whose loss or gradient is not finite: named, left out, the end of a run when they come in a row."""
 
 import json
+import math
 import sys
 from unittest import mock
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 from tiny import make_tiny
 
+import curves
 import Pretrain
 from faults import FiniteCheck, gradient_norm
 from launch import script_arguments
 from models.momentum import enqueue
-from utils import UserError
+from utils import MetricLog, UserError
 
 NAN, INF = float("nan"), float("inf")
 
@@ -59,6 +61,53 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(tiny, tmp_path, 
     }  # one left out
     record = json.loads((tmp_path / "log.txt").read_text())
     assert all(isinstance(number, float | int) and number == number for number in record.values())
+
+
+def lines_of(path):
+    def refuse(word):
+        raise AssertionError(f"{path.name} holds {word}, which is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("steps", [{2}, {0}, set(range(6))], ids=["one", "first", "all"])
+def test_where_no_step_was_finite_there_is_no_loss_but_a_learning_rate(tiny, tmp_path, capsys, steps):
+    """null in JSON, a dash on the screen, a gap in TensorBoard and curves; of a whole epoch, too."""
+
+    def spoil(step, named, batch):
+        return {name: loss * NAN for name, loss in named.items()} if step in steps else None
+
+    settings = "max_nonfinite_steps=99", "save_every_steps=4", "optimizer.lr=1e-3", "schedular.warmup_lr=1e-3"
+    pretrain(tiny, tmp_path, spoil, *settings)
+    logged, (epoch,) = lines_of(tmp_path / "train_steps.jsonl"), lines_of(tmp_path / "log.txt")
+    assert [record["step"] for record in logged] == list(range(1, 7))
+    for record in [*logged, {name.removeprefix("train_"): value for name, value in epoch.items()}]:
+        is_finite = steps != set(range(6)) if "step" not in record else record["step"] - 1 not in steps
+        for name in ("loss_ita", "loss_itm", "loss_mlm", "loss_mim", "loss_psl"):
+            assert (record[name] is not None) == is_finite and record[name] != 0, (record, name)
+        assert record["lr"] == pytest.approx(1e-3)
+    said = capsys.readouterr().out
+    assert "loss_mlm 0.0000" not in said and said.count("loss_mlm -") == len(steps)
+    for record, line in zip(logged, said.split("Epoch 0  [")[1:], strict=True):
+        assert f"lr {record['lr']:.2e}" in line
+    drawn = []
+    axis = mock.MagicMock(plot=lambda *values, **style: drawn.append(values))
+    curves.draw_logged(axis, "loss_mlm", [curves.read_run(tmp_path)], by_step=True)
+    assert [math.isfinite(value) for value in drawn[0][1]] == [step not in steps for step in range(6)]
+
+
+def test_the_means_of_older_checkpoints_are_read():
+    """They had one number for all names."""
+    log = MetricLog()
+    log.load_state_dict({"sums": {"loss": 6.0, "lr": 3.0}, "count": 3})
+    log.merge({"sums": {"loss": 2.0, "lr": 1.0}, "count": 1})
+    assert log.means() == log.global_means() == {"loss": 2.0, "lr": 1.0}
+    log.add({"loss": torch.tensor(NAN)}, torch.tensor(False))
+    assert log.means() == {"loss": 2.0, "lr": 1.0}
+    fresh = MetricLog()
+    fresh.add({"loss": torch.tensor(NAN)}, torch.tensor(False))
+    fresh.add({"lr": 0.5})
+    assert fresh.means() == {"loss": None, "lr": 0.5}
 
 
 def test_a_gradient_that_is_not_finite_counts_too(tiny, tmp_path, capsys):
