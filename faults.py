@@ -1,4 +1,8 @@
-"""What ends a run early, and how: signals, a process that dies, losses that are not finite."""
+"""What ends a run early, and how: signals, a process that dies, losses that are not finite.
+
+A stop signal reaches some ranks or all. In training all agree on it at the end of a step. In an evaluation
+nobody waits for anybody, so a rank that hears it tells its neighbour in the ring of `watch_peers`, and so on.
+"""
 
 import ctypes
 import os
@@ -14,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from run_record import RunRecord
 from saving import Saver
 from utils import UserError, rank, world_size
 
@@ -24,24 +29,33 @@ PR_SET_PDEATHSIG = 1  # of prctl(2): the signal to get when the parent ends
 
 
 class Stopped(Exception):
-    """The run ends as it was told to, and can be resumed."""
+    """The run ends as it was told to, by the signal of that name; the message says how it goes on."""
+
+    def __init__(self, message: str, signal_name: str = ""):
+        super().__init__(message)
+        self.signal_name = signal_name
 
 
 class StopSignals:
     """While open, a stop signal is noted in `received`, for the end of the step. One while `at_once` is set,
-    or a second Ctrl-C, raises Stopped where the main thread is.
+    or a second Ctrl-C, raises Stopped where the main thread is, and ends all other ranks.
     """
 
     REPEATED_AFTER = 1.0  # seconds: sooner it is the same one, passed on by a launcher
 
-    def __init__(self):
+    def __init__(
+        self,
+        names: tuple[str, ...] = STOP_SIGNALS,
+        at_once: bool = False,
+        remedy: str = "; --resume goes on from here",
+    ):
+        self.names, self.at_once, self.remedy = names, at_once, remedy
         self.received = ""
-        self.at_once = False
 
     def __enter__(self) -> "StopSignals":
-        self.previous = {}
+        self.previous, self.process = {}, os.getpid()
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            for name in STOP_SIGNALS:
+            for name in self.names:
                 number = getattr(signal, name, None)
                 if number is not None:
                     self.previous[number] = signal.signal(number, self._handle)
@@ -61,6 +75,10 @@ class StopSignals:
         self.at_once = False
 
     def _handle(self, number: int, _frame) -> None:
+        if os.getpid() != self.process:  # a process forked from this one, such as a pool's
+            if self.at_once:
+                os._exit(128 + number)
+            return
         if not self.received:
             self.received, self.since = signal.Signals(number).name, time.monotonic()
         again = number == signal.SIGINT and time.monotonic() - self.since > self.REPEATED_AFTER
@@ -68,8 +86,26 @@ class StopSignals:
             self._stop()
 
     def _stop(self) -> None:
-        leave()
-        raise Stopped(f"stopped by {self.received}")
+        stop_others()
+        raise Stopped(f"stopped by {self.received}{self.remedy}", self.received)
+
+
+def end_process(code: int, status: str, message: str) -> None:
+    """Ends this process at once, when what is being written is on the disk and run.json says how it ended."""
+    Saver.wait()
+    if RunRecord.current:
+        RunRecord.current.finish(status, message)
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def end_stopped(signal_name: str, message: str) -> None:
+    """`end_process` after a stop signal: with the code of what can be resumed, or the shell's for the signal
+    where nothing is trained.
+    """
+    is_training = RunRecord.current is not None and RunRecord.current.is_training
+    end_process(RESUMABLE if is_training else 128 + signal.Signals[signal_name], "stopped", message)
 
 
 def start_helper_process() -> None:
@@ -85,20 +121,26 @@ def start_helper_process() -> None:
 
 # ---- several processes ----
 
-_leaving = threading.Event()
+_leaving = threading.Event()  # this process does not mind the end of others any more
+_stopping = threading.Event()  # a signal has told this process to stop
 _groups: dict[str, dist.ProcessGroup] = {}
-WATCH = "watch"
+_watcher: threading.Thread | None = None
+LEFT, STOPPED, LOST = 0.0, 1.0, 2.0  # what a rank hears of its neighbour's end
+NEWS_SECONDS = 10.0  # by when all ranks have heard of one's end
 
 
 def watch_peers() -> None:
-    """From here on the death of any process ends all others within seconds.
+    """From here on the death of any process ends all others within seconds, as does `stop_others`.
 
-    Collectives would wait half an hour for it. In a thread rank r waits for a message of rank r + 1 that
-    never comes; what comes is the end of the connection. Raises UserError where the processes cannot connect.
+    Collectives would wait half an hour for it. In a thread rank r waits for a message of rank r + 1; what
+    comes is the end of the connection, or a word on why rank r + 1 ends. Raises UserError where the processes
+    cannot connect.
     """
+    global _watcher
     if world_size() == 1:
         return
     _leaving.clear()
+    _stopping.clear()
     try:
         _groups["control"] = dist.new_group(backend="gloo")
         _groups["watch"] = dist.new_group(backend="gloo", timeout=timedelta(days=365))
@@ -108,22 +150,46 @@ def watch_peers() -> None:
             f"the processes cannot connect over gloo ({error}); set GLOO_SOCKET_IFNAME to the network "
             "interface between the machines"
         ) from error
-    threading.Thread(target=_watch, args=(_groups["watch"],), name=WATCH, daemon=True).start()
+    _watcher = threading.Thread(target=_watch, args=(_groups["watch"],), daemon=True)
+    _watcher.start()
 
 
 def _watch(group: dist.ProcessGroup) -> None:
-    neighbour = (rank() + 1) % world_size()
-    with suppress(RuntimeError):
-        dist.recv(torch.zeros(1), src=neighbour, group=group)
-    if _leaving.is_set():
-        return
-    print(
-        f"error (rank {rank()}): lost rank {neighbour}; where it ended by itself, its own message says why",
-        file=sys.stderr,
-        flush=True,
-    )
-    Saver.wait()
-    os._exit(1)
+    neighbour, news = (rank() + 1) % world_size(), torch.tensor([LOST])
+    try:
+        dist.recv(news, src=neighbour, group=group)
+    except RuntimeError:
+        news.fill_(LOST)
+    if news.item() == STOPPED and not _stopping.is_set():
+        _stopping.set()
+        with suppress(RuntimeError):
+            _tell_neighbour(STOPPED).wait()
+        end_stopped("SIGTERM", "stopped by a signal to another rank")
+    if news.item() == LOST and not _leaving.is_set():
+        lost = f"lost rank {neighbour}; where it ended by itself, its own message says why"
+        end_process(1, "failed", f"error (rank {rank()}): {lost}")
+
+
+def _tell_neighbour(news: float) -> dist.Work:
+    return dist.isend(torch.tensor([news]), dst=(rank() - 1) % world_size(), group=_groups["watch"])
+
+
+def stop_others() -> None:
+    """Ends all other ranks as a stop signal ends this one; returns when they have heard of it."""
+    leave()
+    if world_size() > 1 and _groups and not _stopping.is_set():
+        _stopping.set()
+        with suppress(RuntimeError):
+            told = _tell_neighbour(STOPPED)  # noqa: F841  it is sent as long as this lives
+            wait_for_news()  # it has come round
+
+
+def wait_for_news() -> None:
+    """Returns when the neighbour's end is known, and its reason with it, or after NEWS_SECONDS. Where that is
+    a reason to end this process, it has ended by then.
+    """
+    if _watcher is not None:
+        _watcher.join(NEWS_SECONDS)
 
 
 def leave() -> None:
@@ -136,10 +202,8 @@ def leave_together() -> None:
     leave()
     if world_size() > 1 and _groups:
         dist.barrier(_groups["control"])
-        dist.send(torch.zeros(1), dst=(rank() - 1) % world_size(), group=_groups["watch"])
-        for thread in threading.enumerate():
-            if thread.name == WATCH:
-                thread.join()
+        _tell_neighbour(LEFT).wait()
+        _watcher.join()
         _groups.clear()
 
 

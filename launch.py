@@ -4,21 +4,33 @@ import argparse
 import logging
 import os
 import random
+import re
 import sys
+import tempfile
 import threading
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from faults import RESUMABLE, Stopped, leave_together, watch_peers
+from faults import (
+    Stopped,
+    StopSignals,
+    end_process,
+    end_stopped,
+    leave_together,
+    stop_others,
+    wait_for_news,
+    watch_peers,
+)
 from run_log import check_wandb
-from run_record import RunRecord, previous_run
-from saving import Saver, check_undamaged, load_checkpoint, newest_good, run_checkpoints
+from run_record import RunRecord, previous_run, set_aside_logs
+from saving import check_undamaged, load_checkpoint, newest_good, run_checkpoints
 from utils import UserError, all_gather_objects, first_line, is_main, log, rank, set_precision, world_size
 
 # ---- start and end ----
@@ -80,7 +92,8 @@ def _launched_as() -> tuple[int, int, int]:
 
 def start(args: argparse.Namespace, config: dict) -> torch.device:
     """Joins the other processes, picks the device, seeds all generators (differently on each rank), finds
-    what to resume and begins run.json; with --dry_run without these two. Sets args.run, the run's id.
+    what to resume, sets an earlier run's logs aside and begins run.json; with --dry_run without these three.
+    Sets args.run, the run's id. From here on a stop signal ends the script at once, outside of `fit`.
 
     Raises UserError for a --resume that finds nothing or comes with --evaluate, a GPU that is not there or
     lacks config `precision`, a taken port, an output folder that cannot be written, or Weights & Biases where
@@ -115,7 +128,13 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
         make_output_folder(args.output_dir)
         run = _find_what_to_resume(args)
         (args.run,) = set(all_gather_objects(run)) - {""}  # the main rank's
-        RunRecord(args.output_dir, args.run, config, device, args.checkpoint if args.resume else "")
+        if is_main() and not args.evaluate:
+            set_aside_logs(args.output_dir, args.run)
+        resumed_from = args.checkpoint if args.resume else ""
+        RunRecord(args.output_dir, args.run, config, device, resumed_from, is_training=not args.evaluate)
+    if _script is not None:  # not before the processes have met: a handler has to wait for that
+        # Ctrl-C is a KeyboardInterrupt here, which packages know.
+        _script.enter_context(StopSignals(("SIGTERM", "SIGUSR1"), at_once=True, remedy=""))
     seed = args.seed + rank()
     random.seed(seed)
     np.random.seed(seed)
@@ -175,6 +194,8 @@ def _find_what_to_resume(args: argparse.Namespace) -> str:
     either, started again by torchrun or SLURM: the newest good one of this very run, if it wrote any.
     """
     found, run = args.checkpoint if args.resume else "", uuid.uuid4().hex[:12]
+    if args.evaluate:  # run.json goes on saying whose logs and checkpoints the folder has
+        run = previous_run(args.output_dir) or run
     if is_main() and not args.evaluate:
         restarts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
         own = None
@@ -237,51 +258,54 @@ def make_output_folder(folder: str | Path, flag: str = "--output_dir") -> Path:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write_test_{os.getpid()}"
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".write_test_"):  # several hosts may come at once
+            pass
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from error
     return path
 
 
+_script: ExitStack | None = None  # what ends with the script that `run_script` runs
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Runs a task script and ends run.json.
 
-    A UserError ends it as one sentence and exit code 1, without a traceback; a stop signal, once everything
-    is saved, with exit code 75, "resumable". What is being written is finished first, and every rank ends at
-    once, so that none waits for one that failed. What the terminal's encoding lacks is printed as its number.
+    A UserError ends it as one sentence and exit code 1, without a traceback; a stop signal with exit code 75,
+    "resumable", once what is trained is saved, and with the shell's code for that signal where no training
+    could go on; any other exception with its traceback. What is being written is finished first, and every
+    rank ends at once, so that none waits for one that failed. What the terminal's encoding lacks is printed
+    as its number.
     """
+    global _script
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main()
+        with ExitStack() as _script:
+            main()
     except UserError as error:
         who = f" (rank {rank()})" if world_size() > 1 else ""
-        _end(1, "failed", f"error{who}: {error}")
+        end_process(1, "failed", f"error{who}: {error}")
     except Stopped as stop:
-        _end(RESUMABLE, "stopped", f"{stop}; --resume goes on from here")
-    except RuntimeError as error:
-        if world_size() == 1 or ("by peer" not in str(error) and "NCCL" not in str(error)):
-            raise
-        _end(1, "failed", f"error (rank {rank()}): lost another process, whose own message says why")
-    except KeyboardInterrupt:
-        _end(130, "failed", "interrupted")
+        end_stopped(stop.signal_name, str(stop))
+    except KeyboardInterrupt as interrupt:
+        stop_others()
+        end_stopped("SIGINT", str(interrupt) or "interrupted")
+    except Exception as error:
+        if world_size() > 1 and isinstance(error, RuntimeError) and re.search("by peer|NCCL", str(error)):
+            wait_for_news()  # which ends this process, and says why
+            end_process(1, "failed", f"error (rank {rank()}): lost another process, whose message says why")
+        if RunRecord.current:
+            what = "".join(traceback.format_exception_only(error))
+            RunRecord.current.finish("failed", what.splitlines()[0])
+        raise
     finally:
+        _script = None
         sys.stdout.flush()
     if RunRecord.current:
         RunRecord.current.finish("done")
     if dist.is_initialized():
         leave_together()
         dist.destroy_process_group()
-
-
-def _end(code: int, status: str, message: str) -> None:
-    Saver.wait()
-    if RunRecord.current:
-        RunRecord.current.finish(status, message)
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(code)
 
 
 # ---- flags ----

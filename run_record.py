@@ -1,6 +1,7 @@
 """run.json: what was run, with what, how long, and how it ended; written at the start and at the end."""
 
 import hashlib
+import itertools
 import json
 import platform
 import shlex
@@ -15,8 +16,10 @@ from pathlib import Path
 import torch
 
 from saving import atomic_write
-from utils import UserError, all_gather_objects, is_main, log, peak_bytes, world_size
+from utils import LOG, UserError, all_gather_objects, is_main, log, peak_bytes, world_size
 
+LOGS = (LOG, "train_steps.jsonl", "tensorboard")
+RUN_FILES = (*LOGS, "run.json", "config.yaml", "result")
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "Pillow", "safetensors", "ruamel.yaml")
 
 
@@ -55,13 +58,37 @@ def previous_run(output_dir: str) -> str:
         return ""
 
 
+def set_aside_logs(output_dir: str, run: str) -> None:
+    """Moves what another run than `run` has written into the folder, checkpoints apart, to earlier_1/ in it,
+    or earlier_2/, ...: its logs neither mix with those to come nor are they lost.
+    """
+    folder = Path(output_dir)
+    found = [name for name in RUN_FILES if (folder / name).exists()]
+    if previous_run(output_dir) == run or not any(name in found for name in LOGS):
+        return
+    number = next(n for n in itertools.count(1) if not (folder / f"earlier_{n}").exists())
+    target = folder / f"earlier_{number}"
+    target.mkdir()
+    for name in found:
+        (folder / name).rename(target / name)
+    log.info(f"{output_dir} was used before: {', '.join(found)} of the earlier run are in {target} now")
+
+
 class RunRecord:
     """The run.json of this process's run; the main rank writes it."""
 
     current: "RunRecord | None" = None  # of the script that runs
 
-    def __init__(self, output_dir: str, run: str, config: dict, device: torch.device, resumed_from: str):
-        self.path, self.begin = Path(output_dir) / "run.json", time.monotonic()
+    def __init__(
+        self,
+        output_dir: str,
+        run: str,
+        config: dict,
+        device: torch.device,
+        resumed_from: str,
+        is_training: bool = True,
+    ):
+        self.path, self.begin, self.is_training = Path(output_dir) / "run.json", time.monotonic(), is_training
         self.content = {
             "run": run,
             "status": "running",

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import threading
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -37,7 +38,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -56,7 +57,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+    """A name of its own: other processes, of other hosts too, may be writing the same file."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -72,7 +74,6 @@ def _sync_folder(folder: Path) -> None:
 def _same_file(source: Path, path: Path) -> None:
     """`path` becomes another name of `source`, or a copy where the disk knows no second names."""
     temporary = _temporary(path)
-    temporary.unlink(missing_ok=True)
     try:
         temporary.hardlink_to(source)
     except OSError:
@@ -254,7 +255,7 @@ class Saver:
                 if is_best:  # first, and complete: whoever finds `name` relies on the best one's being there
                     file.flush()
                     os.fsync(file.fileno())
-                    _same_file(_temporary(path), self.folder / BEST)
+                    _same_file(Path(file.name), self.folder / BEST)
             for old in set(self.saved) - set(names):
                 (self.folder / old).unlink(missing_ok=True)
             self.saved = names

@@ -262,7 +262,8 @@ class Training:
         self.saver.close()
         leave_together()
         by = signals.received or "a signal to another rank"
-        raise Stopped(f"stopped by {by} in epoch {self.epoch} after step {self.step}")
+        where = f"in epoch {self.epoch} after step {self.step}"
+        raise Stopped(f"stopped by {by} {where}; --resume goes on from here", signals.received or "SIGTERM")
 
     def one_step(self, batches: list[dict], alpha: float) -> None:
         """Zero the gradients, forward and backward of every batch, update.

@@ -302,9 +302,15 @@ def evaluation_2(run: Runner, name: str) -> None:
 
 @told
 def evaluation_alone(run: Runner, name: str) -> None:
-    """Only one rank hears the signal: the other loses it."""
-    run(name, "VE", 2, ends=(1, RESUMABLE), call=2, how="evaluation", on=(1,))
+    """Only one rank hears the signal, and ends the others."""
+    run(name, "VE", 2, ends=STOPS, call=2, how="evaluation", on=(1,))
     run(name, "VE", 2, "--resume")
+
+
+@told
+def evaluation_without_training(run: Runner, name: str) -> None:
+    """With the shell's code for SIGTERM: there is nothing to resume."""
+    run(name, "VE", 3, "--evaluate", ends=(143,) * 3, call=2, how="evaluation", on=(1,))
 
 
 @told
@@ -609,7 +615,16 @@ def test_a_stop_in_an_evaluation_costs_no_training(story, name, unbroken):
     assert_same_run(out, story(unbroken).with_name(f"{unbroken}_whole"))
     assert "stopped by SIGTERM; --resume goes on from here" in printed(out, 0)
     assert all(len(own) == STEPS for own in batches(out, first_run=1).values())  # epoch 1 alone
-    assert ("lost rank 1" in printed(out, 0)) == (name == "evaluation_alone")
+    assert ("stopped by a signal to another rank" in printed(out, 0)) == (name == "evaluation_alone")
+    assert "lost rank" not in printed(out, 0)
+
+
+def test_a_stop_in_an_evaluation_without_training_ends_all_ranks(story):
+    out = story("evaluation_without_training")
+    said = printed(out, 0)
+    assert said.count("stopped by a signal to another rank\n") == 2 and "stopped by SIGTERM\n" in said
+    assert json.loads((out / "run.json").read_text())["status"] == "stopped"
+    assert "Traceback" not in said and "lost" not in said
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -43,6 +43,7 @@ RUNS = (
     ("hangs", 1, "hangs", (), ()),
     ("killed", 2, "killed", (), ()),
     ("bad_data", 2, "bad data", (), ()),
+    ("crash", 2, "crash", (), ()),
 )
 
 
@@ -61,6 +62,8 @@ def events(event: str, rank: int, batch: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if event == "bad data" and (rank, batch) == (1, 2):
         raise UserError("broken.json cannot be read")
+    if event == "crash" and (rank, batch) == (1, 2):
+        raise KeyError("loss_new")
     if event == "killed once" and (rank, batch) == (1, 5) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -214,6 +217,15 @@ def test_bad_data_on_one_rank_ends_the_other(folder):
     assert codes == [1, 1], printed
     assert seconds < LOST
     assert "error (rank 1): broken.json cannot be read" in printed and "Traceback" not in printed
+
+
+def test_a_crash_of_one_rank_ends_the_other_and_the_record(folder):
+    codes, seconds, printed = ended(folder / "crash")
+    assert codes == [1, 1], printed
+    assert seconds < LOST
+    assert printed.count("Traceback (most recent call last)") == 1 and "KeyError: 'loss_new'" in printed
+    assert record(folder / "crash")["status"] == "failed"
+    assert "lost rank 1" in record(folder / "crash")["message"]
 
 
 def test_torchrun_starts_a_killed_run_again_by_itself(folder, tmp_path):

@@ -10,8 +10,11 @@ import pytest
 import torch
 from tiny import make_tiny, run
 
+import Pretrain
 import zero_shot_retrieval
 from config import PRETRAIN, read_config
+from curves import read_run
+from launch import run_script
 from run_record import RunRecord, code_revision, config_hash, previous_run
 
 
@@ -67,6 +70,56 @@ def test_an_evaluation_writes_one_too_and_a_killed_run_s_says_running(tiny, tmp_
     monkeypatch.setattr(sys, "argv", ["zero_shot_retrieval.py", *flags])
     zero_shot_retrieval.parse_and_run()  # as if killed before run_script could end it
     assert record_of(tmp_path)["status"] == "running" and "end" not in record_of(tmp_path)
+
+
+@pytest.mark.parametrize("error", [ValueError("no such loss\nsecond line"), AssertionError(), MemoryError()])
+def test_a_crash_is_recorded(tmp_path, monkeypatch, error):
+    """And shown: the exception goes on."""
+    monkeypatch.setattr(RunRecord, "current", None)
+
+    def main():
+        RunRecord(str(tmp_path), "abc", {}, torch.device("cpu"), "")
+        raise error
+
+    with pytest.raises(type(error)):
+        run_script(main)
+    record = record_of(tmp_path)
+    assert record["status"] == "failed" and "end" in record
+    assert record["message"] == type(error).__name__ + ": no such loss" * bool(error.args)
+
+
+def test_logs_of_an_earlier_run_are_set_aside_and_those_of_this_one_are_not(tiny, tmp_path, monkeypatch):
+    """Not to be mixed and not to be lost: TensorBoard's and results, too."""
+
+    def pretrain(epochs, *flags):
+        argv = ["Pretrain.py", "--device", "cpu", "--config", str(tiny["Pretrain"]), "--output_dir"]
+        argv += [str(tmp_path), *flags, "--overrides", f"schedular.epochs={epochs}", "log_steps=3"]
+        monkeypatch.setattr(sys, "argv", argv)
+        Pretrain.parse_and_run()
+        return {name: (tmp_path / name).read_text() for name in ("log.txt", "train_steps.jsonl", "run.json")}
+
+    first = pretrain(1)
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "scores.json").write_text("{}")
+    second = pretrain(1, "--seed", "7")
+    earlier = tmp_path / "earlier_1"
+    assert {name: (earlier / name).read_text() for name in first} == first
+    assert (earlier / "result" / "scores.json").is_file() and len(
+        list((earlier / "tensorboard").iterdir())
+    ) == 1
+    assert second["log.txt"].count("\n") == 1 and second["train_steps.jsonl"].count("\n") == 2
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1 and (tmp_path / "config.yaml").is_file()
+    assert len(read_run(earlier).epochs) == 1  # curves.py draws it
+
+    # an evaluation in between is the run's own
+    argv = ["zero_shot_retrieval.py", "--device", "cpu", "--config", str(tiny["Retrieval"]), "--evaluate"]
+    argv += ["--output_dir", str(tmp_path), "--checkpoint", str(tmp_path / "checkpoint_00.pth")]
+    monkeypatch.setattr(sys, "argv", argv)
+    zero_shot_retrieval.parse_and_run()
+    resumed = pretrain(2, "--resume", "--seed", "7")
+    assert resumed["log.txt"].startswith(second["log.txt"]) and '"epoch": 1}' in resumed["log.txt"]
+    assert resumed["train_steps.jsonl"].startswith(second["train_steps.jsonl"])
+    assert not (tmp_path / "earlier_2").exists()
 
 
 def test_a_folder_without_or_with_a_broken_record(tmp_path):

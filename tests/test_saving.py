@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from tiny import ROOT, make_tiny, run
 
 import saving
-from saving import Saver, check_undamaged, epoch_name, load_checkpoint, newest_good, step_name
+from launch import make_output_folder
+from saving import Saver, atomic_write, check_undamaged, epoch_name, load_checkpoint, newest_good, step_name
 from utils import UserError
 
 
@@ -58,7 +60,7 @@ def test_what_is_saved_is_the_moment_of_the_call(tmp_path, slow_disk):
     saver = Saver(tmp_path, 2, False)
     saver.save("checkpoint_00.pth", {"model": {"w": weight, "tied": weight}})
     weight.fill_(1.0)  # training goes on
-    assert names(tmp_path) in ([], [".checkpoint_00.pth.tmp"])
+    assert all(name.startswith(".checkpoint_00.pth.") for name in names(tmp_path))
     slow_disk.set()
     saver.close()
     model = load_checkpoint(tmp_path / "checkpoint_00.pth")["model"]
@@ -215,8 +217,27 @@ def test_another_run_s_further_file_is_not_the_newest(tmp_path):
     assert newest_good(tmp_path / "nowhere") is None
 
 
+def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
+    """As two runs that fit one codebook: the last one to finish wins."""
+    path = tmp_path / "codebook.safetensors"
+    with atomic_write(path) as slow:
+        slow.write(b"slow")
+        with atomic_write(path) as fast:
+            fast.write(b"fast and longer")
+        assert path.read_bytes() == b"fast and longer"
+    assert path.read_bytes() == b"slow" and names(tmp_path) == [path.name]
+
+
+def test_processes_of_one_number_may_prove_one_folder_at_once(tmp_path):
+    """As on two hosts; here threads."""
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(make_output_folder, [tmp_path] * 400))
+    assert names(tmp_path) == []
+
+
 def test_files_of_a_killed_save_are_removed(tmp_path):
-    (tmp_path / ".checkpoint_03.pth.tmp").write_text("half")
+    (tmp_path / ".checkpoint_03.pth.tmp").write_text("half")  # as older versions called it
+    (tmp_path / ".checkpoint_03.pth.1f2e.tmp").write_text("half")
     saved(Saver(tmp_path, 2, False), epoch_name(4))
     assert names(tmp_path) == [epoch_name(4)]
 
