@@ -8,6 +8,7 @@ import datetime
 import json
 import logging
 import os
+import re
 import resource
 import socket
 import sys
@@ -135,6 +136,37 @@ def fill_in(path: str) -> str:
 def is_url(path: str) -> bool:
     """Whether it names no file of this machine: a URL, or `pipe:` and a command that writes the content."""
     return path.startswith("pipe:") or "://" in path
+
+
+# What a file begins with that should have been something else -> what it is, and what to do.
+CONTENTS = {
+    rb"\s{0,511}\Z": "empty; was its download or copy cut short?",
+    rb"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`",
+    rb"\s*<": "a web page (HTML or XML), perhaps that of a failed download; download the file again",
+    rb"\x1f\x8b": "compressed by gzip; unpack it with `gunzip` (a .tgz or .tar.gz, too)",
+    rb"BZh\d": "compressed by bzip2; unpack it with `bunzip2`",
+    rb"\xfd7zXZ": "compressed by xz; unpack it with `unxz`",
+    rb"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it with `unzstd`",
+    rb"PK\x03\x04": "a zip archive; unpack it and name the file in it",
+    rb"PAR1": "a Parquet table; convert it with `python -m dataset.prepare table`",
+    rb"ARROW1|\xff{4}.{2}\0\0": "an Arrow table; write it as Parquet and convert that with `python -m "
+    "dataset.prepare table`",
+    rb"(?s:.{257})ustar": "a tar file; shards are named .tar and belong into train_file of Pretrain.py",
+    rb"\x80[\x02-\x05]": "a pickle of Python; write what it holds in the format that is asked for",
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF(?s:.{4})WEBP": "a picture",
+    rb"%PDF-": "a PDF",
+    rb"\xff\xfe|\xfe\xff|(?s:(?:\0[^\0]){4}|(?:[^\0]\0){4})": "text in UTF-16 or UTF-32; save it as UTF-8 "
+    "(`iconv -f UTF-16 -t UTF-8`)",
+}
+CONTENT_BYTES = 512  # of a file's beginning, that tell
+
+
+def other_content(head: bytes) -> str:
+    """Return what a file is that is not what was asked for, and what to do; "" where that cannot be told.
+
+    head: its first CONTENT_BYTES, all of a shorter one.
+    """
+    return next((what for begin, what in CONTENTS.items() if re.match(begin, head, re.IGNORECASE)), "")
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Reads annotation files: JSON lists of entries, checked field by field, with image paths made absolute."""
+"""Reads annotation files: JSON lists, or JSON lines, of entries, checked field by field, with image paths made absolute."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +102,9 @@ def read_annotations(
     name += f", {check.__module__}.{check.__qualname__}" if check else ""
     lists = [JsonList(path, _accept, "") if is_late else JsonList(path, check_entry, name) for path in paths]
     if not any(map(len, lists)):
-        raise UserError(f"no entries in {files}; an annotation file is a JSON list of {_example(fields)}")
+        raise UserError(
+            f"no entries in {files}; an annotation file is a JSON list (or lines) of {_example(fields)}"
+        )
     roots = [(Path(fill_in(image_root)) if image_root else path.parent).absolute() for path in paths]
     return Annotations(lists, roots, "images" in fields, suffix, check_entry if is_late else None)
 

@@ -1,4 +1,4 @@
-"""A JSON list on disk, however long, as a sequence: an entry is read from the file when it is asked for.
+"""A JSON list, or JSON lines, on disk, however long, as a sequence: an entry is read when it is asked for.
 
 An index says where each entry begins and what its bytes must add up to, 12 bytes an entry. It is made in one
 pass over the file, which checks every entry, too. That of a large file is kept beside it (or else in the
@@ -25,7 +25,7 @@ from typing import BinaryIO
 import torch
 
 from saving import atomic_write
-from utils import UserError, is_main, log, with_progress
+from utils import CONTENT_BYTES, UserError, is_main, log, other_content, with_progress
 
 FORMAT = 1  # raise it whenever an index is laid out differently or a check of entries becomes stricter
 BLOCK_BYTES = 1 << 20  # read and parsed at a time
@@ -41,6 +41,7 @@ DECODE = json.JSONDecoder().raw_decode
 OPENING = re.compile(r"[ \t\n\r]*(\[?)[ \t\n\r]*")
 SEPARATOR = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*(?=[^ \t\n\r])|(\])[ \t\n\r]*)")
 SPACE = re.compile(r"[ \t\n\r]*")
+TABLE = re.compile(rb"\s*[^\s\[{][^\n]*[,\t]")  # a first line of cells, that begins no list and no object
 # So close to the end of a text a token may be wrong or cut: r"\ud83d\ude00", "-Infinity"; and some more.
 LONGEST_TOKEN = 16
 
@@ -48,8 +49,10 @@ Check = Callable[[object, str], None]
 
 
 class JsonList(Sequence):
-    """The entries of a file. All have passed `check(entry, where)`, which raises UserError for one that is no
-    use: now, or when the index was made, which knows checks by `check_name`.
+    """The entries of a file: of a JSON list, or the objects that stand in its lines.
+
+    All have passed `check(entry, where)`, which raises UserError for one that is no use: now, or when the
+    index was made, which knows checks by `check_name`.
 
     Pickles by the file's name and, unless its index lies on the disk, with the index. Raises UserError for a
     file that is missing, truncated or no list; later on for an entry whose text has changed meanwhile.
@@ -104,10 +107,18 @@ def read_json(path: Path, kind: type[list] | type[dict]) -> list | dict:
             content = json.loads(file.read())
     except ValueError as error:
         raise _not_json(path, error) from error
+    _check_kind(path, content, kind)
+    return content
+
+
+def _check_kind(path: Path, content: object, kind: type[list] | type[dict]) -> None:
     if not isinstance(content, kind):
         wanted = {list: "list", dict: "object"}[kind]
-        raise UserError(f"annotation file {path} must hold a JSON {wanted}, found {type(content).__name__}")
-    return content
+        found = type(content).__name__
+        if isinstance(content, dict):
+            found += f" with the keys {', '.join(content)}"[:200]
+        remedy = "; official files are converted by `python -m dataset.prepare`" if kind is list else ""
+        raise UserError(f"annotation file {path} must hold a JSON {wanted}, found {found}{remedy}")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -122,6 +133,12 @@ def _cannot_be_read(path: Path, error: OSError) -> UserError:
 
 
 def _not_json(path: Path, problem: object) -> UserError:
+    with _open(path) as file:
+        head = file.read(CONTENT_BYTES)
+    if what := other_content(head):
+        return UserError(f"annotation file {path} is not valid JSON: it is {what}")
+    if TABLE.match(head):
+        problem = f"{problem}; a table (CSV, TSV) is converted by `python -m dataset.prepare table`"
     return UserError(f"annotation file {path} is not valid JSON (truncated?): {problem}")
 
 
@@ -178,9 +195,16 @@ class _Window:
         return passed
 
 
-def _next_entry(text: str, at: int) -> tuple[object, int, bool]:
-    """The entry that begins at `at`, where the next one begins, and whether there is none."""
+def _next_entry(text: str, at: int, in_list: bool) -> tuple[object, int, bool | None]:
+    """The entry that begins at `at`, where the next one begins, and whether there is none; None where that
+    depends on what comes after the text.
+    """
     entry, end = DECODE(text, at)
+    if not in_list:
+        begin = SPACE.match(text, end).end()
+        if begin < len(text) and "\n" not in text[end:begin]:
+            raise json.JSONDecodeError("Expecting the end of the line", text, end)
+        return entry, begin, False if begin < len(text) else None
     separator = SEPARATOR.match(text, end)
     if separator is None:
         end = SPACE.match(text, end).end()
@@ -191,20 +215,31 @@ def _next_entry(text: str, at: int) -> tuple[object, int, bool]:
 
 
 def _scan(path: Path, file: BinaryIO, num_bytes: int, check: Check) -> bytearray:
-    """An index without its header, each entry checked. UserError where the text is no JSON list."""
+    """An index without its header, each entry checked. UserError where the text is neither a JSON list nor
+    JSON lines.
+    """
     window, index, number = _Window(path, file, num_bytes), bytearray(HEADER_BYTES), 0
     try:
-        is_last = _enter_list(path, window)
+        in_list, is_last = _enter(path, window)
         while not is_last:
             try:
-                entry, end, is_last = _next_entry(window.text, window.at)
+                entry, end, is_last = _next_entry(window.text, window.at, in_list)
             except json.JSONDecodeError as error:
                 # An open string is said to be wrong at its beginning, all else where the text ends.
                 is_cut = error.pos + LONGEST_TOKEN > len(window.text) or error.msg.startswith("Unterminated")
                 if is_cut and window.read_on():
                     continue
                 raise
-            check(entry, f"{path}: entry {number}")
+            if is_last is None:
+                if window.read_on():
+                    continue
+                is_last = True
+            try:
+                check(entry, f"{path}: entry {number}")
+            except UserError:
+                if not in_list and is_last and number == 0:
+                    _check_kind(path, entry, list)  # no line of an annotation file, but one object
+                raise
             begin = window.offset
             index += RECORD.pack(begin, zlib.crc32(window.pass_to(end)))
             number += 1
@@ -222,19 +257,20 @@ def _scan(path: Path, file: BinaryIO, num_bytes: int, check: Check) -> bytearray
     return index
 
 
-def _enter_list(path: Path, window: _Window) -> bool:
-    """Moves to the first entry; whether there is none."""
+def _enter(path: Path, window: _Window) -> tuple[bool, bool]:
+    """Moves to the first entry; whether it is one of a list, not of lines, and whether there is none."""
     opening = OPENING.match(window.text)
     while opening.end() == len(window.text) and window.read_on():
         opening = OPENING.match(window.text)
-    if not opening[1]:
+    in_list = bool(opening[1])
+    if not in_list and not window.text.startswith("{", opening.end()):
         read_json(path, list)  # says what it is instead
         raise _not_json(path, "it is not UTF-8")
     window.pass_to(opening.end())
-    is_empty = window.text.startswith("]", window.at)
+    is_empty = in_list and window.text.startswith("]", window.at)
     if is_empty:
         window.pass_to(SPACE.match(window.text, window.at + 1).end())
-    return is_empty
+    return in_list, is_empty
 
 
 # ---- the index on the disk ----

@@ -1,9 +1,16 @@
 """Annotation files read entry by entry: as json.loads reads them, by an index that is never stale."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import multiprocessing
 import os
 import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dataset import json_list
 from dataset.annotations import ANY, TEXT, TEXTS, Annotations, Mapped, item_of, read_annotations
@@ -132,9 +140,12 @@ def test_whatever_json_loads_refuses_is_refused(scratch, entries, data, block_by
         (b'[{"a": 1}', "Expecting ',' delimiter, line 1, byte 9, entry 0"),
         (b'[{"a": 1}]\n[', "Extra data after the list, line 2, byte 11, entry 1"),
         (b"[", "Expecting value, line 1, byte 1, entry 0"),
-        (b"", "Expecting value: line 1 column 1"),
+        (b'{"a": 1}\n{"a": 2}\n{"a" 3}', "Expecting ':' delimiter, line 3, byte 23, entry 2"),
+        (b'{"a": 1} {"a": 2}', "Expecting the end of the line, line 1, byte 8, entry 0"),
+        (b'{"a": 1},\n{"a": 2}', "Expecting the end of the line, line 1, byte 8, entry 0"),
+        (b'{"a": 1}\n{"a": 2', "Expecting ',' delimiter, line 2, byte 16, entry 1"),
+        (b"image,caption\na.jpg,a duck", "a table (CSV, TSV) is converted by `python -m dataset.prepare"),
         (b'[{"a": "\xff"}]', "byte 8 is not UTF-8"),
-        ('[{"a": 1}]'.encode("utf-16-be"), "it is not UTF-8"),
     ],
 )
 @pytest.mark.parametrize("block_bytes", [1, 7, 1 << 20])
@@ -146,6 +157,131 @@ def test_wrong_json_is_named_with_line_byte_and_entry(monkeypatch, tmp_path, con
         JsonList(path, accept, "")
     assert str(error.value).startswith(f"annotation file {path} is not valid JSON (truncated?): ")
     assert expected in str(error.value)
+
+
+def tar_of(name: str) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    return file.getvalue()
+
+
+def zip_of(name: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, "[]")
+    return file.getvalue()
+
+
+def saved(write: Callable[[io.BytesIO], object]) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+LFS = b"""version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 12345
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "it is empty"),
+        (b" \n", "it is empty"),
+        (LFS, "it is a pointer of Git LFS, .*git lfs pull"),
+        (b"<!DOCTYPE html><title>404", "it is a web page .*download the file again"),
+        (gzip.compress(b"[]"), "it is compressed by gzip; .*gunzip"),
+        (bz2.compress(b"[]"), "it is compressed by bzip2"),
+        (lzma.compress(b"[]"), "it is compressed by xz"),
+        (b"\x28\xb5\x2f\xfd\x04\x00\x11\x00\x00[]", "it is compressed by zstd"),
+        (zip_of("train.json"), "it is a zip archive"),
+        (
+            tar_of("000.jpg"),
+            r"it is a tar file; shards are named \.tar and belong into train_file of Pretrain",
+        ),
+        *((pickle.dumps([], protocol), "it is a pickle") for protocol in (2, 3, 4, 5)),
+        *(
+            ('[{"a": 1}]'.encode(f"utf-{kind}"), "it is text in UTF-16")
+            for kind in ("16", "16-le", "16-be", "32")
+        ),
+        (saved(lambda file: Image.new("L", (8, 8)).save(file, "PNG")), "it is a picture"),
+        (saved(lambda file: Image.new("L", (8, 8)).save(file, "JPEG")), "it is a picture"),
+        (saved(lambda file: Image.new("L", (8, 8)).save(file, "PDF")), "it is a PDF"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, content, expected):
+    path = tmp_path / "train.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"annotation file {path} is not valid JSON: {expected}"):
+        read(path)
+
+
+def test_a_table_of_parquet_or_arrow_is_called_what_it_is(tmp_path):
+    arrow, path = pytest.importorskip("pyarrow"), tmp_path / "train.json"
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"image": ["a.jpg"]})
+    parquet.write_table(table, path)
+    with pytest.raises(UserError, match=r"it is a Parquet table; convert it with `python -m dataset.prepare"):
+        read(path)
+    for make in (arrow.ipc.new_file, arrow.ipc.new_stream):
+        with path.open("wb") as file, make(file, table.schema) as writer:
+            writer.write_table(table)
+        with pytest.raises(UserError, match="it is an Arrow table"):
+            read(path)
+
+
+# ---- JSON lines ----
+
+
+@given(
+    st.lists(st.dictionaries(texts, values, max_size=3), min_size=1, max_size=5),
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n", "\n\n", " \n\t"]),
+    st.integers(1, 60),
+    st.sampled_from([b"", b"\xef\xbb\xbf"]),
+    st.booleans(),
+)
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_json_lines_are_what_json_loads_says_of_each(
+    scratch, entries, ascii_only, line_end, block_bytes, mark, is_ended
+):
+    text = line_end.join(json.dumps(entry, ensure_ascii=ascii_only) for entry in entries)
+    content = mark + (text + line_end * is_ended).encode("utf-8", "surrogatepass")
+    scratch.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_list, "BLOCK_BYTES", block_bytes)
+        found = JsonList(scratch, accept, "")
+        assert repr(list(found)) == repr([json.loads(json.dumps(entry)) for entry in entries])
+        assert len(found) == len(entries)
+
+
+def test_json_lines_have_the_index_of_lists(monkeypatch, kept, tmp_path):
+    path, entries = tmp_path / "train.jsonl", pairs(10)
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    first = read(path)
+    assert [entry["caption"] for entry in first] == [entry["caption"] for entry in entries]
+    assert first[3]["images"] == [str(tmp_path / "3.jpg")] and first[3]["where"] == f"{path}: entry 3"
+    assert index_of(path).stat().st_size == HEADER_BYTES + 11 * RECORD.size
+    monkeypatch.setattr(json_list, "_scan", no_scan)
+    assert list(read(path)) == list(pickle.loads(pickle.dumps(first))) == list(first)
+    path.write_text(f"{json.dumps(entries[0])}\n" + '{"image": "b.jpg"}\n')
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"train.jsonl: entry 1 has no 'caption'"):
+        read(path)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_object_is_no_annotation_file(tmp_path, indent):
+    path = tmp_path / "captions_val2017.json"
+    path.write_text(json.dumps({"info": {}, "images": [], "annotations": []}, indent=indent))
+    with pytest.raises(
+        UserError,
+        match=r"must hold a JSON list, found dict with the keys info, images, annotations; official files are "
+        "converted by `python -m dataset.prepare`",
+    ):
+        read(path)
 
 
 def test_a_long_file_that_is_wrong_is_not_read_to_its_end(monkeypatch, tmp_path):
