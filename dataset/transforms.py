@@ -26,6 +26,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dataset.deep_images import WrongRange, eight_bits, value_range
+from dataset.png_texts import without_long_texts
 from dataset.randaugment import RandAugment
 from utils import first_line
 
@@ -71,8 +72,15 @@ def load_image(source: Source, name: str = "") -> Image.Image:
     """
     with _bad_image(source, name) as name:
         content = _content(source)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with open_content(content) as image:
             return upright_rgb(image, content, name)
+
+
+def open_content(content: bytes, formats: list[str] | None = FORMATS) -> Image.Image:
+    """Return the image of a file's content, of which the header alone is read; formats None: all that PIL
+    knows. Raises what PIL raises.
+    """
+    return Image.open(io.BytesIO(without_long_texts(content)), formats=formats)
 
 
 def open_image(source: Source, name: str = "") -> "Image.Image | JpegFile":
@@ -80,7 +88,7 @@ def open_image(source: Source, name: str = "") -> "Image.Image | JpegFile":
     `BadImage`."""
     with _bad_image(source, name) as name:
         content = _content(source)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with open_content(content) as image:
             # Of other formats it would decode the picture, and hide that it is damaged.
             if image.format == "JPEG" and image.mode in ("RGB", "L") and not _is_turned(image):
                 return JpegFile(name, content, image.size)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import gradio as gr
 from gradio_client.utils import is_http_url_like
-from PIL import Image
 from starlette.responses import PlainTextResponse
 
-from dataset.transforms import BadImage
+from dataset.transforms import BadImage, open_content
 from utils import UserError
 
 MAX_UPLOAD = "20mb"  # a file
@@ -46,7 +45,7 @@ def checked_image(file: str | None, name: str = "an image") -> str:
     if not file:
         raise UserError(f"upload {name} first")
     try:
-        with Image.open(file) as header:
+        with open_content(Path(file).read_bytes(), None) as header:
             width, height, form = *header.size, header.format
     except Exception:  # whoever decodes it says what is wrong with it
         return file

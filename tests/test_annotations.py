@@ -278,8 +278,8 @@ def test_one_object_is_no_annotation_file(tmp_path, indent):
     path.write_text(json.dumps({"info": {}, "images": [], "annotations": []}, indent=indent))
     with pytest.raises(
         UserError,
-        match=r"must hold a JSON list, found dict with the keys info, images, annotations; official files are "
-        "converted by `python -m dataset.prepare`",
+        match=r"must hold a JSON list, found dict with the keys info, images, annotations; official files "
+        r"are converted by `python -m dataset\.prepare`",
     ):
         read(path)
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 from torchvision import transforms as tv
 
+from dataset.check.images import check_image
+from dataset.prepare.shards import _image_file
 from dataset.transforms import (
     MEAN,
     STD,
@@ -158,6 +161,61 @@ def test_a_folder_and_too_many_pixels(tmp_path, monkeypatch):
     with pytest.raises(BadImage):
         load_image(tmp_path)
     path = save(photo(), tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(BadImage, match="too many pixels"):
+        load_image(path)
+
+
+def long_texts(kind: str) -> dict:
+    """What a PNG is saved with, of which PIL would unpack more than a megabyte (or two of all together)."""
+    info = PngInfo()
+    if kind == "profile":
+        return {"icc_profile": b"\0" * 3_000_000}
+    if kind == "many":
+        for number in range(4):
+            info.add_text(f"text {number}", "x" * 900_000, zip=True)
+    elif kind == "plain":
+        info.add_text("Comment", "x" * 3_000_000)
+    elif kind == "international":
+        info.add_itxt("XML:com.adobe.xmp", "x" * 2_000_000, zip=True)
+    else:
+        info.add_text("Comment", "x" * 2_000_000, zip=True)
+    return {"pnginfo": info}
+
+
+@pytest.mark.parametrize("kind", ["text", "international", "profile", "many", "plain"])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_png_with_long_texts_or_a_large_profile_is_a_whole_picture(kind, at_end, tmp_path, monkeypatch):
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 2_000_000)  # of 64 times as many
+    image, exif = photo(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    path = save(image, tmp_path / "a.png", exif=exif, **long_texts(kind))
+    if at_end:  # behind the pixels
+        content = path.read_bytes()
+        first, pixels = (content.index(name) - 4 for name in (TEXT_CHUNKS[kind], b"IDAT"))
+        path.write_bytes(content[:first] + content[pixels:-12] + content[first:pixels] + content[-12:])
+    with pytest.raises(ValueError, match=r"text chunk|MAX_TEXT"), Image.open(path) as plain:
+        plain.load()
+    assert np.array_equal(load_image(path), image.rotate(180))
+    assert np.array_equal(open_image(path.read_bytes()), image.rotate(180))
+    assert not check_image(str(path), full=True)["flags"] and _image_file(str(path), 0)[0] == "png"
+
+
+TEXT_CHUNKS = {
+    "text": b"zTXt",
+    "international": b"iTXt",
+    "profile": b"iCCP",
+    "many": b"zTXt",
+    "plain": b"tEXt",
+}
+
+
+def test_a_png_with_long_texts_may_be_a_bomb_or_damaged(tmp_path, monkeypatch):
+    path = save(photo(), tmp_path / "a.png", **long_texts("text"))
+    content = path.read_bytes()
+    for length in range(8, len(content) - 12, 61):
+        with pytest.raises(BadImage):
+            load_image(content[:length])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(BadImage, match="too many pixels"):
         load_image(path)

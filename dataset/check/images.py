@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from dataset.check.causes import NO_PIXELS, Cause
 from dataset.check.texts import Shared, Texts, path_key
 from dataset.check.workers import Workers
-from dataset.transforms import FORMATS, BadImage, View, crops, load_image, open_image
+from dataset.transforms import BadImage, View, crops, load_image, open_content, open_image
 from utils import UserError, with_progress
 
 CACHE = "checked_images.1.bin"  # another number whenever RECORD or what it means changes
@@ -153,7 +153,7 @@ def check_image(path: str, full: bool, known: np.void | None = None) -> np.void:
 def _look_at(path: str, content: bytes, full: bool, record: np.void) -> None:
     """Sets flags, size in pixels and, of a file that is decoded, look."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with open_content(content) as image:
             record["width"], record["height"] = image.size
             is_whole, is_jpeg = ends_whole(content, image.format), image.format == "JPEG"
         if full:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from dataset.prepare.common import Report
 from dataset.pretrain import read_pairs
-from dataset.transforms import BadImage, load_image
+from dataset.transforms import BadImage, load_image, open_content
 from saving import atomic_write
 from utils import UserError, fill_in, num_cores, with_progress
 
@@ -194,14 +194,15 @@ def sample_files(entry: dict, res: int) -> dict[str, bytes]:
 
 def _image_file(path: str, res: int) -> tuple[str, bytes]:
     image = load_image(path)  # decoded in any case, to see whether it can be
-    with Image.open(path) as source:
+    content = Path(path).read_bytes()
+    with open_content(content) as source:
         kind = KINDS.get(source.format)
     side = min(image.size)
     if kind and not 0 < res < side:
-        return kind, Path(path).read_bytes()
+        return kind, content
     if 0 < res < side:
         width, height = (max(1, round(length * res / side)) for length in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=QUALITY)
-    return "jpg", content.getvalue()
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=QUALITY)
+    return "jpg", file.getvalue()
