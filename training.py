@@ -255,7 +255,9 @@ class Training:
                 self.stop(signals)
         self.record_window()
         self.schedule.end_epoch(self.epoch)
-        return {**self.whole.global_means(), **self.bad_images.report()}
+        passed_over = getattr(self.loader.dataset, "passed_over", dict)()  # in every epoch the same
+        account = {"passed_over": passed_over} if passed_over else {}
+        return {**self.whole.global_means(), **self.bad_images.report(), **account}
 
     def stop(self, signals: StopSignals) -> None:
         """All ranks come here. Raises Stopped when everything is on the disk, UserError when it cannot be."""

@@ -1,4 +1,4 @@
-"""Reads annotation files, JSON lists or JSON lines of entries: checked field by field, image paths absolute."""
+"""Reads annotation files, JSON lists or lines of entries: checked field by field, image paths absolute."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence

@@ -71,6 +71,10 @@ class TrainItems(Dataset):
             }
         return {"bad": bad}
 
+    def passed_over(self) -> dict[str, int]:
+        """Returns what the files hold that is in no entry, by cause, for the account of an epoch."""
+        return {}
+
     def near(self, index: int, num_tries: int) -> range:
         """Among which entries to draw one instead of a bad one, the `num_tries`th in a row."""
         return range(len(self.entries))

@@ -325,7 +325,7 @@ def _stamp(file: BinaryIO) -> list:
     return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
 
 
-def write_header(index: bytearray, stamp: list, checks: list[str]) -> None:
+def write_header(index: bytearray, stamp: list, checks: list) -> None:
     header = {"format": FORMAT, "file": stamp, "crc": _checksum(index), "checks": checks[-MAX_CHECKS:]}
     index[:HEADER_BYTES] = json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n"
 
@@ -336,8 +336,10 @@ def _checksum(index: bytearray | memoryview) -> int:
         return zlib.crc32(records)
 
 
-def read_index(place: Path, stamp: list) -> tuple[memoryview, list[str]] | None:
-    """The index and the names of the checks made; None where there is none for a file of this stamp."""
+def read_index(place: Path, stamp: list) -> tuple[memoryview, list] | None:
+    """The index and the names of the checks made, or what else was noted with it; None where there is none
+    for a file of this stamp.
+    """
     try:
         index = _mapped(place)
         header = json.loads(bytes(index[:HEADER_BYTES]))

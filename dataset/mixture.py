@@ -1,6 +1,7 @@
 """Which samples of several data sets an epoch has, and in which order: a function of seed and epoch."""
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -55,6 +56,10 @@ class Mixture(Sequence):
         place, own = self._find(index)
         if hasattr(self.sets[place], "expect"):
             self.sets[place].expect(own)
+
+    def passed_over(self) -> Counter[str]:
+        """Returns what local shards hold that is in no sample, by cause."""
+        return sum((some.passed_over() for some in self.sets if hasattr(some, "passed_over")), Counter())
 
     def _look_ahead(self) -> int:
         """How many samples before a shard of a stream is needed it is to be fetched; 0: there are no streams.

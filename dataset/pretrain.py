@@ -49,6 +49,9 @@ class PretrainData(TrainItems):
             self.entries.expect(index)
         return super().__getitem__(key)
 
+    def passed_over(self) -> dict[str, int]:
+        return dict(self.entries.passed_over())
+
     def near(self, index: int, num_tries: int) -> range:
         return self.entries.near(index, num_tries)
 
@@ -112,14 +115,14 @@ def read_sets(train_file: str | list, samples_per_epoch: int = 0, image_root: st
     listed, weights = weighted(train_file)
     sets, set_weights = [], []
     for paths, weight in zip(listed, weights, strict=True):
-        found = _read_set(paths, image_root, samples_per_epoch == 0)
+        found = read_set(paths, image_root, samples_per_epoch == 0)
         size = sum(map(len, found))
         sets += found
         set_weights += [weight * len(some) / size for some in found]
     return Mixture(sets, set_weights, samples_per_epoch)
 
 
-def _read_set(paths: list[str], image_root: str, must_count: bool) -> list[Sequence]:
+def read_set(paths: list[str], image_root: str, must_count: bool) -> list[Sequence]:
     """What one weight is for: annotation files, local shards and others, as far as there are any."""
     files = [path for path in paths if not is_shards(path)]
     names = expand_names([path for path in paths if is_shards(path)])

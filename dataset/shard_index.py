@@ -7,9 +7,10 @@ user's cache folder, as those of annotation files are, and shared by all process
 import io
 import json
 import os
+import re
 import struct
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,31 +25,70 @@ from dataset.json_list import (
     write_index,
 )
 from dataset.transforms import BadImage
-from utils import UserError, first_line, log, rank, with_progress, world_size
+from utils import (
+    CONTENT_BYTES,
+    UserError,
+    first_line,
+    log,
+    other_content,
+    printable,
+    rank,
+    with_progress,
+    world_size,
+)
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-TEXTS = ("txt", "json")  # the first that is there is the caption
-FORMAT = "shard 1"  # raise it whenever an index is laid out differently
-# Of a sample: first byte and length of the image, of the text, and whether that is JSON. First byte 0: none.
-RECORD = struct.Struct("<QIQI?")
+# Of a sample the first of these that is there is the image, or the caption: a mask is a PNG beside a photo.
+IMAGES = ("jpg", "jpeg", "jpe", "jfif", "webp", "avif", "png", "gif", "bmp", "tif", "tiff", "jp2")
+TEXTS = ("txt", "json")
+FORMAT = "shard 2"  # raise it whenever an index is laid out differently or other members make a sample
+# Of a sample: first byte and length of the image, of the text, and what that is. First byte 0: none.
+RECORD = struct.Struct("<QIQIB")
+TXT, JSON, UNCLEAR = range(3)
 MAX_BYTES = 2**32 - 1  # of a member that a record has room for
 BLOCK = tarfile.BLOCKSIZE
+# What holds no data: macOS's ._NAME, extended headers that were unpacked as files, WebDataset's __NAME__.
+HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?/)|PaxHeaders|__MACOSX/|__[^/]*__(?:/|$))")
+# Why a member is passed over.
+SYSTEM = "hidden files and those of an operating system"
+LINKS = "links, which have no content here: pack with tar --dereference --hard-dereference"
+NOT_PLAIN = "members that are sparse or have more than 4 GB"
+NEITHER = "members that are neither an image nor a caption"
+FURTHER = "further images and captions of a key"
+NUM_LETTERS = 50  # of an example; a header has room for one of each cause
 NUM_THREADS = 8  # that look through shards; they wait for the disk, too
 
 
-class Picture(io.BytesIO):
-    """The content of an image; `name` says in which shard it is what."""
+PassedOver = dict[str, tuple[int, str]]  # cause -> number of members, the name of one
 
-    def __init__(self, name: str, content: bytes):
+
+class Picture(io.BytesIO):
+    """The content of an image; `name` says in which shard it is what, `sample` is there but once."""
+
+    def __init__(self, name: str, content: bytes, sample: str):
         super().__init__(content)
-        self.name = name
+        self.name, self.sample = name, sample
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class Shard:
-    """One shard. `file`: what was fetched of it; None for a local one, which is opened for each sample."""
+    """One shard. `file`: what was fetched of it; None for a local one, which is opened for each sample.
 
-    def __init__(self, name: str, index, kept_as: Path | None = None, file: BinaryIO | None = None):
+    problem: what is wrong with the tar file, "" where nothing is; passed_over: of which members no sample is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        index,
+        problem: str,
+        passed_over: PassedOver,
+        kept_as: Path | None = None,
+        file: BinaryIO | None = None,
+    ):
         self.name, self.index, self.kept_as, self.file = name, index, kept_as, file
+        self.problem, self.passed_over = problem, passed_over
         self.num_samples = (len(index) - HEADER_BYTES) // RECORD.size
 
     def __len__(self) -> int:
@@ -62,15 +102,23 @@ class Shard:
         if self.index is None:
             self._open_again()
         record = RECORD.unpack_from(self.index, HEADER_BYTES + number * RECORD.size)
-        image_at, image_size, text_at, text_size, is_json = record
+        image_at, image_size, text_at, text_size, kind = record
+        if not image_at and not text_at:
+            raise BadImage(f"{self.name}: sample {number}", "a link, sparse or of more than 4 GB")
         with self._descriptor() as descriptor:
+            if kind == UNCLEAR:
+                name, _ = self._member(
+                    descriptor, *((image_at, image_size) if image_at else (text_at, text_size))
+                )
+                raise BadImage(name, "a key that comes again with other members: which belong together?")
             if not image_at:
                 raise BadImage(self._member(descriptor, text_at, text_size)[0], "a caption without an image")
             name, image = self._member(descriptor, image_at, image_size)
             if not text_at:
                 raise BadImage(name, "no caption")
             text_name, text = self._member(descriptor, text_at, text_size)
-        return {"images": [Picture(name, image)], "text": _caption(text_name, text, is_json), "where": name}
+        picture = Picture(name, image, f"{self.name}: sample {number}")
+        return {"images": [picture], "text": _caption(text_name, text, kind), "where": name}
 
     def _open_again(self) -> None:
         """In a process that got this object pickled."""
@@ -112,49 +160,130 @@ class Shard:
         return name, content
 
 
-def _caption(name: str, content: bytes, is_json: bool) -> str | list[str]:
+def _caption(name: str, content: bytes, kind: int) -> str | list[str]:
     try:
-        text = content.decode("utf-8")
-        caption = json.loads(text).get("caption") if is_json else text
-    except (ValueError, AttributeError) as error:
+        caption = content.decode("utf-8-sig")
+        if kind == JSON:
+            fields = json.loads(caption)
+            if not isinstance(fields, dict) or "caption" not in fields:
+                found = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
+                raise BadImage(name, f"no caption: no field 'caption', found {found}"[:200])
+            caption = fields["caption"]
+    except ValueError as error:
         raise BadImage(name, f"no caption: {first_line(error)}") from error
     texts = caption if isinstance(caption, list) and caption else [caption]
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise BadImage(name, f"no caption, found {caption!r}"[:200])
+        raise BadImage(name, f"no caption: found {caption!r}"[:200])
     return caption
+
+
+# ---- which members make a sample ----
+
+
+class _Members:
+    """The members of a shard as samples, and what is passed over.
+
+    A key is a name up to its last dot. WebDataset ends it at the first one: beside `a.jpg` and `a.txt` the
+    member `a.mask.png` is a part of sample `a`. So it is here, unless key `a.mask` has image and caption.
+    """
+
+    def __init__(self):
+        # Of each key, its samples: kind -> first byte and length. Of several the key is the same.
+        self.samples: dict[str, list[dict[str, tuple[int, int]]]] = {}
+        self.passed_over: PassedOver = {}
+
+    def add(self, member: tarfile.TarInfo) -> None:
+        name = member.name.removeprefix("./")
+        folder, slash, base = name.rpartition("/")
+        base, _, kind = base.rpartition(".")
+        kind = kind.lower()
+        if member.isdir():
+            return
+        if HIDDEN.search(name):
+            self._pass_over(SYSTEM, name)
+        elif not base or kind not in IMAGES + TEXTS:
+            self._pass_over(NEITHER, name)
+        else:
+            samples = self.samples.setdefault(folder + slash + base, [{}])
+            if not member.isreg():
+                self._pass_over(LINKS, name)
+            elif member.issparse() or member.size > MAX_BYTES:
+                self._pass_over(NOT_PLAIN, name)
+            else:
+                if kind in samples[-1]:
+                    samples.append({})
+                samples[-1][kind] = (member.offset_data, member.size)
+
+    def index(self) -> bytearray:
+        """Returns an index without its header."""
+        index = bytearray(HEADER_BYTES)
+        for key, samples in self.samples.items():
+            if self._is_of_another(key, samples):
+                for kind in (kind for sample in samples for kind in sample):
+                    self._pass_over(FURTHER, f"{key}.{kind}")
+                continue
+            is_unclear = any(sample.keys() != samples[0].keys() for sample in samples)
+            for sample in samples:
+                images = [kind for kind in IMAGES if kind in sample]
+                (text,) = [kind for kind in TEXTS if kind in sample][:1] or [""]
+                for kind in images[1:]:
+                    self._pass_over(FURTHER, f"{key}.{kind}")
+                image_at, text_at = sample.get("".join(images[:1]), (0, 0)), sample.get(text, (0, 0))
+                index += RECORD.pack(
+                    *image_at, *text_at, UNCLEAR if is_unclear else JSON if text == "json" else TXT
+                )
+        return index
+
+    def _is_of_another(self, key: str, samples: list[dict]) -> bool:
+        """Whether these are parts of the sample that WebDataset would count them to."""
+        folder, slash, base = key.rpartition("/")
+        first = folder + slash + base.partition(".")[0]
+        kinds = {kind for sample in samples for kind in sample}
+        is_whole = not kinds.isdisjoint(IMAGES) and not kinds.isdisjoint(TEXTS)
+        return first != key and first in self.samples and not is_whole
+
+    def _pass_over(self, cause: str, name: str) -> None:
+        number, example = self.passed_over.get(cause, (0, printable(name)[-NUM_LETTERS:]))
+        self.passed_over[cause] = (number + 1, example)
 
 
 # ---- indexes ----
 
 
-def scan(file: BinaryIO, name: str) -> tuple[bytearray, str]:
-    """An index without its header, and what is wrong with the tar file, "" where nothing is."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}  # key -> kind -> first byte, length
-    problem, end = "", 0
+def scan(file: BinaryIO, name: str) -> tuple[bytearray, str, PassedOver]:
+    """An index without its header, what is wrong with the tar file, "" where nothing is, and the members that
+    are passed over.
+    """
+    members, problem, end = _Members(), "", 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # which it would keep
-                folder, slash, base = member.name.rpartition("/")
-                key, _, kind = base.partition(".")
-                kind = kind.lower()
-                if member.isreg() and member.size <= MAX_BYTES and kind in IMAGES + TEXTS:
-                    sample = samples.setdefault(folder + slash + key, {})
-                    sample.setdefault("image" if kind in IMAGES else kind, (member.offset_data, member.size))
+                members.add(member)
                 end = tar.offset
         file.seek(end)
         block = file.read(BLOCK)
         if len(block) < BLOCK or any(block):
             problem = f"is damaged or cut short at byte {end}"
     except (tarfile.TarError, ValueError, OverflowError) as error:  # the latter of senseless numbers
-        problem = f"is damaged or cut short after byte {end} ({first_line(error)})"
-    index = bytearray(HEADER_BYTES)
-    for sample in samples.values():
-        kind = next((kind for kind in TEXTS if kind in sample), "")
-        index += RECORD.pack(*sample.get("image", (0, 0)), *sample.get(kind, (0, 0)), kind == "json")
+        file.seek(0)
+        what = "" if end else other_content(file.read(CONTENT_BYTES))
+        problem = f"is {what}" if what else f"is damaged or cut short after byte {end} ({first_line(error)})"
+    index = members.index()
     if problem:
-        log.warning(f"{name} {problem}: {len(samples)} samples of it can be used")
-    return index, problem
+        num_samples = (len(index) - HEADER_BYTES) // RECORD.size
+        log.warning(f"{name} {problem}: {num_samples} samples of it can be used")
+    return index, problem, members.passed_over
+
+
+def passed_over_lines(shards: Iterable[Shard]) -> list[str]:
+    """Returns a line for each cause, with the number of members of all shards and where the first is."""
+    total: dict[str, tuple[int, str]] = {}
+    for shard in shards:
+        for cause, (number, example) in shard.passed_over.items():
+            before, first = total.get(cause, (0, f"{shard.name}: {example}"))
+            total[cause] = (before + number, first)
+    return [f"passed over {number} {cause}; the first: {first}" for cause, (number, first) in total.items()]
 
 
 def find_indexes(names: list[str]) -> list[Shard]:
@@ -174,10 +303,14 @@ def find_indexes(names: list[str]) -> list[Shard]:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             shards = with_progress(pool.map(_look_through, missing), len(missing), "Shards", 100)
             found |= zip(missing, shards, strict=True)
+    for line in passed_over_lines(found.values()):
+        log.warning(line)
     if not any(map(len, found.values())):
+        problem = found[names[0]].problem
         raise UserError(
-            f"no samples in {names[0]} and {len(names) - 1} more shards; a sample is KEY.jpg, jpeg, png or "
-            "webp with KEY.txt or KEY.json"
+            f"no samples in {names[0]} and {len(names) - 1} more shards"
+            + (f"; {names[0]} {problem}" if problem else "")
+            + "; a sample is KEY.jpg (png, webp, ...) with KEY.txt or KEY.json"
         )
     return [found[name] for name in names]
 
@@ -188,10 +321,10 @@ def _known(name: str) -> Shard | None:
     for place in index_places(Path(name)):
         kept = read_index(place, stamp)
         if kept is not None:
-            index, problems = kept
-            for problem in problems:
+            index, (problem, passed_over) = kept
+            if problem:
                 log.warning(f"{name} {problem}")
-            return Shard(name, index, place)
+            return Shard(name, index, problem, passed_over, place)
     return None
 
 
@@ -202,12 +335,12 @@ def _look_through(name: str) -> Shard:
             if shard is not None:
                 return shard
             stamp = _stamp(name)
-            index, problem = scan(file, name)
+            index, *found = scan(file, name)
     except OSError as error:
         raise _cannot_be_read(name, error) from error
-    write_header(index, stamp, [problem] if problem else [])
-    kept = write_index(index, list(index_places(Path(name))))
-    return Shard(name, *kept) if kept else Shard(name, index)
+    write_header(index, stamp, found)
+    index, place = write_index(index, list(index_places(Path(name)))) or (index, None)
+    return Shard(name, index, *found, place)
 
 
 def _stamp(name: str) -> list:

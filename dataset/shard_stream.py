@@ -15,12 +15,13 @@ from typing import BinaryIO
 import fsspec.core
 
 from dataset.json_list import cache_folder
-from dataset.shard_index import NUM_THREADS, Shard, scan
+from dataset.shard_index import NUM_THREADS, Shard, passed_over_lines, scan
 from dataset.transforms import BadImage
 from saving import atomic_write
 from utils import UserError, all_gather_objects, first_line, is_main, log, rank, with_progress, world_size
 
 RETRY_SECONDS = (1, 5, 15)
+_named: set[str] = set()  # causes for which this process has passed over members of a shard
 
 
 class Fetch(Thread):
@@ -52,13 +53,18 @@ def fetch(name: str) -> Shard:
     for seconds in (*RETRY_SECONDS, None):
         try:
             file = _download(name)
-            index, _ = scan(file, name)
+            index, *found = scan(file, name)
             break
         except Exception as error:  # each kind of URL has its own types
             if seconds is None:
                 raise BadImage(name, f"cannot be fetched: {first_line(error)}") from error
             time.sleep(seconds)
-    return Shard(name, index, file=file)
+    shard = Shard(name, index, *found, file=file)
+    for cause, line in zip(shard.passed_over, passed_over_lines([shard]), strict=True):
+        if cause not in _named:
+            _named.add(cause)
+            log.warning(f"{line}; in other streamed shards they are not named")
+    return shard
 
 
 def _download(name: str) -> BinaryIO:

@@ -1,5 +1,5 @@
-"""Image-caption pairs in WebDataset shards, as a sequence: tar files of KEY.jpg (jpeg, png, webp) with
-KEY.txt or KEY.json, as img2dataset writes them.
+"""Image-caption pairs in WebDataset shards, as a sequence: tar files of KEY.jpg (png, webp, ...) with KEY.txt
+or KEY.json, as img2dataset writes them.
 
 Local shards are read in place, any sample at any time. Others (URLs, `pipe:`) are fetched as a whole into a
 nameless file when the first of their samples is asked for, and given up a few shards later: they want to be
@@ -8,18 +8,19 @@ read shard by shard.
 
 import re
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
 
 import fsspec
 
-from dataset.shard_index import find_indexes
+from dataset.shard_index import find_indexes, passed_over_lines
 from dataset.shard_stream import Fetch, count_samples
 from dataset.transforms import BadImage
 from utils import UserError, fill_in, first_line, is_url
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+TAR = re.compile(r"\.(tar(\.\w{1,4})?|t[gbx]z)$", re.IGNORECASE)
 KEPT_OPEN = 3  # fetched shards of a set, in each process: the one in use, the next, that of replacements
 
 
@@ -54,6 +55,18 @@ class Shards(Sequence):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "fetched": OrderedDict()}
 
+    def passed_over(self) -> Counter[str]:
+        """Returns the number of members of local shards that are in no sample, by cause."""
+        total = Counter()
+        for shard in self.local or ():
+            total.update({cause: number for cause, (number, _) in shard.passed_over.items()})
+        return total
+
+    def notes(self) -> tuple[list[str], list[str]]:
+        """Returns what is wrong with local shards, and what is passed over in them, as sentences."""
+        shards = self.local or ()
+        return [f"{s.name} {s.problem}" for s in shards if s.problem], passed_over_lines(shards)
+
     def expect(self, index: int) -> None:
         """The sample will soon be asked for: begins to fetch its shard."""
         if self.is_stream:
@@ -87,8 +100,8 @@ class Shards(Sequence):
 
 
 def is_shards(path: str) -> bool:
-    """Whether an element of train_file names shards, not an annotation file."""
-    return path.endswith(".tar") or is_url(path)
+    """Whether an element of train_file names shards, compressed ones too, not an annotation file."""
+    return TAR.search(path) is not None or is_url(path)
 
 
 def expand_names(patterns: list[str]) -> list[str]:

@@ -38,7 +38,7 @@ import inference.page as page_module
 import simla
 from dataset.transforms import load_image
 from inference.page import DRAWN_SIDE, NUM_EXAMPLES, build_page, demo_examples, describing
-from inference.uploads import MAX_FILES, MAX_LETTERS, MAX_PIXELS, MAX_SCANS, MAX_TEXTS
+from inference.uploads import MAX_FILES, MAX_LETTERS, MAX_PIXELS, MAX_SCANS, MAX_TEXTS, checked_image
 from plots import plot_word_maps
 from utils import UserError, free_port
 
@@ -280,6 +280,13 @@ def test_examples_fill_the_inputs(page, models, tiny):
     expect(tab.panel.get_by_label("Descriptions")).to_have_value(caption)
     tab.click("Match")
     tab.shows(*percent([(caption, models["pretrain"].match(image, caption).item())]))
+
+
+def test_the_size_of_a_picture_is_seen_beside_a_profile_for_which_pil_would_not_open_it(tmp_path):
+    path, profile = tmp_path / "large.png", bytes(2_000_000)
+    Image.new("1", (10_000, MAX_PIXELS // 10_000 + 1)).save(path, icc_profile=profile)
+    with pytest.raises(UserError, match=r"large\.png has 10000 x 5001 pixels"):
+        checked_image(str(path))
 
 
 def test_what_is_wrong_is_said_on_the_page(page, images, tmp_path):

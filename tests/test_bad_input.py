@@ -1,8 +1,10 @@
 """Bad input ends in one clear sentence, exit code 1, and nothing written over."""
 
+import io
 import json
 import socket
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -246,6 +248,26 @@ def test_too_many_bad_images_stop_the_run(monkeypatch, tiny, tmp_path):
     assert record["train_bad_image_fraction"] == record["train_bad_images"] / (
         12 + record["train_bad_images"]
     )
+
+
+def test_what_shards_hold_beside_samples_is_in_the_account_of_an_epoch(tiny, tmp_path):
+    content, file = (tiny["data"] / "images" / "train" / "00000.jpg").read_bytes(), tmp_path / "0.tar"
+    names = [f"{number}.{kind}" for number in range(8) for kind in ("jpg", "txt", "mask.png")]
+    with tarfile.open(file, "w") as tar:
+        for name in [*names, "8.jpg"]:
+            member = tarfile.TarInfo(name)
+            member.size = len(content) if name.endswith("jpg") else 3
+            tar.addfile(member, io.BytesIO(content if name.endswith("jpg") else b"dog"))
+    KMeansCodebook(16).save(tmp_path / "codebook.safetensors")
+    args = script_arguments("x", "", str(tmp_path / "out")).parse_args(["--device", "cpu"])
+    values = [f"train_file={file}", f"image_tokenizer.path={tmp_path}/codebook.safetensors", "batch_size=9"]
+    config = read_config(
+        str(tiny["Pretrain"]), PRETRAIN, [*values, "max_bad_fraction=1", "schedular.epochs=1"]
+    )
+    Pretrain.main(args, config)
+    (record,) = map(json.loads, (tmp_path / "out" / "log.txt").read_text().splitlines())
+    assert record["train_passed_over"] == {"further images and captions of a key": 8}
+    assert record["train_bad_image_causes"] == {"no caption": record["train_bad_images"]}
 
 
 def test_evaluation_names_the_image_it_cannot_read(monkeypatch, tiny, tmp_path):

@@ -2,6 +2,7 @@
 mixing; broken shards; and making them.
 """
 
+import gzip
 import io
 import json
 import logging
@@ -47,6 +48,7 @@ from utils import UserError
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(shard_stream, "RETRY_SECONDS", (0,))
+    monkeypatch.setattr(shard_stream, "_named", set())
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +310,133 @@ def test_names_and_kinds_of_members(tmp_path):
         assert entries[0]["images"][0].read() == members[long]
 
 
+def found_in(members: list[tuple[str, bytes]], folder: Path) -> tuple[Shards, dict[str, object]]:
+    """The shard, and of each of its samples name and text, or what is wrong with it."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    shards, found = Shards([str(folder / "0.tar")]), []
+    for number in range(len(shards)):
+        try:
+            found.append((shards[number]["where"].split(": ")[1], shards[number]["text"]))
+        except BadImage as error:
+            found.append((error.path.split(": ")[1], error.cause))
+    return shards, found
+
+
+@pytest.mark.parametrize(
+    "name", ["{}.jpg {}.txt", "./{}.jpg {}.txt", "{}.txt {}.JPG", "{}.json {}.gif {}.txt"]
+)
+@pytest.mark.parametrize(
+    "keys", [["cat 2.0", "1", "cat 2.2"], ["a", "a.b", "a.b.c"], ["x.y/1", "x.z/1", "x.y/2"]]
+)
+@pytest.mark.parametrize("by_kind", [False, True])
+def test_keys_may_have_dots_and_members_any_order(name, keys, by_kind, tmp_path, caplog):
+    parts = [(kind.format(key), key) for key in keys for kind in name.split()]
+    if by_kind:
+        parts = [part for number in range(len(name.split())) for part in parts[number :: len(name.split())]]
+    members = [(part, key.encode() if part.endswith(".txt") else picture()) for part, key in parts]
+    shards, found = found_in(members, tmp_path)
+    assert sorted(text for _, text in found) == sorted(keys)
+    assert not shards.passed_over() and "passed over" not in caplog.text
+
+
+def test_further_images_of_a_key_are_no_samples_of_their_own(tmp_path, caplog):
+    """As in WebDataset, where `mask.png` is a part of sample `a`; and they are counted, and named once."""
+    members = []
+    for key in ("a", "b"):
+        members += [(f"{key}.png", b"mask"), (f"{key}.mask.png", b"mask"), (f"{key}.jpg", picture())]
+        members += [(f"{key}.txt", key.encode()), (f"{key}.raw.json", b"{}"), (f"{key}.cls", b"7")]
+    shards, found = found_in(members, tmp_path)
+    assert found == [("a.jpg", "a"), ("b.jpg", "b")]
+    expected = {
+        "further images and captions of a key": 6,
+        "members that are neither an image nor a caption": 2,
+    }
+    assert shards.passed_over() == expected
+    assert shards[0]["images"][0].read() == picture()
+    for _ in range(2):  # looked through, then by the index
+        for line in ("6 further images and captions of a key; the first: ", "2 members that are neither"):
+            assert caplog.text.count(f"passed over {line}") == 1
+        caplog.clear()
+        data = data_of(read_sets(f"{tmp_path}/0.tar"))
+        assert data.passed_over() == expected
+
+
+def test_a_key_that_comes_again_is_another_sample(tmp_path):
+    pairs = [(("s.jpg", picture(number)), ("s.txt", f"{number}".encode())) for number in range(6)]
+    shards, found = found_in([member for pair in pairs for member in pair], tmp_path)
+    assert found == [("s.jpg", f"{number}") for number in range(6)]
+    assert [entry["images"][0].read() for entry in shards] == [picture(number) for number in range(6)]
+    _, found = found_in([*pairs[0], ("t.jpg", picture()), ("t.txt", b"t"), *reversed(pairs[1])], tmp_path)
+    assert found == [("s.jpg", "0"), ("s.jpg", "1"), ("t.jpg", "t")]
+
+
+@pytest.mark.parametrize("members", ["jpg jpg txt txt", "jpg txt jpg", "txt jpg txt"])
+def test_what_cannot_be_told_to_belong_together_is_no_pair(members, tmp_path):
+    rows = [(f"s.{kind}", picture() if kind == "jpg" else b"s") for kind in members.split()]
+    _, found = found_in([*rows, ("t.jpg", picture()), ("t.txt", b"t")], tmp_path)
+    problem = "a key that comes again with other members: which belong together?"
+    assert found[-1] == ("t.jpg", "t") and {cause for _, cause in found[:-1]} == {problem}
+
+
+def test_what_is_in_no_sample_is_counted_by_cause(tmp_path, caplog):
+    path = write_tar(tmp_path / "0.tar", samples(2))
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("l.jpg", tarfile.SYMTYPE), ("l.txt", tarfile.LNKTYPE), ("f", tarfile.DIRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "0000.jpg"
+            tar.addfile(member)
+        hidden = ("._0000.jpg", "f/.x.txt", "PaxHeaders.7/0000.jpg", "__MACOSX/0000.jpg", "__meta__/a.json")
+        for name in (*hidden, "README", "dataset.csv", "2.heic"):
+            tar.addfile(tarfile.TarInfo(name))
+    for name in (str(path), f"pipe:cat {path}"):
+        shards = Shards([name])
+        assert len(shards) == 3 and [shards[number]["text"] for number in (0, 1)] == [
+            "picture 0",
+            "picture 1",
+        ]
+        with pytest.raises(BadImage, match=r"0.tar: sample 2: a link, sparse or"):
+            shards[2]
+        assert shards.passed_over().total() == (10 if name == str(path) else 0)  # of a stream not known
+        for line in (
+            r"5 hidden files .*/0.tar: \._0000.jpg",
+            "3 members that are neither .* README",
+            "2 links, .* l.jpg",
+        ):
+            assert len(re.findall(f"passed over {line}", caplog.text)) == 1
+        Shards([name])[0]
+        caplog.clear()
+
+
+def test_a_json_without_a_caption_says_what_it_has(tmp_path):
+    texts = {
+        "a": b'{"text": "a dog", "url": ""}',
+        "b": b'["a dog"]',
+        "c": b"\xef\xbb\xbf" + b'{"caption": "a cat"}',
+    }
+    members = [
+        pair for key, text in texts.items() for pair in ((f"{key}.jpg", picture()), (f"{key}.json", text))
+    ]
+    assert found_in(members, tmp_path)[1] == [
+        ("a.json", "no caption: no field 'caption', found text, url"),
+        ("b.json", "no caption: no field 'caption', found list"),
+        ("c.jpg", "a cat"),
+    ]
+
+
+def test_a_key_over_two_shards_is_two_halves(tmp_path):
+    for number, members in enumerate(({"a.jpg": picture(), **samples(1)}, {"a.txt": b"a", **samples(1)})):
+        write_tar(tmp_path / f"{number}.tar", members)
+    shards = Shards([str(tmp_path / "0.tar"), str(tmp_path / "1.tar")])
+    for index, cause in ((0, "0.tar: a.jpg: no caption"), (2, "1.tar: a.txt: a caption without an image")):
+        with pytest.raises(BadImage, match=cause):
+            shards[index]
+
+
 def test_a_loader_goes_on_in_the_middle_of_an_epoch(made):
     """With processes of its own, of a stream and a file: the samples of an epoch that did not stop."""
     paths = [{"path": f"pipe:cat {made.names}", "weight": 2}, {"path": made.file, "weight": 1}]
@@ -437,8 +566,8 @@ def test_broken_samples_are_replaced_and_named(tmp_path):
         expected = {
             "noise.jpg": "not an image",
             "silent.jpg": "no caption",
-            "empty.txt": "no caption, found ' '",
-            "odd.json": "no caption, found 7",
+            "empty.txt": "no caption: found ' '",
+            "odd.json": "no caption: found 7",
             "cut.json": "no caption: Expecting value: line 1 column 13 (char 12)",
             "alone.txt": "a caption without an image",
         }
@@ -473,7 +602,15 @@ def test_shards_that_are_no_tar_files(tmp_path, caplog):
         read_sets(f"{tmp_path}/{{0..1}}.tar")
     write_tar(tmp_path / "2.tar", samples(2))
     assert len(read_sets(f"{tmp_path}/{{0..2}}.tar")) == 2
-    assert "0.tar is damaged" in caplog.text
+    assert "0.tar is a web page" in caplog.text and "1.tar is empty" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["0.tar", "0.tar.gz", "0.tgz"])
+def test_a_compressed_shard_is_called_what_it_is(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(write_tar(tmp_path / "plain.tar", samples(2)).read_bytes()))
+    with pytest.raises(UserError, match=rf"no samples in {path} .*{name} is compressed by gzip; unpack it"):
+        read_sets(str(path))
 
 
 def test_a_shard_that_vanishes_is_replaced(tmp_path):

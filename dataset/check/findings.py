@@ -15,7 +15,8 @@ from dataset.check.similar import Similar
 from dataset.check.tasks import Source
 from dataset.check.texts import Shared, Texts, WordPieces, text_lengths
 from dataset.items import TrainItems
-from dataset.transforms import TrainTransform
+from dataset.shard_index import Picture
+from dataset.transforms import BadImage, TrainTransform
 from utils import UserError
 
 MAX_LISTED = 200  # of each cause and file
@@ -24,26 +25,32 @@ SECONDS_OF_READING = 2.0  # to measure how fast training data is read
 
 @dataclass
 class Found:
-    """One entry, one cause. `twin` is the image file that `image` is like."""
+    """One entry, one cause. `twin` is the image that `image` is like: files, or pictures of shards."""
 
     split: str
     file: str
     entry: int
     cause: Cause
     detail: str
-    image: str = ""
-    twin: str = ""
+    image: str | Picture = ""
+    twin: str | Picture = ""
 
     def as_dict(self) -> dict:
-        return {**vars(self), "cause": NAMES[self.cause], "is_problem": bool(self.cause & PROBLEMS)}
+        names = {"image": str(self.image), "twin": str(self.twin)}
+        return {**vars(self), **names, "cause": NAMES[self.cause], "is_problem": bool(self.cause & PROBLEMS)}
 
 
 class Findings:
     """flags: of each source, (N,) uint16, the `Cause` bits of its entries; whole: what is wrong with files as
-    a whole."""
+    a whole; notes: what is passed over in shards."""
 
     def __init__(self, shared: Shared, texts: list[Texts], images: Images, whole: list[str]):
         self.shared, self.texts, self.images, self.whole = shared, texts, images, whole
+        self.notes: list[str] = []
+        for shards in filter(None, (source.shards for source in shared.sources)):
+            problems, notes = shards.notes()
+            self.whole += problems
+            self.notes += notes
         in_train, in_evaluation = (np.zeros(len(images.records), bool) for _ in range(2))
         for source, numbers in zip(shared.sources, images.numbers, strict=True):
             (in_train if source.split == "train" else in_evaluation)[numbers] = True
@@ -91,9 +98,12 @@ class Findings:
 
     def _describe(self, number: int, index: int, cause: Cause) -> Found:
         source = self.shared.sources[number]
-        found = Found(source.split, str(source.path), index, cause, "")
+        found = Found(source.split, source.name, index, cause, "")
         try:
             entry = source.entries[index]
+        except BadImage as error:
+            found.detail = str(error)
+            return found
         except UserError as error:
             found.detail = re.sub(r"^.*?: entry \d+:? *", "", str(error))
             return found
@@ -106,7 +116,7 @@ class Findings:
         found.image = entry["images"][place]
         if cause in self.similar.twins:
             twin = self.similar.twins[cause][image]
-            found.twin = self.images.path(twin, self.shared)
+            found.twin = self.images.image(twin, self.shared)
             found.detail = "it is named there, too" if twin == image else f"{found.twin}"
         else:
             found.detail = explain(found.image, self.images.records[image])
@@ -131,10 +141,10 @@ class Findings:
 
 def measure_reading(findings: Findings, config: dict) -> dict[str, float]:
     """How fast one process reads, crops and augments training entries, and what an epoch takes; {} where
-    there is nothing to read."""
+    there is nothing to read, or it would have to be fetched."""
     number = next((n for n, s in enumerate(findings.shared.sources) if s.split == "train"), None)
     usable = findings.usable(number) if number is not None else np.zeros(0)
-    if not len(usable):
+    if not len(usable) or getattr(findings.shared.sources[number].entries, "is_stream", False):
         return {}
     augment = config["randaugment"]
     transform = TrainTransform(

@@ -15,19 +15,26 @@ from utils import UserError, log, with_progress
 
 
 def write_fixed(findings: Findings, folder: str) -> dict:
-    """Writes a copy of each file that has entries with problems; {"files": what was left out of each,
-    "config": the keys with the files to name}. Raises UserError where a copy would take an original's place.
+    """Writes a copy of each annotation file that has entries with problems.
+
+    Returns {"files": what was left out of each, "shards": names of those that have problems and stay as they
+    are, "config": the keys as they are to be in the config, with the weights of mixtures}. Raises UserError
+    where a copy would take an original's place.
     """
     make_output_folder(folder, "--fix")
-    originals = {source.path.resolve() for source in findings.shared.sources}
-    files, keys, used = [], {}, set()
+    originals = {source.path.resolve() for source in findings.shared.sources if source.shards is None}
+    files, shards, keys, used = [], [], {}, set()
     for number, source in enumerate(findings.shared.sources):
-        named = keys.setdefault(f"{source.split}_file", [])
+        data_sets = keys.setdefault(f"{source.split}_file", {})
+        _, named = data_sets.setdefault(source.data_set, (source.weight, []))
         flags = findings.flags[number] & PROBLEMS
-        if source.problem or not flags.any():
-            named.append(str(source.path))
+        if source.problem or source.shards is not None or not flags.any():
+            if source.shards is None or source.name not in named:  # a pattern may be local and other shards
+                named.append(source.name)
+            if source.shards is not None and flags.any():
+                shards.append(source.name)
             continue
-        copy = Path(folder).absolute() / source.path.name
+        copy = Path(folder).absolute() / f"{source.path.stem}.json"
         while copy in used:  # another folder's file of that name
             copy = copy.with_name(f"{copy.stem}_{number}{copy.suffix}")
         used.add(copy)
@@ -37,12 +44,23 @@ def write_fixed(findings: Findings, folder: str) -> dict:
         left_out = {
             NAMES[cause]: int(np.count_nonzero(flags & cause)) for cause in NAMES if (flags & cause).any()
         }
-        files.append({"file": str(source.path), "copy": "", "kept": len(kept), "left_out": left_out})
+        files.append({"file": source.name, "copy": "", "kept": len(kept), "left_out": left_out})
         if len(kept):
             _write_copy(source.entries, kept, copy)
             files[-1]["copy"] = str(copy)
             named.append(str(copy))
-    return {"files": files, "config": keys}
+    return {"files": files, "shards": shards, "config": {key: _value(found) for key, found in keys.items()}}
+
+
+def _value(data_sets: dict[int, tuple[float | None, list[str]]]) -> list:
+    """Returns what config `train_file` is to be: files, or the data sets of a mixture that have some."""
+    value = []
+    for weight, names in data_sets.values():
+        if weight is None:
+            value += names
+        elif names:
+            value.append({"path": names if len(names) > 1 else names[0], "weight": weight})
+    return value
 
 
 def _write_copy(entries: Mapped | Annotations, kept: np.ndarray, path: Path) -> None:

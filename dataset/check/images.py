@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from dataset.check.causes import NO_PIXELS, Cause
 from dataset.check.texts import Shared, Texts, path_key
 from dataset.check.workers import Workers
+from dataset.shard_index import Picture
 from dataset.transforms import BadImage, View, crops, load_image, open_content, open_image
 from utils import UserError, with_progress
 
@@ -51,7 +52,7 @@ class Images(NamedTuple):
     places: np.ndarray  # (U,) uint8
     numbers: list[np.ndarray]  # of each source (M,) the file of each image that its entries name
 
-    def path(self, number: int, shared: Shared) -> str:
+    def image(self, number: int, shared: Shared) -> str | Picture:
         entry = shared.sources[self.sources[number]].entries[int(self.entries[number])]
         return entry["images"][self.places[number]]
 
@@ -122,8 +123,9 @@ def check_images(shared: Shared, job: tuple) -> np.ndarray:
     full, *columns, known = job
     found = np.zeros_like(known)
     for row, (source, entry, place) in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True)):
-        path = shared.sources[source].entries[entry]["images"][place]
-        found[row] = check_image(path, full, known[row])
+        image = shared.sources[source].entries[entry]["images"][place]
+        check = check_picture if isinstance(image, Picture) else check_image
+        found[row] = check(image, full, known[row])
     return found
 
 
@@ -147,6 +149,18 @@ def check_image(path: str, full: bool, known: np.void | None = None) -> np.void:
         record["full"] = full
         record["content"] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
         _look_at(path, content, full, record)
+    return record
+
+
+def check_picture(picture: Picture, full: bool, known: np.void | None = None) -> np.void:
+    """As `check_image`, of an image in a shard."""
+    record, content = np.zeros((), RECORD)[()], picture.getvalue()
+    record["path"], record["size"], record["full"] = path_key(picture), len(content), full
+    record["content"] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+    same = known is not None and all(known[name] == record[name] for name in ("path", "size", "content"))
+    if same and known["full"] >= full:
+        return known
+    _look_at(picture.name, content, full, record)
     return record
 
 
@@ -178,6 +192,11 @@ def _look_at(path: str, content: bytes, full: bool, record: np.void) -> None:
             record["flags"] |= Cause.ONE_COLOUR
 
 
+def show(image: str | Picture) -> Image.Image:
+    """Returns what the image shows; a `Picture` stays as it was. Raises `BadImage`."""
+    return load_image(image.getvalue(), image.name) if isinstance(image, Picture) else load_image(image)
+
+
 def ends_whole(content: bytes, format: str) -> bool:
     """Whether the file ends as one of its format does; False where that cannot be told from the end."""
     if format == "WEBP":
@@ -197,11 +216,11 @@ def look_hash(pixels: np.ndarray) -> int:
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "little")
 
 
-def explain(path: str, record: np.void) -> str:
+def explain(image: str | Picture, record: np.void) -> str:
     """In words what is wrong with the file."""
     if record["flags"] & NO_PIXELS:
         try:
-            load_image(path)
+            show(image)
         except BadImage as error:
             return error.cause
     return f"{record['width']}x{record['height']} pixels, {record['size']} bytes"

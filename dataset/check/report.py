@@ -5,13 +5,16 @@ import html
 import io
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dataset.check.causes import NAMES, PROBLEMS, Cause
 from dataset.check.findings import MAX_LISTED, Findings, Found
-from dataset.transforms import BadImage, load_image
+from dataset.check.images import show
+from dataset.shard_index import Picture
+from dataset.transforms import BadImage
 from saving import atomic_write
 from utils import UserError
 
@@ -45,6 +48,7 @@ class Report:
             "has_problems": self.findings.has_problems(),
             "splits": {name: _plain(split) for name, split in self.splits.items()},
             "files": self.findings.whole,
+            "notes": self.findings.notes,
             "found": [found.as_dict() for rows in self.found.values() for found in rows],
             "max_listed_of_each_cause_and_file": MAX_LISTED,
             "reading": self.reading,
@@ -75,9 +79,10 @@ class Report:
             kind = "" if cause is None else "problem: " if cause & PROBLEMS else "note: "
             lines.append(f"{kind + name:40}" + "".join(f"{value:>18}" for value in values))
         lines += [f"problem: {problem}" for problem in self.findings.whole]
+        lines += [f"note: {note}" for note in self.findings.notes]
         for cause in NAMES:
             for found in self.findings.examples(cause, NUM_NAMED) if cause & PROBLEMS else ():
-                what = " ".join(filter(None, [found.image, found.detail]))
+                what = " ".join(filter(None, [str(found.image), found.detail]))
                 lines.append(f"{found.file}: entry {found.entry}: {NAMES[cause]}: {what}"[:300])
         return "\n".join([*lines, *self._reading_lines(), *self._fix_lines()])
 
@@ -98,16 +103,22 @@ class Report:
             + ", ".join(f"{count:,} {name}" for name, count in row["left_out"].items())
             for row in self.fixed["files"]
         ]
+        lines += [
+            f"{name}: shards are not written anew; in training, what cannot be read is replaced and counted"
+            for name in self.fixed["shards"]
+        ]
         if any(name != "train_file" for name in self._changed_keys()):
             lines.append("scores on a split that entries were left out of do not compare with published ones")
         lines += [
             f"in the config:  {name}: {json.dumps(files)}" for name, files in self.fixed["config"].items()
         ]
-        return lines if self.fixed["files"] else ["--fix: there is nothing to leave out"]
+        return (
+            lines if self.fixed["files"] or self.fixed["shards"] else ["--fix: there is nothing to leave out"]
+        )
 
     def _changed_keys(self) -> set[str]:
         changed = {row["file"] for row in self.fixed["files"]}
-        return {f"{s.split}_file" for s in self.findings.shared.sources if str(s.path) in changed}
+        return {f"{s.split}_file" for s in self.findings.shared.sources if s.name in changed}
 
     # ---- the page ----
 
@@ -125,7 +136,10 @@ class Report:
             f"<!doctype html><meta charset=utf-8><title>{_safe(title)}</title><style>{STYLE}</style>",
             f"<h1>{_safe(title)}</h1><table><tr><th></th>{head}</tr>{rows}</table>",
             *(f"<p class=problem>{_safe(problem)}</p>" for problem in self.findings.whole),
-            *(f"<p>{_safe(line)}</p>" for line in [*self._reading_lines(), *self._fix_lines()]),
+            *(
+                f"<p>{_safe(line)}</p>"
+                for line in [*self.findings.notes, *self._reading_lines(), *self._fix_lines()]
+            ),
         ]
         for name, split in self.splits.items():
             if split["lengths"].any():
@@ -146,17 +160,23 @@ class Report:
             (number, index)
             for number, source in enumerate(self.findings.shared.sources)
             if source.split == split
-            for index in rng.sample(range(len(source.entries)), min(len(source.entries), NUM_SAMPLES))
+            for index in _drawn(source.entries, rng)
         ]
         for number, index in rng.sample(places, min(len(places), NUM_SAMPLES)):
             source = self.findings.shared.sources[number]
             try:
                 entry = source.entries[index]
-            except UserError:
+            except (UserError, BadImage):
                 continue
             text = entry["text"] if isinstance(entry["text"], str) else " · ".join(entry["text"])
             cards.append(_figure(entry["images"], text, f"{source.path.name}: entry {index}"))
         return "".join(cards)
+
+
+def _drawn(entries: Sequence[dict], rng: random.Random) -> list[int]:
+    """Returns entries drawn at random, of shards that are fetched from the first one alone."""
+    numbers = range(entries.sizes[0] if getattr(entries, "is_stream", False) else len(entries))
+    return rng.sample(numbers, min(len(numbers), NUM_SAMPLES))
 
 
 def quantiles(lengths: np.ndarray) -> list[int]:
@@ -192,23 +212,23 @@ def _histogram(split: dict) -> str:
 
 
 def _card(found: Found) -> str:
-    images = [image for image in (found.image, found.twin) if image]
+    images = [image for image in (found.image, found.twin) if image != ""]
     return _figure(images, found.detail, f"{found.split}, {Path(found.file).name}: entry {found.entry}")
 
 
-def _figure(images: list[str], text: str, where: str) -> str:
+def _figure(images: list[str | Picture], text: str, where: str) -> str:
     pictures = "".join(map(_thumbnail, images))
     kind = " class=pair" if len(images) > 1 else ""
-    names = " ".join(images)
+    names = " ".join(map(str, images))
     return (
         f"<figure{kind}>{pictures}<figcaption>{_safe(text[:300])}<small>{_safe(where)}</small>"
         f"<small>{_safe(names)}</small></figcaption></figure>"
     )
 
 
-def _thumbnail(path: str) -> str:
+def _thumbnail(picture: str | Picture) -> str:
     try:
-        image = load_image(path)
+        image = show(picture)
     except BadImage as error:
         return f"<div class=none>{_safe(error.cause[:60])}</div>"
     image.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -1,6 +1,6 @@
 """Which files of a config hold what: each task's splits, read by the functions that its script reads with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,9 @@ from dataset.annotations import NUMBER, NUMBER_OR_TEXT, TEXTS, Mapped, checked_l
 from dataset.grounding import GroundingEvalData, read_expressions
 from dataset.mixture import weighted
 from dataset.nlvr import read_nlvr
-from dataset.pretrain import read_pairs
+from dataset.pretrain import read_pairs, read_set
 from dataset.retrieval import read_captioned_images, read_train_pairs
-from dataset.shards import is_shards
+from dataset.shards import Shards, is_shards
 from dataset.text import clean_caption, clean_question
 from dataset.ve import read_ve
 from dataset.vqa import (
@@ -22,19 +22,21 @@ from dataset.vqa import (
     read_answer_list,
     read_questions,
 )
-from utils import UserError, fill_in
+from utils import UserError, fill_in, is_url
 
 
 @dataclass(frozen=True)
 class Split:
     """read(file, config): entries with images and text; a text longer than `max_words` is cut; whole(config,
-    tokenizer, position_limit): raises UserError where files that are right by themselves do not fit together.
+    tokenizer, position_limit): raises UserError where files that are right by themselves do not fit together;
+    takes_shards: whether the script reads shards, too.
     """
 
     read: Callable[[str, dict], Sequence[dict]]
     clean: Callable[[str, int], str] = clean_caption
     max_words: int = 30
     whole: Callable[[dict, object, int], object] | None = None
+    takes_shards: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,26 @@ class Task:
 
 @dataclass
 class Source:
-    """An annotation file; `problem` says why it has no entries where it cannot be used."""
+    """An annotation file, or the shards of a pattern; `problem` says why it has no entries where it cannot be
+    used. data_set, weight: number and weight of the data set of a mixture that it is of; else 0 and None.
+    """
 
     split: str
-    path: Path
+    name: str
     spec: Split
     max_tokens: int  # a longer text is cut
     entries: Sequence[dict]
     problem: str = ""
+    data_set: int = 0
+    weight: float | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name)
+
+    @property
+    def shards(self) -> Shards | None:
+        return self.entries if isinstance(self.entries, Shards) else None
 
 
 def _pairs(file: str, config: dict) -> Mapped:
@@ -100,7 +114,7 @@ def _sentences(read: Callable) -> dict[str, Split]:
 
 
 TASKS = {
-    "Pretrain": Task(PRETRAIN, {"train": Split(_pairs)}),
+    "Pretrain": Task(PRETRAIN, {"train": Split(_pairs, takes_shards=True)}),
     "Retrieval": Task(
         RETRIEVAL,
         {
@@ -136,32 +150,37 @@ def task_of(config_file: str) -> str:
 
 
 def open_sources(task: Task, config: dict, position_limit: int) -> list[Source]:
-    """The annotation files that the config names. UserError where it names none, or shards."""
+    """The annotation files and shards that the config names. UserError where it names none."""
     sources = []
-    for name, spec in task.splits.items():
-        files = files_of(config, name)
+    for split, spec in task.splits.items():
         max_tokens = position_limit
-        if name == "train" and "max_tokens" in config:
+        if split == "train" and "max_tokens" in config:
             max_tokens = min(max_tokens, config["max_tokens"])
-        for file in files:
-            if is_shards(file):
-                raise UserError(
-                    f"{name}_file {file}: this check reads JSON lists, not shards; check the list that the "
-                    "shards were made of"
-                )
-            problem, entries = "", []
+        for file, data_set, weight in files_of(config, split):
+            problem, found = "", [[]]
             try:
                 with checked_late():
-                    entries = spec.read(file, config)
+                    if spec.takes_shards and is_shards(file):
+                        found = read_set([file], "", must_count=True)
+                    else:
+                        found = [spec.read(file, config)]
             except UserError as error:
                 problem = str(error)
-            sources.append(Source(name, Path(fill_in(file)), spec, max_tokens, entries, problem))
+            name = file if is_url(file) else fill_in(file)
+            sources += [
+                Source(split, name, spec, max_tokens, entries, problem, data_set, weight) for entries in found
+            ]
     if not sources:
         raise UserError(f"the config names no annotation file ({', '.join(task.splits)})")
     return sources
 
 
-def files_of(config: dict, split: str) -> list[str]:
-    """Of a mixture of data sets those of all."""
+def files_of(config: dict, split: str) -> Iterator[tuple[str, int, float | None]]:
+    """Yields each file of a split, with number and weight of its data set in a mixture; else 0 and None."""
     files = config[f"{split}_file"]
-    return [path for paths in weighted(files)[0] for path in paths] if files else []
+    if not files:
+        return
+    is_mixture = isinstance(files, list) and isinstance(files[0], dict)
+    for number, (paths, weight) in enumerate(zip(*weighted(files), strict=True)):
+        for path in paths:
+            yield path, number, weight if is_mixture else None

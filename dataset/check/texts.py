@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 from dataset.check.causes import Cause
 from dataset.check.tasks import Source
 from dataset.check.workers import Workers
+from dataset.shard_index import Picture
+from dataset.transforms import BadImage
 from utils import UserError, with_progress
 
 ENTRIES_PER_JOB = 20_000
@@ -88,7 +90,7 @@ def check_texts(shared: Shared, job: tuple[int, int, int]) -> _Part:
     for index in range(start, stop):
         try:
             entry = source.entries[index]
-        except UserError:
+        except (UserError, BadImage):  # the latter of a sample of a shard
             flags[index - start] |= Cause.WRONG_ENTRY
             continue
         for length, is_cut in text_lengths(source, entry, count):
@@ -134,6 +136,7 @@ class WordPieces:
         return 1 + sum(map(self.of_word, text.split()))
 
 
-def path_key(path: str) -> int:
-    """64 bits that stand for the path."""
-    return int.from_bytes(blake2b(path.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def path_key(image: str | Picture) -> int:
+    """64 bits that stand for the path, or for the sample of a shard."""
+    name = image.sample if isinstance(image, Picture) else image
+    return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
