@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dataset.transforms import BadImage, JpegFile, load_image, open_image
+from dataset.transforms import BadImage, JpegFile, load_image, open_content, open_image
 from utils import with_progress
 
 SLOW_SECONDS, LARGE_MIB = 2.0, 200
@@ -53,7 +53,7 @@ def load_for_training(path: Path) -> Image.Image:
 
 def as_pil_converts(path: Path) -> Image.Image | None:
     """By convert("RGB") alone; None for what is to be read otherwise: turned, transparent, of more bits."""
-    with Image.open(path) as image:
+    with open_content(path.read_bytes(), None) as image:  # PIL itself refuses long texts
         image.load()
         special = image.has_transparency_data or image.mode.startswith(("I", "F"))
         return None if special or turned(image) else image.convert("RGB")

@@ -49,7 +49,6 @@ NOT_READ = {
     "duplicate_xref_entry.pdf": "not an image",
     "i_trns.png": "one shade",  # 8 bits in 16
     "libtiff_segfault.tif": "not an image",
-    "png_decompression_dos.png": "damaged",
     "seek_too_large.tif": "damaged",
     "shortfile.bmp": "truncated",
     "test-ole-file.doc": "not an image",
