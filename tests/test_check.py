@@ -1,9 +1,11 @@
 """The check of annotation files and images: every defect is found by number and cause, copies are clean, and
 a check that was stopped goes on."""
 
+import io
 import json
 import resource
 import shutil
+import tarfile
 from pathlib import Path
 
 import cv2
@@ -259,6 +261,134 @@ def test_copies_are_clean_and_the_originals_as_they_were(defects, tmp_path, caps
     assert code == 0 and not list((tmp_path / "none").iterdir())
 
 
+def test_copies_keep_the_weights_of_a_mixture(copy_of_demo, tmp_path, capsys):
+    entries = json.loads((copy_of_demo / "pretrain_train.json").read_text(encoding="utf-8"))
+    for name, captions in (("a", ["", "x"]), ("b", ["y"]), ("c", [" "]), ("d", ["z", ""]), ("e", ["w"])):
+        rows = [{**entry, "caption": text} for entry, text in zip(entries, captions, strict=False)]
+        write_list(copy_of_demo / f"{name}.json", rows)
+    at = {name: str(copy_of_demo / f"{name}.json") for name in "abcde"}
+    fixed = {name: str(tmp_path / "fixed" / f"{name}.json") for name in "ad"}
+    mixture = [
+        {"path": at["a"], "weight": 2},
+        {"path": [at["b"], at["d"]], "weight": 0.5},
+        {"path": [at["c"]], "weight": 3},  # of which nothing is left
+        {"path": [at["c"], at["e"]], "weight": 4},
+    ]
+    config = demo_config("Pretrain", copy_of_demo, tmp_path)
+    overrides = ["--overrides", f"train_file={json.dumps(mixture)}", "samples_per_epoch=9"]
+    code, report = check(config, tmp_path / "out", "--fix", tmp_path / "fixed", *overrides)
+    expected = [
+        {"path": fixed["a"], "weight": 2},
+        {"path": [at["b"], fixed["d"]], "weight": 0.5},
+        {"path": at["e"], "weight": 4},
+    ]
+    assert code == 1 and report["fix"]["config"] == {"train_file": expected}
+    printed = capsys.readouterr().out
+    assert f"in the config:  train_file: {json.dumps(expected)}" in printed
+    assert f"nothing is left of {at['c']}" in printed
+    overrides[1] = f"train_file={json.dumps(expected)}"
+    assert check(config, tmp_path / "out", *overrides)[0] == 0
+
+
+def test_json_lines_are_looked_through_and_copied_as_a_list(copy_of_demo, tmp_path):
+    entries = json.loads((copy_of_demo / "pretrain_train.json").read_text(encoding="utf-8"))
+    entries[1]["caption"] = ""
+    path, config = copy_of_demo / "train.jsonl", demo_config("Pretrain", copy_of_demo, tmp_path)
+    path.write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
+    code, report = check(
+        config, tmp_path / "out", "--fix", tmp_path / "fixed", "--overrides", f"train_file={path}"
+    )
+    assert code == 1 and causes(report) == {(1, "empty text")}
+    assert report["fix"]["config"] == {"train_file": [str(tmp_path / "fixed" / "train.json")]}
+    copy = json.loads((tmp_path / "fixed" / "train.json").read_text(encoding="utf-8"))
+    assert [entry["caption"] for entry in copy] == [entry["caption"] for entry in entries if entry["caption"]]
+
+
+# ---- shards ----
+
+
+def content_of(image, kind="JPEG"):
+    file = io.BytesIO()
+    image.save(file, kind, quality=92)
+    return file.getvalue()
+
+
+def make_shards(folder):
+    """Two shards; returns the expected causes of their entries."""
+    whole, other = content_of(picture(0)), content_of(picture(1))
+    parts = [
+        ("a.jpg", whole, "a.txt", b"a cat", ""),
+        ("b.v2.jpg", other, "b.v2.json", b'{"caption": ["one", "two"]}', ""),
+        ("c.jpg", whole, "c.txt", b"a cat", "same content as another file"),
+        ("d.jpg", content_of(picture(2))[:-300], "d.txt", b"a cat", "truncated image"),
+        ("e.jpg", b"no image", "e.txt", b"a cat", "not an image"),
+        ("f.jpg", content_of(picture(3, 8)), "f.txt", b"a cat", "tiny image"),
+        ("g.jpg", content_of(picture(4)), "g.json", b'{"text": "a cat"}', "wrong entry"),
+        ("h.jpg", content_of(picture(5)), "h.txt", LONG.encode(), "text is cut"),
+        ("i.jpg", content_of(picture(6)), "i.txt", b" ?! ", "empty text"),
+        ("s.jpg", content_of(picture(7)), "s.txt", b"seven", ""),
+        ("s.jpg", content_of(picture(8)), "s.txt", b"eight", ""),
+        ("t.txt", b"no image", "t.cls", b"7", "wrong entry"),
+    ]
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for name, content, text_name, text, _ in parts[number * 6 : number * 6 + 6]:
+                for member, data in ((name, content), (text_name, text)):
+                    info = tarfile.TarInfo(member)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return {(number, cause) for number, (*_, cause) in enumerate(parts) if cause}
+
+
+@pytest.mark.parametrize("how", ["{}", "pipe:cat {}"])
+def test_shards_are_looked_through(how, demo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    expected, names = make_shards(tmp_path), how.format(f"{tmp_path}/{{0..1}}.tar")
+    mixture = [{"path": names, "weight": 3}, {"path": str(demo / "pretrain_train.json"), "weight": 1}]
+    flags = ["--fix", tmp_path / "fixed", "--overrides", f"train_file={json.dumps(mixture)}"]
+    for flag in ([], ["--full"]):
+        code, report = check(demo_config("Pretrain", demo, tmp_path), tmp_path / "out", *flag, *flags)
+        rows = [row for row in report["found"] if row["file"] == names]
+        assert code == 1 and {(row["entry"], row["cause"]) for row in rows} == expected
+        details = {row["entry"]: row["detail"] for row in rows}
+        assert details[6].endswith("1.tar: g.json: no caption: no field 'caption', found text")
+        assert details[11].endswith("1.tar: t.txt: a caption without an image")
+        assert details[2].endswith("0.tar: a.jpg") and "truncated" in details[3]
+        assert report["fix"]["config"]["train_file"] == mixture and report["fix"]["shards"] == [names]
+        printed = capsys.readouterr().out
+        assert f"{names}: shards are not written anew" in printed
+        if how == "{}":
+            assert (
+                f"note: passed over 1 members that are neither an image nor a caption; the first: {tmp_path}"
+                in printed
+            )
+            assert len(report["notes"]) == 1 and report["reading"]["entries_per_second_of_a_process"] > 1
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "0.tar: d.jpg" in page and page.count("data:image/jpeg;base64") >= 12
+
+
+def test_a_damaged_shard_is_a_problem(demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_shards(tmp_path)
+    (tmp_path / "1.tar").write_bytes((tmp_path / "1.tar").read_bytes()[:9000])
+    config, names = demo_config("Pretrain", demo, tmp_path), f"{tmp_path}/{{0..1}}.tar"
+    code, report = check(config, tmp_path / "out", "--overrides", f"train_file={names}")
+    assert code == 1 and [line for line in report["files"] if "1.tar is damaged or cut short" in line]
+    code, report = check(config, tmp_path / "out", "--overrides", f"train_file={tmp_path}/9.tar")
+    assert code == 1 and "9.tar cannot be read" in report["files"][0]
+
+
+def test_tasks_that_read_no_shards_say_what_a_tar_file_is(demo, tmp_path):
+    make_shards(tmp_path)
+    config = demo_config("Retrieval", demo, tmp_path)
+    code, report = check(config, tmp_path / "out", "--overrides", f"train_file={tmp_path}/0.tar")
+    assert (
+        code == 1
+        and "is a tar file; shards are named .tar and belong into train_file of Pretrain"
+        in report["files"][0]
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "field", "wrong"),
     [
@@ -387,9 +517,6 @@ def test_what_cannot_be_checked_ends_with_2(demo, defects, tmp_path, capsys):
     assert "cannot be read" in fails("--config", tmp_path / "VQA.yaml")
     assert "--task" in fails("--config", shutil.copy(config, tmp_path / "mine.yaml"))
     assert "unknown key" in fails("--config", config, "--overrides", "trian_file=a.json")
-    assert "shards" in fails("--config", config, "--overrides", "train_file=[data/000.tar]")
-    mixed = "train_file=[{path: data/none.json, weight: 1}, {path: data/000.tar, weight: 2}]"
-    assert "shards" in fails("--config", config, "--overrides", mixed)
     assert "vocabulary" in fails("--config", config, "--text_encoder", tmp_path)
     assert "is a file of the config" in fails("--config", config, "--fix", folder)
     assert "--fix" in fails("--config", config, "--fix", folder / "train.json" / "a")
