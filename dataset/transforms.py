@@ -260,7 +260,7 @@ def crops(image: Image.Image | JpegFile, views: Sequence[View]) -> list[np.ndarr
     """
     boxes = [view.box or (0, 0, *image.size) for view in views]
     if isinstance(image, JpegFile):
-        scale = min(_decoding_scale(box, view.res) for box, view in zip(boxes, views, strict=True))
+        scale = min(reduction(box, view.res) for box, view in zip(boxes, views, strict=True))
         pixels = image.decode(scale)
     else:
         scale, pixels = 1, np.array(image)
@@ -274,7 +274,7 @@ def crops(image: Image.Image | JpegFile, views: Sequence[View]) -> list[np.ndarr
     return found
 
 
-def _decoding_scale(box: Box, res: int) -> int:
+def reduction(box: Box, res: int) -> int:
     side = min(box[2] - box[0], box[3] - box[1])
     return next(scale for scale in REDUCED if scale == 1 or side >= scale * res)
 

@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import re
 import sys
 
+import numpy as np
 import pytest
 import warm
+from PIL import Image
 from tiny import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import reduced_jpegs
 import run as bench
 import train_step
 
@@ -44,6 +48,31 @@ def test_the_plain_training_step_has_the_same_losses_and_the_arithmetic_is_count
     else:  # torch counts no attention on CPUs, and we no savings in the last of here only two layers
         total = 2 * args.batch * sum(train_step.flops(train_step.settings(args), task).values())
         assert 0.8 * total < counted.get_total_flops() < total
+
+
+def test_crops_that_are_decoded_smaller_are_counted_and_compared(tmp_path, monkeypatch, capsys):
+    """Whole pictures at 64 pixels: of 64 x 90 decoded in full, of 128 x 140 at a half."""
+    rng = np.random.default_rng(0)
+    for number, (height, width) in enumerate([(64, 90), (128, 140)]):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((width, height)).save(tmp_path / f"{number}.jpg")
+    arguments = [
+        "reduced_jpegs.py",
+        str(tmp_path),
+        "--image_res",
+        "64",
+        "--min_crop_scale",
+        "1",
+        "--draws",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    reduced_jpegs.main()
+    first, *scales, difference = capsys.readouterr().out.splitlines()
+    assert first == "2 files, 4 crops of 64 x 64"
+    assert scales == ["decoded at 1/1: 2 (50.0%)", "decoded at 1/2: 2 (50.0%)"]
+    mean = float(re.search(r"^of these 2: mean difference ([\d.]+) levels", difference)[1])
+    assert 0 < mean < 10
 
 
 def test_results_of_one_benchmark_leave_the_others(tmp_path, monkeypatch):
