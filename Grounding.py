@@ -27,7 +27,7 @@ from models.initial import starting_weights
 from models.retrieval import SIMLARetrieval
 from Retrieval import losses
 from training import to_device
-from utils import UserError, all_gather_objects, log, save_result, with_progress
+from utils import UserError, all_gather_objects, check_scores, log, save_result, with_progress
 
 
 def choice(heat: torch.Tensor, target: Target) -> dict:
@@ -46,7 +46,7 @@ def evaluate(
     config: dict,
     device: torch.device,
 ) -> list[dict]:
-    """The `choice` for every expression, in order, on every rank."""
+    """The `choice` for every expression, in order, on every rank; UserError for a map that is not finite."""
     model.eval()
     limit = model.text_encoder.config.max_position_embeddings
     collate, pin = Collate(tokenizer, limit), device.type == "cuda"
@@ -56,6 +56,7 @@ def evaluate(
         batch = to_device(batch, device)
         inputs = batch["image"], batch["text_ids"], batch["text_mask"]
         heats = grad_cam(model, args.gradcam_mode, args.block_num, *inputs).float().cpu()
+        check_scores(heats, "values of heat maps", "fp32")
         for index, heat in zip(batch["index"].tolist(), heats, strict=True):
             own[index] = choice(heat, data.targets[index])
     choices = {index: found for part in all_gather_objects(own) for index, found in part.items()}

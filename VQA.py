@@ -27,7 +27,7 @@ from models.answer_tree import AnswerTree
 from models.initial import starting_weights
 from models.vqa import SIMLAVQA
 from training import to_device
-from utils import UserError, all_gather_objects, autocast, log, save_result, with_progress
+from utils import UserError, all_gather_objects, autocast, check_scores, log, save_result, with_progress
 from vqa_accuracy import answer_scores, best_constant, mean_by_label
 
 
@@ -42,7 +42,7 @@ def answer(
     model: SIMLAVQA, data: VQAEvalData, candidates: AnswerList | None, tokenizer, config: dict, device
 ) -> list[dict]:
     """{"answers", "probabilities"} of every question, best first, equal on all ranks: ranked `candidates`, or
-    generated ones where there are none."""
+    generated ones where there are none. Raises UserError for a probability that is not finite."""
     model.eval()
     limit = model.text_encoder.config.max_position_embeddings
     collate, pin = Collate(tokenizer, limit), device.type == "cuda"
@@ -63,6 +63,7 @@ def answer(
                 )
                 texts = [tokenizer.batch_decode(row, skip_special_tokens=True) for row in ids[:, :top]]
                 probabilities = scores.exp()
+        check_scores(probabilities, "probabilities of answers", config["precision"])
         own += zip(batch["index"].tolist(), texts, probabilities[:, :top].tolist(), strict=True)
     gathered = sorted(row for rows in all_gather_objects(own) for row in rows)
     return [{"answers": texts, "probabilities": shares} for _, texts, shares in gathered]

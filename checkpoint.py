@@ -7,6 +7,7 @@ Loading is strict with an account: what a row does not expect to be missing or l
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from safe_load import load_mapped
+from safe_load import Inert, load_mapped
 from scheduler import WarmupCosine
-from utils import UserError
+from utils import UserError, check_weight
 
 POS_EMBEDS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
 POSITION_IDS = "embeddings.position_ids"  # constants, which some versions of transformers store
@@ -244,18 +245,51 @@ def map_state(
     return _match(state, shapes, row_of(task, kind, source), source, kind)
 
 
+STATES = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "module",
+)  # where files keep the weights, if not at their top
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # no part of ours
+OUTER = re.compile(r"((?:[^.]+\.)*?)visual_encoder(?:_m)?\.")
+
+
 def weights_in(content: Any, source: str) -> dict[str, Tensor]:
-    """The model's entries of what a file holds; UserError where there are none."""
-    state = content.get("model", content) if isinstance(content, dict) else None
+    """The model's entries of what a file holds, under the model's own names; UserError for what has none.
+
+    What wrappers put into names is taken off: anywhere `module.` of data-parallel training and `_orig_mod.`
+    of torch.compile, in front what an outer module calls the model, as Lightning's `model.`.
+    """
+    state = content
+    if isinstance(content, dict):
+        state = next((content[name] for name in STATES if name in content), content)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{source} holds no weights: expected a dict of tensors, alone or under 'model'")
-    return {name.removeprefix("module."): value for name, value in state.items()}  # saved from a DDP wrapper
+        what = f"expected a dict of tensors, alone or under {' or '.join(map(repr, STATES))}"
+        if isinstance(state, Inert):
+            what += ", found a whole module; save its state_dict()"
+        raise UserError(f"{source} holds no weights: {what}")
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in state}
+    outer = {match[1] for name in names.values() if (match := OUTER.match(name))}
+    if len(outer) > 1:
+        listed = ", ".join(f"{prefix}visual_encoder" for prefix in sorted(outer))
+        raise UserError(f"{source} holds several models: {listed}; save the entries of one of them alone")
+    names = {name: plain.removeprefix("".join(outer)) for name, plain in names.items()}
+    weights = {names[name]: value for name, value in state.items()}
+    if len(weights) < len(state):
+        twice = next(plain for plain, number in Counter(names.values()).items() if number > 1)
+        raise UserError(f"{source} holds {twice} more than once, under several wrappers; save one of them")
+    return weights
 
 
 @torch.no_grad()
-def _copy_into(model: nn.Module, tensors: Mapping[str, Tensor], release: Callable[[], None]) -> None:
+def _copy_into(
+    model: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, release: Callable[[], None]
+) -> None:
+    """Fills the model piece by piece; UserError at the first tensor that is not finite."""
     own = model.state_dict()
     for name, value in tensors.items():
+        check_weight(value, report.loaded[name], report.source)
         own[name].copy_(value)
         release()
 
@@ -265,11 +299,13 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def load_weights(model: nn.Module, path: str | Path, task: str) -> LoadReport:
-    """Copies the weights of the file into the model, in place. Raises UserError, the model then unchanged."""
+    """Copies the weights of the file into the model, in place. Raises UserError, the model then unchanged, or
+    filled in part where a tensor turns out not to be finite.
+    """
     content, release = load_mapped(path)
     state = weights_in(content, str(path))
     tensors, report = map_state(state, shapes_of(model), task, str(path), content.get("metadata"))
-    _copy_into(model, tensors, release)
+    _copy_into(model, tensors, report, release)
     return report
 
 
@@ -277,7 +313,9 @@ def load_weights(model: nn.Module, path: str | Path, task: str) -> LoadReport:
 
 
 def _optimizer_state(optimizer: Optimizer, saved: dict, source: str, release: Callable[[], None]) -> dict:
-    """`saved` as this torch and this machine want it. Raises UserError when it belongs to another model."""
+    """`saved` as this torch and this machine want it. Raises UserError when it belongs to another model or is
+    not finite.
+    """
     theirs = [len(group["params"]) for group in saved["param_groups"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -295,6 +333,9 @@ def _optimizer_state(optimizer: Optimizer, saved: dict, source: str, release: Ca
     state = {}
     for i, param in zip(ids, params, strict=True):
         if i in saved["state"]:
+            for key, value in saved["state"][i].items():
+                if isinstance(value, Tensor):
+                    check_weight(value, f"optimizer.state.{i}.{key}", source)
             state[i] = {
                 key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in saved["state"][i].items()
@@ -319,7 +360,8 @@ def resume(
 ) -> dict:
     """Restores a run, our own or a published one at the end of an epoch; returns what else the file holds.
 
-    Raises UserError, before anything is changed, when the file belongs to another model or has weights only.
+    Raises UserError, before anything is changed, when the file belongs to another model or has weights only,
+    and for a tensor that is not finite.
     """
     checkpoint, release = load_mapped(path)
     source = str(path)
@@ -329,9 +371,9 @@ def resume(
             f"{path} cannot be resumed from, it has no {' and no '.join(absent)}; to start from its weights "
             "use --checkpoint without --resume"
         )
-    tensors, _ = _match(weights_in(checkpoint, source), shapes_of(model), RESUME, source, "training")
+    tensors, report = _match(weights_in(checkpoint, source), shapes_of(model), RESUME, source, "training")
     optimizer_state = _optimizer_state(optimizer, checkpoint["optimizer"], source, release)
-    _copy_into(model, tensors, release)
+    _copy_into(model, tensors, report, release)
     optimizer.load_state_dict(optimizer_state)
     scheduler.load_state_dict(checkpoint["lr_scheduler"])
     if scaler is not None and checkpoint.get("scaler"):

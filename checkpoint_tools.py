@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from checkpoint import QUEUES, TWIN, kind_of, map_state, row_of, shapes_of, weights_in
 from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, read_config
+from dataset.text import tokenizer_from_text
 from models.nlvr import SIMLANLVR
 from models.pretrain import SIMLA
 from models.pretrain_nlvr import SIMLAPretrainNLVR
@@ -25,7 +27,7 @@ from models.vqa import SIMLAVQA
 from run_record import code_revision
 from safe_load import load_mapped, to_plain
 from saving import atomic_write, check_undamaged
-from utils import UserError
+from utils import UserError, check_weight
 
 FORMAT = "1"
 MEBIBYTE = 2**20
@@ -50,12 +52,13 @@ def export(source: str, target: str, task: str | None = None, inference: bool = 
     """Writes the weights of `source` alone into the .safetensors file `target`; returns the names left out.
 
     task: leaves out what that script has no place for; inference: also what only training uses, momentum
-    twins and queues. The metadata have the config and where the weights come from. Raises UserError for a
-    file that is no checkpoint, one that the task cannot start from, or a target that cannot be written.
+    twins and queues. The metadata have the config, the tokenizer and where the weights come from. Raises
+    UserError for a file that is no checkpoint or has weights that are not finite, one that the task cannot
+    start from, or a target that cannot be written.
     """
     if Path(target).suffix != ".safetensors":
         raise UserError(f"{target}: the exported file's name must end in .safetensors")
-    content, _ = load_mapped(source)
+    content, release = load_mapped(source)
     state = weights_in(content, source)
     metadata = content.get("metadata", {})  # of a file that was exported before
     kind = kind_of(state, source, metadata)
@@ -64,6 +67,9 @@ def export(source: str, target: str, task: str | None = None, inference: bool = 
     if inference:
         left_out += [name for name in state if TWIN.match(name) or name.startswith(QUEUES)]
     kept = {name: value for name, value in state.items() if name not in set(left_out)}
+    for name, value in kept.items():
+        check_weight(value, name, source)
+        release()
     metadata |= {
         "format": "pt",  # what other readers of safetensors look for
         "simla_format": FORMAT,
@@ -73,9 +79,13 @@ def export(source: str, target: str, task: str | None = None, inference: bool = 
     }
     told = {key: content[key] for key in (*PROVENANCE, "config") if key in content}
     metadata |= {key: json.dumps(to_plain(value)) for key, value in told.items()}
+    if "tokenizer" in content:
+        metadata["tokenizer"] = content["tokenizer"]
     with atomic_write(target) as file:
         try:
             save_file(_untied(kept), file.name, metadata)
+            mode = os.fstat(file.fileno()).st_mode
+            Path(file.name).chmod(mode)  # the writer puts a file of its own there, for its owner alone
         except SafetensorError as error:
             raise OSError(str(error)) from error
     return sorted(set(left_out))
@@ -101,7 +111,7 @@ def read_shapes(path: str) -> tuple[dict[str, Tensor], dict, int]:
         return *_read_header(path), 0
     content, _ = load_mapped(path)
     state = weights_in(content, path)
-    rest = {key: content[key] for key in (*PROVENANCE, "config") if key in content}
+    rest = {key: content[key] for key in (*PROVENANCE, "config", "tokenizer") if key in content}
     if "ranks" in content:
         rest["ranks"] = len(content["ranks"])
     moments = content.get("optimizer", {}).get("state", {}).values()
@@ -124,7 +134,8 @@ def _read_header(path: str) -> tuple[dict[str, Tensor], dict]:
         name: torch.empty(shape, dtype=dtypes.get(dtype, torch.float32), device="meta")
         for name, (shape, dtype) in shapes.items()
     }
-    return state, {key: _from_json(value) for key, value in metadata.items()}
+    texts = {key: value for key, value in metadata.items() if key == "tokenizer"}
+    return state, {key: _from_json(value) for key, value in metadata.items()} | texts
 
 
 def _from_json(text: str) -> object:
@@ -160,7 +171,7 @@ def verdict(
         return f"{task} with {config} would refuse it: {error}"
     lists = {label: getattr(report, label) for label in ("interpolated", "fresh", "unused")}
     lines = [
-        f"{task} with {config} would take {len(report.loaded)} tensors; {label}: {', '.join(names)}"
+        f"{task} with {config} would take {len(report.loaded)} tensors; {label}: {_grouped(names)}"
         for label, names in lists.items()
         if names
     ]
@@ -169,13 +180,26 @@ def verdict(
     )
 
 
+def _grouped(names: list[str]) -> str:
+    """The names; those of a part of the model that has many as one, with their number."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(name.split(".")[0], []).append(name)
+    few = 6
+    groups = (own if len(own) <= few else [f"{part}.* ({len(own)} tensors)"] for part, own in parts.items())
+    return ", ".join(name for group in groups for name in group)
+
+
 def inspect(path: str, task: str | None = None, config: str = "", overrides: list[str] | None = None) -> str:
     """The report on a file; see `read_shapes` for what it raises."""
     state, rest, optimizer = read_shapes(path)
     kind = kind_of(state, path, rest)
     lines = [f"{path}: {kind} checkpoint, {Path(path).stat().st_size / MEBIBYTE:.1f} MiB"]
     plain = to_plain(rest.get("config", {}))
-    lines += [f"{key}: {to_plain(value)}" for key, value in rest.items() if key != "config"]
+    rest_lines = {key: to_plain(value) for key, value in rest.items() if key not in ("config", "tokenizer")}
+    lines += [f"{key}: {value}" for key, value in rest_lines.items()]
+    if "tokenizer" in rest:
+        lines.append(f"tokenizer: {len(tokenizer_from_text(rest['tokenizer'], path))} words")
     num_values = sum(value.numel() for value in state.values())
     lines.append(f"{len(state)} tensors, {num_values:,} values")
     lines += [f"{size / MEBIBYTE:10.1f} MiB  {name}" for name, size in sizes(state).items()]

@@ -7,12 +7,13 @@ import argparse
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from models.bert import BertConfig
 from run_record import code_revision
 from utils import UserError, fill_in, is_url
 
@@ -287,9 +288,12 @@ TABLES = {
 
 
 def parse(parser: argparse.ArgumentParser, table: dict[str, Key]) -> tuple[argparse.Namespace, dict]:
-    """The flags and the config of a task script."""
+    """The flags and the config of a task script, which has all sizes in it and names no file that holds some:
+    what is saved of it, in checkpoints and config.yaml, means the same for ever.
+    """
     args = parser.parse_args()
     config = read_config(args.config, table, args.overrides)
+    config["bert_config"] = asdict(BertConfig.read(config["bert_config"]))
     config["text_encoder"] = args.text_encoder or config["text_encoder"]
     return args, config
 

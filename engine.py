@@ -15,7 +15,7 @@ from faults import StopSignals
 from models.momentum import MomentumModel
 from saving import BEST, epoch_name
 from training import Losses, Scores, Training, to_device
-from utils import all_gather_objects, append_log, autocast, barrier, is_main, log, with_progress
+from utils import all_gather_objects, append_log, autocast, barrier, check_scores, is_main, log, with_progress
 
 
 def fit(
@@ -90,14 +90,16 @@ def evaluate_classes(
 ) -> Tensor:
     """Return the true and the predicted class of every entry that the ranks' loaders share, in order.
 
-    (N, 2) on the CPU, the same on all ranks; VE and NLVR share it.
+    (N, 2) on the CPU, the same on all ranks; VE and NLVR share it. Raises UserError for a score that is not
+    finite.
     """
     model.eval()
     rows: list[tuple[int, int, int]] = []
     for batch in with_progress(stop_at_unreadable(loader), len(loader), header, config["log_steps"]):
         batch = to_device(batch, device)
         with autocast(device, config["precision"]):
-            predicted = model.predict(batch["image"], batch["text_ids"], batch["text_mask"]).argmax(-1)
+            logits = model.predict(batch["image"], batch["text_ids"], batch["text_mask"])
+        predicted = check_scores(logits, "scores of classes", config["precision"]).argmax(-1)
         columns = batch["index"], batch["label"], predicted
         rows += zip(*(column.tolist() for column in columns), strict=True)
     gathered = sorted(row for part in all_gather_objects(rows) for row in part)

@@ -1,15 +1,15 @@
 """Reads files made by torch.save without running anything that their pickle asks for, memory-mapped.
 
-A pickle is a program: it names functions and calls them. Here it reaches only the few in `FUNCTIONS`; every
-other class becomes inert data (`Inert`), and names that can only be meant to run code are refused. torch's
-own `weights_only` mode refuses foreign classes altogether, but published files have them: the `config` of a
-checkpoint is a pickled OmegaConf object, OpenAI's image tokenizer a whole pickled module.
+A pickle is a program: it names functions and calls them. Here it calls only the few in `FUNCTIONS`; a file
+that calls any other is refused, whatever module that claims to be from. A class that is merely named, or
+whose object is described without a call, becomes inert data (`Inert`). torch's own `weights_only` mode
+refuses foreign classes altogether, but published files have them: the `config` of a checkpoint is a pickled
+OmegaConf object, OpenAI's image tokenizer a whole pickled module.
 """
 
-import builtins
+import codecs
 import mmap
 import pickle
-import re
 import sys
 import zipfile
 from collections import OrderedDict
@@ -41,15 +41,20 @@ STORAGE_DTYPES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
-# Nothing outside the tables is ever called. A name from one of these modules is no data: distrust the file.
-REFUSED_MODULES = re.compile(
-    r"(builtins|os|posix|nt|subprocess|commands|popen2|sys|runpy|importlib|imp|shutil|socket|pty|ctypes|code|codeop"
-    r"|pdb|bdb|marshal|_?pickle|cPickle|multiprocessing|_?thread|threading|signal|webbrowser|timeit|c?[pP]rofile|trace"
-    r"|tempfile|io|urllib|http|asyncio)(\.|$)"
-)
 
 
-class Inert:
+class _CodeAskedFor(Exception):
+    """A pickle calls the named function, which is not in `FUNCTIONS`."""
+
+
+class _InertType(type):
+    """The type of what stands for foreign classes: a pickle may describe their objects, but not call them."""
+
+    def __call__(cls, *args, **kwargs):
+        raise _CodeAskedFor(cls.__qualname__)
+
+
+class Inert(metaclass=_InertType):
     """Stands for an object of a foreign class: holds what the pickle gave it and does nothing."""
 
     __slots__ = ("args", "items", "state")
@@ -136,6 +141,15 @@ def _bytearray(data: str | bytes = b"", *_encoding) -> bytearray:
     return bytearray(data, "latin-1") if isinstance(data, str) else bytearray(data)
 
 
+@cache
+def _inert_class(name: str) -> type[Inert]:
+    return type(Inert)(name.rsplit(".", 1)[-1], (Inert,), {"__slots__": (), "__qualname__": name})
+
+
+def _path(*parts: str) -> str:
+    return "/".join(parts).replace("//", "/")
+
+
 PLAIN = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, slice, range)
 FUNCTIONS: dict[str, Callable] = {
     "collections.OrderedDict": OrderedDict,
@@ -156,7 +170,10 @@ FUNCTIONS: dict[str, Callable] = {
     "builtins.type": lambda _: None,  # protocol 2 writes the class of None as type(None)
     **{f"builtins.{kind.__name__}": kind for kind in PLAIN},
     "builtins.bytearray": _bytearray,
+    **{f"pathlib{part}.{kind}": _path for part in ("", "._local") for kind in ("PosixPath", "PurePosixPath")},
 }
+# Their results are data to whoever wrote them: of types such as dict[str, int], old pickles, other settings.
+INERT_CALLS = {"_operator.getitem", "copyreg._reconstructor", "functools.partial"}
 
 
 def todays_name(module: str, name: str) -> tuple[str, str]:
@@ -164,7 +181,7 @@ def todays_name(module: str, name: str) -> tuple[str, str]:
     module = module.replace("numpy._core", "numpy.core")
     if module == "__builtin__":
         return "builtins", {"unicode": "str", "xrange": "range", "long": "int"}.get(name, name)
-    return module, name
+    return {"copy_reg": "copyreg"}.get(module, module), name
 
 
 def allowed_function(module: str, name: str) -> _Call | None:
@@ -173,15 +190,9 @@ def allowed_function(module: str, name: str) -> _Call | None:
     return None if function is None else _Call(function)
 
 
-@cache
-def _inert_class(name: str) -> type[Inert]:
-    return type(name.rsplit(".", 1)[-1], (Inert,), {"__slots__": (), "__qualname__": name})
-
-
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, path: Path, storage: Callable[..., torch.UntypedStorage]) -> None:
+    def __init__(self, file: BinaryIO, storage: Callable[..., torch.UntypedStorage]) -> None:
         super().__init__(file, encoding="utf-8")
-        self.path = path
         self.storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
@@ -192,13 +203,8 @@ class _Unpickler(pickle.Unpickler):
             return STORAGE_DTYPES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        is_type = module == "builtins" and isinstance(getattr(builtins, name, None), type)
-        if REFUSED_MODULES.match(module) and not is_type:
-            raise UserError(
-                f"{self.path}: its pickle asks for {module}.{name}, which runs code and has no place in a "
-                "checkpoint; nothing of the file was run. Get the file from a source you trust"
-            )
-        return _inert_class(f"{module}.{name}")
+        inert = _inert_class(f"{module}.{name}")
+        return _Call(partial(Inert.__new__, inert)) if f"{module}.{name}" in INERT_CALLS else inert
 
     def persistent_load(self, saved_id: tuple) -> Any:
         kind, *rest = saved_id
@@ -242,7 +248,7 @@ def _load_zip(path: Path, mapped: mmap.mmap | None) -> Any:
             return cached[key]
 
         with archive.open(pickle_name) as data:
-            return _Unpickler(data, path, storage).load()
+            return _Unpickler(data, storage).load()
 
 
 def _load_legacy(path: Path) -> Any:
@@ -257,7 +263,7 @@ def _load_legacy(path: Path) -> Any:
     with path.open("rb") as file:
 
         def next_pickle() -> Any:
-            return _Unpickler(file, path, storage).load()
+            return _Unpickler(file, storage).load()
 
         if next_pickle() != LEGACY_MAGIC:
             raise ValueError("a pickle, but not one of torch.save")
@@ -303,15 +309,81 @@ def load_mapped(path: str | Path, use_mmap: bool = True) -> tuple[Any, Callable[
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             release = partial(mapped.madvise, mmap.MADV_DONTNEED)
         return _load_zip(path, mapped), release
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except _CodeAskedFor as error:
+        raise UserError(
+            f"{path}: its pickle asks for {error}, which runs code and has no place in a checkpoint; nothing "
+            "of the file was run. Get it from a source you trust, or its weights alone, as a dict of tensors"
+        ) from error
     except Exception as error:  # a damaged pickle can fail in any way
+        if what := _what_it_is(path):
+            raise UserError(f"{path}: not a complete PyTorch checkpoint but {what}") from error
         raise UserError(
             f"{path}: not a complete PyTorch checkpoint ({type(error).__name__}: {error}); expected a file "
             "of torch.save or .safetensors. Copy or download it again and compare its size with the source"
         ) from error
+
+
+OTHER_FILES = (  # how they begin, what they are and what to do
+    (b"version https://git-lfs", "a Git-LFS pointer, not the file itself; run `git lfs pull` at its source"),
+    (b"\x1f\x8b", "a file compressed with gzip; unpack it first"),
+    (b"BZh", "a file compressed with bzip2; unpack it first"),
+    (b"\xfd7zXZ", "a file compressed with xz; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a file compressed with zstd; unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (b"Rar!", "a RAR archive; unpack it first"),
+    (b"\x89HDF", "an HDF5 file, as TensorFlow writes them; get the PyTorch weights"),
+    (b"GGUF", "a GGUF file; get the PyTorch weights"),
+    (b"\x93NUMPY", "a NumPy array; get the file of torch.save"),
+    (b"%PDF", "a PDF document"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+)
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file is that is no checkpoint, and what to do; "" where that cannot be told."""
+    with path.open("rb") as file:
+        head = file.read(1024)
+    for beginning, what in OTHER_FILES:
+        if head.startswith(beginning):
+            return what
+    if not head:
+        return "an empty file; copy or download it again"
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it first"
+    if head.startswith(b"PK"):
+        return _what_the_zip_is(path)
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "" if path.suffix == ".safetensors" else "a safetensors file; rename it to end in .safetensors"
+    if b"<html" in head.lower() or b"<!doctype html" in head.lower():
+        return "an HTML page, as a download gives that needs a log-in or a confirmation; download it again"
+    encoding = "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(head)  # whose last letter may be cut
+    except UnicodeDecodeError:
+        return ""
+    if all(letter.isprintable() or letter.isspace() for letter in text):
+        return f"a text, which begins with {text.strip()[:60]!r}; copy or download it again"
+    return ""
+
+
+def _what_the_zip_is(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError):  # cut short
+        return ""
+    inside = {name.split("/", 1)[-1] for name in names}
+    if "constants.pkl" in inside:
+        return "a TorchScript archive; save the state_dict() of its model with torch.save"
+    if "data.pkl" in inside:
+        return "a file of torch.save; rename it to end in .pth" if path.suffix == ".safetensors" else ""
+    if names and all(name.endswith(".npy") for name in names):
+        return "a NumPy archive; get the file of torch.save"
+    example = f", such as {names[0]}" if names else ""
+    return f"a zip archive of {len(names)} other files{example}; unpack it and name the checkpoint inside"
 
 
 def _nothing() -> None:

@@ -40,7 +40,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("xb") as file:
             yield file
-            file.flush()
+        with temporary.open("rb") as file:  # by name: some writers put a file of their own in its place
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)

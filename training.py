@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from chance import ChanceCheck
 from checkpoint import resume
 from dataset.loaders import stop_at_unreadable
+from dataset.text import tokenizer_text
 from dataset.transforms import normalise, unit_range
 from faults import FiniteCheck, Stopped, StopSignals, add_up, agree, gradient_norm, leave_together
 from models.bert import BertModel, Layer
@@ -79,6 +80,7 @@ class Training:
             compile_layers(model)
         self.model, self.ddp_model = model, distribute(model, device, config["grad_accumulation_steps"])
         self.loader, self.losses, self.config, self.device = loader, losses, config, device
+        self.tokenizer = tokenizer_text(loader.collate_fn.tokenizer)  # what the texts were read with
         self.output_dir, self.seed, self.run = args.output_dir, args.seed, args.run
         self.optimizer = create_optimizer(model, config["optimizer"])
         self.schedule = create_scheduler(self.optimizer, config["schedular"], epoch_step)
@@ -112,6 +114,7 @@ class Training:
             "lr_scheduler": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "config": self.config,
+            "tokenizer": self.tokenizer,
             "epoch": self.epoch - 1,
             "step": self.step,
             "samples": self.samples,

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -191,6 +192,57 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+# ---- values that are not finite ----
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass, which needs no memory."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    values = values.detach().float() if values.element_size() == 1 else values.detach()
+    return bool(torch.stack(values.aminmax()).isfinite().all())
+
+
+def check_weight(values: Tensor, name: str, source: str) -> None:
+    """UserError where weights are not finite: every score they give would mean nothing."""
+    if not is_finite(values):
+        num_bad = int((~values.isfinite()).sum())
+        raise UserError(
+            f"{source}: {num_bad} of the {values.numel()} values of {name} are NaN or infinite; its training "
+            "diverged or the file is damaged. Use an earlier checkpoint, or get the file again"
+        )
+
+
+def check_scores(values: Tensor, what: str, precision: str) -> Tensor:
+    """The values, if all are finite; UserError where they are not, as of an overflow in half precision."""
+    if not is_finite(values):
+        num_bad = int((~values.isfinite()).sum())
+        remedy = "the weights give no meaningful scores for these inputs; use another checkpoint"
+        if precision in ("fp16", "bf16"):
+            remedy = f"numbers have probably grown too large for {precision}; compute in fp32"
+        raise UserError(f"{num_bad} of {values.numel()} {what} are NaN or infinite: {remedy}")
+    return values
+
+
+def json_text(content: object, name: str, indent: int | None = None) -> str:
+    """`content` as JSON for the file `name`; UserError where a number is not finite, which JSON lacks."""
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError as error:
+        (key, value), *_ = _not_finite(content)
+        raise UserError(f"{name} was not written: its {key or 'value'} would be {value}") from error
+
+
+def _not_finite(content: object, key: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers that are not finite, and under which keys they are."""
+    if isinstance(content, float) and not math.isfinite(content):
+        yield key, content
+    pairs = content.items() if isinstance(content, dict) else ()
+    pairs = enumerate(content) if isinstance(content, list | tuple) else pairs
+    for name, value in pairs:
+        yield from _not_finite(value, f"{key}.{name}" if key else str(name))
+
+
 # ---- time and memory ----
 
 
@@ -310,9 +362,10 @@ def with_progress(
 
 
 def append_log(output_dir: str, record: dict) -> None:
-    """One JSON object a line in log.txt; on the main rank only."""
+    """One JSON object a line in log.txt; on the main rank only. UserError for a value that is not finite."""
     if is_main():
-        append_line(Path(output_dir) / LOG, json.dumps(record))
+        path = Path(output_dir) / LOG
+        append_line(path, json_text(record, f"a line of {path}"))
 
 
 def append_line(path: Path, line: str) -> None:
@@ -325,8 +378,9 @@ def append_line(path: Path, line: str) -> None:
 
 
 def save_result(output_dir: str, name: str, content: dict | list) -> None:
-    """Writes result/<name>.json; on the main rank only."""
+    """Writes result/<name>.json; on the main rank only. UserError for a value that is not finite."""
     if is_main():
-        folder = Path(output_dir) / "result"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        path = Path(output_dir) / "result" / f"{name}.json"
+        text = json_text(content, str(path), indent=1)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")

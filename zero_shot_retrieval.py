@@ -29,6 +29,7 @@ from training import to_device
 from utils import (
     PRECISIONS,
     autocast,
+    check_scores,
     gather_in_order,
     is_main,
     log,
@@ -43,7 +44,10 @@ MAX_TEXT_TOKENS = 30
 
 @torch.no_grad()
 def score(model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: dict, device: torch.device):
-    """The two score matrices of `rerank`, equal on all ranks: images (I), texts (T) -> (I, T), (T, I)"""
+    """The two score matrices of `rerank`, equal on all ranks: images (I), texts (T) -> (I, T), (T, I)
+
+    Raises UserError for a score that is not finite.
+    """
     model.eval()
     limit = model.text_encoder.config.max_position_embeddings
     text_ids, text_mask = tokenize(tokenizer, data.texts, MAX_TEXT_TOKENS, "max_length", limit)
@@ -52,8 +56,9 @@ def score(model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: dic
         image_embeds, image_feats = encode_images(model, data, Collate(tokenizer, limit), config, device)
         text_feats = encode_texts(model, *texts, config["batch_size_test"])
     similarity = image_feats @ text_feats.T  # never in half precision
+    check_scores(similarity, "similarities of images and texts", config["precision"])
     with autocast(device, config["precision"]):
-        return rerank(
+        scores = rerank(
             model,
             similarity,
             config["k_test"],
@@ -61,6 +66,9 @@ def score(model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: dic
             *texts,
             progress=lambda groups: with_progress(groups, len(groups), "Re-ranking", config["log_steps"]),
         )
+    for values in scores:
+        check_scores(values, "matching scores of images and texts", config["precision"])
+    return scores
 
 
 def encode_images(

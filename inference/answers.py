@@ -11,6 +11,7 @@ from torch import Tensor
 from dataset.vqa import eos_token, make_answer_list, read_answer_list
 from models.answer_tree import AnswerTree
 from models.vqa import SIMLAVQA
+from utils import check_scores
 
 Questions = tuple[Tensor, Tensor, Tensor]  # image (B, 3, R, R), ids and mask (B, T)
 Answers = list[list[tuple[str, float]]]  # of each question (answer, probability), best first
@@ -31,7 +32,7 @@ def ranking(
     def rank(questions: Questions) -> Answers:
         numbers, probabilities = model.rank_answers(*questions, tree, config["k_test"])
         texts = [[candidates.texts[number] for number in row] for row in numbers.tolist()]
-        return _pairs(texts, probabilities)
+        return _pairs(texts, probabilities, config["precision"])
 
     return rank
 
@@ -43,10 +44,11 @@ def writing(model: SIMLAVQA, tokenizer, config: dict) -> Callable[[Questions], A
     def write(questions: Questions) -> Answers:
         ids, scores = model.generate(*questions, config["num_beams"], config["max_answer_tokens"], *ends)
         texts = [tokenizer.batch_decode(row, skip_special_tokens=True) for row in ids]
-        return _pairs(texts, scores.exp())
+        return _pairs(texts, scores.exp(), config["precision"])
 
     return write
 
 
-def _pairs(texts: list[list[str]], probabilities: Tensor) -> Answers:
+def _pairs(texts: list[list[str]], probabilities: Tensor, precision: str) -> Answers:
+    check_scores(probabilities, "probabilities of answers", precision)
     return [list(zip(*row, strict=True)) for row in zip(texts, probabilities.tolist(), strict=True)]

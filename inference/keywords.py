@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from utils import UserError
+from utils import UserError, check_scores
 
 # They name nothing in the picture, and a head that learned from captions is sure of them.
 IN_EVERY_CAPTION = """
@@ -37,6 +37,7 @@ class Concepts:
         """The (word, probability) of features (I, E), best first; words: those to choose from."""
         chosen = self.words if words is None else torch.tensor(list(map(self._number, words)))
         probabilities = self.head(features).sigmoid()[:, chosen.to(features.device)]
+        check_scores(probabilities, "probabilities of keywords", "fp32")
         values, places = probabilities.topk(min(top, len(chosen)))
         names = [self.tokenizer.convert_ids_to_tokens(chosen[row].tolist()) for row in places.cpu()]
         return [list(zip(*row, strict=True)) for row in zip(names, values.tolist(), strict=True)]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from checkpoint import kind_of, load_weights, weights_in
 from checkpoint_tools import TASKS
 from config import CONTRAST, ENCODERS, Key, check_values
-from dataset.text import build_tokenizer, check_vocabulary
+from dataset.text import build_tokenizer, check_vocabulary, tokenizer_from_text
 from inference.model import Simla
 from launch import pick_device
+from models.bert import BertConfig
 from safe_load import safe_load, to_plain
-from utils import PRECISIONS, UserError
+from utils import PRECISIONS, UserError, check_weight, log
 
 ROOT = Path(__file__).parent.parent  # relative paths of a config start here, where the scripts are run
 LOADED_AS = {  # kind of checkpoint -> the task that reads it here, by the rows of `checkpoint`
@@ -41,8 +43,9 @@ def load(
 
     device: auto (a GPU where there is one), cpu, cuda or cuda:N; dtype: what the encoders compute in, fp32,
     tf32, bf16 or fp16, or the torch dtype; config: a task's YAML file or mapping, for a file that holds none
-    or the wrong one; text_encoder: hub name or folder of the tokenizer, instead of the config's. Raises
-    UserError for a file that is damaged, no SIMLA checkpoint, of pretrain_nlvr, or does not fit its config.
+    or the wrong one; text_encoder: hub name or folder of the tokenizer, instead of the one in the file or,
+    where there is none, the config's. Raises UserError for a file that is damaged, no SIMLA checkpoint, of
+    pretrain_nlvr, has weights that are not finite, or does not fit its config.
 
     On a GPU the dtype also decides whether torch multiplies float32 in tf32, for the whole process.
     """
@@ -59,14 +62,22 @@ def load(
         )
     task = LOADED_AS[kind]
     table, build = TASKS[task]
-    values, where = _stored_config(content, source) if config is None else _given_config(config)
+    if config is None:
+        values, where = _stored_config(content, source)
+        values = fill_in_what_is_missing(values, table, state, kind, source)
+    else:
+        values, where = _given_config(config)
     settings = model_config(values, table, where)
     settings["text_encoder"] = text_encoder or settings["text_encoder"]
     settings["vit_mask_token"] = kind != "pretrain" and "visual_encoder.mask_token" in state
-    tokenizer = build_tokenizer(settings["text_encoder"])
+    stored = content.get("tokenizer") or content.get("metadata", {}).get("tokenizer")
+    if stored and not text_encoder:
+        tokenizer = tokenizer_from_text(stored, source)
+    else:
+        tokenizer = build_tokenizer(settings["text_encoder"])
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         model = build(settings)
-        concepts = _concept_head(state) if kind == "pretrain" else None
+        concepts = _concept_head(state, source) if kind == "pretrain" else None
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
     load_weights(model, checkpoint, task)
     for name in model.twin_names:  # only training asks them
@@ -96,6 +107,63 @@ def _stored_config(content: dict, source: str) -> tuple[dict, str]:
             "of its training, config='configs/...yaml'"
         )
     return stored, f"in {source}"
+
+
+def fill_in_what_is_missing(
+    values: dict, table: dict[str, Key], state: Mapping[str, Tensor], kind: str, source: str
+) -> dict:
+    """The stored config; what it names of another machine, and this one lacks, is taken from the shapes of
+    the weights and the published sizes, and said.
+    """
+    values, default = {**values}, {name: table[name].default for name in ("bert_config", "text_encoder")}
+    path, name = (values.get(key, default[key]) for key in default)
+    if isinstance(path, str) and not Path(_found(path)).exists():
+        values["bert_config"] = sizes = text_encoder_sizes(state, kind, source, path)
+        log.warning(
+            f"{source}: bert_config {path} is not here; the text encoder has the sizes of its weights, "
+            f"{sizes['num_hidden_layers']} layers of width {sizes['hidden_size']}, with the published "
+            f"{sizes['num_attention_heads']} heads"
+        )
+    words = _text_encoder_shapes(state).get("embeddings.word_embeddings.weight", (0,))
+    is_gone = isinstance(name, str) and Path(name).is_absolute() and not Path(name).exists()
+    if is_gone and words[0] == BertConfig.vocab_size:
+        values["text_encoder"] = default["text_encoder"]
+        log.warning(f"{source}: text_encoder {name} is not here; {default['text_encoder']} is used")
+    return values
+
+
+def _text_encoder_shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Of the entries of the text encoder, by their names inside it."""
+    of_text = (name for name in state if name.startswith("text_encoder."))
+    return {name.removeprefix("text_encoder.").removeprefix("bert."): state[name].shape for name in of_text}
+
+
+def text_encoder_sizes(state: Mapping[str, Tensor], kind: str, source: str, path: str) -> dict:
+    """The sizes of the text encoder that the weights show, and of those that they do not, the published ones.
+
+    Raises UserError where the width is not the published one: the shapes do not say how many heads share it.
+    """
+    shapes, layer = _text_encoder_shapes(state), "encoder.layer.0"
+    num_layers = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layer.")})
+    try:
+        vocab_size, width = shapes["embeddings.word_embeddings.weight"]
+        shown = {
+            "vocab_size": vocab_size,
+            "hidden_size": width,
+            # Two images are read by an encoder that has the layers of the upper half twice.
+            "num_hidden_layers": num_layers * 2 // 3 if kind == "nlvr" else num_layers,
+            "intermediate_size": shapes[f"{layer}.intermediate.dense.weight"][0],
+            "max_position_embeddings": shapes["embeddings.position_embeddings.weight"][0],
+            "encoder_width": shapes[f"{layer}.crossattention.self.key.weight"][1],
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{source} has no text encoder of SIMLA's: {error} is missing") from error
+    if width != BertConfig.hidden_size:
+        raise UserError(
+            f"{source}: bert_config {path} cannot be read, and the weights, {width} wide, do not say how "
+            "many attention heads share that width; put the file there, or give config='...yaml' that has it"
+        )
+    return {**asdict(BertConfig()), **shown}
 
 
 def _given_config(config: str | Path | Mapping) -> tuple[dict, str]:
@@ -132,11 +200,13 @@ def _found(path: str | dict) -> str | dict:
     return path
 
 
-def _concept_head(state: Mapping[str, Tensor]) -> nn.Linear | None:
+def _concept_head(state: Mapping[str, Tensor], source: str) -> nn.Linear | None:
     """The head that names an image's keywords, where the file has it."""
     if "concept_head.weight" not in state:
         return None
     vocab_size, embed_dim = state["concept_head.weight"].shape
     head = nn.Linear(embed_dim, vocab_size)
+    for name in ("weight", "bias"):
+        check_weight(state[f"concept_head.{name}"], f"concept_head.{name}", source)
     head.load_state_dict({name: state[f"concept_head.{name}"] for name in ("weight", "bias")})
     return head

@@ -24,7 +24,7 @@ from inference.inputs import Images, Texts, check_count, clean_texts, good_pictu
 from inference.keywords import Concepts
 from models.gradcam import MODES, check_block
 from models.rerank import rerank
-from utils import PRECISIONS, UserError, autocast, set_precision
+from utils import PRECISIONS, UserError, autocast, check_scores, set_precision
 from zero_shot_retrieval import MAX_TEXT_TOKENS
 
 WRITTEN_BY = {  # kind of checkpoint -> the script that makes it
@@ -41,6 +41,8 @@ PAIRS_AT_A_TIME = 512  # in `match`
 
 class Simla:
     """A trained model; `load` makes it. What a checkpoint has no head for raises UserError.
+
+    A result that is not finite, as of an overflow in fp16, raises UserError instead of being returned.
 
     kind: pretrain, retrieval (also what Grounding.py writes), vqa, ve or nlvr; source: the checkpoint file;
     config: the sizes, and the defaults of what may be chosen.
@@ -73,7 +75,8 @@ class Simla:
         self._need("encode_image", *FEATURES)
         images, _ = listed(images, "image")
         with self._scoring():
-            return torch.cat([self.model.encode_image(batch)[1].cpu() for batch in self._batches(images)])
+            features = [self.model.encode_image(batch)[1].cpu() for batch in self._batches(images)]
+        return self._finite(torch.cat(features), "features of images")
 
     def encode_text(self, texts: Texts) -> Tensor:
         """Unit-length features of the texts, (T, E) float32 on the CPU."""
@@ -82,7 +85,8 @@ class Simla:
         size = self.config["batch_size_test"]
         with self._scoring():
             rows = zip(ids.split(size), mask.split(size), strict=True)
-            return torch.cat([self.model.encode_text(*row).cpu() for row in rows])
+            features = [self.model.encode_text(*row).cpu() for row in rows]
+        return self._finite(torch.cat(features), "features of texts")
 
     def similarity(self, images: Images, texts: Texts) -> Tensor:
         """Cosine of every image's and every text's features, (I, T); a single image or text has no axis."""
@@ -111,7 +115,8 @@ class Simla:
                     logits = self.model.itm_head(self.model.text_encoder.first_state(*own, cross))
                     parts.append(logits.float().softmax(-1)[:, 1].view(len(image), -1).cpu())
                 rows.append(torch.cat(parts, dim=1))
-        return torch.cat(rows)[0 if one_image else slice(None), ..., 0 if one_text else slice(None)]
+        found = self._finite(torch.cat(rows), "matching probabilities")
+        return found[0 if one_image else slice(None), ..., 0 if one_text else slice(None)]
 
     # ---- search ----
 
@@ -127,7 +132,10 @@ class Simla:
         def encode(pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
             with self._scoring():
                 states, features = self.model.encode_image(normalise(torch.stack(pixels).to(self.device)))
-            return states.to(PRECISIONS[self.precision]), features
+            states = states.to(PRECISIONS[self.precision])
+            return self._finite(states, "token states of images"), self._finite(
+                features, "features of images"
+            )
 
         sizes = (*self.model.visual_encoder.pos_embed.shape[1:], self.model.vision_proj.out_features)
         res, batch_size = self.config["image_res"], self.config["batch_size_test"]
@@ -168,7 +176,7 @@ class Simla:
             cosines, rows = similarity[:, number].topk(num)
             with self._scoring():
                 inputs = cosines[:, None].to(self.device), num, index.states[rows], ids[own], mask[own]
-                scores = rerank(self.model, *inputs)[1][0]
+                scores = self._finite(rerank(self.model, *inputs)[1][0], "matching scores")
             order = scores.argsort(descending=True, stable=True)[:top].tolist()
             hits = zip(rows[order].tolist(), scores[order].tolist(), cosines[order].tolist(), strict=True)
             found.append([Hit(index.files[row], score, cosine) for row, score, cosine in hits])
@@ -219,6 +227,7 @@ class Simla:
             pixels = self._normalised([picture.pixels for picture in pictures])
             maps = heat_maps(self.model, self.tokenizer, mode, block, pixels, texts[own])
             for text, heats, picture, ranked in zip(texts[own], maps, pictures, proposals[own], strict=True):
+                check_scores(heats[0], f"values of the heat map of {text!r}", "fp32")
                 found.append(grounding(text, *heats, picture.height, picture.width, ranked))
         return found[0] if is_single else found
 
@@ -241,7 +250,7 @@ class Simla:
         check_count(top, "top")
         clean = partial(clean_question, max_words=MAX_WORDS_IN_EVALUATION)
         images, questions, is_single = self._pairs(images, questions, clean, "questions")
-        context = self.model, self.tokenizer, self.config
+        context = self.model, self.tokenizer, {**self.config, "precision": self.precision}
         give = writing(*context) if answers is None else ranking(*context, answers)
         with self._scoring():
             found = [row[:top] for batch in self._pair_batches(images, questions) for row in give(batch)]
@@ -255,7 +264,7 @@ class Simla:
             found = [
                 dict(zip(VE_CLASSES, row, strict=True))
                 for inputs in self._pair_batches(images, sentences)
-                for row in self.model.predict(*inputs).float().softmax(-1).tolist()
+                for row in self._probabilities(*inputs).tolist()
             ]
         return found[0] if is_single else found
 
@@ -270,7 +279,7 @@ class Simla:
         with self._scoring():
             batches = (self._pair_batches([couple[i] for couple in couples], statements) for i in (0, 1))
             for (left, ids, mask), (right, _, _) in zip(*batches, strict=True):
-                probabilities = self.model.predict(torch.cat([left, right]), ids, mask).float().softmax(-1)
+                probabilities = self._probabilities(torch.cat([left, right]), ids, mask)
                 found += probabilities[:, NLVR_CLASSES.index("True")].tolist()
         return found[0] if is_single else found
 
@@ -308,6 +317,13 @@ class Simla:
         """As the task scripts score: no gradients, the precision of the model."""
         with torch.no_grad(), autocast(self.device, self.precision):
             yield
+
+    def _probabilities(self, *inputs: Tensor) -> Tensor:
+        """Of the classes, (B, C): inputs as `predict` of the model takes them."""
+        return self._finite(self.model.predict(*inputs).float().softmax(-1), "probabilities of classes")
+
+    def _finite(self, values: Tensor, what: str) -> Tensor:
+        return check_scores(values, what, self.precision)
 
     @property
     def _position_limit(self) -> int:

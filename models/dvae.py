@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint import weights_in
 from safe_load import Inert, safe_load
 from saving import atomic_write
-from utils import UserError
+from utils import UserError, check_weight
 
 DALLE_URL = "https://cdn.openai.com/dall-e/encoder.pkl"
 STRIDE = 8  # pixels of a code view for each code, along one side
@@ -114,13 +115,18 @@ def _dalle_from_state(state: dict[str, Tensor], source: str) -> DalleEncoder:
             n_blk_per_group=len({name.split(".")[2] for name in state if name.startswith("blocks.group_1.")}),
             groups=len({name.split(".")[1] for name in state if name.startswith("blocks.group_")}),
         )
+        for name, value in state.items():
+            check_weight(value, name, source)
         model.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{source} does not hold DALL-E's image encoder ({str(error)[:200]}); get {DALLE_URL}, "
-            f"{OTHERWISE}"
-        ) from error
+        raise _no_encoder(source, error) from error
     return model.to(memory_format=torch.channels_last)  # as half-precision convolutions want it
+
+
+def _no_encoder(source: str, cause: Exception) -> UserError:
+    return UserError(
+        f"{source} does not hold DALL-E's image encoder ({str(cause)[:200]}); get {DALLE_URL}, {OTHERWISE}"
+    )
 
 
 def _module_state(module: Inert, prefix: str = "") -> dict[str, Tensor]:
@@ -139,10 +145,11 @@ def load_dalle(path: str | Path) -> DalleEncoder:
     if not Path(path).is_file():
         raise UserError(f"image_tokenizer.path: there is no {path}; put {DALLE_URL} there, {OTHERWISE}")
     content = safe_load(path)
-    if isinstance(content, Inert):
-        content = _module_state(content)
-    content = content.get("model", content) if isinstance(content, dict) else {}
-    return _dalle_from_state(content, str(path))
+    try:
+        state = _module_state(content) if isinstance(content, Inert) else weights_in(content, str(path))
+    except UserError as error:
+        raise _no_encoder(str(path), error) from error
+    return _dalle_from_state(state, str(path))
 
 
 def load_flava(name_or_folder: str | Path = FLAVA_NAME) -> DalleEncoder:
@@ -243,6 +250,7 @@ class KMeansCodebook(nn.Module):
         centres = content["model"].get("centres") if Path(path).suffix == ".safetensors" else None
         if centres is None or centres.ndim != 2:
             raise UserError(f"{path} is not a k-means codebook; fit it again under another name")
+        check_weight(centres, "centres", str(path))
         codebook = cls(len(centres), patch=round((centres.shape[1] / 3) ** 0.5))
         codebook.centres.copy_(centres)
         return codebook

@@ -8,10 +8,11 @@ import timm
 import torch
 from torch import nn
 
-from checkpoint import BERT_DECODER, BERT_TWO_IMAGES, Row, interpolate_pos_embed, load_weights
+from checkpoint import BERT_DECODER, BERT_TWO_IMAGES, Row, interpolate_pos_embed, load_weights, weights_in
 from models.bert import BertForMaskedLM
 from models.vit import VisionTransformer
-from utils import UserError, first_line, log
+from safe_load import safe_load
+from utils import UserError, check_weight, first_line, log
 
 OFFLINE_REMEDY = (
     "Give a local file or folder, start from --checkpoint, or set `init: scratch` in the config to train "
@@ -65,10 +66,16 @@ def load_vit(encoder: VisionTransformer, name: str) -> None:
     interpolated to this encoder's grid."""
     try:
         if Path(name).is_file():
-            state = timm.models.load_state_dict(name)
+            content = safe_load(name)
+            average = (
+                content.get("state_dict_ema") if isinstance(content, dict) else None
+            )  # timm's own training
+            state = weights_in(average or content, name)
         else:
             state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:  # network, cache, hub and file errors have a dozen types
+    except UserError:
+        raise
+    except Exception as error:  # network, cache and hub errors have a dozen types
         raise UserError(
             f"image_encoder {name!r}: timm cannot get these weights ({type(error).__name__}: "
             f"{first_line(error)}). {OFFLINE_REMEDY}"
@@ -130,4 +137,7 @@ def _copy(
             f"{what} does not fit the sizes in the config: {len(wrong)} tensors are missing, unexpected or "
             f"of another shape, such as {', '.join(wrong[:4])}"
         )
-    encoder.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    used = {key: value for key, value in state.items() if key in own}
+    for key, value in used.items():
+        check_weight(value, key, what)
+    encoder.load_state_dict(used, strict=False)

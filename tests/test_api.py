@@ -3,6 +3,7 @@
 import argparse
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ import simla
 import VE
 import VQA
 import zero_shot_retrieval
-from checkpoint_tools import export
+from checkpoint_tools import TASKS, export
+from config import RETRIEVAL, VIT, Key, check_values
 from dataset.grounding import GroundingEvalData
 from dataset.items import evaluation_loader
 from dataset.nlvr import read_nlvr
@@ -26,8 +28,12 @@ from dataset.text import tokenize
 from dataset.transforms import EvalTransform, load_image, normalise
 from dataset.ve import read_ve
 from dataset.vqa import VQAEvalData, read_answer_list
+from inference.loading import fill_in_what_is_missing, text_encoder_sizes
+from models.bert import BertConfig
 from models.gradcam import grad_cam
 from models.rerank import NOT_SCORED
+from models.retrieval import SIMLARetrieval
+from models.vit import without_memory
 from training import to_device
 from utils import UserError
 
@@ -375,6 +381,96 @@ def test_a_pickled_omegaconf_config(tiny, models, images, tmp_path, foreign):  #
     foreign.forget()  # as if OmegaConf were not installed
     ours = simla.load(tmp_path / "old.pth", "cpu")
     assert torch.equal(ours.encode_image(images[0]), models["retrieval"].encode_image(images[0]))
+
+
+PUBLISHED_CONFIG = {  # of a published run of retrieval: its keys, and private paths like its own
+    "train_file": ["/net/disk10/data/someone/finetuning-json/flickr30k_train.json"],
+    "val_file": "/net/disk10/data/someone/finetuning-json/flickr30k_val.json",
+    "test_file": "/net/disk10/data/someone/finetuning-json/flickr30k_test.json",
+    "image_root": "/net/disk10/data/someone/flickr30k/",
+    "bert_config": "configs/shared_bert.json",
+    "image_res": 32,
+    "batch_size_train": 32,
+    "batch_size_test": 64,
+    "queue_size": 24,
+    "momentum": 0.995,
+    "vision_width": 768,
+    "embed_dim": 16,
+    "temp": 0.07,
+    "k_test": 128,
+    "mlm_probability": 0.15,
+    "alpha": 0.4,
+    "distill": True,
+    "warm_up": True,
+    "optimizer": {"opt": "adamW", "lr": 1e-5, "weight_decay": 0.02},
+    "schedular": {
+        "sched": "cosine",
+        "lr": 1e-5,
+        "epochs": 10,
+        "min_lr": 1e-6,
+        "decay_rate": 1,
+        "warmup_lr": 1e-5,
+    }
+    | {"warmup_epochs": 1, "cooldown_epochs": 0},
+    "vit_mask_token": False,
+}
+PUBLISHED_SIZES = {
+    "vocab_size": 400,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+}
+
+
+def test_a_published_checkpoint_whose_config_names_files_of_another_machine(
+    tiny,
+    images,
+    tmp_path,
+    monkeypatch,
+    caplog,
+    foreign,  # noqa: F811
+):
+    """Of the published widths, but shallow: the layout says nothing of depths, which are the defaults'."""
+    monkeypatch.setitem(VIT, "depth", Key(int, 1))
+    full = check_values(
+        {**PUBLISHED_CONFIG, "bert_config": PUBLISHED_SIZES, "schedular": {"epochs": 1}}
+        | {"mlm_probability": 0},
+        {**RETRIEVAL, "mlm_probability": Key(int, 0)},
+        "here",
+    )
+    model = SIMLARetrieval.from_config(full)
+    content = {"model": model.state_dict(), "config": omega(foreign, PUBLISHED_CONFIG), "epoch": 9}
+    torch.save(content, tmp_path / "checkpoint_best.pth", _use_new_zipfile_serialization=False)
+    foreign.forget()
+    monkeypatch.chdir(tmp_path)
+    ours = simla.load("checkpoint_best.pth", "cpu", text_encoder=str(tiny.data / "bert"))
+    (said,) = [record.message for record in caplog.records if "bert_config" in record.message]
+    assert (
+        "configs/shared_bert.json is not here" in said
+        and "2 layers of width 768" in said
+        and "12 heads" in said
+    )
+    given = simla.load("checkpoint_best.pth", "cpu", config=full, text_encoder=str(tiny.data / "bert"))
+    assert torch.equal(ours.match(images[:2], "a dog"), given.match(images[:2], "a dog"))
+    assert ours.config["bert_config"] == asdict(BertConfig.read(PUBLISHED_SIZES))
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "retrieval", "vqa", "ve", "nlvr"])
+def test_sizes_of_the_text_encoder_are_those_of_its_weights(tiny, kind):
+    task = {"pretrain": "Pretrain", "retrieval": "Retrieval", "nlvr": "NLVR", "vqa": "VQA", "ve": "VE"}[kind]
+    sizes = {**PUBLISHED_SIZES, "num_hidden_layers": 4, "encoder_width": 768}
+    config = tiny.config(task) | {"bert_config": sizes, "vision_width": 768}
+    with without_memory():
+        state = TASKS[task][1](config).state_dict()
+    found = text_encoder_sizes(state, kind, "x.pth", "configs/shared_bert.json")
+    assert found == asdict(BertConfig.read(sizes))
+    values = {"text_encoder": "/net/disk10/data/someone/bert", "bert_config": found}
+    assert fill_in_what_is_missing(values, RETRIEVAL, state, kind, "x.pth") == values  # 400 words: no BERT's
+    for name in list(state):
+        if name.endswith("word_embeddings.weight"):
+            state[name] = torch.empty(30522, 768, device="meta")
+    values = fill_in_what_is_missing(values, RETRIEVAL, state, kind, "x.pth")
+    assert values["text_encoder"] == "bert-base-uncased"
 
 
 def test_paths_of_a_config_are_found_from_any_folder(tiny, images, monkeypatch, tmp_path):

@@ -226,9 +226,32 @@ def random_state(shapes):
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
+def renamed(front: str, **inside: str):
+    """Puts `front` before every name, and into the names what replaces the keys of `inside`."""
+
+    def rename(state: dict) -> dict:
+        for old, new in inside.items():
+            state = {name.replace(old, new): value for name, value in state.items()}
+        return {front + name: value for name, value in state.items()}
+
+    return rename
+
+
 @pytest.mark.parametrize(
     "wrap",
-    [lambda s: {"model": s, "epoch": 3}, lambda s: s, lambda s: {f"module.{k}": v for k, v in s.items()}],
+    [
+        lambda s: {"model": s, "epoch": 3},
+        lambda s: s,
+        renamed("module."),
+        lambda s: {"state_dict": s},
+        lambda s: {"model_state_dict": renamed("module.")(s)},
+        renamed("model."),
+        renamed("_orig_mod."),
+        lambda s: {"state_dict": renamed("model._orig_mod.")(s), "hyper_parameters": {"lr": 1e-4}},
+        renamed("module._orig_mod.module."),
+        renamed("_orig_mod.net.simla.", visual_encoder="visual_encoder._orig_mod"),
+        renamed("_forward_module.model.module."),
+    ],
 )
 def test_load_weights_copies_in_place(tmp_path, wrap):
     state = random_state(SMALL)
@@ -248,6 +271,19 @@ def test_load_weights_copies_in_place(tmp_path, wrap):
     assert torch.equal(
         own["visual_encoder.pos_embed"], interpolate_pos_embed(state["visual_encoder.pos_embed"], 9)
     )
+
+
+def test_a_file_of_several_models_is_refused(tmp_path):
+    state = random_state(SMALL)
+    torch.save(renamed("model.")(state) | renamed("ema_model.")(state), tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"several models: ema_model\.visual_encoder, model\.visual_encoder"):
+        load_weights(Stand(SMALL), tmp_path / "c.pth", "Pretrain")
+    torch.save({**state, "module.temp": state["temp"]}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"c\.pth holds temp more than once"):
+        load_weights(Stand(SMALL), tmp_path / "c.pth", "Pretrain")
+    torch.save({"model": nn.Linear(1, 1)}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"found a whole module; save its state_dict\(\)"):
+        load_weights(Stand(SMALL), tmp_path / "c.pth", "Pretrain")
 
 
 def test_a_failed_load_leaves_the_model_unchanged(tmp_path):
@@ -371,6 +407,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, epoch_step, convert
         assert torch.equal(one, other)
     assert json.dumps(whole[2].state_dict()) == json.dumps(again[2].state_dict())
     assert all(torch.is_tensor(state["step"]) for state in again[1].state.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_run_does_not_go_on_from_what_is_not_finite(tmp_path, value):
+    run = training(1)
+    train(*run, range(1))
+    good = saved(*run, epoch=0)
+    for part, name, tensor in (
+        ("model", r"2\.weight", good["model"]["2.weight"]),
+        ("optimizer", r"optimizer\.state\.3\.exp_avg_sq", good["optimizer"]["state"][3]["exp_avg_sq"]),
+    ):
+        bad = copy.deepcopy(good)
+        (bad["model"]["2.weight"] if part == "model" else bad[part]["state"][3]["exp_avg_sq"]).view(-1)[0] = (
+            value
+        )
+        save_checkpoint(tmp_path / "c.pth", bad)
+        said = rf"c\.pth: 1 of the {tensor.numel()} values of {name} are NaN or infinite"
+        with pytest.raises(UserError, match=said):
+            resume(*training(2), tmp_path / "c.pth")
 
 
 def test_what_cannot_be_resumed_is_refused_before_anything_changes(tmp_path):

@@ -1,25 +1,32 @@
 """`python checkpoint.py export` and `inspect`, on files of every task."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import warm
 from fault_test import differing_values
+from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import MODEL, ROOT, make_tiny
 
 import checkpoint_tools
 import Pretrain
+import simla
 import zero_shot_retrieval
 from checkpoint import QUEUES, ROWS, TWIN, load_weights
 from checkpoint_tools import TASKS, export, inspect, read_shapes
 from config import read_config
+from dataset.text import build_tokenizer
+from models.bert import BertConfig
 from saving import load_checkpoint, save_checkpoint
 from utils import UserError
 
@@ -185,6 +192,55 @@ def test_inspect_and_export_what_a_run_saved(tmp_path, monkeypatch, capsys):
     assert scores[0] == scores[1] and "test_r_mean" in scores[0]
 
 
+def test_one_file_is_all_that_has_to_be_passed_on(tmp_path, monkeypatch):
+    """The sizes and the tokenizer are in the checkpoint, as they were when it was trained, and in what is
+    exported of it."""
+    paths, out = make_tiny(tmp_path), tmp_path / "out"
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text(json.dumps({**MODEL["bert_config"], "model_type": "bert"}))
+    flags = ["--device", "cpu", "--config", str(paths["Pretrain"]), "--output_dir", str(out), "--overrides"]
+    monkeypatch.setattr(sys, "argv", ["x.py", *flags, "schedular.epochs=1", f"bert_config={sizes}"])
+    Pretrain.parse_and_run()
+    source, target = out / "checkpoint_00.pth", out / "weights.safetensors"
+    export(str(source), str(target), inference=True)
+    export(str(target), str(out / "again.safetensors"))
+    saved = YAML(typ="safe").load(out / "config.yaml")["bert_config"]
+    assert saved == load_checkpoint(source)["config"]["bert_config"] == asdict(BertConfig.read(str(sizes)))
+    tokenizer = build_tokenizer(str(paths["data"] / "bert"))
+    for path in (source, target):
+        assert f"tokenizer: {len(tokenizer)} words" in inspect(str(path))
+
+    asked = "A red Dog's KITE, two left-hand z\u00e9bras"
+    before = simla.load(source, "cpu", text_encoder=str(paths["data"] / "bert")).encode_text(asked)
+    sizes.write_text(json.dumps({**MODEL["bert_config"], "num_attention_heads": 4}))
+    (paths["data"] / "bert").rename(paths["data"] / "elsewhere")
+    images = sorted(str(path) for path in (paths["data"] / "images" / "test").iterdir())[:2]
+    for path in (source, target, out / "again.safetensors"):
+        model = simla.load(path, "cpu")
+        assert torch.equal(model.encode_text(asked), before)
+        ids = [side.batch_decode([side(asked)["input_ids"]]) for side in (tokenizer, model.tokenizer)]
+        assert ids[0] == ids[1] and len(tokenizer) == len(model.tokenizer)
+        assert model.keywords(images, top=3)[0][0][0] in tokenizer.get_vocab()
+    sizes.unlink()
+    assert torch.equal(simla.load(source, "cpu").encode_text(asked), before)
+    content = load_checkpoint(source) | {"tokenizer": "{}"}
+    save_checkpoint(out / "damaged.pth", content)
+    with pytest.raises(UserError, match=r"damaged\.pth: its tokenizer is damaged .* text_encoder="):
+        simla.load(out / "damaged.pth", "cpu")
+
+
+def test_an_exported_file_is_for_others_too_and_on_the_disk(tmp_path, monkeypatch):
+    source, target = checkpoint_of("ve", tmp_path), tmp_path / "out.safetensors"
+    on_disk = set()
+    monkeypatch.setattr("os.fsync", lambda descriptor: on_disk.add(os.fstat(descriptor).st_ino))
+    mask = os.umask(0o027)
+    try:
+        export(str(source), str(target))
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640 and target.stat().st_ino in on_disk
+
+
 @pytest.mark.parametrize("name", ["big.pth", "big.safetensors"])
 def test_inspect_does_not_read_the_weights(name, tmp_path):
     """Resident memory counts pages of mapped files, too."""
@@ -215,6 +271,9 @@ def test_inspect_says_whether_a_task_would_take_the_file(tmp_path):
     assert "would refuse it" in text and "NLVR starts from a pretrain_nlvr or nlvr checkpoint" in text
     text = inspect(source, "Pretrain", str(config_of("Pretrain", tmp_path)))
     assert text.endswith("all of the file")
+    text = inspect(source, "zero_shot_retrieval", str(config_of("zero_shot_retrieval", tmp_path)))
+    num_twins = sum(name.startswith("text_encoder_m.") for name in load_checkpoint(source)["model"])
+    assert f"text_encoder_m.* ({num_twins} tensors)" in text and max(map(len, text.splitlines())) < 600
 
 
 @pytest.mark.parametrize("task", TASKS)
