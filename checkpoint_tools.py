@@ -241,7 +241,9 @@ def main() -> None:
     )
     show.add_argument("--config", default="", help="YAML file of the task")
     show.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE")
-    show.add_argument("--check", action="store_true", help="read the whole file against its checksums, too")
+    show.add_argument(
+        "--check", action="store_true", help="read the whole file: checksums, weights that are not finite"
+    )
     args = parser.parse_args()
     if args.command == "export":
         left_out = export(args.source, args.target, args.task, args.inference)
@@ -254,4 +256,8 @@ def main() -> None:
     print(inspect(args.file, args.task, args.config, args.overrides))
     if args.check:
         check_undamaged(args.file)
-        print("all checksums match")
+        content, release = load_mapped(args.file)
+        for name, value in weights_in(content, args.file).items():
+            check_weight(value, name, args.file)
+            release()
+        print("all checksums match, all weights are finite")

@@ -317,7 +317,7 @@ def load_mapped(path: str | Path, use_mmap: bool = True) -> tuple[Any, Callable[
             "of the file was run. Get it from a source you trust, or its weights alone, as a dict of tensors"
         ) from error
     except Exception as error:  # a damaged pickle can fail in any way
-        if what := _what_it_is(path):
+        if what := what_it_is(path):
             raise UserError(f"{path}: not a complete PyTorch checkpoint but {what}") from error
         raise UserError(
             f"{path}: not a complete PyTorch checkpoint ({type(error).__name__}: {error}); expected a file "
@@ -342,7 +342,7 @@ OTHER_FILES = (  # how they begin, what they are and what to do
 )
 
 
-def _what_it_is(path: Path) -> str:
+def what_it_is(path: Path) -> str:
     """What a file is that is no checkpoint, and what to do; "" where that cannot be told."""
     with path.open("rb") as file:
         head = file.read(1024)

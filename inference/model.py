@@ -168,6 +168,7 @@ class Simla:
         index = images if isinstance(images, Index) else self.index(images)
         check_made_by(index.made_by, self.image_side, "the index")
         similarity = index.features @ self.encode_text(queries).T  # (I, T)
+        self._finite(similarity, "similarities")
         num = max(top, self.config["k_test"]) if candidates is None else check_count(candidates, "candidates")
         num = min(num, len(index))
         found = []
@@ -227,7 +228,8 @@ class Simla:
             pixels = self._normalised([picture.pixels for picture in pictures])
             maps = heat_maps(self.model, self.tokenizer, mode, block, pixels, texts[own])
             for text, heats, picture, ranked in zip(texts[own], maps, pictures, proposals[own], strict=True):
-                check_scores(heats[0], f"values of the heat map of {text!r}", "fp32")
+                for heat in (heats[0], *(heat for _, heat in heats[1])):
+                    check_scores(heat, f"values of the heat map of {text!r}", "fp32")
                 found.append(grounding(text, *heats, picture.height, picture.width, ranked))
         return found[0] if is_single else found
 

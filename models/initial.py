@@ -11,7 +11,7 @@ from torch import nn
 from checkpoint import BERT_DECODER, BERT_TWO_IMAGES, Row, interpolate_pos_embed, load_weights, weights_in
 from models.bert import BertForMaskedLM
 from models.vit import VisionTransformer
-from safe_load import safe_load
+from safe_load import safe_load, what_it_is
 from utils import UserError, check_weight, first_line, log
 
 OFFLINE_REMEDY = (
@@ -102,9 +102,12 @@ def load_bert(encoder: nn.Module, name: str, row: Row | None = None) -> None:
     try:
         source, report = HubBert.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # as above
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        for file in (*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")):
+            if found := what_it_is(file):  # such as a Git-LFS pointer of a cloned repository
+                cause = f"{file} is {found}"
         raise UserError(
-            f"{what}: transformers cannot get these weights ({type(error).__name__}: "
-            f"{first_line(error)}). {OFFLINE_REMEDY}"
+            f"{what}: transformers cannot get these weights ({cause}). {OFFLINE_REMEDY}"
         ) from error
     absent = set(report["missing_keys"])  # transformers fills these with random numbers
     state = {key: value for key, value in source.state_dict().items() if key not in absent}

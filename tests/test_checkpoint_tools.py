@@ -306,6 +306,14 @@ def test_the_commands_end_with_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         command("export", source, tmp_path / "o.safetensors", "--task", "Cooking")
 
+    command("inspect", source, "--check")
+    assert "all checksums match, all weights are finite" in capsys.readouterr().out
+    state = load_checkpoint(source)
+    state["model"]["cls_head.0.bias"][3] = float("nan")
+    save_checkpoint(tmp_path / "nan.pth", state)
+    with pytest.raises(UserError, match=r"nan\.pth: 1 of the \d+ values of cls_head\.0\.bias are NaN"):
+        command("inspect", tmp_path / "nan.pth", "--check")
+
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
     source.write_bytes(content)

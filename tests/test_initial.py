@@ -1,5 +1,7 @@
 """Initial weights from local files: all of BERT and DeiT arrives, nothing is silently random."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -82,6 +84,14 @@ def test_scratch_is_the_only_way_to_random_weights(bert_folder, deit_file, tmp_p
             load_initial_weights(model, {"init": "pretrained", "image_encoder": vit, "text_encoder": bert})
     with pytest.raises(UserError, match="expected 'pretrained' or 'scratch'"):
         load_initial_weights(model, {"init": "random"})
+
+
+def test_a_folder_cloned_without_its_large_files_is_called_that(bert_folder, tmp_path):
+    for file in Path(bert_folder).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=r"model\.safetensors is a Git-LFS pointer.* git lfs pull"):
+        load_bert(golden_pretrain_model().text_encoder, str(tmp_path))
 
 
 def test_sizes_that_do_not_fit_are_named(tmp_path, deit_file):
