@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from utils import UserError
+from utils import CONTENT_BYTES, UserError, other_content
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 STORAGE_DTYPES = {
@@ -325,43 +325,32 @@ def load_mapped(path: str | Path, use_mmap: bool = True) -> tuple[Any, Callable[
         ) from error
 
 
-OTHER_FILES = (  # how they begin, what they are and what to do
-    (b"version https://git-lfs", "a Git-LFS pointer, not the file itself; run `git lfs pull` at its source"),
-    (b"\x1f\x8b", "a file compressed with gzip; unpack it first"),
-    (b"BZh", "a file compressed with bzip2; unpack it first"),
-    (b"\xfd7zXZ", "a file compressed with xz; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "a file compressed with zstd; unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"Rar!", "a RAR archive; unpack it first"),
-    (b"\x89HDF", "an HDF5 file, as TensorFlow writes them; get the PyTorch weights"),
-    (b"GGUF", "a GGUF file; get the PyTorch weights"),
-    (b"\x93NUMPY", "a NumPy array; get the file of torch.save"),
-    (b"%PDF", "a PDF document"),
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-)
+OTHER_WEIGHTS = {  # how they begin, what they are and what to do
+    b"\x89HDF": "an HDF5 file, as TensorFlow writes them; get the PyTorch weights",
+    b"GGUF": "a GGUF file; get the PyTorch weights",
+    b"\x93NUMPY": "a NumPy array; get the file of torch.save",
+}
 
 
 def what_it_is(path: Path) -> str:
     """What a file is that is no checkpoint, and what to do; "" where that cannot be told."""
     with path.open("rb") as file:
-        head = file.read(1024)
-    for beginning, what in OTHER_FILES:
-        if head.startswith(beginning):
-            return what
-    if not head:
-        return "an empty file; copy or download it again"
-    if head[257:262] == b"ustar":
-        return "a tar archive; unpack it first"
+        head = file.read(CONTENT_BYTES)
     if head.startswith(b"PK"):
         return _what_the_zip_is(path)
+    if head.startswith(b"\x80"):  # a pickle, as of torch.save before 1.6
+        return ""
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it and name the checkpoint inside"
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return "" if path.suffix == ".safetensors" else "a safetensors file; rename it to end in .safetensors"
-    if b"<html" in head.lower() or b"<!doctype html" in head.lower():
-        return "an HTML page, as a download gives that needs a log-in or a confirmation; download it again"
-    encoding = "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    for beginning, what in OTHER_WEIGHTS.items():
+        if head.startswith(beginning):
+            return what
+    if what := other_content(head):
+        return what
     try:
-        text = codecs.getincrementaldecoder(encoding)().decode(head)  # whose last letter may be cut
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut
     except UnicodeDecodeError:
         return ""
     if all(letter.isprintable() or letter.isspace() for letter in text):

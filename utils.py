@@ -141,7 +141,7 @@ def is_url(path: str) -> bool:
 
 # What a file begins with that should have been something else -> what it is, and what to do.
 CONTENTS = {
-    rb"\s{0,511}\Z": "empty, as after a download or copy that was cut short",
+    rb"\s{0,511}\Z": "empty, as after a copy or download that was cut short; copy or download it again",
     rb"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`",
     rb"\s*<": "a web page (HTML or XML), perhaps that of a failed download; download the file again",
     rb"\x1f\x8b": "compressed by gzip; unpack it with `gunzip` (a .tgz or .tar.gz, too)",

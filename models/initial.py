@@ -67,10 +67,9 @@ def load_vit(encoder: VisionTransformer, name: str) -> None:
     try:
         if Path(name).is_file():
             content = safe_load(name)
-            average = (
-                content.get("state_dict_ema") if isinstance(content, dict) else None
-            )  # timm's own training
-            state = weights_in(average or content, name)
+            if isinstance(content, dict):  # of timm's own training, which averages weights
+                content = content.get("state_dict_ema") or content.get("model_ema") or content
+            state = weights_in(content, name)
         else:
             state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except UserError:

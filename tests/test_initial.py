@@ -90,7 +90,7 @@ def test_a_folder_cloned_without_its_large_files_is_called_that(bert_folder, tmp
     for file in Path(bert_folder).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(UserError, match=r"model\.safetensors is a Git-LFS pointer.* git lfs pull"):
+    with pytest.raises(UserError, match=r"model\.safetensors is a pointer of Git LFS.*git lfs pull"):
         load_bert(golden_pretrain_model().text_encoder, str(tmp_path))
 
 

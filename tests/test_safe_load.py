@@ -306,27 +306,27 @@ LFS = (
     b"4d17e2393\nsize 12345\n"
 )
 PAGES = [b"<!DOCTYPE html><html lang=en>", b"\n<HTML><body>", "<!doctype html>kr\xe4ver".encode("latin-1")]
+PAGES.append(b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>")
 NO_CHECKPOINTS = [
-    (LFS, "a Git-LFS pointer"),
-    *[(page, "an HTML page") for page in PAGES],
-    (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a text, which begins with .<.xml"),
+    (LFS, "a pointer of Git LFS"),
+    *[(page, r"a web page \(HTML or XML\)") for page in PAGES],
     (
         b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}',
         "a text, which begins with '{\"weight_map",
     ),
-    ("ä".encode() * 600, "a text"),  # the last letter that is looked at is cut
-    ("{}".encode("utf-16"), "a text"),
-    (b"", "an empty file"),
+    ("ä".encode() * 600, "a text, which begins with 'ää"),  # the last letter that is looked at is cut
+    ("{}".encode("utf-16"), "text in UTF-16"),
+    (b"", "empty, .* download it again"),
     (zipped("word/document.xml"), "a zip archive of 1 other files, such as word/document.xml; unpack it"),
     (zipped(), "a zip archive of 0 other files; unpack it"),
     (zipped("out/checkpoint.pth", "out/README"), "a zip archive of 2 other files"),
     (zipped("a.npy", "b.npy"), "a NumPy archive"),
     (zipped("m/data.pkl", "m/constants.pkl", "m/code/x.py"), "a TorchScript archive"),
     (safetensors.torch.save({"a": torch.ones(2)}), "a safetensors file; rename it to end in .safetensors"),
-    (gzip.compress(b"x"), "a file compressed with gzip; unpack it first"),
-    (bz2.compress(b"x"), "a file compressed with bzip2"),
-    (lzma.compress(b"x"), "a file compressed with xz"),
-    (tarred(b"x"), "a tar archive; unpack it first"),
+    (gzip.compress(b"x"), "compressed by gzip; unpack it"),
+    (bz2.compress(b"x"), "compressed by bzip2"),
+    (lzma.compress(b"x"), "compressed by xz"),
+    (tarred(b"x"), "a tar archive; unpack it"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
 ]
 
