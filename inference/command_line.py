@@ -136,13 +136,6 @@ def _read_boxes(text: str) -> list:
         ) from error
 
 
-def _to_json(result: dict) -> str:
-    try:
-        return json.dumps(result, allow_nan=False)
-    except ValueError as error:
-        raise UserError("a result is nan or infinite, which JSON cannot say; try --dtype fp32") from error
-
-
 # ---- what people see ----
 
 
@@ -262,4 +255,4 @@ def main() -> None:
         _check_out(out, is_picture=args.command != "encode")
     model = load(args.checkpoint, args.device, args.dtype, args.config, args.text_encoder)
     result = args.function(model, args)
-    print(_to_json(result) if args.json else describe(result))
+    print(json.dumps(result, allow_nan=False) if args.json else describe(result))

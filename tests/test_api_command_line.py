@@ -171,14 +171,14 @@ def test_answer_entails_compare_and_keywords(tiny, images, ask, tmp_path):
     assert [tuple(row.values()) for row in result] == found
 
 
-def test_json_never_holds_nan(tiny, images, ask, tmp_path):
+def test_neither_text_nor_json_ever_holds_nan(tiny, images, ask, tmp_path):
     content = torch.load(tiny.checkpoints["retrieval"], weights_only=True)
-    content["model"]["itm_head.bias"] += torch.inf
-    torch.save(content, tmp_path / "inf.pth")
-    command = ("match", images[0], "a cup", "--checkpoint", tmp_path / "inf.pth")
-    assert "nan" in ask("retrieval", *command)
-    with pytest.raises(UserError, match="nan or infinite, which JSON cannot say"):
-        ask("retrieval", *command, "--json")
+    content["model"]["itm_head.weight"].fill_(3e38)  # finite, and what it multiplies is not
+    torch.save(content, tmp_path / "huge.pth")
+    command = ("match", images[0], "a cup", "--checkpoint", tmp_path / "huge.pth")
+    for flags in ([], ["--json"]):
+        with pytest.raises(UserError, match="matching probabilities are NaN or infinite"):
+            ask("retrieval", *command, *flags)
 
 
 def test_the_checkpoint_may_be_named_on_the_command_line(tiny, images, ask, monkeypatch):
