@@ -5,7 +5,8 @@ import zlib
 
 from PIL import PngImagePlugin
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from dataset.deep_images import PNG_SIGNATURE
+
 TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # nothing of them is read but, of short ones, the orientation
 
 
@@ -14,9 +15,9 @@ def without_long_texts(content: bytes) -> bytes:
 
     They are not unpacked beyond PIL's limits, so that a decompression bomb in them does no harm either.
     """
-    if not content.startswith(SIGNATURE):
+    if not content.startswith(PNG_SIGNATURE):
         return content
-    kept, begin, at, num_bytes = [], 0, len(SIGNATURE), 0
+    kept, begin, at, num_bytes = [], 0, len(PNG_SIGNATURE), 0
     while at + 12 <= len(content):
         size, kind = struct.unpack_from(">I4s", content, at)
         end = at + 12 + size  # of length, kind, content, checksum

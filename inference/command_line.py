@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from inference.folders import describe as describe_passed_over
 from inference.index import kept_index
 from inference.inputs import read_image
 from inference.loading import load
@@ -75,6 +76,7 @@ def search(model: Simla, args: argparse.Namespace) -> dict:
         "folder": args.folder,
         "num_images": len(index),
         "unreadable": index.unreadable,
+        "passed_over": index.passed_over,
         "results": results,
     }
     if args.out:
@@ -152,6 +154,8 @@ def describe(result: dict) -> str:
         else:
             name, value = row.values()
             lines.append(f"{value:10.4f}  {name}")
+    if "passed_over" in result:
+        lines += filter(None, [describe_passed_over(result["passed_over"])])
     if "shape" in result:
         lines.append(f"{result['shape'][0]} rows of {result['shape'][1]}")
     return "\n".join([*lines, *([f"written: {result['file']}"] if "file" in result else [])])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dataset.transforms import BadImage
+from inference.folders import Listing, describe, list_images
 from inference.inputs import read_pictures
 from saving import atomic_write
 from utils import PRECISIONS, UserError, log, with_progress
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 CONTENTS, FEATURES, STATES = "index.json", "features.npy", "states.npy"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 LOG_STEPS = 50
 
 
@@ -36,7 +36,8 @@ class Index:
 
     files (I): absolute paths; features (I, E) float32, unit length; states (I, N, D), of the precision that
     they were computed in; made_by: see `Simla.image_side`; folder: the absolute path of the folder that was
-    indexed, None where it was a list; unreadable: files that were left out -> why.
+    indexed, None where it was a list; unreadable: files that were left out -> why; passed_over: what else the
+    folder holds, cause -> number.
     """
 
     files: list[str]
@@ -45,6 +46,7 @@ class Index:
     made_by: dict
     folder: str | None = None
     unreadable: dict[str, str] = field(default_factory=dict)
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         source = self.folder or "a list"
@@ -64,27 +66,23 @@ class Hit(NamedTuple):
     similarity: float
 
 
-def image_files(images: str | Path | Sequence[str | Path]) -> list[str]:
+def image_files(images: str | Path | Sequence[str | Path]) -> Listing:
     """The absolute paths of the image files of a folder and its subfolders, sorted, or of those of a list."""
     if isinstance(images, str | Path):
         folder = Path(images).absolute()
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; search looks through a folder or a list of image files")
-        files = _images_in(folder)
-        if not files:
-            raise UserError(f"{folder} holds no image; looked for files *{' *'.join(sorted(SUFFIXES))}")
-        return files
+        listing = list_images(folder)
+        if not listing.files:
+            found = describe(listing.passed_over)
+            raise UserError(f"{folder} holds no image" + (f"; {found}" if found else ""))
+        return listing
     files = list(images)
     wrong = [file for file in files if not isinstance(file, str | Path)]
     if wrong or not files:
         found = f"a {type(wrong[0]).__name__}" if wrong else "an empty list"
         raise UserError(f"an index is made of a folder or a list of image files, found {found}")
-    return [str(Path(file).absolute()) for file in files]
-
-
-def _images_in(folder: Path) -> list[str]:
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return [str(path) for path in sorted(paths) if not path.is_dir()]
+    return Listing([str(Path(file).absolute()) for file in files], {})
 
 
 def build_index(
@@ -103,7 +101,9 @@ def build_index(
     read, the index does not fit into memory or on the disk, or the folder is there already or cannot be
     written.
     """
-    files = image_files(images)
+    files, passed_over = image_files(images)
+    if passed_over:
+        log.info(f"{images}: {len(files)} images; {describe(passed_over)}")
     num_tokens, width, embed_dim = sizes
     shapes = {FEATURES: (len(files), embed_dim), STATES: (len(files), num_tokens, width)}
     dtypes = {FEATURES: np.dtype(np.float32), STATES: _stored_dtype(made_by["precision"])}
@@ -118,7 +118,7 @@ def build_index(
                 f"{needed}, more than there is of memory; write it to a folder, or index fewer images"
             ) from error
         kept, unreadable = _fill(arrays, files, encode, image_res, batch_size)
-        return _index([files[i] for i in kept], arrays, made_by, source, unreadable)
+        return _index([files[i] for i in kept], arrays, made_by, source, unreadable, passed_over)
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} is there already; delete it to index again, or name another folder")
@@ -143,6 +143,7 @@ def build_index(
             "folder": source,
             "files": [[files[i], *stamps[files[i]]] for i in kept],
             "unreadable": [[file, cause, *stamps[file]] for file, cause in unreadable.items()],
+            "passed_over": passed_over,
         }
         with atomic_write(unfinished / CONTENTS) as file:
             file.write(json.dumps(contents).encode())
@@ -151,7 +152,7 @@ def build_index(
         raise UserError(f"the index {folder} could not be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return _index([files[i] for i in kept], arrays, made_by, source, unreadable)
+    return _index([files[i] for i in kept], arrays, made_by, source, unreadable, passed_over)
 
 
 def _fill(
@@ -210,6 +211,7 @@ def open_index(folder: str | Path, made_by: dict) -> Index:
         files = [file for file, *_ in contents["files"]]
         unreadable = {file: cause for file, cause, *_ in contents["unreadable"]}
         entries = contents["files"] + contents["unreadable"]
+        passed_over = contents.get("passed_over", {})  # of an older version
         stamps = {file: (size, time) for file, *_, size, time in entries}
         if min(map(len, arrays.values())) < len(files):
             raise ValueError("fewer rows than files")
@@ -223,7 +225,7 @@ def open_index(folder: str | Path, made_by: dict) -> Index:
     for problem, changed in _changes(stamps, source):
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(f"the index {folder} is out of date: {changed[0]}{more} {problem}; {remedy}")
-    return _index(files, arrays, theirs, source, unreadable)
+    return _index(files, arrays, theirs, source, unreadable, passed_over)
 
 
 def check_made_by(theirs: dict, ours: dict, name: str) -> None:
@@ -245,7 +247,7 @@ def _changes(stamps: dict[str, tuple[int, int]], folder: str | None) -> Iterator
         "is new": [],
     }
     if folder is not None and Path(folder).is_dir():
-        found["is new"] = [file for file in _images_in(Path(folder)) if file not in stamps]
+        found["is new"] = [file for file in list_images(Path(folder), stamps).files if file not in stamps]
     return ((problem, files) for problem, files in found.items() if files)
 
 
@@ -267,9 +269,11 @@ def _index(
     made_by: dict,
     folder: str | None,
     unreadable: dict[str, str],
+    passed_over: dict[str, int],
 ) -> Index:
     features, states = (torch.from_numpy(arrays[name][: len(files)]) for name in (FEATURES, STATES))
-    return Index(files, features, states.view(PRECISIONS[made_by["precision"]]), made_by, folder, unreadable)
+    states = states.view(PRECISIONS[made_by["precision"]])
+    return Index(files, features, states, made_by, folder, unreadable, passed_over)
 
 
 def _stored_dtype(precision: str) -> np.dtype:

@@ -12,6 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from dataset.transforms import load_image
+from inference.folders import describe
 from inference.index import Index
 from inference.model import WRITTEN_BY, Simla
 from inference.uploads import (
@@ -120,6 +121,12 @@ def _heading(models: dict[str, Simla]) -> str:
 # ---- one function for each tab ----
 
 
+def _notes(index: Index) -> str:
+    """Returns what the folder holds that is not searched, without a name of this machine's files."""
+    unreadable = f"{len(index.unreadable)} images cannot be read" if index.unreadable else ""
+    return "; ".join(filter(None, [unreadable, describe(index.passed_over)]))
+
+
 def _search(model: Simla, examples: list[list], index: Index | None) -> None:
     def search(query: str, uploads: list[str] | None, top: float) -> list[tuple[Image.Image, str]]:
         query = checked_text(query, "what to look for")
@@ -138,6 +145,8 @@ def _search(model: Simla, examples: list[list], index: Index | None) -> None:
     with gr.Row():
         with gr.Column():
             query = gr.Textbox(label="What to look for", max_length=MAX_LETTERS)
+            if index is not None and (notes := _notes(index)):
+                gr.Markdown(notes)
             label = "Your own images" if index is None else f"Your own images instead of the {len(index)}"
             uploads = only_files(gr.File(label=label, file_count="multiple", file_types=["image"]))
             uploads.example_payload = lambda: [EXAMPLE_FILE]

@@ -113,6 +113,21 @@ def test_search(tiny, images, ask, tmp_path):
     assert model.search(folder, "a cup", candidates=7)[0].file in text.splitlines()[1]
 
 
+def test_search_says_what_it_passed_over(images, ask, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(images[0], folder / "noext")
+    (folder / "film.mp4").write_bytes(bytes(40))
+    (folder / "gone.jpg").symlink_to("nowhere")
+    command = ("search", folder, "a cup", "--index", tmp_path / "index")
+    for _ in range(2):  # writes the index, then opens it
+        text = ask("retrieval", *command)
+        assert "passed over: 1 files that are no images (.mp4), 1 links to nothing" in text
+    result = ask("retrieval", *command, "--json")
+    assert result["passed_over"] == {"files that are no images (.mp4)": 1, "links to nothing": 1}
+    assert [hit["file"] for hit in result["results"][0]["hits"]] == [str(folder / "noext")]
+
+
 def test_names_and_queries_may_have_dollars_and_bytes_that_are_no_text(images, ask, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -1,17 +1,22 @@
 """The index of images: in memory or memory-mapped the same results; what is out of date is refused."""
 
 import argparse
+import errno
 import json
 import os
 import shutil
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from api_data import make_checkpoints
-from PIL import Image
+from PIL import Image, ImageFile
 
 import simla
+from inference import folders
+from inference.folders import list_images
 from inference.index import build_index
 from utils import UserError
 
@@ -74,6 +79,100 @@ def test_files_that_cannot_be_read_are_left_out_and_named(model, photos, tmp_pat
     torch.testing.assert_close(opened.features, model.encode_image(opened.files))
     with pytest.raises(UserError, match=r"none of 2 images can be read, the first: .*\(not an image\)"):
         model.index([photos / "00000.jpg", photos / "00005.jpg"])
+
+
+def test_what_can_be_read_is_searched_whatever_it_is_called(model, photos, tmp_path):
+    image = Image.open(photos / "00001.jpg")
+    for name in ("a.JFIF", "b.avif", "c", "d.txt", ".e", "f.jp2", "g.tga", "h.ico"):
+        kind = {"b.avif": "AVIF", "f.jp2": "JPEG2000", "g.tga": "TGA", "h.ico": "ICO"}.get(name, "JPEG")
+        image.save(photos / name, kind)
+    image.save(photos / "i", "PNG", icc_profile=bytes(2_000_000))
+    before = {str(path) for path in photos.rglob("*") if path.is_file()}
+    (photos / "text.jpg").write_text("no image", encoding="utf-8")
+    (photos / "film.mpg").write_bytes(b"\0\0\1\xb3" + bytes(range(256)) * 8)  # PIL takes it for an image
+    (photos / "film.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(300))
+    (photos / "empty").touch()
+    (photos / "more" / "table.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    index = model.index(photos, tmp_path / "index")
+    assert set(index.files) == before - {str(photos / "notes.txt")}
+    assert index.unreadable == {str(photos / "text.jpg"): "not an image"}
+    endings = (".txt", ".mpg", ".mp4", "other endings", ".csv")
+    assert index.passed_over == {f"files that are no images ({ending})": 1 for ending in endings}
+    opened = model.open_index(tmp_path / "index")
+    assert opened.files == index.files and opened.passed_over == index.passed_over
+    assert model.search(photos, "a cup", top=99) == model.search(opened, "a cup", top=99)
+    image.save(photos / "new", "JPEG")
+    with pytest.raises(UserError, match=r"photos/new is new"):
+        model.open_index(tmp_path / "index")
+
+
+def test_links_are_followed_and_each_file_is_taken_once(photos, tmp_path):
+    outside = tmp_path / "outside"
+    (outside / "deep").mkdir(parents=True)
+    shutil.copy(photos / "00001.jpg", outside / "o.jpg")
+    shutil.copy(photos / "00001.jpg", outside / "deep" / "p")
+    before = list_images(photos).files
+    for name, target in {
+        "a_loop": photos,
+        "more/up": photos.parent,  # a folder that the link itself lies in
+        "again": photos / "more",
+        "0.jpg": photos / "00001.jpg",  # before its file in the order
+        "other": outside,
+        "other_deep": outside / "deep",
+        "other.png": outside / "o.jpg",
+        "nowhere.jpg": tmp_path / "gone.jpg",
+        "itself": photos / "itself",
+        "zero": "/dev/zero",
+    }.items():
+        (photos / name).symlink_to(target)
+    (outside / "back").symlink_to(photos)
+    files, passed_over = list_images(photos)
+    assert sorted({*before, f"{photos}/other/o.jpg", f"{photos}/other/deep/p"}) == files
+    assert passed_over.pop("files that are no images (.txt)") == 1
+    assert passed_over == {
+        "links to what is there already": 7,
+        "links to nothing": 2,
+        "pipes, sockets or devices": 1,
+    }
+
+
+def test_pipes_and_sockets_are_not_opened_and_what_is_shut_is_counted(photos, monkeypatch):
+    os.mkfifo(photos / "pipe.jpg")
+    os.mkfifo(photos / "more" / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(photos)  # such a name must be short
+        listener.bind("socket.png")
+    for name in ("shut", "more/shut"):
+        (photos / name).write_text("x", encoding="utf-8")
+    (photos / "closed").mkdir()
+    scandir, open_file = os.scandir, Path.open
+
+    def denied(function, names):  # chmod does not bind whoever runs the tests as root
+        def call(path, *rest):
+            if Path(path).name in names:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return function(path, *rest)
+
+        return call
+
+    monkeypatch.setattr(os, "scandir", denied(scandir, {"closed"}))
+    monkeypatch.setattr(Path, "open", denied(open_file, {"shut"}))
+    files, passed_over = list_images(photos)
+    assert len(files) == 7 and passed_over == {
+        "pipes, sockets or devices": 3,
+        "files that cannot be opened (Permission denied)": 2,
+        "folders that cannot be entered (Permission denied)": 1,
+        "files that are no images (.txt)": 1,
+    }
+
+
+def test_a_large_folder_shows_progress_and_decodes_nothing(photos, monkeypatch, caplog):
+    monkeypatch.setattr(folders, "LOG_FILES", 3)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", pytest.fail)
+    shutil.copy(photos / "00001.jpg", photos / "noext")
+    with caplog.at_level("INFO"):
+        assert len(list_images(photos).files) == 8
+    assert f"{photos}: 6 files looked at, " in caplog.text
 
 
 def change(photos):
@@ -198,7 +297,10 @@ def test_where_no_index_can_be_made(model, photos, tmp_path):
     with pytest.raises(UserError, match="photos is there already"):
         model.index(photos, photos)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no image"):
+    (tmp_path / "empty" / "notes.txt").write_text("no image", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"empty holds no image; passed over: 1 files that are no images \(\.txt\)"
+    ):
         model.index(tmp_path / "empty")
     with pytest.raises(UserError, match="found an empty list"):
         model.index([])

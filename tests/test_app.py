@@ -582,6 +582,16 @@ def test_an_index_is_kept(models, tiny, tmp_path):
     assert app.searched_images(model, None, None, folder).files == first.files
 
 
+def test_the_page_says_what_a_folder_has_that_is_not_searched(models, tiny, tmp_path):
+    shutil.copy(tiny.data / "images" / "test" / "00000.jpg", tmp_path / "noext")
+    (tmp_path / "film.mp4").write_bytes(bytes(40))
+    (tmp_path / "text.jpg").write_text("no image", encoding="utf-8")
+    index = app.searched_images(models["pretrain"], tmp_path, None, tmp_path)
+    shown = str(build_page(models, index, demo_examples(tiny.data)).get_config_file())
+    assert "1 images cannot be read; passed over: 1 files that are no images (.mp4)" in shown
+    assert index.files == [str(tmp_path / "noext")]
+
+
 def test_a_demo_that_is_partly_deleted(tiny, tmp_path):
     for file in tiny.data.glob("*_test.json"):
         shutil.copy(file, tmp_path)
