@@ -20,7 +20,7 @@ from dataset.transforms import BadImage
 from utils import UserError, fill_in, first_line, is_url
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
-TAR = re.compile(r"\.(tar(\.\w{1,4})?|t[gbx]z)$", re.IGNORECASE)
+TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst|lz4|z))?|t[gbx]z)$", re.IGNORECASE)
 KEPT_OPEN = 3  # fetched shards of a set, in each process: the one in use, the next, that of replacements
 
 

@@ -243,7 +243,7 @@ def test_a_table_of_parquet_or_arrow_is_called_what_it_is(tmp_path):
     st.sampled_from([b"", b"\xef\xbb\xbf"]),
     st.booleans(),
 )
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(deadline=None, derandomize=True, max_examples=40)
 def test_json_lines_are_what_json_loads_says_of_each(
     scratch, entries, ascii_only, line_end, block_bytes, mark, is_ended
 ):
