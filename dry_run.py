@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.annotations import read_annotations
+from dataset.retrieval import CaptionedImages, read_captioned_images
 from dataset.text import mask_tokens
 from dataset.transforms import normalise, unit_range
 from memory import Build, Estimate, estimate_step
@@ -283,7 +284,7 @@ def clock_second(function: Callable[[], object], device: torch.device) -> float:
 
 def report_evaluation(found: dict[str, float], config: dict) -> None:
     try:
-        entries = read_annotations(config["test_file"], {"caption": (list,)}, config["image_root"])
+        entries = CaptionedImages(read_captioned_images(config["test_file"], config["image_root"]))
     except UserError as error:
         log.info(f"whole evaluation  cannot be told without the test file: {error}")
         return

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dataset.annotations import NUMBER, TEXT, Annotations, Mapped, item_of, read_annotations
+from dataset.identity import by_path
 from dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from dataset.json_list import read_json
 from dataset.retrieval import WithIdentities
@@ -28,12 +29,12 @@ def read_expressions(files: str | list[str], config: dict, **fields: tuple) -> A
 
 
 def grounding_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
-    """Training batches as `retrieval_loader`'s; identity is the name of the image file. The whole image is
-    shown, since a crop could lose the object.
+    """Training batches as `retrieval_loader`'s; identity is the image file. The whole image is shown, since a
+    crop could lose the object.
     """
     entries = read_expressions(config["train_file"], config)
-    named = WithIdentities(_items(entries), (Path(entry["image"]).name for entry in entries))
-    return finetune_loader(named, config, tokenizer, position_limit, seed, pin, crop=False)
+    identified = WithIdentities(_items(entries), by_path(entries))
+    return finetune_loader(identified, config, tokenizer, position_limit, seed, pin, crop=False)
 
 
 def _items(entries: Sequence[dict]) -> Mapped:

@@ -6,20 +6,22 @@ from functools import partial
 import numpy as np
 import torch
 
-from dataset.annotations import ANY, TEXT, Annotations, Mapped, item_of, read_annotations
+from dataset.annotations import ANY, TEXT, TEXTS, Annotations, Mapped, item_of, read_annotations
+from dataset.identity import by_path, by_path_and_id, first_equal, hash_of
 from dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from dataset.text import clean_caption
+from utils import log
 
 
 class WithIdentities(Sequence):
     """The entries with `idx`, equal for equal `values`, one of each entry: 0, 1, ... as they appear."""
 
     def __init__(self, entries: Sequence, values: Iterable):
-        numbers: dict[str, int] = {}
-        found = (numbers.setdefault(repr(value), len(numbers)) for value in values)
+        hashes = np.fromiter((hash_of(repr(value)) for value in values), np.uint64, len(entries))
+        numbers = np.unique(first_equal(hashes), return_inverse=True)[1]
         self.entries = entries
         # a tensor: what spawned loader processes get of it is not a copy
-        self.idx = torch.from_numpy(np.fromiter(found, np.int64, len(entries)))
+        self.idx = torch.from_numpy(numbers.ravel())
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -34,27 +36,69 @@ def read_train_pairs(files: str | list[str], image_root: str) -> Annotations:
 
 
 def read_captioned_images(files: str | list[str], image_root: str) -> Annotations:
-    """Entries of val and test files."""
-    return read_annotations(files, {"image": TEXT, "caption": (list,)}, image_root)
+    """The rows of val and test files: an image has one, or several, as `CaptionedImages` merges them."""
+    return read_annotations(files, {"image": TEXT, "caption": TEXTS}, image_root)
 
 
 def retrieval_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
-    """Training batches with image, text_ids, text_mask and idx (B,), the identity of each row's image."""
+    """Training batches with image, text_ids, text_mask and idx (B,), the identity of each row's image, as
+    `by_path_and_id` has it; what is odd about the ids is logged.
+    """
     entries = read_train_pairs(config["train_file"], config["image_root"])
-    pairs = Mapped(entries, partial(item_of, text="caption"))
-    identified = WithIdentities(pairs, (entry["image_id"] for entry in entries))
+    pairs, identities = Mapped(entries, partial(item_of, text="caption")), by_path_and_id(entries)
+    for problem in identities.problems:
+        log.warning(problem)
+    for note in identities.notes:
+        log.info(note)
+    identified = WithIdentities(pairs, identities.first)
     return finetune_loader(identified, config, tokenizer, position_limit, seed, pin)
+
+
+class CaptionedImages(Sequence):
+    """An entry for each image of a val or test file, with the captions of all rows that show it, in order."""
+
+    def __init__(self, rows: Sequence[dict]):
+        """rows: with one caption, as text, or a list of some."""
+        first = by_path(rows)
+        order = np.argsort(first, kind="stable")
+        ends = np.flatnonzero(np.diff(first[order])) + 1
+        self.rows, self.numbers = rows, np.split(order, ends)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict:
+        rows = [self.rows[number] for number in self.numbers[index].tolist()]
+        return {**rows[0], "caption": [caption for row in rows for caption in _listed(row["caption"])]}
+
+    @property
+    def note(self) -> str:
+        """What there is to say of rows that were merged, or nothing."""
+        merged = next((numbers for numbers in self.numbers if len(numbers) > 1), None)
+        if merged is None:
+            return ""
+        one, other = (self.rows[number] for number in merged[:2].tolist())
+        return (
+            f"{len(self.rows):,} rows show {len(self):,} images ({one['where']} and {other['where']} both "
+            f"{one['image']}): rows of one image are read as one, with the captions of all of them"
+        )
+
+
+def _listed(caption: str | list[str]) -> list[str]:
+    return [caption] if isinstance(caption, str) else caption
 
 
 class RetrievalEvalData(EvalItems):
     """The images of a val or test file, and beside them its texts.
 
-    Entries {"image", "caption": [text, ...]}. texts: all captions, cleaned, in order; img2txt: the texts of
-    each image; txt2img: the image of each text.
+    Rows {"image", "caption": text or [text, ...]}; an image may have several. texts: all captions, cleaned,
+    in order; img2txt: the texts of each image; txt2img: the image of each text.
     """
 
     def __init__(self, file: str, config: dict, max_words: int = 30):
-        found = read_captioned_images(file, config["image_root"])
+        found = CaptionedImages(read_captioned_images(file, config["image_root"]))
+        if found.note:
+            log.info(found.note)
         entries = leave_out_unreadable(found, config)
         super().__init__(Mapped(entries, _without_text), config["image_res"])
         self.left_out = len(found) - len(entries)

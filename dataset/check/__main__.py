@@ -55,9 +55,11 @@ def check(args: argparse.Namespace) -> bool:
         is_right = not any(sources[n].problem or findings.has_wrong_entries(n) for n in own)
         if own and is_right and spec.whole is not None:
             try:
-                spec.whole(config, tokenizer, position_limit)
+                problems, notes = spec.whole(config, tokenizer, position_limit)
             except UserError as error:
-                whole.append(str(error))
+                problems, notes = [str(error)], []
+            findings.whole += problems
+            findings.notes += notes
 
     reading = measure_reading(findings, config)
     fixed = write_fixed(findings, args.fix) if args.fix else None

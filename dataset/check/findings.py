@@ -42,7 +42,7 @@ class Found:
 
 class Findings:
     """flags: of each source, (N,) uint16, the `Cause` bits of its entries; whole: what is wrong with files as
-    a whole; notes: what is passed over in shards."""
+    a whole; notes: what else there is to say of them."""
 
     def __init__(self, shared: Shared, texts: list[Texts], images: Images, whole: list[str]):
         self.shared, self.texts, self.images, self.whole = shared, texts, images, whole

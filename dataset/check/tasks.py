@@ -8,10 +8,11 @@ from pathlib import Path
 from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, Key
 from dataset.annotations import NUMBER, NUMBER_OR_TEXT, TEXTS, Mapped, checked_late, item_of
 from dataset.grounding import GroundingEvalData, read_expressions
+from dataset.identity import by_path_and_id
 from dataset.mixture import weighted
 from dataset.nlvr import read_nlvr
 from dataset.pretrain import read_pairs, read_set
-from dataset.retrieval import read_captioned_images, read_train_pairs
+from dataset.retrieval import CaptionedImages, read_captioned_images, read_train_pairs
 from dataset.shards import Shards, is_shards
 from dataset.text import clean_caption, clean_question
 from dataset.ve import read_ve
@@ -24,18 +25,22 @@ from dataset.vqa import (
 )
 from utils import UserError, fill_in, is_url
 
+Said = tuple[list[str], list[str]]  # problems, notes
+NOTHING: Said = ([], [])
+
 
 @dataclass(frozen=True)
 class Split:
     """read(file, config): entries with images and text; a text longer than `max_words` is cut; whole(config,
-    tokenizer, position_limit): raises UserError where files that are right by themselves do not fit together;
-    takes_shards: whether the script reads shards, too.
+    tokenizer, position_limit): the problems and the notes, a sentence each, of files that are right entry by
+    entry; raises UserError for a problem that hides others. takes_shards: whether the script reads shards,
+    too.
     """
 
     read: Callable[[str, dict], Sequence[dict]]
     clean: Callable[[str, int], str] = clean_caption
     max_words: int = 30
-    whole: Callable[[dict, object, int], object] | None = None
+    whole: Callable[[dict, object, int], "Said"] | None = None
     takes_shards: bool = False
 
 
@@ -82,21 +87,34 @@ def _with_text(file: str, config: dict, read: Callable, field: str) -> Mapped:
     return Mapped(read(file, config), partial(item_of, text=field))
 
 
-def _answers_fit(config: dict, tokenizer, position_limit: int) -> None:
+def _answers_fit(config: dict, tokenizer, position_limit: int) -> Said:
     if config["answer_list"]:
         read_answer_list(config["answer_list"], tokenizer, config["eos"], position_limit)
+    return NOTHING
 
 
-def _test_questions_fit(config: dict, *_) -> None:
+def _test_questions_fit(config: dict, *_) -> Said:
     VQAEvalData(config["test_file"], config, is_test=True)
+    return NOTHING
 
 
-def _targets_fit(config: dict, *_) -> None:
+def _targets_fit(config: dict, *_) -> Said:
     GroundingEvalData(config)
+    return NOTHING
 
 
-def _captions(read: Callable) -> Split:
-    return Split(partial(_with_text, read=partial(_at_root, read=read), field="caption"))
+def _ids_fit(config: dict, *_) -> Said:
+    identities = by_path_and_id(read_train_pairs(config["train_file"], config["image_root"]))
+    return identities.problems, identities.notes
+
+
+def _rows_of_images(config: dict, *_, key: str) -> Said:
+    note = CaptionedImages(read_captioned_images(config[key], config["image_root"])).note
+    return [], [f"{config[key]}: {note}"] if note else []
+
+
+def _captions(read: Callable, whole: Callable) -> Split:
+    return Split(partial(_with_text, read=partial(_at_root, read=read), field="caption"), whole=whole)
 
 
 def _expressions(whole: Callable | None = None, **fields: tuple) -> Split:
@@ -118,9 +136,9 @@ TASKS = {
     "Retrieval": Task(
         RETRIEVAL,
         {
-            "train": _captions(read_train_pairs),
-            "val": _captions(read_captioned_images),
-            "test": _captions(read_captioned_images),
+            "train": _captions(read_train_pairs, _ids_fit),
+            "val": _captions(read_captioned_images, partial(_rows_of_images, key="val_file")),
+            "test": _captions(read_captioned_images, partial(_rows_of_images, key="test_file")),
         },
     ),
     "Grounding": Task(

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from hashlib import blake2b
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer
 from dataset.check.causes import Cause
 from dataset.check.tasks import Source
 from dataset.check.workers import Workers
+from dataset.identity import hash_of
 from dataset.shard_index import Picture
 from dataset.transforms import BadImage
 from utils import UserError, with_progress
@@ -139,4 +139,4 @@ class WordPieces:
 def path_key(image: str | Picture) -> int:
     """64 bits that stand for the path, or for the sample of a shard."""
     name = image.sample if isinstance(image, Picture) else image
-    return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return hash_of(name)

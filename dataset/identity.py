@@ -1,0 +1,152 @@
+"""Which entries show the same image: by the file that a path leads to, and by the ids that files give.
+
+N entries, of one image each. Paths and ids are compared by 64-bit hashes of theirs, so that millions of
+entries take 8 bytes each. A division of the entries into images is an array (N,) that has for each entry the
+number of the first one that shows the same image.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+
+from dataset.annotations import Annotations
+
+NO_ID = 0
+
+
+def hash_of(text: str) -> int:
+    """64 bits that stand for the text."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def resolved(path: str) -> str:
+    """The path of the file that this one leads to: absolute, without `..`, links followed."""
+    folder, name = os.path.split(path)
+    real, links = _folder(folder)
+    if name in links or name == os.pardir:
+        with suppress(OSError, ValueError):
+            return os.path.realpath(path)
+    return f"{real.rstrip(os.sep)}{os.sep}{name}"
+
+
+@lru_cache(1 << 16)
+def _folder(path: str) -> tuple[str, frozenset[str]]:
+    """Where it leads to, and which names in it are links: listing a folder once is much faster than asking
+    for each of its files.
+    """
+    with suppress(OSError, ValueError):  # no folder; no name that one can have
+        path = os.path.realpath(path)
+        with os.scandir(path) as entries:
+            return path, frozenset(entry.name for entry in entries if entry.is_symlink())
+    return path, frozenset()
+
+
+def first_equal(values: np.ndarray) -> np.ndarray:
+    """(N,) -> (N,): of each value the number of the first equal one."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    return first[inverse.ravel()]
+
+
+def by_path(entries: Sequence[dict]) -> np.ndarray:
+    """The division (N,) by the files that the entries' paths lead to."""
+    hashes = (hash_of(resolved(entry["images"][0])) for entry in entries)
+    return first_equal(np.fromiter(hashes, np.uint64, len(entries)))
+
+
+class Identities(NamedTuple):
+    """first: a division (N,); problems and notes: one sentence for each thing that is odd about the ids."""
+
+    first: np.ndarray
+    problems: list[str]
+    notes: list[str]
+
+
+def by_path_and_id(entries: Annotations) -> Identities:
+    """The division by path that also joins what has the same `image_id` in the same file.
+
+    An id that is null, NaN or blank is none. 1.0 is 1, "1" is not.
+    """
+    paths, ids = (np.empty(len(entries), np.uint64) for _ in range(2))
+    for number, entry in enumerate(entries):
+        paths[number], ids[number] = hash_of(resolved(entry["images"][0])), _hash_of_id(entry["image_id"])
+    has_id, path = ids != NO_ID, first_equal(paths)
+    own_path, own_id = np.empty_like(path), np.empty_like(path)  # firsts within the same annotation file
+    for start, end in zip([0, *entries.ends], entries.ends, strict=False):
+        own_path[start:end] = start + first_equal(paths[start:end])
+        own_id[start:end] = start + first_equal(ids[start:end])
+    own_id = np.where(has_id, own_id, own_path)
+    is_shared = path[own_id] != path  # the first entry of this id has another image
+    first = _joined(path, own_id) if is_shared.any() else path
+
+    is_other = has_id & has_id[own_path] & (ids[own_path] != ids)  # the first of this image has another id
+    of_all = first_equal(ids)  # the first of this id in any file
+    is_across = has_id & (first[of_all] != first)
+
+    def places(is_odd: np.ndarray, partner: np.ndarray, field: str) -> str:
+        """The first odd entry and its partner, by what they say in the field."""
+        number = int(np.argmax(is_odd))
+        pair = entries[int(partner[number])], entries[number]
+        return " and ".join(f"{entry[field]!r} ({entry['where']})" for entry in pair)
+
+    def value(is_odd: np.ndarray, field: str) -> str:
+        return repr(entries[int(np.argmax(is_odd))][field])
+
+    problems, notes = [], []
+    if not has_id.all():
+        where = entries[int(np.argmin(has_id))]["where"]
+        problems.append(
+            f"{np.count_nonzero(~has_id):,} of {len(ids):,} entries have no image_id (null or blank), the "
+            f"first is {where}: for them the image's path says which image it is"
+        )
+    if is_shared.any():
+        problems.append(
+            f"{_count(own_id[is_shared]):,} image_ids stand for several image files, such as "
+            f"{value(is_shared, 'image_id')} for {places(is_shared, own_id, 'image')}: these count as one "
+            "image, of which no caption is wrong for another's; unless that is meant, give each image an id "
+            "of its own"
+        )
+    if is_other.any():
+        problems.append(
+            f"{_count(own_path[is_other]):,} images have several image_ids, such as "
+            f"{value(is_other, 'image')}: {places(is_other, own_path, 'image_id')}: entries of one file "
+            "count as one image; image_id numbers images, not captions"
+        )
+    if is_across.any():
+        notes.append(
+            f"{_count(of_all[is_across]):,} image_ids stand for different images in different files, such as "
+            f"{value(is_across, 'image_id')} for {places(is_across, of_all, 'image')}: an id counts within "
+            "its file, so these are different images"
+        )
+    return Identities(first, problems, notes)
+
+
+def _hash_of_id(value: object) -> int:
+    """NO_ID for none."""
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        return NO_ID  # NaN differs from itself
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return hash_of(repr(value))
+
+
+def _count(numbers: np.ndarray) -> int:
+    return len(np.unique(numbers))
+
+
+def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The finest division (N,) that joins what either of two does."""
+    joined = one
+    while True:
+        before = joined
+        for groups in (other, one):
+            least = np.full(len(groups), len(groups))
+            np.minimum.at(least, groups, joined)
+            joined = least[groups]
+        joined = joined[joined]  # two steps at once, then four, ...
+        if np.array_equal(joined, before):
+            return joined
