@@ -1,6 +1,6 @@
 """Image-text retrieval with a checkpoint as it is: contrast picks candidates, matching re-ranks them.
 
-Data     JSON list of {"image": path, "caption": [text, ...]}: `test_file` in the config
+Data     JSON list of {"image": path, "caption": [text, ...]}, or a row a caption: `test_file` in the config
 Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env zero_shot_retrieval.py --evaluate \\
              --config configs/Retrieval_flickr.yaml --checkpoint output/Pretrain/checkpoint_29.pth
 Expected Flickr30k test, k_test 128 (the paper's numbers): TR@1 86.2, IR@1 69.5 from pre-training alone,
@@ -94,9 +94,12 @@ def encode_images(
 
 def encode_texts(model: SIMLARetrieval, text_ids: Tensor, text_mask: Tensor, batch_size: int) -> Tensor:
     """text_ids, text_mask (T, L) -> features (T, E); every rank computes its share"""
-    shares = (part[rank() :: world_size()].split(batch_size) for part in (text_ids, text_mask))
-    feats = [model.encode_text(*rows).float() for rows in zip(*shares, strict=True)]
-    return gather_in_order(torch.cat(feats), len(text_ids))
+    ids, mask = (part[rank() :: world_size()] for part in (text_ids, text_mask))
+    feats = torch.empty(len(ids), model.text_proj.out_features, device=ids.device)  # none on some ranks
+    for first in range(0, len(ids), batch_size):
+        rows = slice(first, first + batch_size)
+        feats[rows] = model.encode_text(ids[rows], mask[rows]).float()
+    return gather_in_order(feats, len(text_ids))
 
 
 def evaluate(

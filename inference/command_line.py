@@ -199,7 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("--boxes", help="proposals to rank: JSON list of [x, y, width, height], or its file")
     own.add_argument("--mode", default="itm", choices=MODES, help="which score is explained (default: itm)")
     own.add_argument(
-        "--block", type=int, help="layer whose attention is used, from 0 (default: three quarters up)"
+        "--block", type=int, help="layer whose attention is used, from 0 (default: two thirds up)"
     )
     own = command("search", search, "the images of a folder that match a text best", "folder", many="query")
     own.add_argument("-o", "--out", help="picture of the images found")

@@ -115,12 +115,14 @@ def check_count(value: int, name: str) -> int:
     return value
 
 
-def clean_texts(texts: Sequence[str], clean: Callable[[str], str]) -> list[str]:
-    """The texts as the model reads them. Raises UserError for what is no text or has no word."""
+def clean_texts(texts: Sequence[str], clean: Callable[[str], str], tokenizer) -> list[str]:
+    """The texts as the model reads them. Raises UserError for what is no text or has no word: nothing, or
+    only what the tokenizer drops, such as control characters.
+    """
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"text {number} is a {type(text).__name__}, expected str")
-        if not clean(text).strip():
+        if not tokenizer.tokenize(clean(text)):
             raise UserError(f"text {number}, {text!r}, has no word")
     return [clean(text) for text in texts]
 

@@ -22,7 +22,7 @@ from inference.heat import Grounding, check_boxes, grounding, heat_maps
 from inference.index import Hit, Index, build_index, check_made_by, open_index
 from inference.inputs import Images, Texts, check_count, clean_texts, good_pictures, listed, paired
 from inference.keywords import Concepts
-from models.gradcam import MODES, check_block
+from models.gradcam import MODES, check_block, default_block
 from models.rerank import rerank
 from utils import PRECISIONS, UserError, autocast, check_scores, set_precision
 from zero_shot_retrieval import MAX_TEXT_TOKENS
@@ -207,15 +207,14 @@ class Simla:
 
         boxes: proposals to rank, [[x, y, width, height, ...], ...] in pixels of the image, a list of those
         for many pairs; mode: itm (cross-attention, by the matching head) or itc (the image encoder's
-        attention, by the features); block: the layer, from 0, None = three quarters up (8 of 0 to 11, as in
+        attention, by the features); block: the layer, from 0, None = two thirds up (8 of 12, as in
         Grounding.py). In the last layer itm only hears [CLS]: the maps of the words are empty there. Always
         in float32.
         """
         self._need("ground", *MATCHING)
         if mode not in MODES:
             raise UserError(f"mode {mode!r}: expected {' or '.join(MODES)}")
-        layers = {"itm": self.model.text_encoder.encoder.layer, "itc": self.model.visual_encoder.blocks}[mode]
-        block = (len(layers) - 1) * 3 // 4 if block is None else block
+        block = default_block(self.model, mode) if block is None else block
         check_block(self.model, mode, block)
         images, texts, is_single = self._pairs(images, texts, clean_caption, "texts")
         proposals = [[]] * len(texts) if boxes is None else [boxes] if is_single else list(boxes)
@@ -333,7 +332,7 @@ class Simla:
 
     def _captions(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask (T, 30 or less) as retrieval reads them."""
-        texts = clean_texts(texts, clean_caption)
+        texts = clean_texts(texts, clean_caption, self.tokenizer)
         ids, mask = tokenize(self.tokenizer, texts, MAX_TEXT_TOKENS, position_limit=self._position_limit)
         return ids.to(self.device), mask.to(self.device)
 
@@ -344,7 +343,9 @@ class Simla:
         images, is_single = listed(images, "image")
         texts, one_text = listed(texts, names.removesuffix("s"))
         is_single = is_single if one_image is None else one_image
-        return paired((images, is_single), (clean_texts(texts, clean), one_text), f"images and {names}")
+        return paired(
+            (images, is_single), (clean_texts(texts, clean, self.tokenizer), one_text), f"images and {names}"
+        )
 
     def _pictures(self, images: list) -> Iterator[tuple[int, list]]:
         """The images read, batch by batch, with the number of the first."""

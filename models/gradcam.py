@@ -6,7 +6,7 @@ tokens incl. [CLS], H heads, (h, w) the image encoder's grid of patches.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.align import unit_features
 from models.bert import padding_mask
@@ -17,18 +17,29 @@ from utils import UserError
 MODES = ("itm", "itc")
 
 
+def default_block(model: SIMLARetrieval, mode: str) -> int:
+    """The number of the block two thirds up the encoder that `mode` looks into, 8 of 12; never the last one
+    of several, where itm explains [CLS] alone.
+    """
+    num_layers = len(_layers(model, mode)[1])
+    return min(num_layers * 2 // 3, max(num_layers - 2, 0))
+
+
 def check_block(model: SIMLARetrieval, mode: str, block: int) -> None:
     """UserError where the encoder that `mode` looks into has no block of that number."""
-    text, image = (
-        ("text encoder", model.text_encoder.encoder.layer),
-        ("image encoder", model.visual_encoder.blocks),
-    )
-    name, layers = {"itm": text, "itc": image}[mode]
+    name, layers = _layers(model, mode)
     if not 0 <= block < len(layers):
         raise UserError(
             f"--block_num {block}: with --gradcam_mode {mode} it is a layer of the {name}, which has "
             f"{len(layers)}; choose 0 to {len(layers) - 1}"
         )
+
+
+def _layers(model: SIMLARetrieval, mode: str) -> tuple[str, nn.ModuleList]:
+    """The encoder that `mode` looks into, by its name, and its blocks."""
+    if mode == "itm":
+        return "text encoder", model.text_encoder.encoder.layer
+    return "image encoder", model.visual_encoder.blocks
 
 
 def grad_cam(

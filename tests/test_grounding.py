@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from metrics import (
     resize_heat,
 )
 from models.bert import BertConfig
-from models.gradcam import check_block, grad_cam
+from models.gradcam import check_block, default_block, grad_cam
 from models.retrieval import SIMLARetrieval
 from plots import plot_heat_maps
 from utils import UserError
@@ -265,6 +266,19 @@ def test_a_block_that_there_is_not(mode, count):
     for block in (-1, count, 8):
         with pytest.raises(UserError, match=rf"--block_num {block}: .*has {count}; choose 0 to {count - 1}"):
             grad_cam(model, mode, block, *small_inputs(3, [3], 3))
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(1, 0), (2, 0), (3, 1), (4, 2), (6, 4), (12, 8), (18, 12), (24, 16)]
+)
+def test_the_default_block_is_two_thirds_up(layers, expected):
+    """Below the last one of several, in which itm sees [CLS] alone; of the encoder that is looked into."""
+    model = SimpleNamespace(
+        text_encoder=SimpleNamespace(encoder=SimpleNamespace(layer=[None] * layers)),
+        visual_encoder=SimpleNamespace(blocks=[None] * (layers + 12)),
+    )
+    assert default_block(model, "itm") == expected
+    assert default_block(model, "itc") == (layers + 12) * 2 // 3
 
 
 # ---- boxes ----

@@ -141,6 +141,15 @@ def test_scores_of_two_ranks_are_the_recorded_ones(results):
         torch.testing.assert_close(scores.double(), expected, rtol=5e-6, atol=1e-5)
 
 
+def test_texts_are_encoded_by_all_ranks_also_where_some_have_none(results):
+    """Of one text two ranks of three have none."""
+    alone = results[1, 0]["gathered"]["texts"]
+    assert list(map(len, alone)) == [5, 2, 1]
+    for result in results.values():
+        for feats, expected in zip(result["gathered"]["texts"], alone, strict=True):
+            torch.testing.assert_close(feats, expected)
+
+
 def test_gathered_values(results):
     """Rank r adds the values 0 to r: every value counts once, not every rank."""
     for (num_ranks, _), result in results.items():

@@ -25,6 +25,7 @@ from models.rerank import rerank
 from models.retrieval import SIMLARetrieval
 from training import distribute
 from utils import MetricLog, all_gather_rows, all_gather_shares, gather_in_order, rank, world_size
+from zero_shot_retrieval import encode_texts
 
 CPU = torch.device("cpu")
 
@@ -135,7 +136,12 @@ def gathered() -> dict:
     for value in range(rank() + 1):  # rank r adds r + 1 values: 0, then 0 and 1, ...
         log.add({"value": float(value)})
     own = torch.arange(rank(), 7, world_size())
+    model = golden_retrieval_model()
+    fill_model(model, {})
+    texts = tiny_texts([3, 2, 5, 4, 2], 6, torch.Generator().manual_seed(0))
+    feats = [encode_texts(model, *(part[:total] for part in texts), 2).detach() for total in (5, 2, 1)]
     return {
+        "texts": feats,
         "means": log.global_means(),
         "rows": all_gather_rows(torch.full((2, 1), float(rank()))),
         "shares": all_gather_shares(torch.full((rank(), 2), rank()), list(range(world_size()))),
