@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils import UserError
+
 # Left, top, width, height in pixels; what follows, such as a detector's score, is unused.
 Box = Sequence[float]
 
@@ -42,8 +44,14 @@ def retrieval_recall(
 
     scores_i2t (images, texts), scores_t2i (texts, images); img2txt: the captions of each image, any of which
     is right; txt2img: the image of each caption -> txt_r1 ... (image -> text), img_r1 ... (text -> image),
-    r_mean
+    r_mean. Raises UserError for an image without captions, for which no text would be right.
     """
+    without = [image for image, texts in enumerate(img2txt) if not len(texts)]
+    if without:
+        raise UserError(
+            f"{len(without)} of {len(img2txt)} images have no caption, the first is image {without[0]}: no "
+            "text is right for them, so leave them out of the scores"
+        )
     text_ranks = pessimistic_ranks(scores_i2t, img2txt)
     image_ranks = pessimistic_ranks(scores_t2i, [[image] for image in txt2img])
     result = {}

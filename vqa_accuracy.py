@@ -3,6 +3,12 @@
 An answer scores min(1, matches among the other annotators / 3), averaged over the annotator left out (ten of
 them in VQA v2). Prediction and answers are normalised first, unless all annotators agree to the letter: then,
 as in the official script, the prediction has to as well.
+
+From four annotators on this is the official script's formula, to the number. Below four it would let nobody
+reach 100, since there are no three others; so here all the others have to match: of three annotators min(1,
+matches among the other two / 2), of two matches with the other one, each averaged over the annotator left
+out. A single annotator leaves no others: a prediction that equals the answer to the letter scores 100, any
+other 0 (the official script: always 0).
 """
 
 import re
@@ -95,7 +101,7 @@ def best_constant(annotations: Sequence[Sequence[str]]) -> tuple[str, float]:
 
 
 def _score(matches: int, num_annotators: int) -> float:
-    """In percent. Among fewer than four annotators all the others have to match; one alone matches or not."""
+    """In percent, by the rule at the head of this file."""
     needed = min(MATCHES_FOR_FULL_SCORE, num_annotators - 1)
     if needed == 0:
         return 100.0 * matches

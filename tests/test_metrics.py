@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics import pessimistic_ranks, recall_at, retrieval_chance, retrieval_recall
+from utils import UserError
 
 KEYS = ["txt_r1", "txt_r5", "txt_r10", "txt_r_mean", "img_r1", "img_r5", "img_r10", "img_r_mean", "r_mean"]
 
@@ -85,6 +86,12 @@ def test_no_credit_for_equal_scores_or_nan():
         assert set(retrieval_recall(scores, scores.T, img2txt, txt2img).values()) == {0.0}, value
     assert pessimistic_ranks(np.array([[np.nan, 1.0, 0.5]]), [[1]]).tolist() == [1]
     assert pessimistic_ranks(np.array([[np.nan, 1.0, 0.5]]), [[0]]).tolist() == [2]
+
+
+def test_an_image_without_captions_is_named():
+    scores = np.zeros((3, 2))
+    with pytest.raises(UserError, match="1 of 3 images have no caption, the first is image 1"):
+        retrieval_recall(scores, scores.T, [[0], [], [1]], [0, 2])
 
 
 def test_perfect_scores_are_100():

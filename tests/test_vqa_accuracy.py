@@ -152,11 +152,31 @@ def test_nothing_is_normalised_where_all_annotators_agree_to_the_letter():
     assert best_constant([["t-shirt"] * 10, ["t-shirt"] * 10]) == ("t-shirt", 100.0)
 
 
-def test_fewer_annotators_can_still_agree_in_full():
-    for num in range(1, 11):
-        assert answer_scores(["cat"], [["cat"] * num]) == [100.0]
-    assert answer_scores(["cat"], [["cat", "dog"]]) == [50.0]
-    assert answer_scores(["cow"], [["cat"]]) == [0.0]
+def official_score(prediction: str, answers: list[str]) -> float:
+    """min(1, matches among the others / 3), averaged over the annotator left out, however many there are."""
+    num_matching = [
+        sum(answer == prediction for i, answer in enumerate(answers) if i != left_out)
+        for left_out in range(len(answers))
+    ]
+    return 100.0 * sum(min(1.0, matching / 3) for matching in num_matching) / len(answers)
+
+
+def test_from_four_annotators_on_the_score_is_the_official_one():
+    for num in range(4, 11):
+        for matches in range(num + 1):
+            answers = ["cat"] * matches + ["dog"] * (num - matches)
+            expected = official_score("cat", answers)
+            assert answer_scores(["cat"], [answers]) == pytest.approx([expected]), (num, matches)
+
+
+def test_below_four_annotators_all_the_others_have_to_match():
+    """As README says; officially nobody could reach 100."""
+    three = [["dog"] * 3, ["cat", "dog", "dog"], ["cat", "cat", "dog"], ["cat"] * 3]
+    assert answer_scores(["cat"] * 4, three) == pytest.approx([0, 100 / 3, 200 / 3, 100])
+    assert answer_scores(["cat"] * 3, [["dog"] * 2, ["cat", "dog"], ["cat"] * 2]) == [0, 50, 100]
+    assert answer_scores(["cat", "cow", "Cat"], [["cat"]] * 3) == [100, 0, 0]
+    assert official_score("cat", ["cat"] * 3) == pytest.approx(200 / 3)
+    assert [official_score("cat", ["cat"] * num) for num in (2, 1)] == [pytest.approx(100 / 3), 0]
 
 
 @given(st.lists(st.tuples(words, st.sampled_from(["x", "y", None])), min_size=1, max_size=20), st.randoms())
