@@ -2,7 +2,8 @@
 
 Data     JSON lists of {"image": path, "text": expression} (`train_file`) and {"image", "text", "ref_id"}
          (`test_file`); in `refcoco_data` refcoco+/refs(unc).p and refcoco+/instances.json, the true boxes; in
-         `det_file` {image_id: [[x, y, w, h, ...], ...]}, a detector's boxes to choose from
+         `det_file` {image_id: [[x, y, w, h, ...], ...]}, a detector's boxes to choose from. Of your own
+         photos {"image", "text", "box": [x, y, w, h]} and maybe "split", without `refcoco_data`
 Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env Grounding.py \\
              --config configs/Grounding.yaml --checkpoint output/Pretrain/checkpoint_29.pth
 Expected the paper's RefCOCO+ val / testA / testB 58.1 / 67.4 / 47.5 (val_d, testA_d, testB_d: detector boxes)
@@ -14,7 +15,7 @@ import torch
 
 from checkpoint import load_weights
 from config import GROUNDING, parse
-from dataset.grounding import SPLITS, GroundingEvalData, Target, grounding_loader
+from dataset.grounding import GroundingEvalData, Target, grounding_loader
 from dataset.items import Collate
 from dataset.loaders import stop_at_unreadable, test_loader
 from dataset.text import build_tokenizer, check_vocabulary
@@ -22,7 +23,7 @@ from dry_run import dry_run
 from engine import fit, record_evaluation
 from launch import run_script, script_arguments, start
 from metrics import box_iou, choose_box, grounding_accuracy, grounding_chance, heat_box, resize_heat
-from models.gradcam import MODES, check_block, grad_cam
+from models.gradcam import MODES, check_block, default_block, grad_cam
 from models.initial import starting_weights
 from models.retrieval import SIMLARetrieval
 from Retrieval import losses
@@ -35,7 +36,8 @@ def choice(heat: torch.Tensor, target: Target) -> dict:
     heat = resize_heat(heat, target.height, target.width)
     box = heat_box(heat) if target.candidates is None else choose_box(heat, target.candidates)
     iou = 0.0 if box is None else box_iou(target.box, box)
-    return {"ref_id": target.ref_id, "score": target.score_name, "box": box, "iou": iou}
+    name = {"entry": target.where} if target.ref_id is None else {"ref_id": target.ref_id}
+    return {**name, "score": target.score_name, "box": box, "iou": iou}
 
 
 def evaluate(
@@ -84,7 +86,7 @@ def report(
     }
     log.info("grounding: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
     splits = {}
-    for name in (f"{split}_{'d' if has_detector else 'h'}" for split in SPLITS):
+    for name in (f"{split}_{'d' if has_detector else 'h'}" for split in data.splits):
         chances = [grounding_chance(t.box, t.guesses) for t in data.targets if t.score_name == name]
         no_box = sum(found["box"] is None for found in choices if found["score"] == name)
         splits[name] = {"n": len(chances), "accuracy": scores.get(name), "without_box": no_box}
@@ -109,11 +111,16 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     tokenizer = build_tokenizer(config["text_encoder"])
     data = GroundingEvalData(config)
     if not args.evaluate and all(target.split != "val" for target in data.targets):
-        raise UserError(f"test_file {config['test_file']}: split val, which chooses the best epoch, is empty")
+        raise UserError(
+            f"test_file {config['test_file']}: split val, which chooses the best epoch, is empty; with "
+            "--evaluate none is needed"
+        )
 
     # model
     torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them
     model = SIMLARetrieval.from_config(config)
+    if args.block_num is None:
+        args.block_num = default_block(model, args.gradcam_mode)
     check_block(model, args.gradcam_mode, args.block_num)
     bert = model.text_encoder.config
     check_vocabulary(tokenizer, bert.vocab_size)
@@ -147,7 +154,11 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 def parse_and_run() -> None:
     parser = script_arguments(__doc__, "configs/Grounding.yaml", "output/Grounding")
     parser.add_argument("--gradcam_mode", default="itm", choices=MODES, help="which score is explained")
-    parser.add_argument("--block_num", default=8, type=int, help="layer whose attention map is used, from 0")
+    parser.add_argument(
+        "--block_num",
+        type=int,
+        help="layer whose attention map is used, from 0 (default: two thirds up, 8 of 12)",
+    )
     main(*parse(parser, GROUNDING))
 
 

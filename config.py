@@ -209,7 +209,12 @@ GROUNDING = {
     **CONTRAST,
     "train_file": TRAIN_FILE,
     "test_file": Key(PATHS, help="annotation files of all three evaluation splits", place=DATA),
-    "refcoco_data": Key(str, help="folder with refcoco+/refs(unc).p and refcoco+/instances.json", place=DATA),
+    "refcoco_data": Key(
+        str,
+        "",
+        "folder with refcoco+/refs(unc).p and refcoco+/instances.json; empty = every test entry has a box",
+        place=DATA,
+    ),
     "det_file": Key(str, "", "detector boxes; empty = boxes from the heat map alone", place=DATA),
     "coco_file": Key(str, "", "kept for published configs; no score uses it", place=DATA),
     "released_code": Key(

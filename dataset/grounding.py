@@ -1,8 +1,8 @@
-"""Referring expressions: image and expression for training, and RefCOCO+'s boxes for evaluation."""
+"""Referring expressions: images for training, and for evaluation boxes, those of RefCOCO+ or your own."""
 
 import math
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -10,22 +10,56 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dataset.annotations import NUMBER, TEXT, Annotations, Mapped, item_of, read_annotations
+from dataset.annotations import TEXT, Annotations, Mapped, item_of, read_annotations
 from dataset.identity import by_path
 from dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from dataset.json_list import read_json
 from dataset.retrieval import WithIdentities
 from dataset.tables import by_id, checked, look_up
+from dataset.transforms import BadImage, image_size
 from safe_load import allowed_function, todays_name
 from utils import UserError
 
-SPLITS = ("val", "testA", "testB")  # of evaluation
+FIELDS = {"image": TEXT, "text": TEXT}
+SPLITS = ("val", "testA", "testB")  # of evaluation, RefCOCO+'s
+OWN_SPLIT = "val"  # of an entry with a box that names none
 REFS_FILE, INSTANCES_FILE = "refcoco+/refs(unc).p", "refcoco+/instances.json"
 
 
-def read_expressions(files: str | list[str], config: dict, **fields: tuple) -> Annotations:
-    """The entries of grounding files, which have `fields` beside image and text."""
-    return read_annotations(files, {"image": TEXT, "text": TEXT, **fields}, config["image_root"])
+def read_expressions(files: str | list[str], config: dict) -> Annotations:
+    """The entries of training files."""
+    return read_annotations(files, FIELDS, config["image_root"])
+
+
+def read_located_expressions(files: str | list[str], config: dict) -> Annotations:
+    """The entries of test files, each with a box or with the ref_id of one."""
+    return read_annotations(files, FIELDS, config["image_root"], check=_check_located)
+
+
+def _check_located(entry: dict, where: str) -> None:
+    if entry.get("box") is None:
+        if "ref_id" not in entry:
+            raise UserError(
+                f"{where} has no 'ref_id', as RefCOCO+ has it, and no 'box': [x, y, width, height] in "
+                f"pixels, as your own photos need it; found {', '.join(entry)}"
+            )
+        checked(entry, "ref_id", int, where)
+        return
+    if not is_box(entry["box"]):
+        raise UserError(
+            f"{where}: 'box' must be [x, y, width, height] in pixels with width and height above 0, found "
+            f"{entry['box']!r}"[:500]
+        )
+    if _own_split(entry) not in (*SPLITS, "test"):
+        raise UserError(
+            f"{where}: 'split' must be {', '.join(SPLITS)} or test, or missing, which means {OWN_SPLIT}; "
+            f"found {entry['split']!r}"
+        )
+
+
+def _own_split(entry: dict) -> str:
+    """Of an entry with a box."""
+    return OWN_SPLIT if entry.get("split") is None else entry["split"]
 
 
 def grounding_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
@@ -45,12 +79,13 @@ def _items(entries: Sequence[dict]) -> Mapped:
 class Target:
     """What an expression means. Boxes are [x, y, w, h, ...] in pixels of the image of height x width."""
 
-    ref_id: int
+    ref_id: int | None
     split: str
     height: int
     width: int
     box: list[float]
     candidates: list[list[float]] | None  # the detector's; None: there is no detector
+    where: str  # the entry
 
     @property
     def score_name(self) -> str:
@@ -64,52 +99,115 @@ class Target:
 
 
 class GroundingEvalData(EvalItems):
-    """Entries {"image", "text", "ref_id"}; targets: the object of each, in order."""
+    """Entries {"image", "text", "ref_id"}, the box being RefCOCO+'s, or {"image", "text", "box"} and maybe
+    "split". targets: the object of each, in order; splits: those there are, with refcoco_data all three of
+    RefCOCO+.
+    """
 
     def __init__(self, config: dict):
         """Raises UserError, naming file and entry, where the files of the config do not fit together."""
-        found = read_expressions(config["test_file"], config, ref_id=NUMBER)
+        found = read_located_expressions(config["test_file"], config)
         entries = leave_out_unreadable(found, config)
         super().__init__(_items(entries), config["image_res"])
         self.left_out = len(found) - len(entries)
-        det_file = Path(config["det_file"]) if config["det_file"] else None
-        self.targets = read_targets(entries, Path(config["refcoco_data"]), det_file)
+        refcoco, det_file = (
+            Path(config[key]) if config[key] else None for key in ("refcoco_data", "det_file")
+        )
+        self.targets = read_targets(entries, refcoco, det_file)
+        present = {target.split for target in self.targets} | set(SPLITS if refcoco else ())
+        self.splits = [split for split in (*SPLITS, "test") if split in present]
+
+
+def read_targets(entries: Iterable[dict], refcoco: Path | None, det_file: Path | None) -> list[Target]:
+    """What each expression means; `refcoco`, the folder of RefCOCO+'s files, is read where an entry has no
+    box.
+    """
+    detections = None if det_file is None else Detections(det_file)
+    references, size_of, targets = None, cache(_size_of), []
+    for entry in entries:
+        if entry.get("box") is not None:
+            targets.append(_own_target(entry, size_of, detections))
+            continue
+        if references is None:
+            if refcoco is None:
+                raise UserError(
+                    f"{entry['where']} has no 'box': name RefCOCO+'s folder as refcoco_data in the config, "
+                    "or give every entry its box"
+                )
+            references = References(refcoco)
+        targets.append(references.target(entry, detections))
+    return targets
+
+
+class Detections:
+    """A detector's boxes: {image_id of RefCOCO+, or else the image as the entry names it: [box, ...]}."""
+
+    def __init__(self, file: Path):
+        self.file, self.boxes = file, read_json(file, dict)
+
+    def of(self, image: str, where: str) -> list[list[float]]:
+        """where: the image is asked for."""
+        return _boxes(look_up(self.boxes, image, where, self.file), f"{self.file}: image {image}")
+
+
+# ---- boxes in the entries ----
+
+
+def _own_target(entry: dict, size_of: Callable, detections: Detections | None) -> Target:
+    x, y, w, h = box = entry["box"][:4]
+    width, height = size_of(entry["images"][0], entry["where"])
+    is_inside = min(x, y) >= -1 and x + w <= width + 1 and y + h <= height + 1
+    if not is_inside or min(w, h) <= 1:  # corners; shares of the image
+        raise UserError(
+            f"{entry['where']}: 'box' must be [x, y, width, height] in pixels, more than one wide and high "
+            f"and inside the image of {width} x {height}, found {box}"
+        )
+    candidates = None if detections is None else detections.of(entry["image"], f"{entry['where']}: image")
+    place = _own_split(entry), height, width
+    return Target(entry.get("ref_id"), *place, box, candidates, entry["where"])
+
+
+def _size_of(file: str, where: str) -> tuple[int, int]:
+    """Width and height; UserError where the image cannot be read."""
+    try:
+        return image_size(file)
+    except BadImage as error:
+        raise UserError(f"{error}; {where}: with skip_unreadable: true it is left out") from error
 
 
 # ---- RefCOCO+ ----
 
 
-def read_targets(entries: Iterable[dict], refcoco: Path, det_file: Path | None) -> list[Target]:
-    """ref_id -> reference -> annotation, image size, split and detector boxes, every step checked."""
-    refs_file, instances_file = refcoco / REFS_FILE, refcoco / INSTANCES_FILE
-    refs = by_id(read_plain_pickle(refs_file), "ref_id", refs_file)
-    instances = read_json(instances_file, dict)
-    images = by_id(instances.get("images"), "id", instances_file, " images")
-    annotations = by_id(instances.get("annotations"), "id", instances_file, " annotations")
-    detections = None if det_file is None else read_json(det_file, dict)
-    targets = []
-    for entry in entries:
+class References:
+    """RefCOCO+'s files: ref_id -> reference -> annotation, image size and split, every step checked."""
+
+    def __init__(self, folder: Path):
+        self.refs_file, self.instances_file = folder / REFS_FILE, folder / INSTANCES_FILE
+        self.refs = by_id(read_plain_pickle(self.refs_file), "ref_id", self.refs_file)
+        instances = read_json(self.instances_file, dict)
+        self.images, self.annotations = (
+            by_id(instances.get(name), "id", self.instances_file, f" {name}")
+            for name in ("images", "annotations")
+        )
+
+    def target(self, entry: dict, detections: Detections | None) -> Target:
         ref_id = entry["ref_id"]
-        ref = look_up(refs, ref_id, f"{entry['where']}: ref_id", refs_file)
-        where = f"{refs_file}: ref_id {ref_id}"
+        ref = look_up(self.refs, ref_id, f"{entry['where']}: ref_id", self.refs_file)
+        where = f"{self.refs_file}: ref_id {ref_id}"
         split, image_id = checked(ref, "split", str, where), checked(ref, "image_id", int, where)
         if split not in SPLITS:
             raise UserError(
                 f"{entry['where']}: ref_id {ref_id} belongs to split {split!r}, expected "
                 f"{' or '.join(SPLITS)}; is this a file of training, or of another data set?"
             )
-        image = look_up(images, image_id, f"{where}: image_id", instances_file)
+        image = look_up(self.images, image_id, f"{where}: image_id", self.instances_file)
         ann_id = checked(ref, "ann_id", int, where)
-        annotation = look_up(annotations, ann_id, f"{where}: ann_id", instances_file)
-        candidates = None
-        if detections is not None:
-            found = look_up(detections, str(image_id), f"{where}: image_id", det_file)
-            candidates = _boxes(found, f"{det_file}: image {image_id}")
-        (box,) = _boxes([annotation.get("bbox")], f"{instances_file}: annotation {ann_id}")
-        where = f"{instances_file}: image {image_id}"
+        annotation = look_up(self.annotations, ann_id, f"{where}: ann_id", self.instances_file)
+        candidates = None if detections is None else detections.of(str(image_id), f"{where}: image_id")
+        (box,) = _boxes([annotation.get("bbox")], f"{self.instances_file}: annotation {ann_id}")
+        where = f"{self.instances_file}: image {image_id}"
         height, width = (checked(image, side, int, where, least=1) for side in ("height", "width"))
-        targets.append(Target(ref_id, split, height, width, box, candidates))
-    return targets
+        return Target(ref_id, split, height, width, box, candidates, entry["where"])
 
 
 def _boxes(boxes: object, where: str) -> list[list[float]]:

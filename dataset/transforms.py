@@ -45,6 +45,7 @@ TRANSIENT |= {errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOST
 TRANSIENT |= {getattr(errno, "EREMOTEIO", errno.EIO)}  # Linux's
 RETRY_SECONDS = (0.1, 0.5, 2.0)
 EMPTY = "empty file"
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations under which width and height change places
 MAX_CAUSE = 120  # letters
 Image.init()
 FORMATS = [name for name in Image.ID if name != "EPS"]  # a program, which Ghostscript would run
@@ -99,6 +100,19 @@ def _is_turned(image: Image.Image) -> bool:
     with suppress(Exception):  # broken EXIF
         return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return False
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of what `load_image` returns; a JPEG is not decoded for it. Raises `BadImage`."""
+    with _bad_image(path, ""):
+        content = _content(path)
+        with open_content(content) as image:
+            if image.format != "JPEG":  # of some formats PIL turns the picture only as it decodes it
+                return load_image(content).size
+            with suppress(Exception):  # broken EXIF
+                if image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS:
+                    return image.size[::-1]
+            return image.size
 
 
 class JpegFile:

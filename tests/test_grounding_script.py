@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import sys
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -15,14 +16,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import warm
+from PIL import ExifTags, Image
 from ruamel.yaml import YAML
 from tiny import MODEL, ROOT, make_tiny, run
 
 import Grounding
 from config import GROUNDING, read_config
+from dataset.check.__main__ import main as check
 from dataset.grounding import GroundingEvalData, grounding_loader, read_plain_pickle
 from dataset.text import build_tokenizer
-from dataset.transforms import View, crops, load_image, to_tensor
+from dataset.transforms import View, crops, image_size, load_image, to_tensor
 from faults import leave_together
 from models.retrieval import SIMLARetrieval
 from training import to_device
@@ -115,7 +118,7 @@ def test_training_shows_whole_images_and_knows_them_by_their_file(tiny):
 
 
 def test_one_image_under_two_paths_is_one_identity(tiny, tmp_path):
-    """As published: an expression of the same picture is no negative, whatever folder the entry names."""
+    """An expression of the same picture is no negative, however the entry names its file."""
     names = ["images/train/00000.jpg", "images/train/00001.jpg", "images/../images/train/00000.jpg"]
     entries = [{"image": str(tiny["data"] / name), "text": "a cup"} for name in names]
     write(tmp_path / "train.json", entries)
@@ -502,6 +505,119 @@ def test_what_stops_a_run_before_it_starts(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"train.json: entry 0 has no 'text'; found image, caption, image_id"):
         grounding(monkeypatch, tiny, tmp_path, "--overrides", f"train_file={tmp_path}/train.json")
     assert not list(tmp_path.glob("*.pth"))
+
+
+# ---- boxes in the entries ----
+
+
+def own_entries(data: Path) -> list[dict]:
+    """Those of the tiny test set with the boxes that RefCOCO+'s files have for them; no ref_id."""
+    return [
+        {
+            "image": str(data / scene["image"]),
+            "text": f"the {thing['kind']}",
+            "box": thing["box"],
+            "split": split,
+        }
+        for part, split in (("val", "val"), ("test", "test"))
+        for scene in scenes(data, part)
+        for thing in scene["objects"]
+    ]
+
+
+@pytest.mark.parametrize("boxes", ["heat", "detector"])
+def test_own_photos_are_scored_as_refcoco_s(tiny, tmp_path, monkeypatch, boxes):
+    """Without its files: the same boxes, and the same accuracy, from the same model."""
+    entries = own_entries(tiny["data"])
+    write(tmp_path / "test.json", entries)
+    detections = json.loads((tiny["data"] / "refcoco+" / "dets.json").read_text())
+    images = dict.fromkeys(entry["image"] for entry in entries)
+    write(tmp_path / "dets.json", dict(zip(images, detections.values(), strict=True)))
+    theirs = ["--evaluate", "--overrides"] + (['det_file=""'] if boxes == "heat" else [])
+    ours = ["--evaluate", "--overrides", f"test_file={tmp_path}/test.json", 'refcoco_data=""', 'det_file=""']
+    if boxes == "detector":
+        theirs, ours[-1] = theirs[:1], f"det_file={tmp_path}/dets.json"
+    expected = grounding(monkeypatch, tiny, tmp_path / "refcoco", *theirs)
+    result = grounding(monkeypatch, tiny, tmp_path / "own", *ours)
+    kind = boxes[0]
+    assert list(result["splits"]) == [f"val_{kind}", f"test_{kind}"]
+    assert result["splits"][f"val_{kind}"] == expected["splits"][f"val_{kind}"]
+    places = [f"{tmp_path}/test.json: entry {number}" for number in range(len(entries))]
+    assert [found["entry"] for found in result["choices"]] == places
+    for found, choice in zip(result["choices"], expected["choices"], strict=True):
+        assert (found["box"], found["iou"]) == (choice["box"], choice["iou"])
+
+
+def test_own_photos_train_and_refcoco_s_entries_may_stand_beside_them(tiny, tmp_path, monkeypatch):
+    entries = own_entries(tiny["data"])[:4]
+    entries = [{key: value for key, value in entry.items() if key != "split"} for entry in entries]
+    write(tmp_path / "own.json", entries)
+    flags = ['refcoco_data=""', 'det_file=""', "schedular.epochs=1"]
+    result = grounding(
+        monkeypatch, tiny, tmp_path / "out", "--overrides", f"test_file={tmp_path}/own.json", *flags
+    )
+    assert list(result["splits"]) == ["val_h"] and result["splits"]["val_h"]["n"] == 4
+    both = f"test_file=[{tmp_path}/own.json, {tiny['data']}/grounding_test.json]"
+    data = GroundingEvalData(config_of(tiny, both, 'det_file=""'))
+    assert [target.ref_id for target in data.targets[:5]] == [None] * 4 + [1]
+    assert data.splits == ["val", "testA", "testB"]
+
+
+def test_a_box_is_in_pixels_of_the_upright_photo(tiny, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # on its side
+    Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGB", (60, 40)).save(tmp_path / "plain.png")
+    for name, size in (("turned.jpg", (40, 60)), ("plain.png", (60, 40))):
+        assert image_size(tmp_path / name) == load_image(tmp_path / name).size == size
+    entries = [{"image": "turned.jpg", "text": "a cup", "box": [10, 20.5, 20, 39]}]
+    write(tmp_path / "test.json", entries)
+    flags = [f"test_file={tmp_path}/test.json", 'refcoco_data=""', 'det_file=""']
+    (target,) = GroundingEvalData(config_of(tiny, *flags)).targets
+    assert (target.width, target.height, target.box, target.split) == (40, 60, [10, 20.5, 20, 39], "val")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"box": [1, 2, 3]}, r"'box' must be \[x, y, width, height\] .* found \[1, 2, 3\]"),
+        ({"box": [1, 2, 0, 4]}, "'box' must be .* above 0, found"),
+        ({"box": "1 2 3 4"}, "'box' must be .* found '1 2 3 4'"),
+        ({"box": [20, 20, 45, 40]}, r"inside the image of 48 x 48, found \[20, 20, 45, 40\]"),
+        ({"box": [0.1, 0.1, 0.5, 0.5]}, "'box' must be .* more than one wide and high"),
+        ({"split": "train"}, "'split' must be val, testA, testB or test, .* found 'train'"),
+        ({"box": None}, "has no 'ref_id', .* and no 'box'"),
+        ({"box": None, "ref_id": 1}, "has no 'box': name RefCOCO.'s folder as refcoco_data"),
+        ({"image": "nowhere.jpg"}, "nowhere.jpg: no such file; .*entry 1"),
+    ],
+)
+def test_wrong_boxes_are_named_by_the_script_and_the_check(tiny, tmp_path, changes, expected):
+    first, second, *_ = own_entries(tiny["data"])
+    write(tmp_path / "test.json", [first, {**second, **changes}])
+    flags = [f"test_file={tmp_path}/test.json", 'refcoco_data=""', 'det_file=""']
+    with pytest.raises(UserError, match=expected) as error:
+        GroundingEvalData(config_of(tiny, *flags))
+    assert f"{tmp_path}/test.json: entry 1" in str(error.value)
+    command = ["--config", str(tiny["config"]), "--output_dir", str(tmp_path / "out"), "--workers", "1"]
+    assert check([*command, "--overrides", *flags]) == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    said = report["files"] + [f"{row['cause']}: {row['detail']}" for row in report["found"]]
+    assert any(re.search(expected.removeprefix("has "), line) for line in said), said
+
+
+def test_the_check_takes_right_boxes(tiny, tmp_path):
+    write(tmp_path / "test.json", own_entries(tiny["data"]))
+    command = ["--config", str(tiny["config"]), "--output_dir", str(tmp_path / "out"), "--workers", "1"]
+    flags = [f"test_file={tmp_path}/test.json", 'refcoco_data=""', 'det_file=""']
+    assert check([*command, "--overrides", *flags]) == 0
+
+
+def test_the_layer_is_two_thirds_up_unless_it_is_named(tiny, tmp_path, monkeypatch):
+    """In a model of two layers the lower one; the full-size models' is layer 8."""
+    command = ["Grounding.py", "--device", "cpu", "--config", tiny["config"], "--output_dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--evaluate"])
+    Grounding.parse_and_run()
+    assert json.loads((tmp_path / "result" / "grounding.json").read_text())["block_num"] == 0
 
 
 def test_configs_load_and_the_published_one_is_published(tiny):

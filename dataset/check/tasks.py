@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, Key
-from dataset.annotations import NUMBER, NUMBER_OR_TEXT, TEXTS, Mapped, checked_late, item_of
-from dataset.grounding import GroundingEvalData, read_expressions
+from dataset.annotations import NUMBER_OR_TEXT, TEXTS, Mapped, checked_late, item_of
+from dataset.grounding import GroundingEvalData, read_expressions, read_located_expressions
 from dataset.identity import by_path_and_id
 from dataset.mixture import weighted
 from dataset.nlvr import read_nlvr
@@ -117,8 +117,7 @@ def _captions(read: Callable, whole: Callable) -> Split:
     return Split(partial(_with_text, read=partial(_at_root, read=read), field="caption"), whole=whole)
 
 
-def _expressions(whole: Callable | None = None, **fields: tuple) -> Split:
-    read = partial(read_expressions, **fields)
+def _expressions(read: Callable, whole: Callable | None = None) -> Split:
     return Split(partial(_with_text, read=read, field="text"), whole=whole)
 
 
@@ -142,7 +141,11 @@ TASKS = {
         },
     ),
     "Grounding": Task(
-        GROUNDING, {"train": _expressions(), "test": _expressions(_targets_fit, ref_id=NUMBER)}
+        GROUNDING,
+        {
+            "train": _expressions(read_expressions),
+            "test": _expressions(read_located_expressions, _targets_fit),
+        },
     ),
     "VQA": Task(
         VQA,
