@@ -416,12 +416,14 @@ def test_wrong_values_of_the_other_tasks(name, field, wrong, copy_of_demo, tmp_p
 def test_files_that_cannot_be_used_or_do_not_fit_together(copy_of_demo, tmp_path):
     questions = json.loads((copy_of_demo / "vqa_test.json").read_text())
     write_list(copy_of_demo / "vqa_test.json", [*questions, questions[0]])
-    write_list(copy_of_demo / "vqa_answer_list.json", ["yes", "yes"])
+    write_list(copy_of_demo / "vqa_answer_list.json", ["yes", 3])
     (copy_of_demo / "vqa_val.json").write_text('[{"dataset": "vqa", "im')
     code, report = check(demo_config("VQA", copy_of_demo, tmp_path), tmp_path / "out")
     messages = "\n".join(report["files"])
     assert code == 1 and len(report["files"]) == 3
-    assert "vqa_val.json is not valid JSON" in messages and "yes" in messages and "question_id" in messages
+    assert (
+        "vqa_val.json is not valid JSON" in messages and "found 3" in messages and "question_id" in messages
+    )
     assert report["splits"]["test"]["entries"] == len(questions) + 1
 
     references = json.loads((copy_of_demo / "grounding_test.json").read_text())
