@@ -104,15 +104,12 @@ def _is_turned(image: Image.Image) -> bool:
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height of what `load_image` returns; a JPEG is not decoded for it. Raises `BadImage`."""
-    with _bad_image(path, ""):
-        content = _content(path)
-        with open_content(content) as image:
-            if image.format != "JPEG":  # of some formats PIL turns the picture only as it decodes it
-                return load_image(content).size
-            with suppress(Exception):  # broken EXIF
-                if image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS:
-                    return image.size[::-1]
-            return image.size
+    with _bad_image(path, ""), open_content(_content(path)) as image:
+        size, is_jpeg = image.size, image.format == "JPEG"
+        with suppress(Exception):  # broken EXIF
+            if image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS:
+                size = size[::-1]
+    return size if is_jpeg else load_image(path).size  # others PIL may turn only as it decodes them
 
 
 class JpegFile:

@@ -25,7 +25,7 @@ from config import GROUNDING, read_config
 from dataset.check.__main__ import main as check
 from dataset.grounding import GroundingEvalData, grounding_loader, read_plain_pickle
 from dataset.text import build_tokenizer
-from dataset.transforms import View, crops, image_size, load_image, to_tensor
+from dataset.transforms import BadImage, View, crops, image_size, load_image, to_tensor
 from faults import leave_together
 from models.retrieval import SIMLARetrieval
 from training import to_device
@@ -570,6 +570,9 @@ def test_a_box_is_in_pixels_of_the_upright_photo(tiny, tmp_path):
     Image.new("RGB", (60, 40)).save(tmp_path / "plain.png")
     for name, size in (("turned.jpg", (40, 60)), ("plain.png", (60, 40))):
         assert image_size(tmp_path / name) == load_image(tmp_path / name).size == size
+    (tmp_path / "half.png").write_bytes((tmp_path / "plain.png").read_bytes()[:60])
+    with pytest.raises(BadImage, match=r"half.png: truncated: [^:]*$"):
+        image_size(tmp_path / "half.png")
     entries = [{"image": "turned.jpg", "text": "a cup", "box": [10, 20.5, 20, 39]}]
     write(tmp_path / "test.json", entries)
     flags = [f"test_file={tmp_path}/test.json", 'refcoco_data=""', 'det_file=""']
