@@ -4,61 +4,27 @@ make demo-all        (or: python demo_all.py [--output_dir output/demo-all])
 
 A second call goes on: finished stages are read from their stage.json, an interrupted one continues at its
 newest checkpoint. Each task is scored on the test split before its training (from the checkpoint it starts
-with, a fresh head where it has one) and after it.
+with, a fresh head where it has one) and after it. As in demo.py, packages are imported where they are needed.
 """
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from checkpoint import load_weights
-from config import GROUNDING, read_config
-from curves import plot_curves
-from dataset.grounding import GroundingEvalData
-from dataset.items import Collate
-from dataset.text import build_tokenizer
-from dataset.transforms import normalise
-from demo import CONFIGS, DATA, gallery, launch, make_data, num_processes, spread
-from launch import run_script
-from metrics import RIGHT_IOU
-from models.gradcam import grad_cam
-from models.retrieval import SIMLARetrieval
-from plots import import_pyplot, plot_answers, plot_heat_maps
-from saving import BEST, run_checkpoints
-from utils import UserError
-from vqa_accuracy import answer_scores
+from demo import (
+    DATA,
+    PRETRAINING,
+    Stage,
+    gallery,
+    make_data,
+    read_retrieval,
+    run,
+    run_stage,
+    spread,
+)
 
-GLOBAL_BATCH = 32
 FULL_SCORE = 100  # percent
-SCORED_BY_RETRIEVAL = ("Retrieval.py", "zero_shot_retrieval.py")
-
-
-class Stage(NamedTuple):
-    """A training run, started from the checkpoint of another stage, and the evaluation that scores it."""
-
-    name: str  # its folder; and its key in summary.json, unless `key` says otherwise
-    script: str
-    config: str
-    start: str = ""  # the stage whose checkpoint it starts from
-    result: str = ""  # file in result/ that the evaluation writes; empty: nothing to score
-    read: Callable[[dict], dict] = dict  # that file -> {"metric", "value", "chance", "n"}
-    flags: tuple[str, ...] = ()
-    evaluation: tuple[str, str] | None = None  # another script and config that score it
-    key: str = ""
-
-
-def read_retrieval(result: dict) -> dict:
-    metric = "recall, mean of R@1, R@5, R@10 both ways (%)"
-    return {
-        "metric": metric,
-        "value": result["r_mean"],
-        "chance": result["chance"]["r_mean"],
-        "n": result["n"],
-    }
 
 
 def read_grounding(result: dict) -> dict:
@@ -90,15 +56,7 @@ def read_classes(result: dict, task: str) -> dict:
 
 GROUNDING_FLAGS = ("--gradcam_mode", "itc", "--block_num", "3")
 STAGES = (
-    Stage(
-        "pretrain",
-        "Pretrain.py",
-        "Pretrain.yaml",
-        result="retrieval",
-        read=read_retrieval,
-        evaluation=("zero_shot_retrieval.py", "Retrieval.yaml"),
-        key="zero_shot_retrieval",
-    ),
+    PRETRAINING,
     Stage("retrieval", "Retrieval.py", "Retrieval.yaml", "pretrain", "retrieval", read_retrieval),
     Stage(
         "grounding",
@@ -116,72 +74,20 @@ STAGES = (
 )
 
 
-def run_stage(stage: Stage, out: Path, seed: str) -> dict:
-    """Evaluates, trains and evaluates again; returns what stage.json holds, {"seed", "checkpoint", "seconds"}
-    and for a stage with a score {"metric", "chance", "before", "after", "n"}. UserError for another seed's.
-    """
-    folder, finished = out / stage.name, out / stage.name / "stage.json"
-    if finished.is_file():
-        print(f"\n{stage.name}: done already, {finished}", flush=True)
-        record = json.loads(finished.read_bytes())
-        if record["seed"] != seed:
-            raise UserError(f"{finished} is of seed {record['seed']}; give seed {seed} another --output_dir")
-        return record
-    begin = time.monotonic()
-    start = json.loads((out / stage.start / "stage.json").read_bytes())["checkpoint"] if stage.start else ""
-    record = {"seed": seed}
-    if stage.result:
-        before = evaluate(stage, folder / "before", start, seed)
-    train(stage, folder, start, seed)
-    record["checkpoint"] = str(best_checkpoint(folder))
-    if stage.result:
-        after = evaluate(stage, folder / "after", record["checkpoint"], seed)
-        record |= {key: after[key] for key in ("metric", "chance", "n")}
-        record |= {"before": before["value"], "after": after["value"]}
-    record["seconds"] = round(time.monotonic() - begin)
-    fresh = finished.with_suffix(".tmp")
-    fresh.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    fresh.replace(finished)
-    return record
-
-
-def evaluate(stage: Stage, folder: Path, checkpoint: str, seed: str) -> dict:
-    """The test scores of a checkpoint ("": of random weights); not repeated where they are there already."""
-    result = folder / "result" / f"{stage.result}.json"
-    script, config = stage.evaluation or (stage.script, stage.config)
-    if not result.is_file():
-        flags = ["--config", str(CONFIGS / config), "--output_dir", str(folder), "--seed", seed, *stage.flags]
-        flags += ["--checkpoint", checkpoint] if checkpoint else []
-        launch(script, "--evaluate", *flags, "--overrides", *overrides(script, folder.parent.parent))
-    return stage.read(json.loads(result.read_bytes()))
-
-
-def train(stage: Stage, folder: Path, start: str, seed: str) -> None:
-    flags = ["--config", str(CONFIGS / stage.config), "--output_dir", str(folder), "--seed", seed]
-    flags += stage.flags
-    if run_checkpoints(folder):
-        flags += ["--resume"]
-    elif start:
-        flags += ["--checkpoint", start]
-    launch(stage.script, *flags, "--overrides", *overrides(stage.script, folder.parent))
-
-
-def overrides(script: str, out: Path) -> list[str]:
-    """What depends on this machine and folder: the batch of each process, the codebook, kept scores."""
-    batch = GLOBAL_BATCH // num_processes()
-    if script == "Pretrain.py":
-        return [f"batch_size={batch}", f"image_tokenizer.path={out}/codebook.safetensors"]
-    return [f"batch_size_train={batch}"] + ["save_scores=true"] * (script in SCORED_BY_RETRIEVAL)
-
-
-def best_checkpoint(folder: Path) -> Path:
-    """By the validation score, else the last."""
-    best = folder / BEST
-    return best if best.is_file() else run_checkpoints(folder)[0]
-
-
 def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
     """Where the fine-tuned model looks for every so-manieth test expression, and the box it chooses."""
+    from checkpoint import load_weights
+    from config import GROUNDING, read_config
+    from dataset.grounding import GroundingEvalData
+    from dataset.items import Collate
+    from dataset.text import build_tokenizer
+    from dataset.transforms import normalise
+    from metrics import RIGHT_IOU
+    from models.gradcam import grad_cam
+    from models.retrieval import SIMLARetrieval
+    from plots import plot_heat_maps
+    from saving import BEST
+
     config = read_config(str(folder / "config.yaml"), GROUNDING)
     data, tokenizer = GroundingEvalData(config), build_tokenizer(config["text_encoder"])
     model = SIMLARetrieval.from_config(config)
@@ -205,6 +111,9 @@ def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
 
 def draw_answers(folder: Path, num_pictures: int = 12) -> None:
     """The fine-tuned model's answers to every so-manieth test question."""
+    from plots import plot_answers
+    from vqa_accuracy import answer_scores
+
     questions = json.loads((DATA / "vqa_test.json").read_bytes())
     given = json.loads((folder / "after" / "result" / "vqa_top_answers.json").read_bytes())
     shown = spread(range(len(questions)), num_pictures)
@@ -235,11 +144,16 @@ def main() -> None:
     args = parser.parse_args()
     out = args.output_dir
 
+    from curves import plot_curves
+    from plots import import_pyplot
+
     import_pyplot()  # what the end needs is missing at the start or not at all
     make_data()
-    summary, seconds = {}, 0
+    summary, seconds, checkpoints = {}, 0, {"": ""}
     for stage in STAGES:
-        record = run_stage(stage, out, args.seed)
+        codebook, start = out / "codebook.safetensors", checkpoints[stage.start]
+        record = run_stage(stage, out / stage.name, args.seed, codebook, start)
+        checkpoints[stage.name] = record["checkpoint"]
         seconds += record["seconds"]
         if stage.result:
             columns = ("metric", "chance", "before", "after", "n", "seconds")
@@ -255,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

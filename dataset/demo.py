@@ -42,13 +42,16 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import string
 import sys
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 from dataset.demo_scenes import (
     BACKGROUNDS,
@@ -65,6 +68,8 @@ SPLITS = ("train", "val", "test")
 TASKS = ("pretrain", "retrieval", "grounding", "vqa", "nlvr", "ve")
 OWN_FILES = ("images", "bert", "refcoco+", "ATTRIBUTION.md", *(f"{n}_*.json" for n in ("scenes", *TASKS)))
 MAX_WORDS = 20  # of a caption
+MAX_WORKERS = 8  # that are started unasked: more draw no faster than one process collects
+PROGRESS_SECONDS = 5
 RELATION_WORDS = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
@@ -253,6 +258,35 @@ def prepare_folder(out: Path, manifest: dict) -> None:
         (out / folder).mkdir(parents=True)
 
 
+def with_progress(records: Iterable[dict], total: int) -> Iterator[dict]:
+    """Passes the records through; in a log file, too, it says now and then how many there were."""
+    begin = said = time.monotonic()
+    for number, record in enumerate(records, 1):
+        yield record
+        now = time.monotonic()
+        if now - said > PROGRESS_SECONDS:
+            print(f"scenes: {number} of {total} drawn in {now - begin:.0f} s", flush=True)
+            said = now
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes that the main thread starts inside do not hear Ctrl-C, which is for this process alone."""
+    is_main = threading.current_thread() is threading.main_thread()  # others may not set handlers
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, previous)
+
+
+def default_workers() -> int:
+    """A process for each core that this one may use, up to MAX_WORKERS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_WORKERS, cores)
+
+
 def make_demo(
     out: Path,
     num_train: int = 6000,
@@ -276,13 +310,16 @@ def make_demo(
     held_out = held_out_pairs(seed)
     items = [(split, index) for split in SPLITS for index in range(counts[split])]
     make = partial(make_scene, out=out, seed=seed, size=size, held_out=held_out)
-    progress = partial(tqdm, total=len(items), desc="scenes", mininterval=1, disable=None)
+    progress = partial(with_progress, total=len(items))
     if workers > 1:
-        # spawn: forking a process that has started threads (torch) may hang, and other systems cannot fork
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        # spawn: forking a process that has started threads (torch) may hang, and other systems cannot fork.
+        # The workers import this module and the script that runs, which should be quick at that.
+        with without_interrupts():
+            pool = multiprocessing.get_context("spawn").Pool(workers)
+        with pool:
             records = list(progress(pool.imap(make, items, chunksize=32)))
     else:
-        records = [make(item) for item in progress(items)]
+        records = list(progress(map(make, items)))
 
     scenes = {split: [r for r in records if r["id"].startswith(f"{split}_")] for split in SPLITS}
     write_annotations(out, scenes)
@@ -312,12 +349,15 @@ def main() -> None:
         parser.add_argument(f"--{split}", type=int, default=count, help=f"scenes (default {count})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=96, help="side of the pictures in pixels (default 96)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
     args = parser.parse_args()
     try:
         manifest = make_demo(args.out, args.train, args.val, args.test, args.size, args.seed, args.workers)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command starts again", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     twins = manifest["test_twins"]
     print(
         f"{args.out}: scenes {manifest['num_scenes']}, captions {manifest['num_captions']}, vocabulary "

@@ -1,6 +1,7 @@
 """`make demo` from end to end on a tiny data set: what it starts, and what it leaves behind."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from PIL import Image
 from ruamel.yaml import YAML
 from tiny import make_tiny
 
+import dataset.demo
 import demo
+import plots
 import Pretrain
 import zero_shot_retrieval
 from utils import UserError
@@ -22,7 +25,7 @@ def tiny_demo(tmp_path, monkeypatch):
     paths = make_tiny(tmp_path)
     monkeypatch.setattr(demo, "CONFIGS", tmp_path)
     monkeypatch.setattr(demo, "DATA", paths["data"])
-    monkeypatch.setattr(demo, "make_demo", lambda data, workers: None)
+    monkeypatch.setattr(dataset.demo, "make_demo", lambda data, workers: None)
     started = []
 
     def launch(script, *arguments):
@@ -40,6 +43,7 @@ def test_demo(tiny_demo, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "train_steps.jsonl").write_text("left over from an earlier run\n")
+    (out / "codebook.safetensors").write_text("left over, too")
     monkeypatch.setattr(sys, "argv", ["demo.py", "--output_dir", str(out)])
     monkeypatch.setattr(demo, "gallery", lambda out, gallery=demo.gallery: gallery(out, 3, 2))
     demo.main()
@@ -76,7 +80,7 @@ def test_the_gallery_asks_each_scene_s_own_caption(tiny_demo, tmp_path, monkeypa
     torch.save({"scores_i2t": perfect.T, "scores_t2i": perfect}, folder / "retrieval_scores.pt")
     drawn = {}
     names = ("queries", "results", "right", "out", "title")
-    monkeypatch.setattr(demo, "plot_gallery", lambda *given: drawn.update(zip(names, given, strict=True)))
+    monkeypatch.setattr(plots, "plot_gallery", lambda *given: drawn.update(zip(names, given, strict=True)))
     demo.gallery(tmp_path / "out", num_queries=3, num_results=2)
     assert drawn["queries"] == [entries[image]["caption"][0] for image in (0, 2, 4)]
     assert drawn["right"] == [[True, False]] * 3
@@ -84,11 +88,91 @@ def test_the_gallery_asks_each_scene_s_own_caption(tiny_demo, tmp_path, monkeypa
         assert files[0].endswith(entries[image]["image"])
 
 
-def test_a_script_that_fails_ends_the_demo(monkeypatch):
-    monkeypatch.setattr(demo, "num_processes", lambda: 1)
-    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: demo.subprocess.CompletedProcess([], 1))
-    with pytest.raises(UserError, match=r"Pretrain.py failed"):
-        demo.launch("Pretrain.py")
+PROCESS = """
+import os, signal, sys, time
+rank, event = os.environ["RANK"], sys.argv[1]
+if event == "interrupt":
+    print("SIGINT is ignored:", signal.getsignal(signal.SIGINT) == signal.SIG_IGN, flush=True)
+    def stop(*_):
+        print("stopped by SIGTERM", file=sys.stderr)
+        sys.exit(int(sys.argv[2]))
+    signal.signal(signal.SIGTERM, stop)
+    ready = os.path.join(os.path.dirname(__file__), "ready")
+    if rank == "0":
+        open(ready, "w").close()
+    else:
+        while not os.path.exists(ready):
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+if event == "fail" and rank == "1":
+    sys.exit("error: no such file")
+time.sleep(0 if event == "done" else 60)
+"""
+
+
+@pytest.fixture
+def launch_process(tmp_path, monkeypatch):
+    """demo.launch of PROCESS on two ranks, with what it is to do."""
+    (tmp_path / "process.py").write_text(PROCESS)
+    monkeypatch.setattr(demo, "num_processes", lambda: 2)
+    monkeypatch.setattr(demo, "GRACE_SECONDS", 0.2)
+    return lambda *event: demo.launch(str(tmp_path / "process.py"), *event)
+
+
+def test_a_script_that_fails_ends_the_demo(launch_process, capsys):
+    """Its other processes, too, which may wait for the one that failed."""
+    launch_process("done")
+    with pytest.raises(UserError, match=r"process.py failed"):
+        launch_process("fail")
+    assert capsys.readouterr().err == "error: no such file\n"
+
+
+@pytest.mark.parametrize(("code", "shown"), [("75", False), ("1", True)])
+def test_ctrl_c_is_told_to_the_processes_and_shows_only_what_went_wrong(launch_process, capfd, code, shown):
+    with pytest.raises(KeyboardInterrupt):
+        launch_process("interrupt", code)
+    said = capfd.readouterr()
+    assert said.out.count("SIGINT is ignored: True") == 2
+    assert said.err == "stopped by SIGTERM\n" * 2 * shown
+
+
+def test_an_interrupted_demo_goes_on(tiny_demo, tmp_path, monkeypatch, capsys):
+    """In the middle of training, whose run is resumed; of another seed, it is refused."""
+    _, started = tiny_demo
+    monkeypatch.setattr(demo, "gallery", lambda out: None)
+    out, launch = tmp_path / "out", demo.launch
+
+    def interrupted(script, *arguments):
+        launch(script, *arguments)
+        if script == "Pretrain.py":
+            (out / "checkpoint_01.pth").unlink()  # as if it had not come there
+            raise KeyboardInterrupt
+
+    def call(*flags):
+        started.clear()
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--output_dir", str(out), *flags])
+        demo.main()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demo, "launch", interrupted)
+        call()
+    seconds = json.loads((out / "stage.json").read_bytes())["seconds"]
+    with pytest.raises(UserError, match=r"is of seed 42; give seed 43 another --output_dir"):
+        call("--seed", "43")
+    call()
+    assert [script for script, _ in started] == ["Pretrain.py", "zero_shot_retrieval.py"]
+    assert "--resume" in started[0][1]
+    assert "checkpoint_00.pth: epoch 1" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_bytes())["seconds"] >= seconds
+    call()
+    assert started == [] and "done already; delete" in capsys.readouterr().out
+
+
+def test_what_the_drawing_processes_import_is_little():
+    """The scripts that start them, and the data set; not torch, which takes seconds and memory."""
+    code = "import sys, demo, demo_all, dataset.demo; print({'torch', 'cv2'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_demo_configs_have_the_same_sizes():

@@ -12,6 +12,7 @@ from tiny import MODEL, ROOT, make_tiny
 
 import demo
 import demo_all
+import plots
 from utils import UserError
 
 TASKS = ["zero_shot_retrieval", "retrieval", "grounding", "vqa", "nlvr", "ve"]
@@ -58,15 +59,15 @@ def chain(tmp_path_factory):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [])
-            patch.setattr(demo, "DATA", data)
+            patch.setattr(demo_all, "DATA", data)
+            patch.setattr(demo_all, "make_data", lambda: None)
             for name, value in {
                 "DATA": data,
                 "CONFIGS": folder / "configs",
-                "make_data": lambda: None,
                 "launch": launch,
                 "num_processes": lambda: 8,  # batches of 32 / 8
             }.items():
-                patch.setattr(demo_all, name, value)
+                patch.setattr(demo, name, value)
             patch.setattr(sys, "argv", ["demo_all.py", "--output_dir", str(folder / "out"), *flags])
             demo_all.main()
         return started
@@ -79,7 +80,8 @@ def test_a_failing_stage_stops_the_chain_and_the_next_call_resumes_it(chain):
     with pytest.raises(UserError):
         run(stop_in="VQA.py")
     assert not (out / "summary.json").exists()
-    assert (out / "grounding" / "stage.json").is_file() and not (out / "vqa" / "stage.json").exists()
+    records = {name: json.loads((out / name / "stage.json").read_bytes()) for name in ("grounding", "vqa")}
+    assert "after" in records["grounding"] and "checkpoint" not in records["vqa"]
     started = run()
     assert [command[0] for command in started][:3] == ["VQA.py", "VQA.py", "Pretrain_NLVR.py"]
     resumed = started[0]
@@ -128,7 +130,7 @@ def test_a_picture_is_green_only_where_the_answer_has_the_full_score(tmp_path, m
     (result / "vqa_top_answers.json").write_text(json.dumps(given))
     drawn = []
     monkeypatch.setattr(demo_all, "DATA", tmp_path)
-    monkeypatch.setattr(demo_all, "plot_answers", lambda *given: drawn.extend(given))
+    monkeypatch.setattr(plots, "plot_answers", lambda *given: drawn.extend(given))
     demo_all.draw_answers(tmp_path)
     _, _, answers, right, expected, _ = drawn
     assert answers == ["no", "yes", "cat"] and right == [True, False, False] and expected == ["no"] * 3
