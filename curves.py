@@ -133,8 +133,10 @@ def plot_curves(folders: list[str | Path], out: str | Path) -> None:
     if len(runs) > 1:
         lines = [plt.Line2D([], [], color=colour(number)) for number in range(len(runs))]
         names = [str(folder) for folder in folders]
-        figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
-    figure.savefig(out, dpi=130)
+        letters = max(map(len, names)) + 6  # with the line before them; 12 take an inch
+        num_columns = min(len(runs), max(1, int(12 * size[0] / letters)))
+        figure.legend(lines, names, loc="outside lower center", ncols=num_columns, frameon=False)
+    figure.savefig(out, dpi=130, bbox_inches="tight")  # a name may be wider than the panels
     plt.close(figure)
 
 
@@ -179,9 +181,12 @@ def draw_scores(axis, title: str, names: list[str], runs: list[Run]) -> None:
         split = split_and_metric(name)[0]
         for number, run in enumerate(runs):
             style = {"color": colour(number), "linestyle": LINE_STYLES.get(split, "-"), "marker": "."}
-            _draw(axis, run.epochs, "epoch", name, label=split if number == 0 else None, **style)
-    if len(names) > 1:
-        axis.legend(frameon=False, fontsize=8)
+            _draw(axis, run.epochs, "epoch", name, **style)
+    if len(names) > 1:  # colours say which run it is: with several, splits have none
+        shared = {"color": colour(0) if len(runs) == 1 else "black"}
+        splits = [split_and_metric(name)[0] for name in names]
+        lines = [axis.plot([], [], LINE_STYLES.get(split, "-"), **shared)[0] for split in splits]
+        axis.legend(lines, splits, frameon=False, fontsize=8)
     axis.set_title(title)
     axis.set_xlabel("epoch")
 

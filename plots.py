@@ -187,8 +187,10 @@ def plot_word_maps(
         figure.legend(
             handles=frames, loc="outside lower center", ncols=len(frames), frameon=False, fontsize=9
         )
-    figure.colorbar(drawn, ax=axes, label="share of the map's maximum", fraction=0.03, alpha=1)
-    figure.savefig(out, dpi=110)
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.03, alpha=1)
+    bar.set_label("share of the\nmap's maximum", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    figure.savefig(out, dpi=110, bbox_inches="tight")  # of flat pictures the titles and labels stand out
     plt.close(figure)
 
 

@@ -178,3 +178,38 @@ def test_what_cannot_be_drawn_says_why(tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml is not the resolved config"):
         plot_curves([tmp_path], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def legends(figure) -> list[list[tuple[str, object]]]:
+    """Of every panel that has one, and of the whole: texts with the colours of their lines."""
+    found = [axis.get_legend() for axis in figure.axes] + figure.legends
+    return [
+        [
+            (text.get_text(), line.get_color())
+            for text, line in zip(own.texts, own.legend_handles, strict=True)
+        ]
+        for own in found
+        if own
+    ]
+
+
+@pytest.mark.parametrize("length", [3, 90])
+def test_legends_of_several_runs_say_what_colours_and_lines_mean(tmp_path, length):
+    """Splits have no run's colour, and are there where the first run lacks them; names are not cut off."""
+    import matplotlib.pyplot as plt
+
+    steps, epochs = records(["loss"], {"val_acc": 60.0})
+    _, both = records(["loss"], {"val_acc": 60.0, "test_acc": 50.0})
+    runs = [
+        write_run(tmp_path / f"{name:_<{length}}", demo_config("VE"), steps, scores)
+        for name, scores in (("one", epochs), ("two", both))
+    ]
+    with mock.patch.object(plt, "close") as close:
+        plot_curves(runs, tmp_path / "c.png")
+    figure = close.call_args.args[0]
+    splits, names = legends(figure)
+    assert splits == [("val", "black"), ("test", "black")]
+    assert names == [(str(run), colour) for run, colour in zip(runs, curves.COLOURS, strict=False)]
+    plt.close(figure)
+    picture = np.asarray(Image.open(tmp_path / "c.png").convert("L"))
+    assert (picture[:, [0, -1]] == 255).all()

@@ -14,7 +14,7 @@ import plots
 from config import PRETRAIN, read_config
 from dataset.text import build_tokenizer
 from models.pretrain import SIMLA
-from plots import plot_gallery, plot_keywords
+from plots import plot_gallery, plot_keywords, plot_word_maps
 from saving import save_checkpoint
 from utils import UserError
 
@@ -77,3 +77,16 @@ def test_keywords_of_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*command, "--file", str(tmp_path / "none.json")])
     with pytest.raises(UserError, match=r"none\.json"):
         plots.main()
+
+
+@pytest.mark.parametrize("size", [(300, 80), (96, 96), (60, 200)], ids=["flat", "square", "high"])
+@pytest.mark.parametrize("num_words", [0, 3])
+def test_no_text_of_heat_maps_is_cut_off(tmp_path, size, num_words):
+    """All that is written lies within the picture, whose edge is white."""
+    words = [("word", torch.rand(4, 4))] * num_words
+    text = "a sandy beach with a cake above a small banana and a house"
+    boxes = [("hottest region", [5.0, 5.0, 20.0, 20.0])]
+    plot_word_maps(Image.new("RGB", size, "blue"), text, torch.rand(4, 4), words, boxes, tmp_path / "w.png")
+    picture = np.asarray(Image.open(tmp_path / "w.png").convert("L"))
+    for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+        assert (edge == 255).all()
