@@ -9,6 +9,9 @@ Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env Groundi
 Expected the paper's RefCOCO+ val / testA / testB 58.1 / 67.4 / 47.5 (val_d, testA_d, testB_d: detector boxes)
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 
 import torch

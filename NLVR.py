@@ -9,6 +9,9 @@ Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env NLVR.py
 Expected the paper's accuracy: dev 79.8, test-P 79.5
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

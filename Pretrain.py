@@ -7,6 +7,9 @@ Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env Pretrai
 Expected 30 epochs on the 4 M images of the paper: about 7 days on 8 A100 as published
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 from functools import partial
 from pathlib import Path

@@ -6,6 +6,9 @@ Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env Pretrai
 Expected one epoch; NLVR.py starts from its checkpoint_00.pth
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 
 import torch

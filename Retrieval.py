@@ -8,6 +8,9 @@ Expected the paper's TR@1 / IR@1: COCO test (5,000 images, k_test 256) 75.8 / 57
          images, k_test 128) 94.7 / 83.3
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 from functools import partial
 from pathlib import Path

@@ -7,6 +7,9 @@ Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env VE.py -
 Expected the paper's accuracy: val 79.6, test 80.2
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 from collections.abc import Callable, Sequence
 

@@ -10,6 +10,9 @@ Expected the paper's VQA v2 test-dev / test-std 74.5 / 74.8, by the server, whic
          result/vqa_result_epoch7.json (training on train, val and Visual Genome; ranked answers, k_test 128)
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 
 import torch

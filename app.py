@@ -6,6 +6,9 @@ python app.py --checkpoint retrieval.pth vqa.pth nlvr.pth --images photos/ --ind
 Only this machine sees it, at http://127.0.0.1:7860, unless --host says otherwise.
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 import ipaddress
 import logging
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from inference.index import Index, kept_index
 from inference.loading import ROOT, load
-from inference.model import Simla
+from inference.model import MAX_TEXT_TOKENS, Simla
 from launch import run_script
 from utils import UserError, log
 
@@ -104,6 +107,12 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def token_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a number from 2 on, got {text!r}")
+    return int(text)
+
+
 def is_local(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -128,6 +137,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--host", default=LOCAL, help="address to listen on; 0.0.0.0: all (default: %(default)s)"
     )
     parser.add_argument("--port", type=port_number, default=7860, help="(default: %(default)s)")
+    parser.add_argument(
+        "--max_tokens",
+        type=token_count,
+        default=MAX_TEXT_TOKENS,
+        help="tokens of a description that are read, and at most 30 words (default: %(default)s)",
+    )
     parser.add_argument("--text_encoder", help="tokenizer: hub name or folder; replaces the configs'")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--dtype", default="fp32", help="fp32, tf32, bf16 or fp16 (default: %(default)s)")
@@ -154,7 +169,7 @@ def main() -> None:
     # For uploads; Gradio's own folder is shared by all its pages and all users of the machine.
     with tempfile.TemporaryDirectory(prefix="simla_page_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build_page(models, index, examples)
+        page = build_page(models, index, examples, args.max_tokens)
         serve(page, examples, args.host, args.port)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         log.info(f"open {page.local_url} in a browser; Ctrl-C ends the page")

@@ -3,6 +3,9 @@
 The tables below are the reference of all keys (`python config.py` prints them for the README).
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 import difflib
 import json
@@ -459,4 +462,6 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
-    print(reference())
+    from launch import run_script
+
+    run_script(lambda: print(reference()))

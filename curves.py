@@ -3,6 +3,9 @@
 python curves.py output/A output/B -o curves.png    several output folders of one task are overlaid
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 import json
 import math

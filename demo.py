@@ -7,6 +7,9 @@ file imports packages where it needs them: the processes that draw the scenes im
 answered in one line while they are imported.
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 import json
 import os

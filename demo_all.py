@@ -7,6 +7,9 @@ newest checkpoint. Each task is scored on the test split before its training (fr
 with, a fresh head where it has one) and after it. As in demo.py, packages are imported where they are needed.
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 import json
 from functools import partial

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -90,17 +91,21 @@ class StopSignals:
         raise Stopped(f"stopped by {self.received}{self.remedy}", self.received)
 
 
-def end_process(code: int, status: str, message: str) -> None:
+def end_process(code: int, status: str, message: str = "") -> NoReturn:
     """Ends this process at once, when what is being written is on the disk and run.json says how it ended."""
     Saver.wait()
     if RunRecord.current:
         RunRecord.current.finish(status, message)
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody is there to be told
+        if message:
+            print(message, file=sys.stderr, flush=True)
+    with suppress(OSError):
+        if sys.stdout is not None:
+            sys.stdout.flush()
     os._exit(code)
 
 
-def end_stopped(signal_name: str, message: str) -> None:
+def end_stopped(signal_name: str, message: str) -> NoReturn:
     """`end_process` after a stop signal: with the code of what can be resumed, or the shell's for the signal
     where nothing is trained.
     """

@@ -1,10 +1,13 @@
 """Start and end of every script: flags, processes, device, seeds, what to resume, run.json, exit codes."""
 
 import argparse
+import errno
 import logging
 import os
 import random
 import re
+import select
+import signal
 import sys
 import tempfile
 import threading
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from before_imports import imported
 from faults import (
     Stopped,
     StopSignals,
@@ -268,20 +272,26 @@ def make_output_folder(folder: str | Path, flag: str = "--output_dir") -> Path:
 _script: ExitStack | None = None  # what ends with the script that `run_script` runs
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a task script and ends run.json.
+def run_script(main: Callable[[], int | None]) -> None:
+    """Runs a command, of whose `main` a number is the exit code, and ends run.json.
 
     A UserError ends it as one sentence and exit code 1, without a traceback; a stop signal with exit code 75,
     "resumable", once what is trained is saved, and with the shell's code for that signal where no training
-    could go on; any other exception with its traceback. What is being written is finished first, and every
-    rank ends at once, so that none waits for one that failed. What the terminal's encoding lacks is printed
-    as its number.
+    could go on; a reader of its output that has left (`| head`) with the shell's code 141 and no word; output
+    or a file that finds no room with one sentence and exit code 1; any other exception with its traceback.
+    What is being written is finished first, and every rank ends at once, so that none waits for one that
+    failed. What the terminal's encoding lacks is printed as its number. A line of the log that cannot be
+    written costs the line, not the run.
     """
     global _script
+    imported()
+    if sys.stdout is None:
+        end_process(1, "failed", "error: the standard output is closed; send it to a file or /dev/null")
     sys.stdout.reconfigure(errors="backslashreplace")
+    logging.raiseExceptions = False
     try:
         with ExitStack() as _script:
-            main()
+            code = main()
     except UserError as error:
         who = f" (rank {rank()})" if world_size() > 1 else ""
         end_process(1, "failed", f"error{who}: {error}")
@@ -290,7 +300,17 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as interrupt:
         stop_others()
         end_stopped("SIGINT", str(interrupt) or "interrupted")
+    except SystemExit:  # of argparse, which may have printed its help
+        _end_where_output_is_lost("failed")
+        raise
     except Exception as error:
+        if isinstance(error, OSError):
+            _end_where_output_is_lost("failed")
+            if isinstance(error, BrokenPipeError) and _reader_has_left():
+                end_process(128 + signal.SIGPIPE, "failed")
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                what = error.filename or "the output or a file"
+                end_process(1, "failed", f"error: {what} could not be written ({error.strerror})")
         if world_size() > 1 and isinstance(error, RuntimeError) and re.search("by peer|NCCL", str(error)):
             wait_for_news()  # which ends this process, and says why
             end_process(1, "failed", f"error (rank {rank()}): lost another process, whose message says why")
@@ -300,12 +320,33 @@ def run_script(main: Callable[[], None]) -> None:
         raise
     finally:
         _script = None
-        sys.stdout.flush()
     if RunRecord.current:
         RunRecord.current.finish("done")
     if dist.is_initialized():
         leave_together()
         dist.destroy_process_group()
+    _end_where_output_is_lost("done")
+    if code:
+        sys.exit(code)
+
+
+def _reader_has_left() -> bool:
+    """Whether standard output or error is a pipe that nobody reads."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _end_where_output_is_lost(status: str) -> None:
+    """Ends the process where what it has printed cannot be written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            end_process(128 + signal.SIGPIPE, status)
+        except OSError as error:
+            end_process(1, status, f"error: the output could not be written ({error.strerror})")
 
 
 # ---- flags ----

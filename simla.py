@@ -9,6 +9,9 @@
 The same from a shell: python simla.py match photo.jpg "a dog on a sofa" --checkpoint checkpoint.pth
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 from inference.command_line import main
 from inference.heat import Grounding
 from inference.index import Hit, Index

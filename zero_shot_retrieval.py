@@ -7,6 +7,9 @@ Expected Flickr30k test, k_test 128 (the paper's numbers): TR@1 86.2, IR@1 69.5 
          91.9 / 78.1 from a checkpoint fine-tuned on COCO
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 from pathlib import Path
 

@@ -35,6 +35,9 @@ their balance and their chance levels in percent. A scene record, from which the
                 `holds(statement, scene)` says whether a statement is true of a scene.
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 import json
 import multiprocessing
@@ -367,4 +370,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from launch import run_script  # which imports torch; the processes that draw need none
+
+    run_script(main)

@@ -3,6 +3,9 @@
 python -m dataset.vqa answers --train data/vqa_train.json data/vqa_val.json --out data/answer_list.json
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 import json
 from collections import Counter, defaultdict

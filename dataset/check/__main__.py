@@ -13,6 +13,9 @@ decodes it, too (some 500), and compares what pictures show. Exit code: 0 no pro
 problems found, 2 the check could not be made (flags, config, tokenizer, output folder).
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 import logging
 import os
@@ -27,7 +30,7 @@ from dataset.check.tasks import TASKS, open_sources, task_of
 from dataset.check.texts import Shared, read_texts
 from dataset.check.workers import Workers
 from dataset.text import build_tokenizer
-from launch import make_output_folder
+from launch import make_output_folder, run_script
 from models.bert import BertConfig
 from utils import UserError, num_cores, printable
 
@@ -103,4 +106,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

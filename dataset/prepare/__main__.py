@@ -7,6 +7,9 @@
 The files are written anew by every run, and replace the old ones only when they are complete.
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 import logging
 from importlib import import_module

@@ -1,0 +1,127 @@
+"""How commands end when their output has no reader or no room, or Ctrl-C comes early: one line or none."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import warm
+from tiny import ROOT
+
+from launch import run_script
+
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+if __name__ == "__main__":
+    import before_imports
+import logging
+import os
+from pathlib import Path
+from launch import run_script
+def main():
+    BODY
+run_script(main)
+"""
+BIG = "'x' * 1_000_000"
+FULL = "error: the output could not be written (No space left on device)\n"
+
+
+def ask(tmp_path: Path, body: str, stdout: str) -> tuple[int, str]:
+    """Runs a command that does `body`, its output going to a pipe without a reader, /dev/full or a file ->
+    exit code, what stderr has.
+    """
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("BODY", body))
+    number, output = None, Path("/dev/full" if stdout == "full disk" else tmp_path / "out")
+    if stdout == "closed pipe":
+        reader, number = os.pipe()
+        os.close(reader)
+    with (
+        open(output if number is None else number, "w", encoding="utf-8") as output,  # noqa: PTH123
+        (tmp_path / "err").open("w+", encoding="utf-8") as errors,
+    ):
+        process = warm.Popen([sys.executable, str(script)], cwd=tmp_path, stdout=output, stderr=errors)
+        code = process.wait(60)
+        errors.seek(0)
+        return code, errors.read()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize(
+    ("body", "stdout", "code", "message"),
+    [
+        ("print('x')", "closed pipe", 141, ""),
+        (f"print({BIG})", "closed pipe", 141, ""),
+        ("print('x'); sys.exit(2)", "closed pipe", 141, ""),
+        ("print('x')", "full disk", 1, FULL),
+        (f"print({BIG})", "full disk", 1, FULL.replace("output", "output or a file")),
+        (f"Path('/dev/full').write_text({BIG})", "file", 1, FULL.replace("output", "output or a file")),
+        ("return 3", "file", 3, ""),
+        ("os.kill(os.getpid(), 2)", "file", 130, "interrupted\n"),
+    ],
+)
+def test_output_that_is_lost_is_one_line_or_none(tmp_path, body, stdout, code, message):
+    assert ask(tmp_path, body, stdout) == (code, message)
+
+
+@pytest.mark.parametrize("stdout", ["closed pipe", "full disk"])
+def test_a_line_of_the_log_costs_the_line_not_the_run(tmp_path, stdout):
+    body = f"logging.basicConfig(stream=sys.stdout); logging.error({BIG}); Path('done').write_text('x')"
+    _, errors = ask(tmp_path, body, stdout)
+    assert (tmp_path / "done").exists() and len(errors.splitlines()) <= 1
+
+
+def test_another_broken_pipe_is_no_reader_that_left(tmp_path):
+    code, errors = ask(tmp_path, "raise BrokenPipeError('of a worker')", "file")
+    assert code == 1 and errors.endswith("BrokenPipeError: of a worker\n")
+
+
+def test_a_closed_output_is_said_before_anything_is_computed(monkeypatch, capsys):
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(SystemExit) as end:
+        run_script(pytest.fail)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: the standard output is closed; send it to a file or /dev/null\n"
+
+
+def test_before_the_imports(tmp_path):
+    """A closed stream's number goes to no file, and Ctrl-C leaves no traceback."""
+    program = (
+        "import before_imports, os, sys, time; null = os.stat(os.devnull);"
+        "same = [os.path.samestat(os.fstat(n), null) for n in (1, 2)];"
+        f"open({str(tmp_path / 'ready')!r}, 'w').write(str(same)); time.sleep(60)"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, program]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while not (tmp_path / "ready").exists() or not (tmp_path / "ready").read_text():
+        assert process.poll() is None
+    assert (tmp_path / "ready").read_text() == "[True, True]"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+
+
+def test_every_command_prepares_for_that_before_its_imports():
+    """Those that `run_script` runs, which are all but the benchmarks."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("dataset/**/*.py"), *ROOT.glob("inference/*.py")]
+    started = []
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        blocks = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        ]
+        if not blocks:
+            continue
+        started.append(file.stem)
+        first, last = tree.body[1], blocks[-1]
+        assert first is blocks[0] and "import before_imports" in ast.unparse(first), file
+        assert "run_script(" in ast.unparse(last) or file.name == "simla.py", file
+    assert {"Pretrain", "VQA", "checkpoint", "simla", "app", "config", "vqa", "__main__", "demo"} <= {
+        *started
+    }
