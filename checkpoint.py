@@ -5,6 +5,10 @@ Which name of the file fills which name of the model is data: `ROWS`, one row pe
 Loading is strict with an account: what a row does not expect to be missing or left over stops the run.
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
+import json
 import math
 import re
 from collections import Counter
@@ -19,12 +23,17 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from safe_load import Inert, load_mapped
+from config import BERT_CONFIG, VIT
+from models.bert import BertConfig
+from safe_load import Inert, load_mapped, to_plain
 from scheduler import WarmupCosine
-from utils import UserError, check_weight
+from utils import UserError, check_weight, log
 
 POS_EMBEDS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
 POSITION_IDS = "embeddings.position_ids"  # constants, which some versions of transformers store
+# Of how the encoders are built, what changes their output; the shapes of the weights show little of it.
+UNSEEN_OF_VIT = ("num_heads", "norm_eps", "patch_size", "qkv_bias")
+UNSEEN_OF_BERT = ("num_attention_heads", "layer_norm_eps", "pad_token_id")
 
 
 # ---- the tables ----
@@ -298,12 +307,57 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
-def load_weights(model: nn.Module, path: str | Path, task: str) -> LoadReport:
+def config_in(content: Mapping, source: str) -> dict:
+    """Return the config that a file holds, {} where it holds none. Raises UserError where it is damaged."""
+    stored = to_plain(content.get("config"))
+    if text := content.get("metadata", {}).get("config"):
+        try:
+            stored = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{source}: the config in its metadata is not JSON ({error})") from error
+    return stored if isinstance(stored, dict) else {}
+
+
+def check_same_build(config: Mapping, stored: Mapping, source: str) -> None:
+    """UserError, naming the keys, where the config in a file says otherwise than `config` of what no weight
+    shows.
+
+    With another number of heads all shapes fit, and every score is another. What `stored` leaves out, it
+    means by default. A bert_config of its that is not on this machine is not compared, and that is logged.
+    """
+    if not stored:
+        return
+    vit = {name: VIT[name].default for name in UNSEEN_OF_VIT}
+    ours = {f"vit.{name}": config["vit"].get(name, value) for name, value in vit.items()}
+    theirs = {f"vit.{name}": (stored.get("vit") or {}).get(name, value) for name, value in vit.items()}
+    sizes = stored.get("bert_config", BERT_CONFIG)
+    beside_us = Path(__file__).parent / sizes if isinstance(sizes, str) else sizes
+    if isinstance(sizes, str) and not Path(sizes).exists() and beside_us.exists():
+        sizes = str(beside_us)
+    if isinstance(sizes, str) and not Path(sizes).exists():
+        log.warning(f"{source} was made with bert_config {sizes}, which is not here: heads are not compared")
+    else:
+        bert, their_bert = BertConfig.read(config["bert_config"]), BertConfig.read(sizes)
+        ours |= {f"bert_config.{name}": getattr(bert, name) for name in UNSEEN_OF_BERT}
+        theirs |= {f"bert_config.{name}": getattr(their_bert, name) for name in UNSEEN_OF_BERT}
+    wrong = [f"{name} {ours[name]}, not {value}" for name, value in theirs.items() if ours[name] != value]
+    if wrong:
+        raise UserError(
+            f"{source} was made with another model than the config given has: {'; '.join(wrong)}. Its "
+            "weights would fit, and all scores be wrong: correct the config, or use the file's own"
+        )
+
+
+def load_weights(model: nn.Module, path: str | Path, task: str, config: Mapping | None = None) -> LoadReport:
     """Copies the weights of the file into the model, in place. Raises UserError, the model then unchanged, or
     filled in part where a tensor turns out not to be finite.
+
+    config: that of the model, if it is to agree with the file's; see `check_same_build`.
     """
     content, release = load_mapped(path)
     state = weights_in(content, str(path))
+    if config is not None:
+        check_same_build(config, config_in(content, str(path)), str(path))
     tensors, report = map_state(state, shapes_of(model), task, str(path), content.get("metadata"))
     _copy_into(model, tensors, report, release)
     return report

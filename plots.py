@@ -3,6 +3,9 @@
 python plots.py keywords output/demo/checkpoint_04.pth -o keywords.png
 """
 
+if __name__ == "__main__":
+    import before_imports  # noqa: F401
+
 import argparse
 import math
 from collections.abc import Sequence
@@ -300,7 +303,7 @@ def draw_keywords(checkpoint: str | Path, config: dict, entries: Sequence[dict],
 
     tokenizer = build_tokenizer(config["text_encoder"])
     model = SIMLA.from_config(config, tokenizer.cls_token_id)
-    load_weights(model, checkpoint, "Pretrain")
+    load_weights(model, checkpoint, "Pretrain", config)
     collate = Collate(tokenizer, model.text_encoder.bert.config.max_position_embeddings, config["max_tokens"])
 
     def clean_first(texts: str | list[str]) -> str:

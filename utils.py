@@ -106,6 +106,19 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+@contextlib.contextmanager
+def own_surroundings(device: torch.device) -> Iterator[None]:
+    """Inside, what the caller has set for torch has no effect: autocast, inference mode, the default device.
+    Not so its default dtype, which all threads share: what is made inside names its own.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.device("cpu"))
+        for kind in {device.type, "cpu"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def set_precision(device: torch.device, precision: str) -> None:
     """How float32 is multiplied on a GPU: in full, or with `tf32` in its tensor cores.
 

@@ -32,6 +32,8 @@ from utils import first_line
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+# What evaluation makes of an image, for those who keep what came of it; another filter gets another name.
+EVALUATION_VIEW = {"resize": "PIL bicubic", "mean": [*MEAN], "std": [*STD]}
 REDUCED = {  # scale -> the decoder's flag for a picture of 1/scale, which it makes in less time
     8: cv2.IMREAD_REDUCED_COLOR_8,
     4: cv2.IMREAD_REDUCED_COLOR_4,
@@ -235,9 +237,10 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 @lru_cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest byte, and mean and deviation (3, 1, 1)."""
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
-    return torch.tensor(255.0, device=device), mean, std
+    """The largest byte, and mean and deviation (3, 1, 1), float32 whatever torch's default is."""
+    made = {"dtype": torch.float32, "device": device}
+    mean, std = (torch.tensor(values, **made).view(3, 1, 1) for values in (MEAN, STD))
+    return torch.tensor(255.0, **made), mean, std
 
 
 def unit_range(images: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 B questions, T question tokens, R side of the square input.
 """
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +13,10 @@ from torch import Tensor
 from dataset.vqa import eos_token, make_answer_list, read_answer_list
 from models.answer_tree import AnswerTree
 from models.vqa import SIMLAVQA
-from utils import check_scores
+from utils import UserError, check_scores, log
+
+NAME_OF_DATA = re.compile(r"\.(jsonl?|txt|csv|tsv|ya?ml)\s*$", re.IGNORECASE)
+PATH = re.compile(r"[/\\]|^~|\.[a-z]\w*$", re.IGNORECASE)
 
 Questions = tuple[Tensor, Tensor, Tensor]  # image (B, 3, R, R), ids and mask (B, T)
 Answers = list[list[tuple[str, float]]]  # of each question (answer, probability), best first
@@ -20,12 +25,20 @@ Answers = list[list[tuple[str, float]]]  # of each question (answer, probability
 def ranking(
     model: SIMLAVQA, tokenizer, config: dict, answers: Sequence[str] | str | Path
 ) -> Callable[[Questions], Answers]:
-    """Ranks a list of answers, or those of a JSON file; UserError for what is none."""
+    """Ranks a list of answers, or those of a JSON file; UserError for what is none, or a list that holds the
+    name of a file. A single answer, which is certain whatever the image shows, is logged.
+    """
     settings = tokenizer, config["eos"], model.text_encoder.config.max_position_embeddings
     if isinstance(answers, str | Path):
         candidates = read_answer_list(str(answers), *settings)
     else:
-        candidates = make_answer_list(list(answers), "answers", *settings)
+        answers = list(answers)
+        check_no_file(answers)
+        candidates = make_answer_list(answers, "answers", *settings)
+    if len(candidates.texts) == 1:
+        log.warning(
+            f"there is one answer to rank, {candidates.texts[0]!r}: its probability is 1 for any image"
+        )
     device = next(model.parameters()).device
     tree = AnswerTree.build(candidates.ids, candidates.mask).to(device)
 
@@ -35,6 +48,18 @@ def ranking(
         return _pairs(texts, probabilities, config["precision"])
 
     return rank
+
+
+def check_no_file(answers: Sequence[object]) -> None:
+    """UserError where an answer has the name of a data file, or is all there is and looks like a path."""
+    alone = len(answers) == 1
+    for answer in answers:
+        if isinstance(answer, str) and (NAME_OF_DATA.search(answer) or (alone and PATH.search(answer))):
+            there = "which is a file" if os.path.isfile(answer) else "and there is no such file"  # noqa: PTH113
+            raise UserError(
+                f"one of the answers is {answer!r}, {there}; give the path of a JSON list by itself, or the "
+                "answers"
+            )
 
 
 def writing(model: SIMLAVQA, tokenizer, config: dict) -> Callable[[Questions], Answers]:

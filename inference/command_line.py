@@ -13,7 +13,7 @@ from inference.folders import describe as describe_passed_over
 from inference.index import kept_index
 from inference.inputs import read_image
 from inference.loading import load
-from inference.model import Simla
+from inference.model import MAX_TEXT_TOKENS, Simla
 from metrics import choose_box
 from models.gradcam import MODES
 from plots import check_picture_name, plot_gallery, plot_word_maps
@@ -35,7 +35,7 @@ Without the package installed: python simla.py ..."""
 
 
 def match(model: Simla, args: argparse.Namespace) -> dict:
-    values = getattr(model, args.command)(args.image, args.text)
+    values = getattr(model, args.command)(args.image, args.text, args.max_tokens)
     name = {"match": "probability", "similarity": "cosine"}[args.command]
     return {
         "image": args.image,
@@ -44,7 +44,10 @@ def match(model: Simla, args: argparse.Namespace) -> dict:
 
 
 def encode(model: Simla, args: argparse.Namespace) -> dict:
-    features = model.encode_text(args.inputs) if args.texts else model.encode_image(args.inputs)
+    if args.texts:
+        features = model.encode_text(args.inputs, args.max_tokens)
+    else:
+        features = model.encode_image(args.inputs)
     with atomic_write(args.out) as file:
         np.save(file, features.numpy())
     return {"inputs": args.inputs, "file": args.out, "shape": list(features.shape)}
@@ -52,7 +55,7 @@ def encode(model: Simla, args: argparse.Namespace) -> dict:
 
 def ground(model: Simla, args: argparse.Namespace) -> dict:
     proposals = _read_boxes(args.boxes) if args.boxes else None
-    found = model.ground(args.image, args.text, proposals, args.mode, args.block)
+    found = model.ground(args.image, args.text, proposals, args.mode, args.block, args.max_tokens)
     result = {"image": args.image, "text": found.text, "width": found.width, "height": found.height}
     result |= {"box": found.box, "boxes": _rows(("box", "score"), found.ranked)}
     result |= {"heat": found.heat.tolist(), "words": _rows(("word", "heat"), found.words)}
@@ -67,7 +70,7 @@ def ground(model: Simla, args: argparse.Namespace) -> dict:
 
 def search(model: Simla, args: argparse.Namespace) -> dict:
     index = kept_index(model, args.folder, args.index) if args.index else model.index(args.folder)
-    found = model.search(index, args.query, args.top, args.candidates)
+    found = model.search(index, args.query, args.top, args.candidates, args.max_tokens)
     results = [
         {"query": query, "hits": [hit._asdict() for hit in hits]}
         for query, hits in zip(args.query, found, strict=True)
@@ -90,7 +93,7 @@ def search(model: Simla, args: argparse.Namespace) -> dict:
 
 def answer(model: Simla, args: argparse.Namespace) -> dict:
     answers = args.answers
-    if answers is not None and not answers.endswith(".json") and not Path(answers).is_file():
+    if answers is not None and not os.path.isfile(answers):  # noqa: PTH113  is False for a name too long
         answers = [part.strip() for part in answers.split(",")]
     found = model.answer(args.image, args.question, answers, args.top)
     results = _rows(("answer", "probability"), found)
@@ -131,10 +134,11 @@ def _name(path: str) -> str:
 def _read_boxes(text: str) -> list:
     """A JSON list, or the file that holds one."""
     try:
-        return json.loads(Path(text).read_bytes() if Path(text).is_file() else text)
-    except (OSError, ValueError) as error:
+        is_file = os.path.isfile(text)  # noqa: PTH113  is False for a name too long
+        return json.loads(Path(text).read_bytes() if is_file else text)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"--boxes {text}: expected a JSON list [[x, y, width, height], ...] or its file"
+            f"--boxes {text[:200]}: expected a JSON list [[x, y, width, height], ...] or its file"
         ) from error
 
 
@@ -192,9 +196,23 @@ def build_parser() -> argparse.ArgumentParser:
             own.add_argument(many, nargs="+")
         return own
 
-    command("match", match, "probability that a text describes an image, read jointly", "image", many="text")
-    command("similarity", match, "cosine of the features of image and text", "image", many="text")
+    def add_max_tokens(*parsers: argparse.ArgumentParser) -> None:
+        for own in parsers:
+            own.add_argument(
+                "--max_tokens",
+                type=_count,
+                default=MAX_TEXT_TOKENS,
+                help="tokens of a text that are read, and at most 30 words (default: %(default)s)",
+            )
+
+    add_max_tokens(
+        command(
+            "match", match, "probability that a text describes an image, read jointly", "image", many="text"
+        ),
+        command("similarity", match, "cosine of the features of image and text", "image", many="text"),
+    )
     own = command("ground", ground, "where an image shows a text and each of its words", "image", "text")
+    add_max_tokens(own)
     own.add_argument("-o", "--out", help="picture of the heat maps")
     own.add_argument("--boxes", help="proposals to rank: JSON list of [x, y, width, height], or its file")
     own.add_argument("--mode", default="itm", choices=MODES, help="which score is explained (default: itm)")
@@ -202,6 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--block", type=int, help="layer whose attention is used, from 0 (default: two thirds up)"
     )
     own = command("search", search, "the images of a folder that match a text best", "folder", many="query")
+    add_max_tokens(own)
     own.add_argument("-o", "--out", help="picture of the images found")
     own.add_argument("--index", help="folder that keeps what was computed of the images; made when missing")
     own.add_argument("--top", type=_count, default=5, help="images for each query (default: %(default)s)")
@@ -230,6 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
         "statement",
     )
     own = command("encode", encode, "unit-length features of images, or of texts, as .npy", many="inputs")
+    add_max_tokens(own)
     own.add_argument("-o", "--out", required=True, help="file to write, (N, E) float32")
     own.add_argument("--texts", action="store_true", help="the inputs are texts, not image files")
     return parser

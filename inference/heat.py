@@ -3,7 +3,6 @@
 B pairs of image and text, T text tokens, (h, w) the image encoder's grid of patches.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +14,14 @@ from models.gradcam import grad_cam, itm_token_maps
 from models.retrieval import SIMLARetrieval
 from utils import UserError
 
+MAX_PIXEL, MIN_SIDE = 1e9, 1e-9  # of a box, in pixels: its area is neither infinite nor 0
+
 
 @dataclass(frozen=True, eq=False)
 class Grounding:
-    """text: as the model reads it; heat (h, w): its map, not negative; words: (word, its map) in order;
-    height, width: of the image in pixels; box: [x, y, width, height] in pixels, round the largest region that
-    is hot, None where nothing is; ranked: (box, score) of the proposals, best first.
+    """text: as far as the model reads it; heat (h, w): its map, not negative; words: (word, its map), in
+    order; height, width: of the image in pixels; box: [x, y, width, height] in pixels, round the largest
+    region that is hot, None where nothing is; ranked: (box, score) of the proposals, best first.
     """
 
     text: str
@@ -36,45 +37,58 @@ class Grounding:
         return resize_heat(self.heat if heat is None else heat, self.height, self.width)
 
 
-def text_words(tokenizer, text: str) -> list[tuple[str, list[int]]]:
-    """The words of a text and the places of their tokens, [CLS] being place 0."""
+def text_words(tokenizer, text: str, num_tokens: int) -> tuple[str, list[tuple[str, list[int]]]]:
+    """The text as far as its first `num_tokens` tokens go, its words there, and the places of their tokens,
+    [CLS] being place 0.
+    """
     encoded = tokenizer(text)
+    numbers = encoded.word_ids(0)
+    end = len(text) if len(numbers) == num_tokens else encoded.token_to_chars(num_tokens - 1).end
     words: dict[int, list[int]] = {}
-    for place, number in enumerate(encoded.word_ids(0)):
+    for place, number in enumerate(numbers[:num_tokens]):
         if number is not None:
             words.setdefault(number, []).append(place)
     spans = [encoded.word_to_chars(number) for number in words]
-    return [(text[span.start : span.end], places) for span, places in zip(spans, words.values(), strict=True)]
+    pieces = [text[span.start : min(span.end, end)] for span in spans]
+    return text[:end], list(zip(pieces, words.values(), strict=True))
 
 
 def heat_maps(
-    model: SIMLARetrieval, tokenizer, mode: str, block: int, image: Tensor, texts: Sequence[str]
-) -> list[tuple[Tensor, list[tuple[str, Tensor]]]]:
-    """The map of every text and of its words, each (h, w) on the CPU: image (B, 3, R, R), B texts.
+    model: SIMLARetrieval,
+    tokenizer,
+    mode: str,
+    block: int,
+    image: Tensor,
+    texts: Sequence[str],
+    max_tokens: int,
+) -> list[tuple[str, Tensor, list[tuple[str, Tensor]]]]:
+    """Every text as far as `max_tokens` go, its map and those of its words, each (h, w) on the CPU.
 
-    itm: a word's map is what its tokens add to that of the text. itc, which has one map for a whole text: the
-    word's map is that of the word alone.
+    image (B, 3, R, R), B texts. itm: a word's map is what its tokens add to that of the text. itc, which has
+    one map for a whole text: the word's map is that of the word alone.
     """
     limit = model.text_encoder.config.max_position_embeddings
-    text_ids, text_mask = (part.to(image.device) for part in tokenize(tokenizer, texts, position_limit=limit))
-    words = [text_words(tokenizer, text) for text in texts]
+    inputs = tokenize(tokenizer, texts, max_tokens, position_limit=limit)
+    text_ids, text_mask = (part.to(image.device) for part in inputs)
+    lengths = text_mask.sum(1).tolist()
+    read = [text_words(tokenizer, text, length) for text, length in zip(texts, lengths, strict=True)]
     if mode == "itm":
         grid = model.visual_encoder.patch_embed.grid_size
         maps = itm_token_maps(model, block, image, text_ids, text_mask).unflatten(2, grid).float().cpu()
         found = []
-        for row, length, own in zip(maps, text_mask.sum(1).tolist(), words, strict=True):
-            inside = [(word, [place for place in places if place < length]) for word, places in own]
-            by_word = [(word, row[places].sum(0) / length) for word, places in inside if places]
-            found.append((row[:length].mean(0), by_word))
+        for row, length, (text, words) in zip(maps, lengths, read, strict=True):
+            by_word = [(word, row[places].sum(0) / length) for word, places in words]
+            found.append((text, row[:length].mean(0), by_word))
         return found
     wholes = grad_cam(model, mode, block, image, text_ids, text_mask).float().cpu()
     found = []
-    for number, own in enumerate(words):
-        inputs = tokenize(tokenizer, [word for word, _ in own], position_limit=limit)
+    for number, (text, words) in enumerate(read):
+        inputs = tokenize(tokenizer, [word for word, _ in words], position_limit=limit)
         ids, mask = (part.to(image.device) for part in inputs)
-        rows = image[number : number + 1].expand(len(own), -1, -1, -1)
+        rows = image[number : number + 1].expand(len(words), -1, -1, -1)
         maps = grad_cam(model, mode, block, rows, ids, mask).float().cpu()
-        found.append((wholes[number], [(word, heat) for (word, _), heat in zip(own, maps, strict=True)]))
+        by_word = [(word, heat) for (word, _), heat in zip(words, maps, strict=True)]
+        found.append((text, wholes[number], by_word))
     return found
 
 
@@ -82,13 +96,15 @@ def check_boxes(boxes: object, name: str) -> list[list[float]]:
     """Proposals as [x, y, width, height] each; UserError for what is none."""
     try:
         rows = [[float(value) for value in list(box)[:4]] for box in boxes]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{name} must be a list of [x, y, width, height] in pixels, found {boxes!r}"[:500]
         ) from error
     for row in rows:
-        if len(row) < 4 or not all(map(math.isfinite, row)) or row[2] <= 0 or row[3] <= 0:
-            raise UserError(f"{name}: {row} is no [x, y, width, height] with width and height above 0")
+        if len(row) < 4 or not all(abs(value) <= MAX_PIXEL for value in row) or min(row[2:]) < MIN_SIDE:
+            raise UserError(
+                f"{name}: {row} is no [x, y, width, height] in pixels with width and height above 0"
+            )
     return rows
 
 

@@ -25,7 +25,13 @@ from utils import PRECISIONS, UserError, log, with_progress
 if TYPE_CHECKING:
     from inference.model import Simla
 
-FORMAT = 2
+FORMAT = 3
+MADE_BY = {  # what of `Simla.image_side` may differ, and how that is called
+    "architecture": "an image encoder of another build",
+    "preprocessing": "a model that reads images otherwise",
+    "precision": "another precision",
+    "weights": "another image encoder",
+}
 CONTENTS, FEATURES, STATES = "index.json", "features.npy", "states.npy"
 LOG_STEPS = 50
 
@@ -230,7 +236,7 @@ def open_index(folder: str | Path, made_by: dict) -> Index:
 
 def check_made_by(theirs: dict, ours: dict, name: str) -> None:
     """UserError where an index was not computed as this model would."""
-    for what, key in (("another image encoder", "weights"), ("another precision", "precision")):
+    for key, what in MADE_BY.items():
         if theirs[key] != ours[key]:
             raise UserError(
                 f"{name} was made by {what} ({theirs[key]}, this model has {ours[key]}); index the images "

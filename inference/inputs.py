@@ -3,6 +3,8 @@
 R is the side of the model's square input, in pixels.
 """
 
+import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,9 @@ OneImage: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
 Images: TypeAlias = "OneImage | Sequence[OneImage]"  # arrays and tensors with four axes are several images
 Texts: TypeAlias = "str | Sequence[str]"
 
+MAX_NAMED = 10  # texts by their numbers in a warning
+log_texts = logging.getLogger("simla.texts")
+
 
 class Picture(NamedTuple):
     """pixels (3, R, R) uint8; height and width that the image had, in pixels."""
@@ -35,7 +40,7 @@ def listed(inputs: object, what: str) -> tuple[list, bool]:
     if isinstance(inputs, np.ndarray | Tensor):
         is_single = inputs.ndim < 4
     else:
-        is_single = isinstance(inputs, str | Path | Image.Image) or not isinstance(inputs, Iterable)
+        is_single = isinstance(inputs, str | bytes | Path | Image.Image) or not isinstance(inputs, Iterable)
     inputs = [inputs] if is_single else list(inputs)
     if not inputs:
         raise UserError(f"no {what}s given: the list is empty")
@@ -108,23 +113,59 @@ def good_pictures(images: Sequence[OneImage], image_res: int, first: int = 0) ->
     return pictures
 
 
-def check_count(value: int, name: str) -> int:
-    """The value; UserError where it is no whole number from 1 on."""
-    if not isinstance(value, int | np.integer) or value < 1:
-        raise UserError(f"{name} {value!r}: expected a whole number from 1 on")
+def check_count(value: int, name: str, least: int = 1) -> int:
+    """The value; UserError where it is no whole number from `least` on."""
+    if not isinstance(value, int | np.integer) or value < least:
+        raise UserError(f"{name} {value!r}: expected a whole number from {least} on")
     return value
 
 
-def clean_texts(texts: Sequence[str], clean: Callable[[str], str], tokenizer) -> list[str]:
-    """The texts as the model reads them. Raises UserError for what is no text or has no word: nothing, or
-    only what the tokenizer drops, such as control characters.
+def read_texts(
+    texts: Sequence[str], tokenizer, clean: Callable[..., str], max_words: int, max_tokens: int
+) -> list[str]:
+    """Return the texts cleaned, as the model reads them up to `max_tokens`, [CLS] being one.
+
+    clean: of `dataset.text`. Which texts are cut, and which the vocabulary mostly lacks, is logged by their
+    numbers. Raises UserError for what is no text, is no UTF-8, or holds nothing that the tokenizer reads: it
+    drops characters without a width, control characters and lone accents.
     """
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"text {number} is a {type(text).__name__}, expected str")
-        if not tokenizer.tokenize(clean(text)):
-            raise UserError(f"text {number}, {text!r}, has no word")
-    return [clean(text) for text in texts]
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"text {number}, {text!r}, is no UTF-8 at character {error.start}; save or type it as UTF-8"
+            ) from error
+    cleaned = [clean(text, max_words=max_words) for text in texts]
+    rows = [ids[1:max_tokens] for ids in tokenizer(cleaned)["input_ids"]]
+    for number, row in enumerate(rows):
+        if not row:
+            raise UserError(f"text {number}, {texts[number]!r}, has no word")
+    whole = tokenizer([clean(text, max_words=sys.maxsize) for text in texts])["input_ids"]
+    cut = [number for number, row in enumerate(rows) if len(row) < len(whole[number]) - 1]
+    _say(cut, texts, f"read up to {max_words} words and {max_tokens} tokens, and not to the end")
+    unknown = [n for n, row in enumerate(rows) if 2 * row.count(tokenizer.unk_token_id) > len(row)]
+    _say(
+        unknown,
+        texts,
+        f"mostly {tokenizer.unk_token}: the vocabulary lacks the words, and results mean little",
+    )
+    return cleaned
+
+
+def _say(numbers: list[int], texts: Sequence[str], what: str) -> None:
+    """Warns once of all the texts of these numbers."""
+    if len(numbers) == 1:
+        log_texts.warning(f"text {numbers[0]}, {_shortened(texts[numbers[0]])!r}, is {what}")
+    elif numbers:
+        listed = ", ".join(map(str, numbers[:MAX_NAMED])) + ", ..." * (len(numbers) > MAX_NAMED)
+        log_texts.warning(f"{len(numbers)} of {len(texts)} texts ({listed}) are {what}")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def paired(first: tuple[list, bool], second: tuple[list, bool], names: str) -> tuple[list, list, bool]:

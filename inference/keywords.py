@@ -31,7 +31,8 @@ class Concepts:
             token not in special and token not in FUNCTION_WORDS and token.isalpha() and len(token) > 1
             for token in tokens
         ]
-        self.words = torch.tensor([number for number, kept in enumerate(is_word) if kept], dtype=torch.long)
+        numbers = [number for number, kept in enumerate(is_word) if kept]
+        self.words = torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
     def best(self, features: Tensor, top: int, words: Sequence[str] | None) -> list[list[tuple[str, float]]]:
         """The (word, probability) of features (I, E), best first; words: those to choose from."""

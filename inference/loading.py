@@ -1,6 +1,5 @@
 """From a checkpoint file to a model that answers: its kind, its config, its tokenizer."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,15 +9,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from torch import Tensor, nn
 
-from checkpoint import kind_of, load_weights, weights_in
+from checkpoint import config_in, kind_of, load_weights, weights_in
 from checkpoint_tools import TASKS
 from config import CONTRAST, ENCODERS, Key, check_values
 from dataset.text import build_tokenizer, check_vocabulary, tokenizer_from_text
 from inference.model import Simla
 from launch import pick_device
 from models.bert import BertConfig
-from safe_load import safe_load, to_plain
-from utils import PRECISIONS, UserError, check_weight, log
+from safe_load import safe_load
+from utils import PRECISIONS, UserError, check_weight, log, own_surroundings
 
 ROOT = Path(__file__).parent.parent  # relative paths of a config start here, where the scripts are run
 LOADED_AS = {  # kind of checkpoint -> the task that reads it here, by the rows of `checkpoint`
@@ -28,6 +27,15 @@ LOADED_AS = {  # kind of checkpoint -> the task that reads it here, by the rows 
     "ve": "VE",
     "nlvr": "NLVR",
 }
+MAY_CHANGE = (
+    "image_res",
+    "k_test",
+    "batch_size_test",
+    "eos",
+    "num_beams",
+    "max_answer_tokens",
+    "text_encoder",
+)
 USED_KEYS = {*ENCODERS, *CONTRAST, "vit_mask_token", "decoder_layers", "batch_size_test", "k_test", "eos"}
 USED_KEYS |= {"num_beams", "max_answer_tokens"}
 
@@ -42,16 +50,29 @@ def load(
     """The model of a checkpoint of any task, ours or published, .pth or .safetensors, ready to be asked.
 
     device: auto (a GPU where there is one), cpu, cuda or cuda:N; dtype: what the encoders compute in, fp32,
-    tf32, bf16 or fp16, or the torch dtype; config: a task's YAML file or mapping, for a file that holds none
-    or the wrong one; text_encoder: hub name or folder of the tokenizer, instead of the one in the file or,
-    where there is none, the config's. Raises UserError for a file that is damaged, no SIMLA checkpoint, of
-    pretrain_nlvr, has weights that are not finite, or does not fit its config.
+    tf32, bf16 or fp16, or the torch dtype; config: a task's YAML file or mapping, for a file that holds none,
+    or to change how images are read or how many candidates there are, which is logged; text_encoder: hub name
+    or folder of the tokenizer, instead of the one in the file or, where there is none, the config's. Raises
+    UserError for a file that is damaged, no SIMLA checkpoint, of pretrain_nlvr, has weights that are not
+    finite, or does not fit its config, and where a given config builds the encoders otherwise than the
+    file's.
 
-    On a GPU the dtype also decides whether torch multiplies float32 in tf32, for the whole process.
+    On a GPU every call also decides whether torch multiplies float32 in tf32, for the whole process.
     """
-    source = str(checkpoint)
     precision = _precision(dtype)
     chosen = pick_device(str(device))
+    with own_surroundings(chosen):
+        return _load(checkpoint, chosen, precision, config, text_encoder)
+
+
+def _load(
+    checkpoint: str | Path,
+    device: torch.device,
+    precision: str,
+    config: str | Path | Mapping | None,
+    text_encoder: str | None,
+) -> Simla:
+    source = str(checkpoint)
     content = safe_load(checkpoint)
     state = weights_in(content, source)
     kind = kind_of(state, source, content.get("metadata"))
@@ -76,13 +97,25 @@ def load(
     else:
         tokenizer = build_tokenizer(settings["text_encoder"])
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        model = build(settings)
+        model = build(settings).float()  # torch's default dtype may be another
         concepts = _concept_head(state, source) if kind == "pretrain" else None
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
-    load_weights(model, checkpoint, task)
+    load_weights(model, checkpoint, task, None if config is None else settings)
+    if config is not None:
+        _say_changes(settings, content, table, source)
     for name in model.twin_names:  # only training asks them
         delattr(model, f"{name}_m")
-    return Simla(model, tokenizer, settings, kind, source, chosen, precision, concepts)
+    return Simla(model, tokenizer, settings, kind, source, device, precision, concepts)
+
+
+def _say_changes(settings: dict, content: dict, table: dict[str, Key], source: str) -> None:
+    """Logs what a given config changes that a user may mean to: how much is read, shown and chosen."""
+    stored = config_in(content, source)
+    theirs = {name: _found(stored.get(name, table[name].default)) for name in MAY_CHANGE if name in table}
+    changed = {name: value for name, value in theirs.items() if stored and settings[name] != value}
+    if changed:
+        listed = ", ".join(f"{name} {settings[name]} instead of {value}" for name, value in changed.items())
+        log.warning(f"{source}: the config given changes {listed}")
 
 
 def _precision(dtype: str | torch.dtype) -> str:
@@ -95,13 +128,8 @@ def _precision(dtype: str | torch.dtype) -> str:
 
 def _stored_config(content: dict, source: str) -> tuple[dict, str]:
     """The config in the checkpoint, and how to call it in messages."""
-    stored = to_plain(content.get("config"))
-    if text := content.get("metadata", {}).get("config"):
-        try:
-            stored = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{source}: the config in its metadata is not JSON ({error})") from error
-    if not isinstance(stored, dict) or not stored:
+    stored = config_in(content, source)
+    if not stored:
         raise UserError(
             f"{source} holds no config, which says how large the model is and how images are read; give that "
             "of its training, config='configs/...yaml'"
@@ -205,7 +233,7 @@ def _concept_head(state: Mapping[str, Tensor], source: str) -> nn.Linear | None:
     if "concept_head.weight" not in state:
         return None
     vocab_size, embed_dim = state["concept_head.weight"].shape
-    head = nn.Linear(embed_dim, vocab_size)
+    head = nn.Linear(embed_dim, vocab_size, dtype=torch.float32)
     for name in ("weight", "bias"):
         check_weight(state[f"concept_head.{name}"], f"concept_head.{name}", source)
     head.load_state_dict({name: state[f"concept_head.{name}"] for name in ("weight", "bias")})

@@ -4,9 +4,9 @@ I images, T texts, B pairs of them, E shared embedding, R side of the square inp
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from dataset.nlvr import CLASSES as NLVR_CLASSES
 from dataset.text import clean_caption, clean_question, tokenize
-from dataset.transforms import normalise
+from dataset.transforms import EVALUATION_VIEW, normalise
 from dataset.ve import CLASSES as VE_CLASSES
 from dataset.vqa import MAX_WORDS_IN_EVALUATION
 from inference.answers import ranking, writing
 from inference.heat import Grounding, check_boxes, grounding, heat_maps
 from inference.index import Hit, Index, build_index, check_made_by, open_index
-from inference.inputs import Images, Texts, check_count, clean_texts, good_pictures, listed, paired
+from inference.inputs import Images, Texts, check_count, good_pictures, listed, paired, read_texts
 from inference.keywords import Concepts
 from models.gradcam import MODES, check_block, default_block
 from models.rerank import rerank
-from utils import PRECISIONS, UserError, autocast, check_scores, set_precision
+from utils import PRECISIONS, UserError, autocast, check_scores, own_surroundings, set_precision
 from zero_shot_retrieval import MAX_TEXT_TOKENS
 
 WRITTEN_BY = {  # kind of checkpoint -> the script that makes it
@@ -37,12 +37,29 @@ WRITTEN_BY = {  # kind of checkpoint -> the script that makes it
 FEATURES = "projection to features", "pretrain", "retrieval"  # a part, and the kinds that have it
 MATCHING = "matching head", "pretrain", "retrieval"
 PAIRS_AT_A_TIME = 512  # in `match`
+MAX_WORDS = {clean_caption: 30, clean_question: MAX_WORDS_IN_EVALUATION}  # as the scripts read texts
+
+
+def _asked(method: Callable) -> Callable:
+    """A method that computes without dropout and as the model was loaded, whatever the caller has set."""
+
+    @wraps(method)
+    def ask(self: "Simla", *args, **kwargs):
+        self.model.eval()
+        if self.device.type == "cuda":  # of all threads
+            set_precision(self.device, self.precision)
+        with own_surroundings(self.device):
+            return method(self, *args, **kwargs)
+
+    return ask
 
 
 class Simla:
     """A trained model; `load` makes it. What a checkpoint has no head for raises UserError.
 
     A result that is not finite, as of an overflow in fp16, raises UserError instead of being returned.
+    max_tokens, where a method has it: tokens of a text that are read, [CLS] being one, at most the text
+    encoder's positions; of captions at most 30 words are read, of questions 50. What is cut is logged.
 
     kind: pretrain, retrieval (also what Grounding.py writes), vqa, ve or nlvr; source: the checkpoint file;
     config: the sizes, and the defaults of what may be chosen.
@@ -59,17 +76,20 @@ class Simla:
         precision: str,
         concept_head: nn.Linear | None = None,
     ):
-        set_precision(device, precision)
+        if device.type == "cuda":
+            set_precision(device, precision)  # raises UserError where the GPU lacks it
         self.model = model.to(device).eval().requires_grad_(False)
         self.concepts = None if concept_head is None else Concepts(concept_head.to(device), tokenizer)
         self.tokenizer, self.config, self.kind, self.source = tokenizer, config, kind, source
         self.device, self.precision = device, precision
+        self._weights_seen, self._weights_hash = None, ""
 
     def __repr__(self) -> str:
         return f"Simla({self.kind} checkpoint {self.source}, {self.device}, {self.precision})"
 
     # ---- contrast and matching ----
 
+    @_asked
     def encode_image(self, images: Images) -> Tensor:
         """Unit-length features of the images, (I, E) float32 on the CPU."""
         self._need("encode_image", *FEATURES)
@@ -78,30 +98,36 @@ class Simla:
             features = [self.model.encode_image(batch)[1].cpu() for batch in self._batches(images)]
         return self._finite(torch.cat(features), "features of images")
 
-    def encode_text(self, texts: Texts) -> Tensor:
+    @_asked
+    def encode_text(self, texts: Texts, max_tokens: int = MAX_TEXT_TOKENS) -> Tensor:
         """Unit-length features of the texts, (T, E) float32 on the CPU."""
         self._need("encode_text", *FEATURES)
-        ids, mask = self._captions(listed(texts, "text")[0])
+        ids, mask = self._captions(listed(texts, "text")[0], max_tokens)
+        return self._encode_captions(ids, mask)
+
+    def _encode_captions(self, ids: Tensor, mask: Tensor) -> Tensor:
         size = self.config["batch_size_test"]
         with self._scoring():
             rows = zip(ids.split(size), mask.split(size), strict=True)
             features = [self.model.encode_text(*row).cpu() for row in rows]
         return self._finite(torch.cat(features), "features of texts")
 
-    def similarity(self, images: Images, texts: Texts) -> Tensor:
+    @_asked
+    def similarity(self, images: Images, texts: Texts, max_tokens: int = MAX_TEXT_TOKENS) -> Tensor:
         """Cosine of every image's and every text's features, (I, T); a single image or text has no axis."""
         self._need("similarity", *FEATURES)
         (images, one_image), (texts, one_text) = listed(images, "image"), listed(texts, "text")
-        cosines = self.encode_image(images) @ self.encode_text(texts).T
+        cosines = self.encode_image(images) @ self.encode_text(texts, max_tokens).T
         return cosines[0 if one_image else slice(None), ..., 0 if one_text else slice(None)]
 
-    def match(self, images: Images, texts: Texts) -> Tensor:
+    @_asked
+    def match(self, images: Images, texts: Texts, max_tokens: int = MAX_TEXT_TOKENS) -> Tensor:
         """The matching head's probability that a text describes an image, (I, T); a single image or text has
         no axis. Reads every pair jointly, which takes longer than `similarity` and tells more apart.
         """
         self._need("match", *MATCHING)
         (images, one_image), (texts, one_text) = listed(images, "image"), listed(texts, "text")
-        ids, mask = self._captions(texts)
+        ids, mask = self._captions(texts, max_tokens)
         rows = []
         with self._scoring():
             for image in self._batches(images):
@@ -120,6 +146,7 @@ class Simla:
 
     # ---- search ----
 
+    @_asked
     def index(self, images: str | Path | Sequence[str | Path], folder: str | Path | None = None) -> Index:
         """Encodes a folder of images, subfolders included, or a list of files, for `search`.
 
@@ -141,6 +168,7 @@ class Simla:
         res, batch_size = self.config["image_res"], self.config["batch_size_test"]
         return build_index(images, folder, encode, sizes, res, batch_size, self.image_side)
 
+    @_asked
     def open_index(self, folder: str | Path) -> Index:
         """An index that `index` has written, memory-mapped. Raises UserError where it is damaged, its images
         have changed, or this model would have computed it otherwise.
@@ -148,12 +176,14 @@ class Simla:
         self._need("open_index", *FEATURES)
         return open_index(folder, self.image_side)
 
+    @_asked
     def search(
         self,
         images: Index | str | Path | Sequence[str | Path],
         queries: Texts,
         top: int = 5,
         candidates: int | None = None,
+        max_tokens: int = MAX_TEXT_TOKENS,
     ) -> list:
         """The images that match a text best: for each query a list of Hit, best first; one list for one text.
 
@@ -164,10 +194,10 @@ class Simla:
         self._need("search", *MATCHING)
         check_count(top, "top")
         queries, is_single = listed(queries, "query")
-        ids, mask = self._captions(queries)
+        ids, mask = self._captions(queries, max_tokens)
         index = images if isinstance(images, Index) else self.index(images)
         check_made_by(index.made_by, self.image_side, "the index")
-        similarity = index.features @ self.encode_text(queries).T  # (I, T)
+        similarity = index.features @ self._encode_captions(ids, mask).T  # (I, T)
         self._finite(similarity, "similarities")
         num = max(top, self.config["k_test"]) if candidates is None else check_count(candidates, "candidates")
         num = min(num, len(index))
@@ -183,18 +213,40 @@ class Simla:
             found.append([Hit(index.files[row], score, cosine) for row, score, cosine in hits])
         return found[0] if is_single else found
 
-    @cached_property
+    @property
     def image_side(self) -> dict:
-        """What an index depends on: the weights that read images, by their hash, and the precision."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, value in self.model.state_dict().items():
-            if name.startswith(("visual_encoder.", "vision_proj.")):
+        """What an index depends on: the weights that read images, by their hash, how the encoder is built,
+        how an image comes to it, and the precision.
+        """
+        return {
+            "weights": self._hash_of_weights(),
+            "architecture": {**self.config["vit"], "vision_width": self.config["vision_width"]},
+            "preprocessing": {"image_res": self.config["image_res"], **EVALUATION_VIEW},
+            "precision": self.precision,
+        }
+
+    def _hash_of_weights(self) -> str:
+        """Computed anew where the weights are not those of the last time: `load_state_dict` and optimisers
+        raise their versions, writing to `.data` does not, but moves their sums.
+        """
+        weights = {
+            name: value.detach()
+            for name, value in self.model.state_dict().items()
+            if name.startswith(("visual_encoder.", "vision_proj."))
+        }
+        versions = [None if value.is_inference() else value._version for value in weights.values()]
+        sums = torch.stack([value.sum(dtype=torch.float64) for value in weights.values()]).tolist()
+        if self._weights_seen != (seen := (versions, sums)):
+            digest = hashlib.blake2b(digest_size=8)
+            for name, value in weights.items():
                 digest.update(name.encode())
                 digest.update(value.float().cpu().numpy().tobytes())
-        return {"weights": digest.hexdigest(), "precision": self.precision}
+            self._weights_seen, self._weights_hash = seen, digest.hexdigest()
+        return self._weights_hash
 
     # ---- grounding ----
 
+    @_asked
     def ground(
         self,
         images: Images,
@@ -202,21 +254,23 @@ class Simla:
         boxes: Sequence | None = None,
         mode: str = "itm",
         block: int | None = None,
+        max_tokens: int = MAX_TEXT_TOKENS,
     ) -> Grounding | list[Grounding]:
         """Where in the image a text and each of its words is seen, for every pair of image and text.
 
         boxes: proposals to rank, [[x, y, width, height, ...], ...] in pixels of the image, a list of those
         for many pairs; mode: itm (cross-attention, by the matching head) or itc (the image encoder's
         attention, by the features); block: the layer, from 0, None = two thirds up (8 of 12, as in
-        Grounding.py). In the last layer itm only hears [CLS]: the maps of the words are empty there. Always
-        in float32.
+        Grounding.py). In the last layer itm only hears [CLS]: the maps of the words are empty there.
+        max_tokens: by default what `match` reads; 512 is what Grounding.py does. Always in float32.
         """
         self._need("ground", *MATCHING)
         if mode not in MODES:
             raise UserError(f"mode {mode!r}: expected {' or '.join(MODES)}")
         block = default_block(self.model, mode) if block is None else block
         check_block(self.model, mode, block)
-        images, texts, is_single = self._pairs(images, texts, clean_caption, "texts")
+        limit = self._token_limit(max_tokens)
+        images, texts, is_single = self._pairs(images, texts, clean_caption, "texts", limit)
         proposals = [[]] * len(texts) if boxes is None else [boxes] if is_single else list(boxes)
         if len(proposals) != len(texts):
             raise UserError(f"{len(proposals)} lists of boxes for {len(texts)} pairs: give one for each")
@@ -225,15 +279,16 @@ class Simla:
         for start, pictures in self._pictures(images):
             own = slice(start, start + len(pictures))
             pixels = self._normalised([picture.pixels for picture in pictures])
-            maps = heat_maps(self.model, self.tokenizer, mode, block, pixels, texts[own])
-            for text, heats, picture, ranked in zip(texts[own], maps, pictures, proposals[own], strict=True):
-                for heat in (heats[0], *(heat for _, heat in heats[1])):
-                    check_scores(heat, f"values of the heat map of {text!r}", "fp32")
-                found.append(grounding(text, *heats, picture.height, picture.width, ranked))
+            maps = heat_maps(self.model, self.tokenizer, mode, block, pixels, texts[own], limit)
+            for (text, heat, words), picture, ranked in zip(maps, pictures, proposals[own], strict=True):
+                for values in (heat, *(of_word for _, of_word in words)):
+                    check_scores(values, f"values of the heat map of {text!r}", "fp32")
+                found.append(grounding(text, heat, words, picture.height, picture.width, ranked))
         return found[0] if is_single else found
 
     # ---- questions and statements ----
 
+    @_asked
     def answer(
         self,
         images: Images,
@@ -249,14 +304,14 @@ class Simla:
         """
         self._need("answer", "answer decoder", "vqa")
         check_count(top, "top")
-        clean = partial(clean_question, max_words=MAX_WORDS_IN_EVALUATION)
-        images, questions, is_single = self._pairs(images, questions, clean, "questions")
+        images, questions, is_single = self._pairs(images, questions, clean_question, "questions")
         context = self.model, self.tokenizer, {**self.config, "precision": self.precision}
         give = writing(*context) if answers is None else ranking(*context, answers)
         with self._scoring():
             found = [row[:top] for batch in self._pair_batches(images, questions) for row in give(batch)]
         return found[0] if is_single else found
 
+    @_asked
     def entails(self, images: Images, sentences: Texts) -> dict[str, float] | list[dict[str, float]]:
         """The probabilities of contradiction, neutral and entailment for every pair of image and sentence."""
         self._need("entails", "entailment head", "ve")
@@ -269,12 +324,13 @@ class Simla:
             ]
         return found[0] if is_single else found
 
+    @_asked
     def compare(self, first: Images, second: Images, statements: Texts) -> float | list[float]:
         """The probability that a statement is true of two images, for every triple of them."""
         self._need("compare", "two-image head", "nlvr")
         left, right, one_pair = paired(listed(first, "image"), listed(second, "image"), "images")
         couples, statements, is_single = self._pairs(
-            list(zip(left, right, strict=True)), statements, clean_caption, "statements", one_pair
+            list(zip(left, right, strict=True)), statements, clean_caption, "statements", one_image=one_pair
         )
         found = []
         with self._scoring():
@@ -286,6 +342,7 @@ class Simla:
 
     # ---- keywords ----
 
+    @_asked
     def keywords(self, images: Images, top: int = 5, words: str | Sequence[str] | None = None) -> list:
         """The words that the concept head of pre-training sees in an image: for each image a list of (word,
         probability), best first. Each word has a probability of its own; they do not sum to 1.
@@ -330,22 +387,34 @@ class Simla:
     def _position_limit(self) -> int:
         return self.model.text_encoder.config.max_position_embeddings
 
-    def _captions(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask (T, 30 or less) as retrieval reads them."""
-        texts = clean_texts(texts, clean_caption, self.tokenizer)
-        ids, mask = tokenize(self.tokenizer, texts, MAX_TEXT_TOKENS, position_limit=self._position_limit)
+    def _token_limit(self, max_tokens: int) -> int:
+        return min(check_count(max_tokens, "max_tokens", least=2), self._position_limit)
+
+    def _captions(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask (T, max_tokens or less) as retrieval reads them."""
+        limit = self._token_limit(max_tokens)
+        texts = read_texts(texts, self.tokenizer, clean_caption, MAX_WORDS[clean_caption], limit)
+        ids, mask = tokenize(self.tokenizer, texts, limit, position_limit=self._position_limit)
         return ids.to(self.device), mask.to(self.device)
 
     def _pairs(
-        self, images: Images, texts: Texts, clean, names: str, one_image: bool | None = None
+        self,
+        images: Images,
+        texts: Texts,
+        clean: Callable[..., str],
+        names: str,
+        max_tokens: int | None = None,
+        one_image: bool | None = None,
     ) -> tuple[list, list[str], bool]:
-        """As `paired`, the texts clean; one_image: of a list, whether it stands for a single input."""
+        """As `paired`, the texts clean; max_tokens: None = all that there are positions for; one_image: of a
+        list, whether it stands for a single input.
+        """
         images, is_single = listed(images, "image")
         texts, one_text = listed(texts, names.removesuffix("s"))
         is_single = is_single if one_image is None else one_image
-        return paired(
-            (images, is_single), (clean_texts(texts, clean, self.tokenizer), one_text), f"images and {names}"
-        )
+        limit = self._position_limit if max_tokens is None else max_tokens
+        texts = read_texts(texts, self.tokenizer, clean, MAX_WORDS[clean], limit)
+        return paired((images, is_single), (texts, one_text), f"images and {names}")
 
     def _pictures(self, images: list) -> Iterator[tuple[int, list]]:
         """The images read, batch by batch, with the number of the first."""

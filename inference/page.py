@@ -14,7 +14,7 @@ from PIL import Image
 from dataset.transforms import load_image
 from inference.folders import describe
 from inference.index import Index
-from inference.model import WRITTEN_BY, Simla
+from inference.model import MAX_TEXT_TOKENS, WRITTEN_BY, Simla
 from inference.uploads import (
     MAX_FILES,
     MAX_LETTERS,
@@ -42,16 +42,19 @@ EXAMPLE_FILE = {"path": "photo.jpg", "meta": {"_type": "gradio.FileData"}}  # in
 Examples = dict[str, list[list]]  # of each tab, rows of its inputs
 
 
-def build_page(models: dict[str, Simla], index: Index | None, examples: Examples) -> gr.Blocks:
+def build_page(
+    models: dict[str, Simla], index: Index | None, examples: Examples, max_tokens: int = MAX_TEXT_TOKENS
+) -> gr.Blocks:
     """The page of the models (kind -> model); index: the images of the search tab, made by the model that
-    `describing` returns. A tab that no model serves says which script writes its checkpoint.
+    `describing` returns; max_tokens: of what is looked for and of descriptions. A tab that no model serves
+    says which script writes its checkpoint.
     """
     describes = describing(models)
     with gr.Blocks(title="SIMLA", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(_heading(models))
         for title, model, kinds, build in (
-            ("Search", describes, DESCRIBING, lambda model, rows: _search(model, rows, index)),
-            ("Match and ground", describes, DESCRIBING, _match),
+            ("Search", describes, DESCRIBING, lambda model, rows: _search(model, rows, index, max_tokens)),
+            ("Match and ground", describes, DESCRIBING, lambda model, rows: _match(model, rows, max_tokens)),
             ("Questions", models.get("vqa"), ("vqa",), _answer),
             ("Keywords", models.get("pretrain"), ("pretrain",), _keywords),
             ("Statements on two images", models.get("nlvr"), ("nlvr",), _compare),
@@ -127,7 +130,7 @@ def _notes(index: Index) -> str:
     return "; ".join(filter(None, [unreadable, describe(index.passed_over)]))
 
 
-def _search(model: Simla, examples: list[list], index: Index | None) -> None:
+def _search(model: Simla, examples: list[list], index: Index | None, max_tokens: int) -> None:
     def search(query: str, uploads: list[str] | None, top: float) -> list[tuple[Image.Image, str]]:
         query = checked_text(query, "what to look for")
         own = index
@@ -139,7 +142,7 @@ def _search(model: Simla, examples: list[list], index: Index | None) -> None:
                 gr.Warning(f"{Path(file).name} cannot be read and is left out")
         elif index is None:
             raise UserError("upload the images to search among first")
-        hits = model.search(own, query, top=int(top))
+        hits = model.search(own, query, top=int(top), max_tokens=max_tokens)
         return [(_thumbnail(hit.file), f"{hit.score:.2f}  {Path(hit.file).name}") for hit in hits]
 
     with gr.Row():
@@ -159,11 +162,11 @@ def _search(model: Simla, examples: list[list], index: Index | None) -> None:
     _offer(examples, [query])
 
 
-def _match(model: Simla, examples: list[list]) -> None:
+def _match(model: Simla, examples: list[list], max_tokens: int) -> None:
     def match(image: str | None, texts: str, mode: str) -> tuple[dict[str, float], Image.Image]:
         image, texts = checked_image(image), checked_lines(texts)
-        matches = dict(zip(texts, model.match(image, texts).tolist(), strict=True))
-        return matches, _heat_picture(model, image, max(matches, key=matches.get), mode)
+        matches = dict(zip(texts, model.match(image, texts, max_tokens).tolist(), strict=True))
+        return matches, _heat_picture(model, image, max(matches, key=matches.get), mode, max_tokens)
 
     with gr.Row():
         with gr.Column():
@@ -284,12 +287,14 @@ def _thumbnail(file: str) -> Image.Image:
     return image
 
 
-def _heat_picture(model: Simla, file: str, text: str, mode: str) -> Image.Image:
+def _heat_picture(
+    model: Simla, file: str, text: str, mode: str, max_tokens: int = MAX_TEXT_TOKENS
+) -> Image.Image:
     image, drawn = load_image(file), io.BytesIO()
     if image.height > MAX_HEIGHT * image.width:
         raise UserError(f"heat maps are drawn of images up to {MAX_HEIGHT} times as high as wide")
     image.thumbnail((DRAWN_SIDE, DRAWN_SIDE))
-    found = model.ground(file, text, mode=mode)
+    found = model.ground(file, text, mode=mode, max_tokens=max_tokens)
     scale = max(image.size) / max(found.width, found.height)
     boxes = [] if found.box is None else [("hottest region", [side * scale for side in found.box])]
     plot_word_maps(image, found.text, found.heat, found.words, boxes, drawn, num_columns=4)

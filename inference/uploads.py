@@ -1,5 +1,7 @@
 """What strangers send to the web page: bounds on its size, and messages that name no path of this machine."""
 
+import logging
+import threading
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -9,6 +11,7 @@ from gradio_client.utils import is_http_url_like
 from starlette.responses import PlainTextResponse
 
 from dataset.transforms import BadImage, open_content
+from inference.inputs import log_texts
 from utils import UserError
 
 MAX_UPLOAD = "20mb"  # a file
@@ -19,10 +22,14 @@ MAX_SCANS = 50  # of a JPEG, each a pass over all of its pixels; 10 are usual
 
 
 def told_to_sender(function: Callable) -> Callable:
-    """Shows what is wrong with the inputs on the page, files by their names alone."""
+    """Shows what is wrong with the inputs on the page, files by their names alone, and what is said of texts,
+    such as that one is cut.
+    """
 
     @wraps(function)
     def answer(*inputs):
+        said = _Said()
+        log_texts.addHandler(said)
         try:
             return function(*inputs)
         except (UserError, BadImage) as error:
@@ -34,8 +41,24 @@ def told_to_sender(function: Callable) -> Callable:
                 if isinstance(file, str) and Path(file).is_absolute():
                     message = message.replace(file, Path(file).name)
             raise gr.Error(message, print_exception=False) from error
+        finally:
+            log_texts.removeHandler(said)
+            for message in said.messages:
+                gr.Warning(message)
 
     return answer
+
+
+class _Said(logging.Handler):
+    """Keeps the different messages of this thread, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages, self.thread_number = {}, threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self.thread_number:
+            self.messages[record.getMessage()] = True
 
 
 def checked_image(file: str | None, name: str = "an image") -> str:

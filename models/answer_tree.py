@@ -81,7 +81,7 @@ class AnswerTree:
         num, place = used.sum(1), (used.cumsum(1) - 1).clamp(min=0)  # (B,), (B, P)
         order = used.byte().argsort(dim=1, descending=True, stable=True)[:, : int(num.max())]  # (B, n)
         path = self.path[order]  # (B, n, L-1)
-        seen = torch.zeros(*order.shape, order.shape[1], device=chosen.device)
+        seen = torch.zeros(*order.shape, order.shape[1], dtype=torch.float32, device=chosen.device)
         seen.scatter_(2, place.gather(1, path.flatten(1)).view_as(path), 1.0)
         places = place.gather(1, nodes.flatten(1)).view_as(nodes)
         return Branches(self.tokens[order], self.positions[order], seen, num, places)

@@ -115,7 +115,7 @@ def padding_mask(
 def causal_mask(attention_mask: Tensor) -> Tensor:
     """attention_mask (B, T) -> additive scores (B, 1, T, T): no token sees padding or a later token."""
     length = attention_mask.shape[1]
-    earlier = torch.ones(length, length, device=attention_mask.device).tril()
+    earlier = torch.ones(length, length, dtype=torch.float32, device=attention_mask.device).tril()
     return (1.0 - earlier * attention_mask[:, None, None, :]) * PADDING_SCORE
 
 

@@ -31,7 +31,7 @@ def starting_weights(
     if resume:
         return f"resuming {checkpoint}"
     if checkpoint:
-        report = load_weights(model, checkpoint, task)
+        report = load_weights(model, checkpoint, task, config)
         if hasattr(model, "idx_queue"):  # another data set numbers its images anew
             model.idx_queue.fill_(-100)
         if copy_twins:

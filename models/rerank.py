@@ -106,11 +106,11 @@ def rerank(
     groups = make_groups(
         own, text_mask.sum(1).cpu(), *(sizes or SIZES.get(similarity.device.type, SIZES["cuda"]))
     )
-    flat = torch.empty(int(own.sum()) + 1, device=similarity.device)
+    flat = torch.empty(int(own.sum()) + 1, dtype=torch.float32, device=similarity.device)
     for group in progress(groups):
         score_group(model, group, image_embeds, text_ids, text_mask, flat)
     counts = [int(wanted[r :: world_size()].sum()) for r in range(world_size())]
-    scores = torch.zeros(similarity.shape)
+    scores = torch.zeros(similarity.shape, dtype=torch.float32)
     for r, part in enumerate(all_gather_shares(flat[:-1], counts)):
         scores[r :: world_size()][wanted[r :: world_size()]] = part.cpu()
     scores_i2t = scores.masked_fill(~for_images, NOT_SCORED)

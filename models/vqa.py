@@ -191,7 +191,8 @@ class SIMLAVQA(MomentumModel):
         )
         cross = decoder.bert.project(questions, question_mask)
         ids = torch.full((len(image), num_beams, 1), cls_id, device=image.device)
-        scores = torch.full((len(image), num_beams), -torch.inf, device=image.device)
+        shape = len(image), num_beams
+        scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=image.device)
         scores[:, 0] = 0.0  # the others would repeat it
         for _ in range(min(max_tokens, decoder.bert.config.max_position_embeddings)):
             rows = ids.flatten(0, 1)

@@ -68,6 +68,8 @@ def test_match_and_similarity(tiny, images, ask):
     lines = ask("retrieval", "match", images[0], *texts).splitlines()
     assert [line.split(maxsplit=1)[1] for line in lines] == texts
     assert float(lines[0].split()[0]) == pytest.approx(expected[0], abs=1e-4)
+    few = ask("retrieval", "match", images[0], *texts, "--max_tokens", 2, "--json")["results"]
+    assert [row["probability"] for row in few] == model.match(images[0], texts, max_tokens=2).tolist()
 
 
 def test_encode(tiny, images, ask, tmp_path):
@@ -92,8 +94,17 @@ def test_ground(tiny, images, ask, tmp_path):
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     text = ask("retrieval", *command[:-1], tmp_path / "boxes.json")
     assert str(expected.ranked[0][0]) in text.splitlines()[1]
-    with pytest.raises(UserError, match="--boxes none: expected a JSON list"):
-        ask("retrieval", *command[:-1], "none")
+    for wrong in (
+        "none",
+        "[" * 100_000,
+        f"[[{10**400}, 0, 1, 1]]",
+        "[[0, 0, 1e308, 1e308]]",
+        "[[0, 0, 1e-200, 1]]",
+    ):
+        with pytest.raises(UserError, match=r"--boxes .*: expected a JSON list|^boxes of pair 0"):
+            ask("retrieval", *command[:-1], wrong)
+    many = json.dumps(boxes * 300)  # longer than the name of a file can be
+    assert len(ask("retrieval", *command[:-1], many, "--json")["boxes"]) == 600
 
 
 def test_search(tiny, images, ask, tmp_path):
@@ -164,8 +175,11 @@ def test_answer_entails_compare_and_keywords(tiny, images, ask, tmp_path):
         result = ask("vqa", "answer", images[0], "what is it?", "--answers", given, "--top", 2, "--json")
         pairs = [(row["answer"], row["probability"]) for row in result["results"]]
         assert pairs == vqa.answer(images[0], "what is it?", ["two", "a beach", "yes"], top=2)
-    with pytest.raises(UserError, match=r"anwsers\.json"):  # mistyped, not an answer
-        ask("vqa", "answer", images[0], "what is it?", "--answers", tmp_path / "anwsers.json")
+    for wrong in (tmp_path / "anwsers.json", "anwsers.txt", "some/answers", "my,answers.json"):
+        with pytest.raises(UserError, match=r"one of the answers is .*, and there is no such file"):
+            ask("vqa", "answer", images[0], "what is it?", "--answers", wrong)
+    many = ", ".join(f"{number} dogs" for number in range(600))
+    assert ask("vqa", "answer", images[0], "how many?", "--answers", many, "--json")["results"]
     result = ask("vqa", "answer", images[0], "what is it?", "--json")["results"]
     assert [tuple(row.values()) for row in result] == vqa.answer(images[0], "what is it?")
 
@@ -291,5 +305,5 @@ def test_the_package_has_every_module_and_says_where_the_command_is():
         folder for folder in folders if folder.parts[0] not in ("tests", "benchmarks", "docs", ".venv")
     }
     assert listed["packages"] == sorted(".".join(folder.parts) for folder in folders)
-    assert project["project"]["scripts"] == {"simla": "simla:run"} and callable(simla.run)
+    assert project["project"]["scripts"] == {"simla": "before_imports:simla"} and callable(simla.run)
     assert listed["dynamic"]["dependencies"] == {"file": "requirements.txt"}

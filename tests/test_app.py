@@ -37,8 +37,17 @@ import app
 import inference.page as page_module
 import simla
 from dataset.transforms import load_image
+from inference.inputs import log_texts
 from inference.page import DRAWN_SIDE, NUM_EXAMPLES, build_page, demo_examples, describing
-from inference.uploads import MAX_FILES, MAX_LETTERS, MAX_PIXELS, MAX_SCANS, MAX_TEXTS, checked_image
+from inference.uploads import (
+    MAX_FILES,
+    MAX_LETTERS,
+    MAX_PIXELS,
+    MAX_SCANS,
+    MAX_TEXTS,
+    checked_image,
+    told_to_sender,
+)
 from plots import plot_word_maps
 from utils import UserError, free_port
 
@@ -426,6 +435,20 @@ def test_a_jpeg_of_too_many_scans(site, tmp_path):
     Path(tmp_path, "scans.jpg").write_bytes(content[:-2] + last * MAX_SCANS + content[-2:])
     with pytest.raises(AppError, match=f"more than {MAX_SCANS} scans"):
         ask(site, "keywords", handle_file(tmp_path / "scans.jpg"), "")
+
+
+def test_what_is_said_of_texts_reaches_the_sender_once(monkeypatch):
+    said = []
+    monkeypatch.setattr("inference.uploads.gr.Warning", said.append)
+
+    def answer(text: str) -> None:
+        for number in (0, 0, 1):
+            log_texts.warning(f"{number} {text}")
+        raise UserError("no answer")
+
+    with pytest.raises(gr.Error, match="no answer"):
+        told_to_sender(answer)("is cut")
+    assert said == ["0 is cut", "1 is cut"] and not log_texts.handlers
 
 
 def test_the_box_is_where_it_was_in_the_large_image(monkeypatch):
