@@ -3,8 +3,7 @@
 make demo            (or: python demo.py [--output_dir output/demo])
 
 A second call goes on where an interrupted one stopped, and after a finished one shows its results again. This
-file imports packages where it needs them: the processes that draw the scenes import it too, and Ctrl-C is
-answered in one line while they are imported.
+file imports packages where it needs them: the processes that draw the scenes import it too.
 """
 
 if __name__ == "__main__":
@@ -32,7 +31,7 @@ GRACE_SECONDS = 15  # that the other processes have to end by themselves when on
 
 
 def run(main: Callable[[], None]) -> None:
-    """As `launch.run_script`; Ctrl-C is one line and exit code 130, while packages are imported, too."""
+    """As `launch.run_script`; Ctrl-C is one line that says how to go on, and exit code 130."""
 
     def main_until_interrupted() -> None:
         try:
@@ -40,12 +39,9 @@ def run(main: Callable[[], None]) -> None:
         except KeyboardInterrupt:
             end_interrupted()
 
-    try:
-        from launch import run_script
+    from launch import run_script
 
-        run_script(main_until_interrupted)
-    except KeyboardInterrupt:
-        end_interrupted()
+    run_script(main_until_interrupted)
 
 
 def end_interrupted() -> NoReturn:
