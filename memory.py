@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from models.bert import Attention
 from models.vit import without_memory
 from training import Losses, set_checkpointing
 from utils import PRECISIONS, as_one_process, autocast
@@ -91,8 +92,10 @@ def _run(
     with without_memory():
         model, *others = build()
     set_checkpointing(model.train(), config["checkpoint_activations"])
-    for module in model.modules():
-        if without_dropout and hasattr(module, "dropout_prob"):
+    for module in model.modules() if without_dropout else ():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, Attention):
             module.dropout_prob = 0.0
     on_this_thread = torch.autograd.set_multithreading_enabled(False)  # where the account is kept
     account = Account()
@@ -180,15 +183,25 @@ class Account(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fused_attention(account: Account) -> Iterator[None]:
-    """F.scaled_dot_product_attention as GPUs and CPUs have it in one kernel, without a map in memory. (Where
-    torch has no such kernel, as for tensors without numbers, it makes the map.) It is replaced by name, since
-    torch's modes are off in a backward pass, which may compute layers again.
+    """F.scaled_dot_product_attention as GPUs have it in one kernel, without a map in memory, and CPUs without
+    dropout. (Where torch has no such kernel, as for tensors without numbers, it makes the map.) It is
+    replaced by name, since torch's modes are off in a backward pass, which may compute layers again.
     """
+    theirs = F.scaled_dot_product_attention
 
-    def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, *_) -> Tensor:
-        return _Fused.apply(query, keys, values, mask, account)
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if dropout_p and query.device.type == "cpu":
+            return theirs(query, key, value, attn_mask, dropout_p, is_causal)
+        return _Fused.apply(query, key, value, attn_mask, account)
 
-    theirs, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attend
+    F.scaled_dot_product_attention = attend
     try:
         yield
     finally:

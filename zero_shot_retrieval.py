@@ -86,7 +86,7 @@ def encode_images(
     precision, pinned = PRECISIONS[config["precision"]], device.type == "cuda"
     size = model.visual_encoder.pos_embed.shape[1:]  # N, D
     states = torch.empty(own, *size, dtype=precision, pin_memory=pinned)
-    feats = torch.empty(own, model.vision_proj.out_features, device=device)
+    feats = torch.empty(own, model.embed_dim, device=device)
     loader = test_loader(data, config["batch_size_test"], config["num_workers"], collate, pinned)
     for batch in with_progress(stop_at_unreadable(loader), len(loader), "Images", config["log_steps"]):
         rows = batch["index"] // world_size()

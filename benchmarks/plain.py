@@ -1,59 +1,25 @@
 """The pre-training and retrieval steps as they are written down, one pass after the other: what the training
-benchmark compares with. Same weights, same losses, nothing shared, nothing left out.
+benchmark compares with. Same layers, same weights, same losses, nothing shared, nothing left out.
 
-Every pass projects the image's keys and values anew, for true pairs, negatives and masked words; attention is
-an explicit softmax; heads predict at every token; negatives are drawn row by row; the twins move one by one.
+Every pass projects the image's keys and values anew, for true pairs, negatives and masked words; every layer
+computes every token; heads predict at every token; negatives are drawn row by row; the twins move one by one.
 B batch, N image tokens, T text tokens.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from models import losses
 from models.align import Draws, unit_features
-from models.bert import AddNorm, Attention, BertModel, padding_mask
+from models.bert import BertModel
 from models.pretrain import SIMLA
 from models.retrieval import SIMLARetrieval
 
 
-def add_norm(output: AddNorm, x: Tensor, residual: Tensor) -> Tensor:
-    dropped = F.dropout(output.dense(x), output.dropout_prob, output.training)
-    return output.LayerNorm(dropped + residual)
-
-
-def attend(
-    attention: Attention, hidden: Tensor, states: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """hidden (B, T, D) reads states (B, S, D) -> (B, T, D) and the map (B, H, T, S)"""
-    keys, values = attention.project(states)
-    probabilities = attention.attention_map(hidden, keys, mask)
-    dropped = F.dropout(probabilities, attention.dropout_prob, attention.training)
-    context = (dropped @ values).transpose(1, 2).reshape(hidden.shape)
-    return add_norm(attention.output, context, hidden), probabilities
-
-
-def encode(
-    bert: BertModel,
-    hidden: Tensor,
-    mask: Tensor | None,
-    states: Tensor | None = None,
-    states_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Last states (B, T, D) of embeddings (B, T, D), and the last layer's self-attention map."""
-    for layer in bert.encoder.layer:
-        hidden, probabilities = attend(layer.attention, hidden, hidden, mask)
-        if states is not None:
-            hidden, _ = attend(layer.crossattention, hidden, states, states_mask)
-        hidden = add_norm(layer.output, F.gelu(layer.intermediate.dense(hidden)), hidden)
-    return hidden, probabilities
-
-
-def read(bert: BertModel, ids: Tensor, mask: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return encode(bert, bert.embeddings(ids), padding_mask(mask), states)
+def read(bert: BertModel, ids: Tensor, mask: Tensor, states: Tensor | None = None) -> Tensor:
+    """Returns the last states (B, T, D) of texts (B, T), which read image states (B, N, D) if given any."""
+    return bert(ids, mask, None if states is None else bert.project(states))
 
 
 @torch.no_grad()
@@ -67,20 +33,12 @@ def draw(weights: Tensor) -> Tensor:
     return torch.tensor([torch.multinomial(row, 1).item() for row in weights], device=weights.device)
 
 
-def plain_blocks(model: SIMLA | SIMLARetrieval) -> None:
-    """timm's blocks as timm has them, but with explicit attention."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.attn.fused_attn = False
-            module.forward = partial(Block.forward, module)
-
-
 class PlainAlignment:
     """ITA and ITM, for both models."""
 
     def align(self, bert, bert_m, image, text_ids, text_mask, positives, same, alpha, draws, idx=None):
         image_embeds = self.visual_encoder(image)
-        text_embeds, _ = read(bert, text_ids, text_mask)
+        text_embeds = read(bert, text_ids, text_mask)
         feats = (
             unit_features(self.vision_proj, image_embeds[:, 0]),
             unit_features(self.text_proj, text_embeds[:, 0]),
@@ -88,7 +46,7 @@ class PlainAlignment:
         with torch.no_grad():
             move_twins(self)
             image_embeds_m = self.visual_encoder_m(image)
-            text_embeds_m, _ = read(bert_m, text_ids, text_mask)
+            text_embeds_m = read(bert_m, text_ids, text_mask)
             feats_m = (
                 unit_features(self.vision_proj_m, image_embeds_m[:, 0]),
                 unit_features(self.text_proj_m, text_embeds_m[:, 0]),
@@ -100,8 +58,8 @@ class PlainAlignment:
             weights_i2t, has_text = losses.negative_weights(sim_i2t, same)
         image_neg = draw(weights_t2i) if draws is None else draws.image_neg
         text_neg = draw(weights_i2t) if draws is None else draws.text_neg
-        true, _ = read(bert, text_ids, text_mask, image_embeds)
-        negative, _ = read(
+        true = read(bert, text_ids, text_mask, image_embeds)
+        negative = read(
             bert,
             torch.cat([text_ids, text_ids[text_neg]]),
             torch.cat([text_mask, text_mask[text_neg]]),
@@ -137,33 +95,32 @@ class PlainSIMLA(PlainAlignment, SIMLA):
         )
 
         masked = mlm_labels != -100
-        hidden, _ = read(bert, mlm_ids, text_mask, image_embeds)
+        hidden = read(bert, mlm_ids, text_mask, image_embeds)
         logits = self.text_encoder.predict(hidden)  # (B, T, V)
         with torch.no_grad():
-            hidden_m, _ = read(bert_m, mlm_ids, text_mask, image_embeds_m)
+            hidden_m = read(bert_m, mlm_ids, text_mask, image_embeds_m)
             soft_words = self.text_encoder_m.predict(hidden_m).softmax(-1)
         hard = F.cross_entropy(logits.flatten(0, 1), mlm_labels.flatten(), ignore_index=-100)
         soft = losses.soft_cross_entropy(logits, soft_words)[masked].mean()
         loss_mlm = (1 - alpha) * hard + alpha * soft
 
         words = bert.embeddings(text_ids)
-        words_mask = padding_mask(text_mask, torch.finfo(torch.float32).min)
         masked_embeds = self.visual_encoder(image, patch_mask)
-        patches, _ = encode(bert, bert.embeddings(inputs_embeds=masked_embeds), None, words, words_mask)
+        patches = bert(inputs_embeds=masked_embeds, cross=bert.project(words, text_mask))
         logits = self.mim_head(patches[:, 1:])  # (B, N-1, codes)
         with torch.no_grad():
             masked_embeds_m = self.visual_encoder_m(image, patch_mask)
-            embeddings_m = bert_m.embeddings(inputs_embeds=masked_embeds_m)
-            patches_m, _ = encode(bert_m, embeddings_m, None, words, words_mask)
+            patches_m = bert_m(inputs_embeds=masked_embeds_m, cross=bert_m.project(words, text_mask))
             soft_codes = self.mim_head_m(patches_m[:, 1:]).softmax(-1)
         hard = F.cross_entropy(logits[patch_mask], visual_codes[patch_mask])
         soft = losses.soft_cross_entropy(logits, soft_codes)[patch_mask].mean()
         loss_mim = (1 - alpha) * hard + alpha * soft
 
         with torch.no_grad():
-            _, attention = read(bert_m, text_ids, text_mask, image_embeds)
+            before_last = bert_m.before_last(text_ids, text_mask, bert_m.project(image_embeds))
+            attention = bert_m.last_self_attention(*before_last)
             positions, counted = losses.choose_keywords(losses.keyword_votes(attention[:, :, 0], text_mask))
-            vocab_size = self.concept_head.out_features
+            vocab_size = bert.config.vocab_size
             target = losses.keyword_targets(text_ids, positions, counted, vocab_size, self.cls_id)
             logits_m = self.concept_head_m(feats_m[0])
         loss_psl = losses.psl_loss(self.concept_head(feats[0]), target, logits_m, alpha)

@@ -28,7 +28,7 @@ from measure import (
     row,
     utilization,
 )
-from plain import PlainRetrieval, PlainSIMLA, plain_blocks
+from plain import PlainRetrieval, PlainSIMLA
 from torch.profiler import ProfilerActivity, profile
 
 from config import PRETRAIN, RETRIEVAL, read_config
@@ -160,7 +160,6 @@ def measure(args: argparse.Namespace) -> dict:
     is_plain = args.measure == "plain"
     model = (plain if is_plain else ours).from_config(config, **extra).to(device)
     if is_plain:
-        plain_blocks(model)
         groups = param_groups(model.named_parameters(), 0.02)
         optimizer = torch.optim.AdamW(groups, lr=1e-4)
     else:

@@ -164,7 +164,7 @@ class Simla:
                 features, "features of images"
             )
 
-        sizes = (*self.model.visual_encoder.pos_embed.shape[1:], self.model.vision_proj.out_features)
+        sizes = (*self.model.visual_encoder.pos_embed.shape[1:], self.model.embed_dim)
         res, batch_size = self.config["image_res"], self.config["batch_size_test"]
         return build_index(images, folder, encode, sizes, res, batch_size, self.image_side)
 

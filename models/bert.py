@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from models.lean import attend, dropout, gelu_linear
-from models.recompute import run_layer
 from utils import UserError
 
 PADDING_SCORE = -10000.0  # finite, so that a row of nothing but padding stays finite
@@ -129,7 +128,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(2, config.hidden_size) if token_types else None
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout_prob = config.hidden_dropout_prob
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
         self,
@@ -140,17 +139,18 @@ class Embeddings(nn.Module):
         """input_ids (B, T) or inputs_embeds (B, T, D); position_ids (B, T), None = 0 to T-1 -> (B, T, D)"""
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
-        length, limit = inputs_embeds.shape[1], self.position_embeddings.num_embeddings
+        length, limit = inputs_embeds.shape[1], self.position_ids.shape[1]
         if position_ids is None and length > limit:
             raise UserError(
                 f"a sequence of {length} tokens is longer than the {limit} positions of the text encoder; "
                 "truncate the text, lower image_res, or raise max_position_embeddings in bert_config"
             )
-        table = self.position_embeddings.weight
-        positions = table[:length] if position_ids is None else table[position_ids]
+        if position_ids is None:
+            position_ids = self.position_ids[:, :length]
+        positions = self.position_embeddings(position_ids)
         if self.token_type_embeddings is not None:
-            positions = positions + self.token_type_embeddings.weight[0]
-        return dropout(self.LayerNorm(inputs_embeds + positions), self.dropout_prob, self.training)
+            positions = positions + self.token_type_embeddings(torch.zeros_like(position_ids))
+        return self.dropout(self.LayerNorm(inputs_embeds + positions))
 
 
 class Projections(nn.Module):
@@ -168,13 +168,10 @@ class AddNorm(nn.Module):
         super().__init__()
         self.dense = nn.Linear(in_width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout_prob = config.hidden_dropout_prob
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.add(self.dense(x), residual)
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(dropout(x, self.dropout_prob, self.training) + residual)
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
 class Attention(nn.Module):
@@ -233,7 +230,7 @@ class Attention(nn.Module):
         probability = self.dropout_prob if self.training else 0.0
         if mask is not None:  # the lowest float32 would be -inf in half precision
             mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
-        context = attend(self._heads(long), keys, values, mask, probability)
+        context = F.scaled_dot_product_attention(self._heads(long), keys, values, mask, probability)
         return context.transpose(1, 2).reshape(query.shape)
 
 
@@ -241,6 +238,9 @@ class Intermediate(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.gelu(self.dense(hidden))  # (..., D) -> (..., intermediate_size)
 
 
 class Layer(nn.Module):
@@ -271,8 +271,7 @@ class Layer(nn.Module):
         return self.feed_forward(hidden)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        wide = self.intermediate.dense(hidden)
-        return self.output.add(gelu_linear(wide, self.output.dense), hidden)
+        return self.output(self.intermediate(hidden), hidden)
 
 
 class Encoder(nn.Module):
@@ -336,23 +335,24 @@ class BertModel(nn.Module):
         causal: bool = False,
         position_ids: Tensor | None = None,
         places: Tensor | None = None,
+        first_only: bool = False,
     ) -> Tensor:
-        """Last hidden states (B, T, D) of tokens (B, T) or of another encoder's states (B, T, D).
+        """Returns the last hidden states (B, T, D) of tokens (B, T) or of another encoder's states (B, T, D).
 
         attention_mask (B, T), None = no padding, or (B, T, T): which token sees which; causal: no token sees
         a later one (attention_mask (B, T) must be given); position_ids (B, T), None = 0 to T-1; places (M,):
-        numbers of the tokens, among the B * T, whose states are wanted -> (M, D). Raises UserError when T
-        exceeds the position table.
+        numbers of the tokens, among the B * T, whose states are wanted -> (M, D); first_only: the last layer
+        computes no state but every row's first -> (B, 1, D). Raises UserError when T exceeds the position
+        table.
         """
         hidden, mask = self.before_last(input_ids, attention_mask, cross, inputs_embeds, causal, position_ids)
-        return self.run_layer(-1, hidden, mask, cross, places)
+        return self.run_layer(-1, hidden, mask, cross, places, first_only)
 
     def first_state(
         self, input_ids: Tensor, attention_mask: Tensor, cross: CrossStates | None = None
     ) -> Tensor:
-        """`forward` for the first token alone (B, D): the last layer computes no other."""
-        hidden, mask = self.before_last(input_ids, attention_mask, cross)
-        return self.run_layer(-1, hidden, mask, cross, first_only=True)[:, 0]
+        """Returns the last state of every row's first token alone, (B, D)."""
+        return self(input_ids, attention_mask, cross, first_only=True)[:, 0]
 
     def before_last(
         self,
@@ -379,11 +379,13 @@ class BertModel(nn.Module):
         places: Tensor | None = None,
         first_only: bool = False,
     ) -> Tensor:
-        """Layer i, as `Layer` says; with `checkpoint_activations` the backward pass computes it again instead
-        of keeping what it needs.
+        """Returns what layer i makes of `hidden`, as `Layer` says; with `checkpoint_activations` the backward
+        pass computes it again instead of keeping what it needs.
         """
         inputs = hidden, mask, None if cross is None else cross.layer(i), places, first_only
-        return run_layer(self.encoder.layer[i], *inputs, again=self.checkpoint_activations)
+        if self.checkpoint_activations:
+            return checkpoint(self.encoder.layer[i], *inputs, use_reentrant=False)
+        return self.encoder.layer[i](*inputs)
 
     def last_self_attention(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """The last layer's self-attention map (B, H, T, T) of the states before it, (B, T, D)."""
@@ -397,6 +399,9 @@ class PredictionTransform(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(hidden)))  # (..., D) -> (..., D)
 
 
 class PredictionHead(nn.Module):
@@ -414,7 +419,7 @@ class PredictionHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V)"""
-        return self.decoder(self.transform.LayerNorm(F.gelu(self.transform.dense(hidden))))
+        return self.decoder(self.transform(hidden))
 
 
 class BertForMaskedLM(nn.Module):

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from utils import UserError
+
 
 def make_twin(module: nn.Module, twin: nn.Module) -> nn.Module:
     """`twin` with the weights of `module` and without gradients."""
@@ -39,9 +41,21 @@ class MomentumModel(nn.Module):
 
 @torch.no_grad()
 def update_twins(pairs: list[tuple[nn.Module, nn.Module]], momentum: float) -> None:
-    """twin <- momentum * twin + (1 - momentum) * online, over all (online, twin) pairs at once."""
-    online = [p for module, _ in pairs for p in module.parameters()]
-    twins = [p for _, twin in pairs for p in twin.parameters()]
+    """twin <- momentum * twin + (1 - momentum) * online, over all (online, twin) pairs at once.
+
+    Raises UserError where a twin is not made as its online module is, adapters included.
+    """
+    online, twins = [], []
+    for module, twin in pairs:
+        ours, theirs = dict(module.named_parameters()), dict(twin.named_parameters())
+        if differing := ours.keys() ^ theirs.keys():
+            raise UserError(
+                f"a momentum twin must be made as its online {type(module).__name__} is, but only one of the "
+                f"two has {min(differing)}; put into the twin (NAME_m beside NAME) what was put into the "
+                "online module"
+            )
+        online += ours.values()
+        twins += theirs.values()
     torch._foreach_mul_(twins, momentum)
     torch._foreach_add_(twins, online, alpha=1.0 - momentum)
 

@@ -135,16 +135,14 @@ class SIMLA(AlignmentModel):
         loss_ita, sim_i2t, sim_t2i = self._ita(feats, feats_m, positives, alpha)
         self._enqueue(feats_m)
         negatives = self._negatives(sim_i2t, sim_t2i, itself, draws or Draws())
-        words_m, attention_m = self._momentum_reads(
-            image_embeds, image_embeds_m, text_ids, text_mask, mlm_ids, mlm_places
-        )
+        logits_m = self._word_logits_m(image_embeds_m, mlm_ids, text_mask, mlm_places)
         loss_itm, loss_mlm = self._itm_mlm(
-            image_embeds, text_ids, text_mask, mlm_ids, mlm_labels, mlm_places, negatives, words_m, alpha
+            image_embeds, text_ids, text_mask, mlm_ids, mlm_labels, mlm_places, negatives, logits_m, alpha
         )
         loss_mim = self._mim(
             masked_embeds, masked_embeds_m, text_ids, text_mask, mim_places, visual_codes, alpha
         )
-        loss_psl = self._psl(image_feat, image_feat_m, attention_m, text_ids, text_mask, alpha)
+        loss_psl = self._psl(image_embeds, image_feat, image_feat_m, text_ids, text_mask, alpha)
         return {
             "loss_ita": loss_ita,
             "loss_itm": loss_itm,
@@ -154,30 +152,26 @@ class SIMLA(AlignmentModel):
         }
 
     @torch.no_grad()
-    def _momentum_reads(
-        self,
-        image_embeds: Tensor,
-        image_embeds_m: Tensor,
-        text_ids: Tensor,
-        text_mask: Tensor,
-        mlm_ids: Tensor,
-        mlm_places: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """What the momentum encoder makes of image and text, for MLM and PSL: one batch of 2B rows, up to the
-        last layer.
-
-        -> logits at the masked words (M, V), of the text with masked words and the momentum image states, or
-        with mlm_distill_over_sequence everywhere (B, T, V); the last layer's self-attention map (B, H, T, T)
-        of the whole text and the online image states
+    def _word_logits_m(
+        self, image_embeds_m: Tensor, mlm_ids: Tensor, text_mask: Tensor, mlm_places: Tensor
+    ) -> Tensor:
+        """Returns the momentum encoder's logits at the masked words (M, V), the targets of MLM, or with
+        mlm_distill_over_sequence everywhere (B, T, V).
         """
-        bert_m, batch = self.text_encoder_m.bert, len(text_ids)
-        last = bert_m.encoder.layer[-1]
-        cross = bert_m.project(torch.cat([image_embeds_m, image_embeds]), num_layers=-1)
-        cross.keys_values.append(last.crossattention.project(image_embeds_m))
-        hidden, mask = bert_m.before_last(torch.cat([mlm_ids, text_ids]), torch.cat([text_mask] * 2), cross)
+        bert_m = self.text_encoder_m.bert
         places = None if self.mlm_distill_over_sequence else mlm_places
-        words = bert_m.run_layer(-1, hidden[:batch], mask[:batch], cross, places)
-        return self.text_encoder_m.predict(words), bert_m.last_self_attention(hidden[batch:], mask[batch:])
+        hidden = bert_m(mlm_ids, text_mask, bert_m.project(image_embeds_m), places=places)
+        return self.text_encoder_m.predict(hidden)
+
+    @torch.no_grad()
+    def _attention_m(self, image_embeds: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Returns how much [CLS] attends to every word in the momentum encoder's last self-attention,
+        (B, H, T), the text having read the online image states (B, N, D): where PSL finds its keywords.
+        """
+        bert_m = self.text_encoder_m.bert
+        cross = bert_m.project(image_embeds, num_layers=-1)  # the last layer does not come to read it
+        hidden, mask = bert_m.before_last(text_ids, text_mask, cross)
+        return bert_m.last_self_attention(hidden, mask)[:, :, 0]
 
     def _itm_mlm(
         self,
@@ -240,17 +234,18 @@ class SIMLA(AlignmentModel):
 
     def _psl(
         self,
+        image_embeds: Tensor,
         image_feat: Tensor,
         image_feat_m: Tensor,
-        attention_m: Tensor,
         text_ids: Tensor,
         text_mask: Tensor,
         alpha: float,
     ) -> Tensor:
         """The words that the momentum encoder's [CLS] attends to most, predicted from the image feature."""
         with torch.no_grad():
-            _, positions, counted = self._choose_keywords(attention_m[:, :, 0], text_mask)
-            vocab_size = self.concept_head.out_features
+            attention = self._attention_m(image_embeds, text_ids, text_mask)
+            _, positions, counted = self._choose_keywords(attention, text_mask)
+            vocab_size = self.text_encoder.bert.config.vocab_size
             target = losses.keyword_targets(text_ids, positions, counted, vocab_size, self.cls_id)
             logits_m = self.concept_head_m(image_feat_m)
         return losses.psl_loss(self.concept_head(image_feat), target, logits_m, alpha)
@@ -266,10 +261,7 @@ class SIMLA(AlignmentModel):
         encoder's attention from [CLS] to every word (B, H, T), the votes of its heads (B, T; padding -1) and
         which places are keywords (B, T) bool, [CLS] never
         """
-        bert_m = self.text_encoder_m.bert
-        cross = bert_m.project(self.visual_encoder(image), num_layers=-1)
-        hidden, mask = bert_m.before_last(text_ids, text_mask, cross)
-        attention = bert_m.last_self_attention(hidden, mask)[:, :, 0]
+        attention = self._attention_m(self.visual_encoder(image), text_ids, text_mask)
         votes, positions, counted = self._choose_keywords(attention, text_mask)
         chosen = torch.zeros_like(votes, dtype=torch.bool).scatter(1, positions, counted)
         return attention, votes, chosen & (text_ids != self.cls_id)

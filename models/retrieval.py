@@ -35,6 +35,7 @@ class SIMLARetrieval(AlignmentModel):
         super().__init__()
         self.momentum = momentum
         self.frozen_idx_queue = frozen_idx_queue
+        self.embed_dim = embed_dim
         width = vit["embed_dim"]
         self.visual_encoder = VisionTransformer(**vit)
         self.text_encoder = BertModel(bert)

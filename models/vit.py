@@ -9,14 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
-from models.lean import gelu_linear, norm_linear
-from models.recompute import run_layer
 from utils import UserError
 
 
@@ -50,18 +48,11 @@ def vit_sizes(config: dict) -> dict:
     }
 
 
-class LeanBlock(Block):
-    """timm's block without dropout and layer scale."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        context = F.scaled_dot_product_attention(*project(self, tokens))
-        return feed_forward(self, tokens + self.attn.proj(context.transpose(1, 2).flatten(2)))
-
-
 class VisionTransformer(TimmVisionTransformer):
     """ViT whose masked patches are replaced by a learned token before positions are added (BEiT).
 
-    State-dict names are timm's, plus `mask_token` where `mask_token=True`.
+    The blocks, and the state-dict names, are timm's; `mask_token=True` adds `mask_token`. With
+    `checkpoint_activations` the backward pass computes a block again instead of keeping what it needs.
     """
 
     def __init__(
@@ -89,7 +80,6 @@ class VisionTransformer(TimmVisionTransformer):
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),
-            block_fn=LeanBlock,
             num_classes=0,
             global_pool="",
             weight_init="jax",  # Xavier: with timm's std of 0.02 narrow models start from scratch slowly
@@ -114,28 +104,21 @@ class VisionTransformer(TimmVisionTransformer):
         """
         tokens = self.embed(image, patch_mask)
         for block in self.blocks:
-            tokens = run_layer(block, tokens, again=self.checkpoint_activations)
+            if self.checkpoint_activations:
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
         return self.norm(tokens)
 
 
-def project(block: Block, tokens: Tensor) -> Tensor:
-    """Queries, keys and values of a block's self-attention (3, B, H, N, d) of tokens (B, N, D)."""
-    projected = norm_linear(tokens, block.norm1, block.attn.qkv)
-    return projected.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-
-
-def feed_forward(block: Block, tokens: Tensor) -> Tensor:
-    """The second half of a block: (B, N, D) -> (B, N, D)"""
-    return tokens + gelu_linear(norm_linear(tokens, block.norm2, block.mlp.fc1), block.mlp.fc2)
-
-
 def attention_map(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """A block's self-attention probabilities (B, H, N, N) and values (B, H, N, d) of tokens (B, N, D)."""
-    query, keys, values = project(block, tokens)
+    """Returns a block's self-attention map (B, H, N, N) and its values (B, H, N, d) for tokens (B, N, D)."""
+    projected = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1))
+    query, keys, values = projected.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
     return (query @ keys.transpose(-1, -2) * block.attn.scale).softmax(-1), values
 
 
 def read(block: Block, probabilities: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
-    """The rest of the block after `attention_map` -> (B, N, D)."""
-    context = (probabilities @ values).transpose(1, 2).flatten(2)
-    return feed_forward(block, tokens + block.attn.proj(context))
+    """Returns the block's output (B, N, D) from what `attention_map` gave for the same tokens (B, N, D)."""
+    tokens = tokens + block.attn.proj((probabilities @ values).transpose(1, 2).flatten(2))
+    return tokens + block.mlp(block.norm2(tokens))

@@ -1,0 +1,135 @@
+"""Modules are called, so that hooks and adapters work in training as they do in evaluation."""
+
+import re
+
+import pytest
+import torch
+from models_for_tests import (
+    TINY_BERT,
+    TINY_VIT,
+    check_gradients,
+    shake,
+    tiny_batch,
+    tiny_pretrain_model,
+    tiny_texts,
+)
+from test_ve_nlvr_models import batch_of
+from test_ve_nlvr_models import tiny_model as tiny_classifier
+from test_vqa_model import tiny_batch as tiny_questions
+from test_vqa_model import tiny_model as tiny_vqa_model
+from torch import Tensor, nn
+
+from models.bert import AddNorm, Attention, BertModel, Intermediate, Layer, PredictionTransform
+from models.momentum import MomentumModel
+from models.retrieval import SIMLARetrieval
+from models.vit import Block, VisionTransformer
+from training import set_checkpointing
+from utils import UserError
+
+TASKS = ("Pretrain", "Retrieval", "VQA", "VE", "NLVR", "Pretrain_NLVR")
+NOT_COMPUTED = {  # by any loss of the task
+    "Retrieval": r"text_encoder_m\..*crossattention",  # its momentum targets are those of the contrast
+    "Pretrain_NLVR": r"text_proj$",  # only images are compared, to find negatives
+}
+WITHOUT_GRADIENT = {"Pretrain_NLVR": ("text_proj", "vision_proj")}
+CALLED = (AddNorm, Attention, BertModel, Block, Intermediate, Layer, PredictionTransform, VisionTransformer)
+ADAPTED = nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv2d
+
+
+class Adapter(nn.Module):
+    """What a layer gives, its weights frozen, and a trained multiple of it."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.scale = layer.requires_grad_(False), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.layer(*inputs) * (1 + self.scale)
+
+
+def adapt(model: nn.Module, end: str = "") -> dict[str, Adapter]:
+    """Wraps every layer with weights, or those whose names end so."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, ADAPTED)]
+    adapters = {name: Adapter(module) for name, module in layers if name.endswith(end)}
+    for name, adapter in adapters.items():
+        model.set_submodule(name, adapter)
+    return adapters
+
+
+def model_and_batch(task: str) -> tuple[MomentumModel, dict]:
+    """In training mode, with the keyword arguments of a step."""
+    if task == "Pretrain":
+        model, batch = shake(tiny_pretrain_model()), tiny_batch(4)
+    elif task == "Retrieval":
+        model = shake(SIMLARetrieval({**TINY_VIT, "mask_token": True}, TINY_BERT, embed_dim=8, queue_size=12))
+        pairs = {name: tiny_batch(4)[name] for name in ("image", "text_ids", "text_mask", "alpha")}
+        batch = {**pairs, "idx": torch.arange(4)}
+    elif task == "VQA":
+        model, batch = tiny_vqa_model({**TINY_VIT, "mask_token": True}), {**tiny_questions(), "alpha": 0.4}
+    else:
+        model, batch = tiny_classifier(task), batch_of(task)
+        if task != "Pretrain_NLVR":
+            batch |= {"label": torch.arange(4) % model.num_classes, "alpha": 0.4}
+    return model.train(), batch
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_hook_on_every_layer_fires_in_a_training_step(task, again):
+    model, batch = model_and_batch(task)
+    set_checkpointing(model, again)
+    expected, fired = set(), set()
+    for name, module in model.named_modules():
+        has_weights = any(True for _ in module.parameters(recurse=False))
+        if name and (has_weights or isinstance(module, CALLED)):
+            expected.add(name)
+            module.register_forward_hook(lambda *_, name=name: fired.add(name))
+    sum(model(**batch).values()).backward()
+    check_gradients(model)
+    never = NOT_COMPUTED.get(task, "$^")
+    assert {name for name in expected - fired if not re.search(never, name)} == set()
+    assert len(fired) > 40
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize("task", TASKS)
+def test_an_adapter_round_any_layer_gets_a_gradient(task, again):
+    model, batch = model_and_batch(task)
+    adapters = adapt(model)
+    set_checkpointing(model, again)
+    sum(model(**batch).values()).backward()
+    assert len(adapters) > 40
+    for name, adapter in adapters.items():
+        if "_m." in name or name.endswith("_m") or name.startswith(WITHOUT_GRADIENT.get(task, " ")):
+            assert adapter.scale.grad is None, name
+        else:
+            assert adapter.scale.grad.isfinite() and adapter.scale.grad != 0, name
+
+
+def test_encoders_give_the_same_with_and_without_gradient():
+    image = torch.randn(2, 3, 24, 24)
+    texts = tiny_texts([5, 3], 6, torch.Generator().manual_seed(3))
+    for adapted in (False, True):
+        vit, bert = shake(VisionTransformer(**TINY_VIT)), shake(BertModel(TINY_BERT))
+        if adapted:
+            adapt(vit)
+            adapt(bert)
+
+        def compute(vit=vit, bert=bert) -> list[Tensor]:
+            states = vit(image)
+            cross = bert.project(states)
+            return [states, bert(*texts), bert(*texts, cross), bert.first_state(*texts, cross)]
+
+        with_gradient = compute()
+        with torch.no_grad():
+            without = compute()
+        for one, other in zip(with_gradient, without, strict=True):
+            assert one.requires_grad and torch.equal(one, other)
+
+
+def test_what_is_put_into_a_module_alone_and_not_into_its_twin_is_named():
+    model, batch = model_and_batch("VE")
+    adapt(model.visual_encoder, "blocks.0.mlp.fc2")
+    expected = "online VisionTransformer is, but only one of the two has blocks.0.mlp.fc2.bias"
+    with pytest.raises(UserError, match=expected):
+        model(**batch)
