@@ -78,7 +78,7 @@ class Training:
         set_checkpointing(model, config["checkpoint_activations"])
         if config["compile"]:
             compile_layers(model)
-        self.model, self.ddp_model = model, distribute(model, device, config["grad_accumulation_steps"])
+        self.model, self.ddp_model = model, distribute(model, device)
         self.loader, self.losses, self.config, self.device = loader, losses, config, device
         self.tokenizer = tokenizer_text(loader.collate_fn.tokenizer)  # what the texts were read with
         self.output_dir, self.seed, self.run = args.output_dir, args.seed, args.run
@@ -375,7 +375,7 @@ def compile_layers(model: nn.Module) -> None:
             module.compile(dynamic=True)
 
 
-def distribute(model: MomentumModel, device: torch.device, accumulation: int = 1) -> nn.Module:
+def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
     """The model on its device, wrapped for data-parallel training where there are several ranks.
 
     Buffers are made equal once and not broadcast every step: the queues take the same gathered features
@@ -384,11 +384,6 @@ def distribute(model: MomentumModel, device: torch.device, accumulation: int = 1
     model = model.to(device)
     if world_size() == 1:
         return model
-    # Of more than two ranks the order of a sum depends on the bucket, and after its first step the wrapper
-    # sorts gradients into other buckets unless told to look for unused ones: resumed, sums would differ.
-    same_buckets = device.type == "cpu" and world_size() > 2
-    if same_buckets:
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified")
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     known = inspect.signature(DistributedDataParallel).parameters
@@ -396,9 +391,11 @@ def distribute(model: MomentumModel, device: torch.device, accumulation: int = 1
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )  # its older name
     devices = [device.index] if device.type == "cuda" else None
-    # Every step reaches the same parameters; the wrapper has no such mode for steps of several batches.
-    is_static = not same_buckets and accumulation == 1
-    # Parameters that no loss reaches would keep the wrapper waiting for their gradient.
+    # Parameters that the losses do not reach would keep the wrapper waiting for their gradient: it looks for
+    # them, since a script may leave a loss out; those that no task trains need no looking for. Without
+    # looking it would also sort gradients into other buckets after its first step, so that of more than two
+    # ranks a resumed run would add in another order.
+    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified")
     ignored = [name for name, _ in model.named_parameters() if name.startswith(model.without_gradient)]
     ignored += [f".{name}" for name in ignored]  # what the wrapper calls those of the outermost module
     model._ddp_params_and_buffers_to_ignore = ignored
@@ -406,8 +403,7 @@ def distribute(model: MomentumModel, device: torch.device, accumulation: int = 1
         model,
         devices,
         gradient_as_bucket_view=True,
-        find_unused_parameters=same_buckets,
-        static_graph=is_static,
+        find_unused_parameters=True,
         **{no_sync: False},
     )
 

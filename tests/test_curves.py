@@ -85,6 +85,20 @@ def test_a_loss_at_chance_is_pointed_out_once(num_steps, patience, caplog):
             assert named == [f"loss_{name}" for name in stuck] and "learning rate" in message
 
 
+def test_a_run_may_have_any_set_of_losses(caplog):
+    """One is left out, and one is there that no table knows."""
+    check = ChanceCheck(demo_config("Pretrain"))
+    for absent in check.levels:
+        means = {name: level for name, level in check.levels.items() if name != absent} | {"loss_own": 1.0}
+        caplog.clear()
+        check.look(means, 0, 25, 12)
+        check.look(means, 450, 475, 935)
+        (message,) = [record.message for record in caplog.records]
+        assert [name for name in check.levels if f"{name} " in message.partition(". Usual")[0]] == [
+            name for name in check.levels if name != absent
+        ]
+
+
 def write_run(folder, config: dict, steps: list[dict], epochs: list[dict]):
     folder.mkdir()
     for name, records in (("train_steps.jsonl", steps), ("log.txt", epochs)):

@@ -48,6 +48,14 @@ def test_each_rank_has_its_recorded_losses(results):
         check_losses(losses, recorded, 5e-6)
 
 
+def test_a_script_may_leave_a_loss_out(results):
+    for one, other in zip(*(results[2, rank]["without a loss"] for rank in range(2)), strict=True):
+        assert {name for name, grad in one.items() if grad is None} >= {"mim_head.weight", "mim_head.bias"}
+        for name, grad in one.items():
+            assert (grad is None and other[name] is None) or torch.equal(grad, other[name]), name
+        assert one["vision_proj.weight"].norm() > 0
+
+
 def test_buffers_that_differ_are_made_those_of_rank_0(results):
     for rank in range(2):
         for name, value in results[2, 0]["buffers"]["before"].items():

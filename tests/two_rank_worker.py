@@ -7,13 +7,20 @@ take longer than the work.
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from goldens_io import fill_model, golden, golden_image
-from models_for_tests import golden_pretrain_model, pretrain_inputs, tiny_texts
+from models_for_tests import (
+    golden_pretrain_model,
+    pretrain_inputs,
+    tiny_batch,
+    tiny_pretrain_model,
+    tiny_texts,
+)
 from test_retrieval_goldens import golden_retrieval_model, retrieval_inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -64,6 +71,22 @@ def pretrain_step() -> dict:
         "state": model.state_dict(),
         "grads": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
     }
+
+
+def steps_without_a_loss() -> list[dict]:
+    """The gradients of two steps of two batches each, from losses of which the script leaves one out."""
+    torch.manual_seed(0)
+    model = tiny_pretrain_model().eval()
+    wrapped, gradients = distribute(model, CPU), []
+    for step in range(2):
+        model.zero_grad(set_to_none=True)
+        for number in range(2):
+            with nullcontext() if number or world_size() == 1 else wrapped.no_sync():
+                named = wrapped(**tiny_batch(3, seed=10 * step + 2 * rank() + number))
+                del named["loss_mim"]
+                sum(named.values()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    return gradients
 
 
 def retrieval_step() -> dict:
@@ -170,6 +193,7 @@ def work(this_rank: int, num_ranks: int, folder: str) -> None:
         with sdpa_kernel(SDPBackend.MATH):
             result |= pretrain_step()
             result["retrieval"] = retrieval_step()
+            result["without a loss"] = steps_without_a_loss()
     torch.save(result, Path(folder) / f"{num_ranks}_{this_rank}.pt")
     if dist.is_initialized():
         leave_together()
