@@ -14,17 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from dataset.annotations import read_annotations
-from dataset.retrieval import CaptionedImages, read_captioned_images
+from dataset.pretrain import read_sets
+from dataset.retrieval import RetrievalEvalData
 from dataset.text import mask_tokens
 from dataset.transforms import normalise, unit_range
-from memory import Build, Estimate, estimate_step
+from memory import Build, Estimate, Evaluation, estimate_evaluation, estimate_step
 from models.bert import BertConfig
 from models.dvae import STRIDE, untrained_image_tokenizer
+from models.rerank import SIZES, make_groups, score_group
 from models.retrieval import SIMLARetrieval
 from training import Losses, Training, target_weight
 from utils import (
+    PRECISIONS,
     UserError,
     all_gather_objects,
+    as_one_process,
     autocast,
     clock,
     find_places,
@@ -37,6 +41,7 @@ from utils import (
 
 CLS, MASK, FIRST_WORD = 1, 2, 3  # of the random texts; 0 is padding
 LONG_TEXT = 40  # tokens where no max_tokens cuts: 30 words, some of several word pieces
+BYTES_OF_A_PAIR = 10  # on the device, of every image with every text: see models/rerank.py
 NUM_ANSWERS, ANSWER_TOKENS = 4, 6  # different ones to a VQA question; of the longest, with [CLS] and end mark
 
 # ---- training ----
@@ -209,7 +214,7 @@ def report_steps(found: dict[str, float], per_step: int, device: torch.device) -
 def report_length(config: dict, per_step: int, seconds_per_step: float | None) -> dict[str, int]:
     """Of the whole run, where the training files are there."""
     try:
-        num_samples = len(read_annotations(config["train_file"], {}, config.get("image_root", "")))
+        num_samples, origin = samples_of_an_epoch(config)
     except UserError as error:
         log.info(f"whole run         cannot be told without the training files: {error}")
         return {}
@@ -222,10 +227,23 @@ def report_length(config: dict, per_step: int, seconds_per_step: float | None) -
         return {"num_samples": num_samples, "num_steps": 0}
     time = "" if seconds_per_step is None else f", {duration(num_steps * seconds_per_step)}"
     log.info(
-        f"whole run         {num_samples:,} samples, {config['schedular']['epochs']} epochs, {num_steps:,} "
-        f"steps{time} without reading images, evaluations and saving"
+        f"whole run         {num_samples:,} samples{origin}, {config['schedular']['epochs']} epochs, "
+        f"{num_steps:,} steps{time} without reading images, evaluations and saving"
     )
     return {"num_samples": num_samples, "num_steps": num_steps}
+
+
+def samples_of_an_epoch(config: dict) -> tuple[int, str]:
+    """How many, and in words of how many they are taken, where that is not of as many.
+
+    Raises UserError where the training files cannot be read.
+    """
+    if "samples_per_epoch" not in config:
+        return len(read_annotations(config["train_file"], {}, config.get("image_root", ""))), ""
+    with as_one_process():  # to count shards the ranks would meet
+        mixture = read_sets(config["train_file"], config["samples_per_epoch"], config["image_root"])
+    num_samples = mixture.samples_per_epoch
+    return num_samples, "" if num_samples == len(mixture) else f" of {len(mixture):,} to an epoch"
 
 
 def mebibytes(size: float) -> str:
@@ -239,41 +257,89 @@ def duration(seconds: float) -> str:
 # ---- evaluation ----
 
 
+Parts = dict[str, tuple[int, Callable[[], Tensor]]]  # name -> how many units of work, and what does them
+
+
 def dry_run_retrieval(
-    model: SIMLARetrieval, config: dict, num_tokens: int, device: torch.device
+    make_model: Callable[[], SIMLARetrieval],
+    config: dict,
+    args: argparse.Namespace,
+    num_tokens: int,
+    device: torch.device,
 ) -> dict[str, float]:
-    """The parts of a retrieval evaluation on random input: a batch of images, one of texts, and an image with
-    `k_test` texts; each twice, the second time timed.
+    """Says, and returns, what the retrieval evaluation of this config would need: parameters, arithmetic,
+    memory, and by the clock images, texts and pairs a second.
+
+    make_model(): with random weights; num_tokens: of every text.
     """
     log.info("dry run: random weights and input of the configured shapes, no output")
-    reset_peak(device)
-    model = model.to(device).eval()
+    is_real = args.dry_run == "steps"
+    planned = device if is_real else torch.device("cuda")
+    found = {}
+    if is_main():  # the others would find the same
+        parts = retrieval_parts(config, num_tokens, planned)
+        estimate = estimate_evaluation(make_model, parts, config["precision"], planned)
+        found = report_evaluation_estimate(estimate, planned)
+    if is_real:
+        parts = retrieval_parts(config, num_tokens, device)
+        found |= clock_parts(make_model, parts, config["precision"], device)
+    if is_main():
+        found |= report_whole_evaluation(found, config, is_real)
+    return found
+
+
+def retrieval_parts(config: dict, num_tokens: int, device: torch.device) -> Callable[[SIMLARetrieval], Parts]:
+    """Returns what makes of a model the parts of its evaluation on the device: a batch of images, one of
+    texts, and a group of images as `rerank` forms them, each with `k_test` texts of full length.
+    """
     size, k_test = config["batch_size_test"], config["k_test"]
-    batch = random_batch({**config, "batch_size": max(size, k_test), "max_tokens": num_tokens})
-    ids, mask = batch["text_ids"].to(device), batch["text_mask"].to(device)
+    batch = random_batch({**config, "batch_size": size, "max_tokens": num_tokens})
+    rows = torch.arange(max(size, k_test)) % size
+    num_tokens_of_image = (config["image_res"] // config["vit"]["patch_size"]) ** 2 + 1
+    num_images, tokens_to_a_call = SIZES.get(device.type, SIZES["cuda"])
+    lengths = torch.full((k_test,), batch["text_ids"].shape[1])
+    wanted = torch.ones(num_images, k_test, dtype=torch.bool)
+    sizes = num_images, num_tokens_of_image, config["vision_width"]
+    states = torch.zeros(sizes, dtype=PRECISIONS[config["precision"]])  # on the host, as in the evaluation
+    (group,) = make_groups(wanted, lengths, num_images, tokens_to_a_call)
 
-    def images() -> Tensor:
-        return model.encode_image(normalise(batch["image"][:size].to(device)))[0]
+    def parts(model: SIMLARetrieval) -> Parts:
+        ids, mask = (batch[name][rows].to(device) for name in ("text_ids", "text_mask"))
+        scores = torch.zeros(wanted.numel() + 1, device=device)
 
-    with torch.inference_mode(), autocast(device, config["precision"]):
-        cross = model.text_encoder.project(images()[:1])
-        parts: dict[str, tuple[int, Callable[[], Tensor]]] = {
-            "images": (size, images),
+        def pairs() -> Tensor:
+            score_group(model, group, states, ids, mask, scores)
+            return scores
+
+        return {
+            "images": (size, lambda: model.encode_image(normalise(batch["image"].to(device)))[0]),
             "texts": (size, lambda: model.encode_text(ids[:size], mask[:size])),
-            "pairs": (k_test, lambda: model.match(cross, ids[:k_test], mask[:k_test])),
+            "pairs": (wanted.numel(), pairs),
         }
-        rates = {name: num / clock_second(part, device) for name, (num, part) in parts.items()}
+
+    return parts
+
+
+def clock_parts(
+    make_model: Callable[[], SIMLARetrieval],
+    parts: Callable[[SIMLARetrieval], Parts],
+    precision: str,
+    device: torch.device,
+) -> dict[str, float]:
+    """Units a second of every part, each done twice and the second time timed, and the peak of memory; of
+    several ranks the slowest and the fullest count.
+    """
+    reset_peak(device)
+    model = make_model().to(device).eval()
+    with torch.inference_mode(), autocast(device, precision):
+        rates = {name: num / clock_second(part, device) for name, (num, part) in parts(model).items()}
     found = {name: min(all_gather_objects(rate)) for name, rate in rates.items()}
     found["peak_bytes"] = max(all_gather_objects(peak_bytes(device)))
-    found["parameters"] = sum(param.numel() for param in model.parameters())
     log.info(
-        f"parameters        {found['parameters']:,}\n"
         f"memory, measured  {mebibytes(found['peak_bytes'])}\n"
         f"speed of a rank   {found['images']:.3g} images, {found['texts']:.3g} texts, {found['pairs']:.3g} "
         "pairs a second"
     )
-    if is_main():
-        report_evaluation(found, config)
     return found
 
 
@@ -282,16 +348,48 @@ def clock_second(function: Callable[[], object], device: torch.device) -> float:
     return [clock(function, device)[0] for _ in range(2)][1]
 
 
-def report_evaluation(found: dict[str, float], config: dict) -> None:
-    try:
-        entries = CaptionedImages(read_captioned_images(config["test_file"], config["image_root"]))
+def report_evaluation_estimate(estimate: Evaluation, device: torch.device) -> dict[str, float]:
+    gigaflops = {name: flops / 1e9 for name, flops in estimate.flops.items()}
+    log.info(
+        f"parameters        {estimate.parameters:,}\n"
+        f"arithmetic        {gigaflops['images']:,.4g} GFLOP an image, {gigaflops['texts']:,.4g} a text, "
+        f"{gigaflops['pairs']:,.4g} a pair\n"
+        f"memory, estimated {mebibytes(estimate.peak)} on {device.type}, of it {mebibytes(estimate.weights)} "
+        "weights"
+    )
+    return {
+        "parameters": estimate.parameters,
+        "estimated_bytes": estimate.peak,
+        "flops": estimate.flops,
+    }
+
+
+def report_whole_evaluation(found: dict, config: dict, is_real: bool) -> dict[str, float]:
+    """Of the whole evaluation, where the test file is there."""
+    try:  # no image is opened
+        data = RetrievalEvalData(config["test_file"], {**config, "skip_unreadable": False})
     except UserError as error:
         log.info(f"whole evaluation  cannot be told without the test file: {error}")
-        return
-    num_images, num_texts = len(entries), sum(len(entry["caption"]) for entry in entries)
-    most = num_images * min(config["k_test"], num_texts) + num_texts * min(config["k_test"], num_images)
-    seconds = num_images / found["images"] + num_texts / found["texts"] + most / found["pairs"]
+        return {}
+    num_images, num_texts = len(data), len(data.texts)
+    fewest, most = bounds_of_pairs(num_images, num_texts, config["k_test"])
+    num = {"images": num_images, "texts": num_texts, "pairs": most}
+    needs = f"{sum(num[name] * found['flops'][name] for name in num) / 1e12:,.4g} TFLOP"
+    if is_real:
+        needs = duration(sum(num[name] / found[name] for name in num) / world_size())
+    pairs = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
     log.info(
-        f"whole evaluation  {num_images:,} images, {num_texts:,} texts, at most {most:,} pairs: "
-        f"{duration(seconds / world_size())} without reading images"
+        f"whole evaluation  {num_images:,} images, {num_texts:,} texts, {pairs} pairs: {needs}"
+        f"{' at most' * (fewest < most)} without reading images; the matrix of all pairs takes some "
+        f"{mebibytes(BYTES_OF_A_PAIR * num_images * num_texts)} more"
     )
+    return {"num_images": num_images, "num_texts": num_texts, "fewest_pairs": fewest, "most_pairs": most}
+
+
+def bounds_of_pairs(num_images: int, num_texts: int, k_test: int) -> tuple[int, int]:
+    """The fewest and the most pairs that two stages score, each once: those that the images want and those
+    that the texts want may be the same or others.
+    """
+    for_images = num_images * min(k_test, num_texts)
+    for_texts = num_texts * min(k_test, num_images)
+    return max(for_images, for_texts), min(for_images + for_texts, num_images * num_texts)

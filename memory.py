@@ -98,10 +98,7 @@ def _run(
         if isinstance(module, Attention):
             module.dropout_prob = 0.0
     on_this_thread = torch.autograd.set_multithreading_enabled(False)  # where the account is kept
-    account = Account()
-    sizes_alone = FakeTensorMode(allow_non_fake_inputs=True)
-    with warnings.catch_warnings(), as_one_process(), on_this_thread, sizes_alone, account:
-        warnings.filterwarnings("ignore", message="CUDA is not available")
+    with on_this_thread, keeping_account() as account:
         for module in (model, *others):
             give_sizes(module, device)
         weights = account.now
@@ -121,6 +118,41 @@ def _run(
                 total.backward()
     sizes = weights, optimizer, account.peak - weights - optimizer
     return Estimate(*count_parameters(model), *sizes, account.flops), left - weights - optimizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """weights, peak: bytes on the device, the latter all in all; flops: of one unit of each part of the work;
+    parameters: how many.
+    """
+
+    parameters: int
+    weights: int
+    peak: int
+    flops: dict[str, float]
+
+
+def estimate_evaluation(
+    make_model: Callable[[], nn.Module],
+    parts: Callable[[nn.Module], dict[str, tuple[int, Callable[[], Tensor]]]],
+    precision: str,
+    device: torch.device,
+) -> Evaluation:
+    """Returns what the parts of an evaluation need; nothing of it is computed, and a GPU need not be there.
+
+    parts(model): name -> how many units of work, and a function that does them.
+    """
+    with without_memory():
+        model = make_model().eval()
+    with torch.no_grad(), keeping_account() as account:
+        give_sizes(model, device)
+        weights, flops = account.now, {}
+        with fused_attention(account), _autocast(device, precision):
+            for name, (num, compute) in parts(model).items():
+                before = account.flops
+                compute()
+                flops[name] = (account.flops - before) / num
+    return Evaluation(count_parameters(model)[1], weights, account.peak, flops)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -179,6 +211,16 @@ class Account(TorchDispatchMode):
     def _subtract(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
+
+
+@contextlib.contextmanager
+def keeping_account() -> Iterator[Account]:
+    """Inside, tensors have sizes but no numbers, and an account is kept of their storages."""
+    account = Account()
+    sizes_alone = FakeTensorMode(allow_non_fake_inputs=True)
+    with warnings.catch_warnings(), as_one_process(), sizes_alone, account:
+        warnings.filterwarnings("ignore", message="CUDA is not available")
+        yield account
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ if __name__ == "__main__":
     import before_imports  # noqa: F401
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -144,8 +145,8 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
     device = start(args, config)
     if args.dry_run:
-        model = SIMLARetrieval.from_config(config, twins=False)
-        return dry_run_retrieval(model, config, MAX_TEXT_TOKENS, device)
+        make_model = partial(SIMLARetrieval.from_config, config, twins=False)
+        return dry_run_retrieval(make_model, config, args, MAX_TEXT_TOKENS, device)
 
     # data
     data = RetrievalEvalData(config["test_file"], config)

@@ -2,9 +2,11 @@
 
 import argparse
 import importlib
+import io
 import json
 import re
 import sys
+import tarfile
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -12,19 +14,31 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from tiny import MODEL, ROOT, run
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import train_step
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import VE
 from config import TABLES, read_config
-from dry_run import CLS, random_batch
-from memory import estimate_step
+from dry_run import (
+    CLS,
+    bounds_of_pairs,
+    random_batch,
+    report_length,
+    retrieval_parts,
+    samples_of_an_epoch,
+)
+from memory import estimate_evaluation, estimate_step
 from models.pretrain import SIMLA
+from models.rerank import candidate_pairs
 from models.retrieval import SIMLARetrieval
 from models.vit import without_memory
 from training import set_checkpointing
@@ -93,6 +107,36 @@ def test_the_length_of_the_run_is_told_where_the_files_are(tmp_path, monkeypatch
     assert "would not begin: 13 training samples are fewer than a step of 14; lower the batch size" in out
 
 
+def shard(path: Path, num_samples: int) -> str:
+    with tarfile.open(path, "w") as tar:
+        for number in range(num_samples):
+            for end, content in (("jpg", b"not decoded"), ("txt", b"a duck")):
+                info = tarfile.TarInfo(f"{number:03}.{end}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def test_the_length_of_a_run_on_mixtures_and_shards(tmp_path, monkeypatch, capsys):
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([{"image": f"{i}.jpg", "caption": "a duck"} for i in range(13)]))
+    paths = [str(pairs), shard(tmp_path / "0.tar", 6)]
+    weighted = [{"path": path, "weight": weight} for path, weight in zip(paths, (1, 3), strict=True)]
+    config = tiny_config("Pretrain", tmp_path, train_file=weighted, samples_per_epoch=40)
+    out = go(monkeypatch, capsys, "Pretrain", config, "--dry_run", "estimate")
+    assert "40 samples of 19 to an epoch, 3 epochs, 30 steps" in out
+    for train_file, per_epoch, samples, origin in (
+        (paths[1], 0, 6, ""),
+        (paths, 0, 19, ""),
+        (weighted, 0, 19, ""),
+        (paths, 8, 8, " of 19 to an epoch"),
+    ):
+        files = {"train_file": train_file, "samples_per_epoch": per_epoch, "image_root": ""}
+        assert samples_of_an_epoch(files) == (samples, origin)
+    report_length({**files, "train_file": [*paths, str(tmp_path / "1.tar")]}, 4, None)
+    assert "cannot be told without the training files: shard" in capsys.readouterr().out
+
+
 def test_the_parts_of_an_evaluation(tmp_path, monkeypatch, capsys):
     entries = [{"image": "a.jpg", "caption": ["one", "two"]}, {"image": "b.jpg", "caption": ["three"]}]
     (tmp_path / "test.json").write_text(json.dumps(entries))
@@ -100,10 +144,43 @@ def test_the_parts_of_an_evaluation(tmp_path, monkeypatch, capsys):
     config = tiny_config("Retrieval", tmp_path, test_file=str(tmp_path / "test.json"))
     before = sorted(tmp_path.iterdir())
     out = go(monkeypatch, capsys, "zero_shot_retrieval", config, "--dry_run")
-    assert "pairs a second" in out and "2 images, 3 texts, at most 12 pairs" in out
+    assert "pairs a second" in out and "memory, measured" in out
+    assert re.search(r"2 images, 3 texts, 6 pairs: 0:00:\d\d without reading images", out)
+    assert sorted(tmp_path.iterdir()) == before
+    out = go(monkeypatch, capsys, "zero_shot_retrieval", config, "--dry_run", "estimate")
+    assert "on cuda" in out and "GFLOP an image" in out and "6 pairs: 1.037e-05 TFLOP" in out
+    assert "measured" not in out and "a second" not in out
     assert sorted(tmp_path.iterdir()) == before
     with pytest.raises(UserError, match="--dry_run tries a training"):
         go(monkeypatch, capsys, "Retrieval", config, "--dry_run", "--evaluate")
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_a_pair_that_both_directions_want_is_counted_once(num_images, num_texts, k_test, seed):
+    similarity = torch.rand(num_images, num_texts, generator=torch.Generator().manual_seed(seed))
+    for_images, for_texts = candidate_pairs(similarity, k_test)
+    fewest, most = bounds_of_pairs(num_images, num_texts, k_test)
+    assert fewest <= (for_images | for_texts).sum() <= most <= num_images * num_texts
+    assert fewest == max(for_images.sum(), for_texts.sum())
+
+
+def test_the_arithmetic_of_an_evaluation_is_what_it_computes(tmp_path):
+    config = read_config(str(tiny_config("Retrieval", tmp_path)), TABLE_OF["zero_shot_retrieval.py"])
+    parts = retrieval_parts(config, 7, torch.device("cpu"))
+    make_model = partial(SIMLARetrieval.from_config, config, twins=False)
+    found = estimate_evaluation(make_model, parts, "fp32", torch.device("cpu"))
+    model = make_model().eval()
+    assert found.weights == sum(value.nbytes for value in model.state_dict().values())
+    for name, (num, compute) in parts(model).items():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            compute()
+        assert found.flops[name] == pytest.approx(counter.get_total_flops() / num), name
+    on_gpu = estimate_evaluation(
+        make_model, retrieval_parts(config, 7, torch.device("cuda")), "bf16", torch.device("cuda")
+    )
+    assert on_gpu.flops == pytest.approx(found.flops, rel=0.5)  # a group of several images
+    assert on_gpu.peak > on_gpu.weights == found.weights
 
 
 def test_two_ranks(tmp_path):
@@ -217,8 +294,9 @@ def test_the_model_of_a_preset_is_built(script):
         assert sum(param.numel() for param in make(config).parameters()) > 2e8
 
 
-def test_the_figure_of_a_preset_is_what_the_estimate_says_today():
-    preset = ROOT / "configs" / "single_gpu" / "VE_12gb.yaml"
+@pytest.mark.parametrize("name", ["VE_12gb", "VE_24gb"])
+def test_the_figure_of_a_preset_is_what_the_estimate_says_today(name):
+    preset = ROOT / "configs" / "single_gpu" / f"{name}.yaml"
     config = read_config(str(preset), TABLE_OF["VE.py"])
     batch = random_batch(config)
     batch["image"] = batch["image"].float()
