@@ -80,7 +80,6 @@ class Training:
             compile_layers(model)
         self.model, self.ddp_model = model, distribute(model, device)
         self.loader, self.losses, self.config, self.device = loader, losses, config, device
-        self.tokenizer = tokenizer_text(loader.collate_fn.tokenizer)  # what the texts were read with
         self.output_dir, self.seed, self.run = args.output_dir, args.seed, args.run
         self.optimizer = create_optimizer(model, config["optimizer"])
         self.schedule = create_scheduler(self.optimizer, config["schedular"], epoch_step)
@@ -114,7 +113,7 @@ class Training:
             "lr_scheduler": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "config": self.config,
-            "tokenizer": self.tokenizer,
+            "tokenizer": tokenizer_text(self.loader.collate_fn.tokenizer),  # what the texts were read with
             "epoch": self.epoch - 1,
             "step": self.step,
             "samples": self.samples,
