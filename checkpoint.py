@@ -221,7 +221,7 @@ def kind_of(state: Mapping[str, Tensor], source: str = "the checkpoint", metadat
     if cross and 0 not in cross:
         raise UserError(
             f"{source} is an ALBEF checkpoint: its text encoder has cross-attention in the upper layers "
-            "only, SIMLA's in every layer. Use a SIMLA checkpoint, or pre-train without --checkpoint"
+            "only, SIMLA's in every layer. Use a SIMLA checkpoint, or pre-train without one"
         )
     stated = (metadata or {}).get("kind")
     for kind, marker in KINDS:

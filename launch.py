@@ -240,7 +240,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
+        raise UserError(f"device {name}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         local_rank = (
@@ -249,8 +251,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         index = local_rank if device.index is None else device.index
         if index >= num_gpus:
             raise UserError(
-                f"--device {name}: GPU {index} asked for, {num_gpus} found; use --device cpu or start "
-                "fewer processes"
+                f"device {name}: GPU {index} asked for, {num_gpus} found; use device cpu or start fewer "
+                "processes"
             )
         torch.cuda.set_device(index)
         device = torch.device("cuda", index)

@@ -61,7 +61,7 @@ def build_tokenizer(name_or_folder: str) -> "PreTrainedTokenizerBase":
     if not words.keys() > SPECIAL_TOKENS:
         raise UserError(
             f"No BERT vocabulary for {name_or_folder!r}, neither as vocab.txt or tokenizer.json in a "
-            "folder of that name nor on the Hugging Face hub: pass --text_encoder FOLDER that holds the "
+            "folder of that name nor on the Hugging Face hub: name as text_encoder a folder that holds the "
             "vocab.txt of bert-base-uncased."
         ) from cause
 
@@ -110,7 +110,7 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> N
     if len(tokenizer) > vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} words, bert_config only {vocab_size}: raise its vocab_size "
-            f"(--overrides bert_config.vocab_size={len(tokenizer)}) or name another --text_encoder"
+            f"(bert_config.vocab_size={len(tokenizer)}) or name another text_encoder"
         )
 
 

@@ -149,7 +149,8 @@ def describe(result: dict) -> str:
     """The result in lines, numbers first."""
     lines = []
     if "heat" in result:
-        lines.append(f"box from the heat alone [x, y, width, height]: {result['box']}")
+        box = result["box"] or "none, as nothing is hot, or nearly everything"
+        lines.append(f"box from the heat alone [x, y, width, height]: {box}")
         lines += [f"{row['score']:10.4g}  {row['box']}" for row in result["boxes"]]
     for row in result.get("results", []):
         if "hits" in row:

@@ -15,13 +15,15 @@ from models.retrieval import SIMLARetrieval
 from utils import UserError
 
 MAX_PIXEL, MIN_SIDE = 1e9, 1e-9  # of a box, in pixels: its area is neither infinite nor 0
+EVERYWHERE = 0.9  # of the image: a box that large says of no place that the model looks there
 
 
 @dataclass(frozen=True, eq=False)
 class Grounding:
     """text: as far as the model reads it; heat (h, w): its map, not negative; words: (word, its map), in
     order; height, width: of the image in pixels; box: [x, y, width, height] in pixels, round the largest
-    region that is hot, None where nothing is; ranked: (box, score) of the proposals, best first.
+    region that is hot, None where nothing is, or nearly everything (EVERYWHERE); ranked: (box, score) of the
+    proposals, best first.
     """
 
     text: str
@@ -118,5 +120,8 @@ def grounding(
 ) -> Grounding:
     """Adds to the maps what they say of boxes, by the rules of Grounding.py."""
     full = resize_heat(heat, height, width)
+    box = heat_box(full)
+    if box is not None and box[2] * box[3] >= EVERYWHERE * height * width:
+        box = None
     ranked = sorted(((box, box_score(full, box)) for box in boxes), key=lambda pair: -pair[1])
-    return Grounding(text, heat, words, height, width, heat_box(full), ranked)
+    return Grounding(text, heat, words, height, width, box, ranked)

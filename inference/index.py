@@ -63,8 +63,11 @@ class Index:
 
 
 class Hit(NamedTuple):
-    """An image that `Simla.search` found; score: the logit of the matching head, which ranks; similarity: of
-    the features, which chose the candidates.
+    """An image that `Simla.search` found.
+
+    score: the matching head's logit of "match", which ranks the hits of one query; it has no bounds and is no
+    probability, which `Simla.match` gives. similarity: the cosine of the features, -1 to 1, which chose the
+    candidates.
     """
 
     file: str

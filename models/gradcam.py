@@ -30,8 +30,8 @@ def check_block(model: SIMLARetrieval, mode: str, block: int) -> None:
     name, layers = _layers(model, mode)
     if not 0 <= block < len(layers):
         raise UserError(
-            f"--block_num {block}: with --gradcam_mode {mode} it is a layer of the {name}, which has "
-            f"{len(layers)}; choose 0 to {len(layers) - 1}"
+            f"block {block}: in mode {mode} it is a layer of the {name}, which has {len(layers)}; choose 0 "
+            f"to {len(layers) - 1}"
         )
 
 

@@ -1,7 +1,9 @@
 """`import simla`: the numbers of the task scripts, every kind of input and checkpoint, and messages."""
 
 import argparse
+import ast
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from api_data import make_checkpoints
 from PIL import Image
 from test_safe_load import foreign, omega  # noqa: F401
+from tiny import ROOT
 
 import Grounding
 import simla
@@ -24,11 +27,13 @@ from dataset.grounding import GroundingEvalData
 from dataset.items import evaluation_loader
 from dataset.nlvr import read_nlvr
 from dataset.retrieval import RetrievalEvalData
-from dataset.text import tokenize
+from dataset.text import check_vocabulary, tokenize
 from dataset.transforms import EvalTransform, load_image, normalise
 from dataset.ve import read_ve
 from dataset.vqa import VQAEvalData, read_answer_list
+from inference.heat import EVERYWHERE, grounding
 from inference.loading import fill_in_what_is_missing, text_encoder_sizes
+from launch import pick_device
 from models.bert import BertConfig
 from models.gradcam import grad_cam
 from models.rerank import NOT_SCORED
@@ -131,7 +136,9 @@ def test_boxes_are_those_of_grounding(tiny, models, mode):
         for choice, ours, target in zip(choices, found, data.targets, strict=True):
             assert (ours.height, ours.width) == (target.height, target.width)
             if not det_file:
-                assert ours.box == choice["box"]
+                _, _, width, height = choice["box"]
+                is_everything = width * height >= EVERYWHERE * target.width * target.height
+                assert ours.box == (None if is_everything else choice["box"])
             elif choice["box"] is not None:
                 assert ours.ranked[0][0] == choice["box"]
                 assert sorted(box for box, _ in ours.ranked) == sorted(box[:4] for box in target.candidates)
@@ -555,8 +562,33 @@ def test_paths_of_a_config_are_found_from_any_folder(tiny, images, monkeypatch, 
     ],
 )
 def test_what_is_wrong_is_said(models, images, kind, ask, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         ask(models[kind], images[0])
+    assert "--" not in str(error.value)  # flags are of the scripts
+
+
+def test_no_message_of_the_api_names_flags():
+    """Nor one of the models, of texts or devices, which it shares with the scripts."""
+    shared = [*ROOT.glob("inference/*.py"), *ROOT.glob("models/*.py"), ROOT / "metrics.py"]
+    of_programs = ("command_line.py", "page.py", "initial.py")
+    for file in [path for path in shared if path.name not in of_programs] + [ROOT / "dataset" / "text.py"]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+                assert not re.search(r"--[a-z]", ast.unparse(node)), (file.name, ast.unparse(node))
+    for name in ("abacus", "mps", "cuda:99"):
+        with pytest.raises(UserError, match=f"^device {name}: "):
+            pick_device(name)
+    with pytest.raises(UserError, match=r"bert_config\.vocab_size=3\) or name another text_encoder"):
+        check_vocabulary(["a", "b", "c"], 2)
+
+
+@pytest.mark.parametrize(("share", "is_said"), [(0.4, True), (0.85, True), (1.0, False)])
+def test_a_box_round_nearly_everything_is_none(share, is_said):
+    heat = torch.full((20, 20), 1e-3)
+    heat[:, : round(20 * share)] = 1.0
+    found = grounding("a", heat, [], 40, 40, [])
+    assert (found.box is not None) == is_said
+    assert not is_said or found.box[2] == pytest.approx(40 * share, abs=2)
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_a_block_that_there_is_not(mode, count):
     for block in range(count):
         check_block(model, mode, block)
     for block in (-1, count, 8):
-        with pytest.raises(UserError, match=rf"--block_num {block}: .*has {count}; choose 0 to {count - 1}"):
+        with pytest.raises(UserError, match=rf"^block {block}: .*has {count}; choose 0 to {count - 1}"):
             grad_cam(model, mode, block, *small_inputs(3, [3], 3))
 
 

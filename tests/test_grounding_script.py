@@ -493,7 +493,7 @@ def test_undefined_cases_are_counted_and_said(tiny, tmp_path, monkeypatch, capsy
 
 def test_what_stops_a_run_before_it_starts(tiny, tmp_path, monkeypatch):
     for mode, name in (("itm", "text"), ("itc", "image")):
-        with pytest.raises(UserError, match=f"--block_num 8: .*{mode} it is a layer of the {name} encoder"):
+        with pytest.raises(UserError, match=f"^block 8: .*{mode} it is a layer of the {name} encoder"):
             grounding(monkeypatch, tiny, tmp_path, "--gradcam_mode", mode, "--block_num", 8)
     targets = GroundingEvalData(config_of(tiny)).targets
     entries = json.loads((tiny["data"] / "grounding_test.json").read_text())

@@ -124,7 +124,7 @@ def test_a_vocabulary_that_is_not_there_is_one_clear_sentence(make, tmp_path):
     with pytest.raises(UserError) as error:
         build_tokenizer(name)
     assert name in str(error.value)
-    assert "--text_encoder FOLDER" in str(error.value)
+    assert "name as text_encoder a folder" in str(error.value)
     assert "vocab.txt" in str(error.value)
 
 
