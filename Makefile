@@ -1,10 +1,11 @@
 # make demo    the embedded data set, pre-training and zero-shot retrieval on this machine
-# make demo-all   the whole chain: pre-training and every downstream task (some 30 minutes on 2 cores)
+# make demo-all   the whole chain: pre-training and every downstream task
 # make app     a web page that asks the demo's model (make app CHECKPOINT="a.pth b.pth": your own)
 # make test    the tests; those of the web page need a Chromium, which `make browser` finds or installs
-# make fault-test   kills a training run 30 times, half of them while it saves, and resumes it (some 5 minutes)
-# make bench   every benchmark at the size for a CPU (some 20 minutes), results in benchmarks/RESULTS.md
+# make fault-test   kills a training run 30 times, half of them while it saves, and resumes it
+# make bench   every benchmark at the size for a CPU, results in benchmarks/RESULTS.md
 # make lint    ruff
+# How long each takes: docs/results.md.
 # Each makes .venv first; `make demo PYTHON=python3 VENV=` uses the current interpreter's packages instead.
 # A smaller download for machines without a GPU: make demo INDEX=https://download.pytorch.org/whl/cpu
 
