@@ -75,8 +75,8 @@ def main(args: argparse.Namespace, config: dict) -> None:
     entries = read_sets(config["train_file"], config["samples_per_epoch"], config["image_root"])
     grid_size = config["image_res"] // config["vit"]["patch_size"]
     code_res = grid_size * STRIDE  # one code for each patch
+    tokenizer = build_tokenizer(config["text_encoder"])  # first, because a codebook takes minutes
     image_tokenizer = make_image_tokenizer(config, entries, code_res, device)
-    tokenizer = build_tokenizer(config["text_encoder"])
 
     # model
     model = SIMLA.from_config(config, tokenizer.cls_token_id)

@@ -13,8 +13,10 @@ import re
 import resource
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -191,6 +193,54 @@ def printable(text: str) -> str:
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+# ---- the Hugging Face hub ----
+
+HUB_SECONDS = 5  # to wait for its first answer
+
+
+@cache  # once per process
+def hub_problem() -> str:
+    """Return why the hub cannot be asked, "" where it can.
+
+    Where it cannot, its libraries look into their cache alone from now on and say at once what is not there.
+    By themselves they try every file of a model again and again, which takes minutes.
+    """
+    from huggingface_hub import constants, get_session  # here, because few runs need it
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    problems = [f"{constants.ENDPOINT} gives no answer in {HUB_SECONDS} seconds"]
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        except Exception as error:  # of many types: proxies, certificates, names, refusals
+            problems.append(f"{constants.ENDPOINT} cannot be reached: {first_line(error)}")
+        else:
+            problems.append("")
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name knows no time limit
+    thread.start()
+    thread.join(HUB_SECONDS)
+    if problems[-1]:
+        constants.HF_HUB_OFFLINE = True
+    return problems[-1]
+
+
+def hub_answer() -> str:
+    """Return where something was looked for in vain, for messages: on the hub, or in its cache alone and
+    why.
+    """
+    problem = hub_problem()
+    if not problem:
+        return "on the Hugging Face hub"
+    remedy = "unset it to download" if "HF_HUB_OFFLINE" in problem else "HF_HUB_OFFLINE=1 spares the try"
+    return f"in the cache of the Hugging Face hub ({problem}; {remedy})"
+
+
+# ---- this machine ----
 
 
 def num_cores() -> int:

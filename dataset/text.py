@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from utils import UserError, log, printable
+from utils import UserError, hub_answer, log, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +51,7 @@ def build_tokenizer(name_or_folder: str) -> "PreTrainedTokenizerBase":
     from transformers import BertTokenizer  # here, because this import takes seconds
 
     words, cause = {}, None
+    where = "on the Hugging Face hub" if Path(name_or_folder).exists() else hub_answer()
     try:
         given = _words_after_a_mark(Path(name_or_folder) / "vocab.txt")
         tokenizer = BertTokenizer.from_pretrained(name_or_folder, do_lower_case=True, **given)
@@ -61,8 +62,8 @@ def build_tokenizer(name_or_folder: str) -> "PreTrainedTokenizerBase":
     if not words.keys() > SPECIAL_TOKENS:
         raise UserError(
             f"No BERT vocabulary for {name_or_folder!r}, neither as vocab.txt or tokenizer.json in a "
-            "folder of that name nor on the Hugging Face hub: name as text_encoder a folder that holds the "
-            "vocab.txt of bert-base-uncased."
+            f"folder of that name nor {where}: name as text_encoder a folder that holds the vocab.txt of "
+            "bert-base-uncased."
         ) from cause
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from checkpoint import weights_in
 from safe_load import Inert, safe_load
 from saving import atomic_write
-from utils import UserError, check_weight
+from utils import UserError, check_weight, hub_answer
 
 DALLE_URL = "https://cdn.openai.com/dall-e/encoder.pkl"
 STRIDE = 8  # pixels of a code view for each code, along one side
@@ -156,12 +156,13 @@ def load_flava(name_or_folder: str | Path = FLAVA_NAME) -> DalleEncoder:
     """From a FlavaImageCodebook of transformers, on the hub or in a folder. Raises UserError without one."""
     from transformers import FlavaImageCodebook  # slow to import, and only this tokenizer needs it
 
+    where = "" if Path(name_or_folder).exists() else f" nor is it {hub_answer()}"
     try:
         codebook, report = FlavaImageCodebook.from_pretrained(name_or_folder, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"image_tokenizer.path: {name_or_folder} is no folder or hub name with FLAVA's image codebook; "
-            f"get {FLAVA_NAME} from the Hugging Face hub, {OTHERWISE}"
+            f"image_tokenizer.path: {name_or_folder} is no folder with FLAVA's image codebook{where}; get "
+            f"{FLAVA_NAME} from the Hugging Face hub, {OTHERWISE}"
         ) from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name_or_folder} does not hold FLAVA's image codebook: {missing[0]} is missing")

@@ -12,7 +12,7 @@ from checkpoint import BERT_DECODER, BERT_TWO_IMAGES, Row, interpolate_pos_embed
 from models.bert import BertForMaskedLM
 from models.vit import VisionTransformer
 from safe_load import safe_load, what_it_is
-from utils import UserError, check_weight, first_line, log
+from utils import UserError, check_weight, first_line, hub_answer, log
 
 OFFLINE_REMEDY = (
     "Give a local file or folder, start from --checkpoint, or set `init: scratch` in the config to train "
@@ -51,8 +51,6 @@ def load_initial_weights(model: nn.Module, config: dict) -> None:
     if config["init"] == "scratch":
         log.info("init: scratch - everything starts from random weights")
         return
-    if config["init"] != "pretrained":
-        raise UserError(f"config init is {config['init']!r}; expected 'pretrained' or 'scratch'")
     load_vit(model.visual_encoder, config["image_encoder"])
     two_images = getattr(model.text_encoder, "two_images", False)
     load_bert(model.text_encoder, config["text_encoder"], BERT_TWO_IMAGES if two_images else None)
@@ -64,8 +62,10 @@ def load_initial_weights(model: nn.Module, config: dict) -> None:
 def load_vit(encoder: VisionTransformer, name: str) -> None:
     """timm weights by model name (downloaded) or from a local .pth/.safetensors file of a timm ViT, positions
     interpolated to this encoder's grid."""
+    is_file = Path(name).is_file()
+    where = "" if is_file else f" {hub_answer()}"
     try:
-        if Path(name).is_file():
+        if is_file:
             content = safe_load(name)
             if isinstance(content, dict):  # of timm's own training, which averages weights
                 content = content.get("state_dict_ema") or content.get("model_ema") or content
@@ -76,7 +76,7 @@ def load_vit(encoder: VisionTransformer, name: str) -> None:
         raise
     except Exception as error:  # network, cache and hub errors have a dozen types
         raise UserError(
-            f"image_encoder {name!r}: timm cannot get these weights ({type(error).__name__}: "
+            f"image_encoder {name!r}: timm cannot get these weights{where} ({type(error).__name__}: "
             f"{first_line(error)}). {OFFLINE_REMEDY}"
         ) from error
     if "pos_embed" not in state:
@@ -98,6 +98,7 @@ def load_bert(encoder: nn.Module, name: str, row: Row | None = None) -> None:
     from transformers import BertForMaskedLM as HubBert
 
     what = f"{'text_decoder' if row is BERT_DECODER else 'text_encoder'} {name!r}"
+    where = "" if Path(name).exists() else f" {hub_answer()}"
     try:
         source, report = HubBert.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # as above
@@ -106,7 +107,7 @@ def load_bert(encoder: nn.Module, name: str, row: Row | None = None) -> None:
             if found := what_it_is(file):  # such as a Git-LFS pointer of a cloned repository
                 cause = f"{file} is {found}"
         raise UserError(
-            f"{what}: transformers cannot get these weights ({cause}). {OFFLINE_REMEDY}"
+            f"{what}: transformers cannot get these weights{where} ({cause}). {OFFLINE_REMEDY}"
         ) from error
     absent = set(report["missing_keys"])  # transformers fills these with random numbers
     state = {key: value for key, value in source.state_dict().items() if key not in absent}

@@ -21,30 +21,42 @@ import logging
 import os
 import sys
 
-from config import read_config
+from config import add_overrides, read_config, task_name, task_of
 from dataset.check.findings import Findings, measure_reading
 from dataset.check.fix import write_fixed
 from dataset.check.images import read_images
 from dataset.check.report import Report
-from dataset.check.tasks import TASKS, open_sources, task_of
+from dataset.check.tasks import TASKS, open_sources
 from dataset.check.texts import Shared, read_texts
 from dataset.check.workers import Workers
 from dataset.text import build_tokenizer
 from launch import make_output_folder, run_script
 from models.bert import BertConfig
-from utils import UserError, num_cores, printable
+from utils import UserError, log, num_cores, printable
 
 
 def check(args: argparse.Namespace) -> bool:
     """Whether there are problems. UserError where the check cannot be made."""
     name = args.task or task_of(args.config)
-    task = TASKS[name]
-    config = read_config(args.config, task.table, args.overrides)
+    if name not in TASKS:
+        raise UserError(
+            f"{args.config} is not named after a task; say which one with --task: {', '.join(TASKS)}"
+        )
+    task, notes = TASKS[name], []
+    config = read_config(args.config, task.table, args.overrides, notes)
+    for note in notes:
+        log.info(note)
     folder = make_output_folder(args.output_dir)
     position_limit = BertConfig.read(config["bert_config"]).max_position_embeddings
-    tokenizer = build_tokenizer(args.text_encoder or config["text_encoder"])
-
     sources = open_sources(task, config, position_limit)
+    try:
+        tokenizer = build_tokenizer(args.text_encoder or config["text_encoder"])
+    except UserError:
+        for source in sources:
+            if source.problem:
+                log.info(f"problem: {source.problem}")
+        raise
+
     shared = Shared(sources, tokenizer.backend_tokenizer)
     with Workers(shared, args.workers) as workers:
         texts = read_texts(workers, sources)
@@ -81,7 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="YAML file of a task script")
-    parser.add_argument("--task", choices=TASKS, help="its task (default: what its file name begins with)")
+    parser.add_argument(
+        "--task", type=task_name, choices=TASKS, help="its task (default: what its file name begins with)"
+    )
     parser.add_argument("--output_dir", default="output/check", help="default: %(default)s")
     parser.add_argument(
         "--fix", default="", metavar="DIR", help="write annotation files without problems there"
@@ -89,9 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="decode every image and compare what they show")
     parser.add_argument("--workers", default=num_cores(), type=int, help="processes (default: %(default)s)")
     parser.add_argument("--text_encoder", default="", help="BERT name or folder; replaces the config's")
-    parser.add_argument(
-        "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="config values, a.b=c"
-    )
+    add_overrides(parser)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
