@@ -122,9 +122,14 @@ def is_local(host: str) -> bool:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("app.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", nargs="+", required=True, help="files of any tasks, one of each kind")
     parser.add_argument(
-        "--config", nargs="+", help="a YAML file for each checkpoint, where they hold no config"
+        "--checkpoint", nargs="+", action="extend", required=True, help="files of any tasks, one of each kind"
+    )
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        help="a YAML file for each checkpoint, where they hold no config",
     )
     parser.add_argument(
         "--images", help="folder that the search tab looks through (default: the demo's test scenes)"

@@ -243,7 +243,9 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     rule = " ".join(frequent_answers.__doc__.split("\n\n")[1].split())
     answers = commands.add_parser("answers", help="write the list of answers to rank", description=rule)
-    answers.add_argument("--train", nargs="+", required=True, help="VQA annotation files with answers")
+    answers.add_argument(
+        "--train", nargs="+", action="extend", required=True, help="VQA annotation files with answers"
+    )
     answers.add_argument("--out", required=True, help="the JSON list")
     limit = answers.add_mutually_exclusive_group()
     limit.add_argument(

@@ -237,7 +237,9 @@ def build_parser() -> argparse.ArgumentParser:
         "keywords", keywords, "the words that an image calls up (pre-training checkpoints)", "image"
     )
     own.add_argument("--top", type=_count, default=5, help="words (default: %(default)s)")
-    own.add_argument("--words", nargs="+", help="words to choose from (default: all but function words)")
+    own.add_argument(
+        "--words", nargs="+", action="extend", help="words to choose from (default: all but function words)"
+    )
     command(
         "entails", entails, "does the image entail, contradict or leave open a sentence?", "image", "sentence"
     )

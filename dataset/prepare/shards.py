@@ -35,7 +35,9 @@ SETTINGS = "shards.json"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--annotations", nargs="+", required=True, metavar="FILE", help="annotation files")
+    parser.add_argument(
+        "--annotations", nargs="+", action="extend", required=True, metavar="FILE", help="annotation files"
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shard_mb", type=float, default=500, help="size of a shard, about (500)")
     size.add_argument("--samples_per_shard", type=int, default=0, help="instead of --shard_mb")

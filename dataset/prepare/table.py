@@ -38,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--table",
         nargs="+",
+        action="extend",
         required=True,
         help="files, relative to --root; patterns such as part-*.parquet, too",
     )
