@@ -15,7 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoint import QUEUES, TWIN, kind_of, map_state, row_of, shapes_of, weights_in
-from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, read_config
+from config import (
+    GROUNDING,
+    NLVR,
+    PRETRAIN,
+    PRETRAIN_NLVR,
+    RETRIEVAL,
+    VE,
+    VQA,
+    add_overrides,
+    read_config,
+    task_name,
+)
 from dataset.text import tokenizer_from_text
 from models.nlvr import SIMLANLVR
 from models.pretrain import SIMLA
@@ -217,13 +228,6 @@ def inspect(path: str, task: str | None = None, config: str = "", overrides: lis
 # ---- command line ----
 
 
-def task_name(text: str) -> str:
-    name = text.removesuffix(".py")  # of the script
-    if name not in TASKS:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(TASKS)}, got {text!r}")
-    return name
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="checkpoint.py", description="Export or inspect a checkpoint file.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -231,16 +235,16 @@ def main() -> None:
     out.add_argument("source", help=".pth file, of this code or published")
     out.add_argument("target", help=".safetensors file; every script takes it as --checkpoint")
     out.add_argument(
-        "--task", type=task_name, default=None, help="leave out what this script has no place for"
+        "--task", type=task_name, choices=TASKS, help="leave out what this script has no place for"
     )
     out.add_argument("--inference", action="store_true", help="leave out momentum twins and queues")
     show = commands.add_parser("inspect", help="what a file holds, without reading its weights")
     show.add_argument("file")
     show.add_argument(
-        "--task", type=task_name, default=None, help="with --config: would this script take it?"
+        "--task", type=task_name, choices=TASKS, help="with --config: would this script take it?"
     )
     show.add_argument("--config", default="", help="YAML file of the task")
-    show.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    add_overrides(show)
     show.add_argument(
         "--check", action="store_true", help="read the whole file: checksums, weights that are not finite"
     )

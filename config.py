@@ -1,4 +1,5 @@
-"""Reads a task's YAML: every key is known, typed and checked; the resolved copy goes beside the results.
+"""Reads a task's YAML: every key is known and has its type and range; the resolved copy goes beside the
+results.
 
 The tables below are the reference of all keys (`python config.py` prints them for the README).
 """
@@ -7,13 +8,16 @@ if __name__ == "__main__":
     import before_imports  # noqa: F401
 
 import argparse
+import copy
 import difflib
 import json
+import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from models.bert import BertConfig
@@ -26,57 +30,94 @@ BERT_CONFIG = "configs/config_bert.json"
 
 @dataclass(frozen=True)
 class Key:
-    """type: a type, a tuple of types or a nested table; default: REQUIRED or a value; help: one line; least:
-    the smallest value allowed; choices: the only values allowed; place: a path, "data" where it is relative
-    to data_root, "" where it is no path.
+    """type: a type, a tuple of types or a nested table; default: REQUIRED or a value; help: one line; least,
+    most, above, below: the range of a number, or of the numbers in a list; choices: the only values allowed;
+    items: types of what a list holds; place: a path, "data" where it is relative to data_root, "" where it is
+    no path; unused: kept for published configs, without effect.
+
+    A text, list or mapping may be empty where the default is empty.
     """
 
     type: type | tuple | dict
     default: object = REQUIRED
     help: str = ""
-    least: int | None = None
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
     choices: tuple = ()
+    items: tuple = (str,)
     place: str = ""
+    unused: bool = False
 
 
 NUMBER = (float, int)
 PATHS = (str, list)
 DATA, OTHER = "data", "other"  # paths relative to data_root, or to the folder the script is started in
+MAX_RATE = 10  # above it a learning rate lacks its minus: 1e4 for 1e-4
+
 
 OPTIMIZER = {
     "opt": Key(str, "adamW", "any optimiser timm knows"),
-    "lr": Key(NUMBER, help="learning rate"),
-    "weight_decay": Key(NUMBER, 0.02, "not for biases and one-dimensional parameters"),
-    "eps": Key(NUMBER, 1e-8),
-    "betas": Key(list, [0.9, 0.999]),
+    "lr": Key(NUMBER, help="learning rate", above=0, most=MAX_RATE),
+    "weight_decay": Key(NUMBER, 0.02, "not for biases and one-dimensional parameters", least=0, most=10),
+    "eps": Key(NUMBER, 1e-8, "added to the denominator of the update", above=0, most=1),
+    "betas": Key(
+        list,
+        [0.9, 0.999],
+        "decay of the gradient's moments: two, of adan three",
+        items=NUMBER,
+        least=0,
+        below=1,
+    ),
 }
 SCHEDULE = {
-    "sched": Key(str, "cosine"),
-    "lr": Key(NUMBER, 0, "kept for published configs; optimizer.lr counts"),
+    "sched": Key(str, "cosine", choices=("cosine",)),
+    "lr": Key(NUMBER, 0, "kept for published configs; optimizer.lr counts", least=0, unused=True),
     "epochs": Key(int, help="length of the run", least=1),
-    "min_lr": Key(NUMBER, 1e-5, "learning rate of the last epoch"),
-    "decay_rate": Key(NUMBER, 1, "kept for published configs; cosine does not use it"),
-    "warmup_lr": Key(NUMBER, 1e-5, "learning rate of the first step"),
-    "warmup_epochs": Key(int, 0, "warm-up steps inside epoch 0"),
+    "min_lr": Key(
+        NUMBER,
+        1e-5,
+        "learning rate that the cosine reaches at epoch number `epochs`, one after the last, which counts "
+        "from 0: no epoch has it",
+        least=0,
+        most=MAX_RATE,
+    ),
+    "decay_rate": Key(NUMBER, 1, "kept for published configs; cosine does not use it", least=0, unused=True),
+    "warmup_lr": Key(
+        NUMBER,
+        1e-5,
+        "learning rate of the first steps, where warmup_epochs is not 0",
+        least=0,
+        most=MAX_RATE,
+    ),
+    "warmup_epochs": Key(int, 0, "warm-up steps inside epoch 0, which end where it ends", least=0),
     "warmup_step_size": Key(int, 100, "iterations per warm-up step", least=1),
-    "cooldown_epochs": Key(int, 0, "kept for published configs; cosine does not use it"),
+    "cooldown_epochs": Key(
+        int, 0, "kept for published configs; cosine does not use it", least=0, unused=True
+    ),
 }
 VIT = {
     "depth": Key(int, 12, "transformer blocks", least=1),
-    "num_heads": Key(int, 12, least=1),
-    "patch_size": Key(int, 16, "pixels", least=1),
-    "mlp_ratio": Key(NUMBER, 4),
-    "qkv_bias": Key(bool, True),
-    "norm_eps": Key(NUMBER, 1e-6),
+    "num_heads": Key(int, 12, "a divisor of vision_width", least=1),
+    "patch_size": Key(int, 16, "pixels; a divisor of image_res", least=1),
+    "mlp_ratio": Key(NUMBER, 4, "width of the feed-forward layers / vision_width", above=0, most=100),
+    "qkv_bias": Key(bool, True, "queries, keys and values have a bias"),
+    "norm_eps": Key(NUMBER, 1e-6, "of LayerNorm", above=0, below=1),
 }
 ENCODERS = {
     "image_res": Key(int, help="side of the square input in pixels", least=1),
     "vision_width": Key(int, 768, "width of the image encoder", least=1),
     "vit": Key(VIT, {}, "sizes of the image encoder"),
     "bert_config": Key((str, dict), BERT_CONFIG, "JSON file, or the same as a mapping", place=OTHER),
-    "momentum": Key(NUMBER, 0.995, "of the momentum twins"),
-    "alpha": Key(NUMBER, 0.4, "weight of the momentum targets"),
-    "init": Key(str, "pretrained", "'pretrained' (image_encoder, text_encoder below) or 'scratch'"),
+    "momentum": Key(NUMBER, 0.995, "of the momentum twins", least=0, most=1),
+    "alpha": Key(NUMBER, 0.4, "weight of the momentum targets", least=0, most=1),
+    "init": Key(
+        str,
+        "pretrained",
+        "weights without --checkpoint: image_encoder and text_encoder below, or random ones",
+        choices=("pretrained", "scratch"),
+    ),
     "image_encoder": Key(
         str, "deit_base_patch16_224", "initial ViT weights: timm name or local file", place=OTHER
     ),
@@ -86,13 +127,13 @@ ENCODERS = {
 }
 CONTRAST = {
     "embed_dim": Key(int, 256, "shared embedding of the contrast", least=1),
-    "temp": Key(NUMBER, 0.07, "temperature at the start"),
+    "temp": Key(NUMBER, 0.07, "temperature at the start, then learned in this range", least=0.001, most=0.5),
     "queue_size": Key(int, 65536, "momentum features kept for the contrast", least=1),
 }
 RELEASED_CODE_HELP = "true = as the published code does, false = as the paper says"
 SHARED = {
     "optimizer": Key(OPTIMIZER),
-    "schedular": Key(SCHEDULE, help="learning-rate schedule; `scheduler` is accepted too"),
+    "schedular": Key(SCHEDULE),
     "data_root": Key(
         str, "", "folder that relative paths of data in this config start from; empty = the working folder"
     ),
@@ -108,7 +149,7 @@ SHARED = {
     "precision": Key(
         str,
         "fp32",
-        "fp32, tf32, bf16 or fp16 (with loss scaling); of all scores but heat maps, too",
+        "of training (fp16: with loss scaling) and of all scores but heat maps",
         choices=("fp32", "tf32", "bf16", "fp16"),
     ),
     "compile": Key(bool, False, "torch.compile the encoders' layers"),
@@ -127,17 +168,23 @@ SHARED = {
         int, 5, "a run stops after so many steps in a row with a loss that is not finite", least=1
     ),
 }
-MAX_BAD = Key(NUMBER, 0.05, "a run stops when a larger share of an epoch's images cannot be read", least=0)
-RANDAUGMENT = {"num_ops": Key(int, 2), "magnitude": Key(int, 7, "0 to 10")}
+MAX_BAD = Key(
+    NUMBER, 0.05, "a run stops when a larger share of an epoch's images cannot be read", least=0, most=1
+)
+RANDAUGMENT = {
+    "num_ops": Key(int, 2, "operations drawn for an image, each done with probability 0.5", least=0),
+    "magnitude": Key(int, 7, "their strength", least=0, most=10),
+}
+MIN_CROP_SCALE = {"help": "smallest share of the image that a random crop keeps", "above": 0, "most": 1}
 IMAGE_TOKENIZER = {
-    "kind": Key(str, "dalle", "dalle, flava or kmeans"),
+    "kind": Key(str, "dalle", "the network it is", choices=("dalle", "flava", "kmeans")),
     "path": Key(
         str,
         "",
         "dalle: encoder.pkl; flava: hub name or folder; kmeans: codebook file, made when missing",
         place=OTHER,
     ),
-    "vocab_size": Key(int, 8192, "visual tokens", least=1),
+    "vocab_size": Key(int, 8192, "visual tokens", least=2),
 }
 FLIP_CAPTIONS = Key(bool, False, "flip images under texts that say left or right")
 MLM_DISTILL = Key(bool, False, "soft word targets over the sequence, not the vocabulary")
@@ -146,15 +193,20 @@ PRETRAIN = {
     **CONTRAST,
     **SHARED,
     "train_file": Key(
-        PATHS, help="annotation files and shards, or `[{path: ..., weight: ...}, ...]`", place=DATA
+        PATHS,
+        help="annotation files and shards, or `[{path: ..., weight: ...}, ...]`",
+        items=(str, dict),
+        place=DATA,
     ),
     "samples_per_epoch": Key(int, 0, "of all ranks together; 0 = all there are", least=0),
     "batch_size": Key(int, 64, "per rank", least=1),
-    "mlm_probability": Key(NUMBER, 0.15, "share of words masked"),
-    "max_tokens": Key(int, 25, "captions are cut to this many tokens", least=1),
-    "num_masking_patches": Key(int, 75, "patches hidden from MIM, of (image_res / patch_size)²", least=1),
-    "min_num_patches": Key(int, 16, "smallest block of hidden patches"),
-    "min_crop_scale": Key(NUMBER, 0.2, "smallest share of the image that a random crop keeps"),
+    "mlm_probability": Key(NUMBER, 0.15, "share of words masked", least=0, most=1),
+    "max_tokens": Key(int, 25, "captions are cut to this many tokens, [CLS] included", least=2),
+    "num_masking_patches": Key(
+        int, 75, "patches hidden from MIM, at most (image_res / patch_size)²", least=1
+    ),
+    "min_num_patches": Key(int, 16, "smallest block of hidden patches", least=1),
+    "min_crop_scale": Key(NUMBER, 0.2, **MIN_CROP_SCALE),
     "randaugment": Key(RANDAUGMENT, {}),
     "image_tokenizer": Key(IMAGE_TOKENIZER, {}, "gives the MIM targets"),
     "max_bad_fraction": MAX_BAD,
@@ -178,7 +230,7 @@ FINETUNE = {
     "warm_up": Key(bool, False, "alpha ramps from 0 in epoch 0"),
     "distill": Key(bool, True, "false = no momentum targets, as alpha 0"),
     "vit_mask_token": Key(bool, False, "the image encoder has the mask token of pre-training"),
-    "min_crop_scale": Key(NUMBER, 0.5, "smallest share of the image that a random crop keeps"),
+    "min_crop_scale": Key(NUMBER, 0.5, **MIN_CROP_SCALE),
     "randaugment": Key(RANDAUGMENT, {}),
     "max_bad_fraction": MAX_BAD,
     "skip_unreadable": Key(
@@ -193,10 +245,9 @@ RETRIEVAL = {
     "test_file": Key(str, help="annotation file", place=DATA),
     "k_test": Key(int, 256, "candidates re-ranked for each query", least=1),
     "save_scores": Key(bool, False, "write both score matrices to result/retrieval_scores.pt"),
-    "optimizer": Key(OPTIMIZER, {"lr": 1e-5}),
-    "schedular": Key(
-        SCHEDULE, {"lr": 1e-5, "epochs": 5}, "learning-rate schedule; `scheduler` is accepted too"
-    ),
+    # A config that only evaluates needs neither.
+    "optimizer": Key({**OPTIMIZER, "lr": replace(OPTIMIZER["lr"], default=1e-5)}, {}),
+    "schedular": Key({**SCHEDULE, "epochs": replace(SCHEDULE["epochs"], default=5)}, {}),
     "released_code": Key(
         {
             "frozen_idx_queue": Key(bool, False, "captions of one image are negatives once in the queue"),
@@ -219,7 +270,7 @@ GROUNDING = {
         place=DATA,
     ),
     "det_file": Key(str, "", "detector boxes; empty = boxes from the heat map alone", place=DATA),
-    "coco_file": Key(str, "", "kept for published configs; no score uses it", place=DATA),
+    "coco_file": Key(str, "", "kept for published configs; no score uses it", place=DATA, unused=True),
     "released_code": Key(
         {
             "frozen_idx_queue": Key(bool, False, "captions of one image are negatives once in the queue"),
@@ -247,7 +298,7 @@ VQA = {
     "num_beams": Key(int, 3, "of --inference generate", least=1),
     "max_answer_tokens": Key(int, 10, "of --inference generate", least=1),
     "num_top_answers": Key(int, 5, "answers with probabilities in the result file", least=1),
-    "max_tokens": Key(int, 25, "training questions are cut to this many tokens", least=1),
+    "max_tokens": Key(int, 25, "training questions are cut to this many tokens, [CLS] included", least=2),
     "released_code": Key(
         {
             "vqa_no_distill": Key(bool, False, "the answer decoder is trained without momentum targets"),
@@ -280,8 +331,8 @@ PRETRAIN_NLVR = {
     **FINETUNE,
     **CONTRAST,
     "train_file": TRAIN_FILE,
-    "max_tokens": Key(int, 25, "captions are cut to this many tokens", least=1),
-    "min_crop_scale": Key(NUMBER, 0.2, "smallest share of the image that a random crop keeps"),
+    "max_tokens": Key(int, 25, "captions are cut to this many tokens, [CLS] included", least=2),
+    "min_crop_scale": Key(NUMBER, 0.2, **MIN_CROP_SCALE),
     "released_code": Key({"flip_captions": FLIP_CAPTIONS}, {}, RELEASED_CODE_HELP),
 }
 TABLES = {
@@ -295,47 +346,173 @@ TABLES = {
 }
 
 
+TASKS = {
+    script.removesuffix(".py"): table for scripts, table in TABLES.items() for script in scripts.split(", ")
+}
+OTHER_NAMES = {"NLVR_Pretrain": "Pretrain_NLVR"}  # as its config is called
+
+# Keys of published configs: what they are called here, and those that no published script of the task reads.
+PUBLISHED = {
+    "batch_size": ("batch_size_train", "batch_size_test"),
+    "image_tokenizer_path": ("image_tokenizer",),
+}
+PUBLISHED_WITHOUT_EFFECT = ("mlm_probability", "eval_ema", "save_sims")
+
+TYPES = {int: "an int", float: "a number", str: "text", bool: "true or false"}
+TYPES |= {list: "a list", dict: "a mapping"}
+YES, NO = ("yes", "on", "true"), ("no", "off", "false")
+EMPTY = ("", [], {})
+
+
+# ---- the command line ----
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds --overrides, which may be given several times."""
+    parser.add_argument(
+        "--overrides",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="config values, a.b=c, also after several --overrides; the last one of a key counts",
+    )
+
+
+def task_name(text: str) -> str:
+    """Return the task that a command line means by the name of its script, with or without .py, or config."""
+    name = text.removesuffix(".py")
+    return OTHER_NAMES.get(name, name)
+
+
+def task_of(config_file: str) -> str | None:
+    """Return the task that the file is named after, as those of configs/ are: Retrieval_coco.yaml."""
+    stem = Path(config_file).stem.lower()
+    for name in sorted([*TASKS, *OTHER_NAMES], key=len, reverse=True):
+        if stem == name.lower() or stem.startswith(f"{name.lower()}_"):
+            return task_name(name)
+    return None
+
+
 def parse(parser: argparse.ArgumentParser, table: dict[str, Key]) -> tuple[argparse.Namespace, dict]:
-    """The flags and the config of a task script, which has all sizes in it and names no file that holds some:
-    what is saved of it, in checkpoints and config.yaml, means the same for ever.
+    """Return the flags and the config of a task script, which has all sizes in it and names no file that
+    holds some: what is saved of it, in checkpoints and config.yaml, means the same for ever.
+
+    args.notes: what `start` has to say about the config.
     """
     args = parser.parse_args()
-    config = read_config(args.config, table, args.overrides)
+    args.notes = []
+    config = read_config(args.config, table, args.overrides, args.notes)
     config["bert_config"] = asdict(BertConfig.read(config["bert_config"]))
     config["text_encoder"] = args.text_encoder or config["text_encoder"]
     return args, config
 
 
-def read_config(path: str, table: dict[str, Key], overrides: list[str] | None = None) -> dict:
-    """The checked config with defaults filled in.
+# ---- reading ----
 
-    overrides: "a.b=c" with c parsed as YAML. Paths are resolved here and nowhere else: data files and roots
-    are relative to `data_root`, and image paths to `image_root`, or else to `data_root`, or else, where both
-    are empty, to the annotation file. Raises UserError for a missing or broken file, an unknown key (with the
-    nearest valid name), a missing key, or a value of the wrong type.
+
+def read_config(
+    path: str, table: dict[str, Key], overrides: list[str] | None = None, notes: list[str] | None = None
+) -> dict:
+    """Return the checked config with defaults filled in.
+
+    overrides: "a.b=c" with c parsed as YAML; notes: gets sentences on what is right but may not be meant.
+    Paths are resolved here and nowhere else: data files and roots are relative to `data_root`, and image
+    paths to `image_root`, or else to `data_root`, or else, where both are empty, to the annotation file.
+    Raises UserError for a missing or broken file, an unknown key (with the nearest valid name), a missing
+    key, a value of the wrong type or out of range, values that do not fit together, overrides without effect,
+    and for the config of another task.
     """
+    notes = [] if notes is None else notes
+    values = read_yaml(path)
+    if "scheduler" in values and "schedular" in table:
+        if "schedular" in values:
+            raise UserError(f"config {path}: has both schedular and scheduler; keep one")
+        values["schedular"] = values.pop("scheduler")
+    hint = _other_task(values, table, path)
+    values, said = _from_published(values, table, path)
+    notes += said
+    overrides = [re.sub(r"^scheduler(?=[.=])", "schedular", override) for override in overrides or []]
+    for override in overrides:
+        _override(values, override)
+    config = check_values(values, table, path, hint=hint)
+    _check_fit(config, path)
+    names = {override.partition("=")[0] for override in overrides}
+    for name in sorted(names & _unused(table)):
+        raise UserError(f"--overrides {name} has no effect: {_key_of(name, table).help}")
+    notes += _notes_on_rates(config, path, "optimizer.lr" in names)
+    if config["data_root"]:  # absolute, so that the copy beside the results can be read again
+        config["data_root"] = str(Path(fill_in(config["data_root"])).absolute())
+    config = _resolve(config, table, config["data_root"])
+    config["image_root"] = config["image_root"] or config["data_root"]
+    return config
+
+
+def read_yaml(path: str | Path) -> dict:
+    """Return the mapping in a YAML file. Raises UserError, with the line, for what is none."""
     try:
         values = YAML(typ="safe").load(Path(path).read_bytes())
     except OSError as error:
         raise UserError(
             f"config {path} cannot be read: {error.strerror}; name a YAML file with --config"
         ) from error
-    except YAMLError as error:
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except DuplicateKeyError as error:
+        # ruamel goes on about how to allow it.
+        problem = error.problem.replace("found duplicate key", "there already is a key")
+        raise UserError(
+            f"config {path}, line {error.problem_mark.line + 1}: {problem}; keep one of them"
+        ) from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        tab = "; indent with spaces, not tabs" if r"'\t'" in str(error) else ""
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}{tab}") from error
     if not isinstance(values, dict):
-        raise UserError(f"config {path} must hold `key: value` lines, found {type(values).__name__}")
-    if "scheduler" in values and "schedular" in table:
-        if "schedular" in values:
-            raise UserError(f"config {path}: has both schedular and scheduler; keep one")
-        values["schedular"] = values.pop("scheduler")
-    for override in overrides or []:
-        _override(values, re.sub(r"^scheduler(?=[.=])", "schedular", override))
-    config = check_values(values, table, path)
-    if config["data_root"]:  # absolute, so that the copy beside the results can be read again
-        config["data_root"] = str(Path(fill_in(config["data_root"])).absolute())
-    config = _resolve(config, table, config["data_root"])
-    config["image_root"] = config["image_root"] or config["data_root"]
-    return config
+        found = "nothing" if values is None else type(values).__name__
+        raise UserError(f"config {path} must hold `key: value` lines, found {found}")
+    return values
+
+
+def _from_published(values: dict, table: dict[str, Key], path: str) -> tuple[dict, list[str]]:
+    """Return what a published config of the task says in the keys of ours, and what there is to say on it."""
+    values, notes = dict(values), []
+    for old, new in PUBLISHED.items():
+        if old not in values or old in table or not table.keys() >= set(new):
+            continue
+        if both := [name for name in new if name in values]:
+            raise UserError(f"config {path}: has both {old} and {both[0]}; keep {both[0]}")
+        value = values.pop(old)
+        if old == "image_tokenizer_path":  # the folder of OpenAI's file
+            value = {"path": f"{str(value).rstrip('/')}/encoder.pkl"}
+        values |= dict.fromkeys(new, value)
+        notes.append(f"config {path}: {old} is read as {' and '.join(new)}")
+    for name in PUBLISHED_WITHOUT_EFFECT:
+        if name in values and name not in table:
+            del values[name]
+            notes.append(f"config {path}: {name} has no effect on this task")
+    return values, notes
+
+
+def _other_task(values: dict, table: dict[str, Key], path: str) -> str:
+    """Return "this looks like a config of ..." where another task's keys fit and this one's do not, else "".
+
+    Raises UserError where both fit, but the file is named after the other task.
+    """
+
+    def misfits(other: dict[str, Key]) -> bool:
+        published = {*PUBLISHED, *PUBLISHED_WITHOUT_EFFECT}
+        return bool(_missing(values, other) or set(_unknown(values, other)) - published)
+
+    named = task_of(path)
+    if all(table is not known for known in TASKS.values()) or (named and TASKS[named] is table):
+        return ""
+    fitting = [scripts for scripts, other in TABLES.items() if not misfits(other)]
+    if named and not misfits(TASKS[named]):
+        fitting = [f"{named}.py"]
+        if not misfits(table):
+            own = next(scripts for scripts, other in TABLES.items() if other is table)
+            raise UserError(
+                f"config {path}: this looks like a config of {named}.py, not of {own}; rename it if it is not"
+            )
+    return f"this looks like a config of {' or '.join(fitting)}" if fitting else ""
 
 
 def _resolve(config: dict, table: dict[str, Key], data_root: str) -> dict:
@@ -361,13 +538,14 @@ def _resolve(config: dict, table: dict[str, Key], data_root: str) -> dict:
 
 def _override(values: dict, text: str) -> None:
     name, separator, value = text.partition("=")
-    if not separator or not name:
+    if not separator or not all(name.split(".")):
         raise UserError(f"--overrides {text}: expected key=value, for example schedular.epochs=10")
     if name.startswith("bert_config.") and isinstance(values.get("bert_config", ""), str):
         values["bert_config"] = _read_bert_config(values.get("bert_config", BERT_CONFIG))
     *parents, leaf = name.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        values[parent] = {} if values.get(parent) is None else values[parent]
+        values = values[parent]
         if not isinstance(values, dict):
             raise UserError(f"--overrides {text}: {parent} is a value, not a section")
     try:
@@ -384,43 +562,185 @@ def _read_bert_config(path: str) -> dict:
         raise UserError(f"bert_config {path} cannot be read as JSON: {error}") from error
 
 
-def check_values(values: dict, table: dict[str, Key], path: str, section: str = "") -> dict:
-    """The values of a config, or of its section "name.", with defaults filled in; see `read_config` for what
-    it raises. `path` says where they come from.
+# ---- checking ----
+
+
+def check_values(values: dict, table: dict[str, Key], path: str, section: str = "", hint: str = "") -> dict:
+    """Return the values of a config, or of its section "name.", with defaults filled in; see `read_config`
+    for what it raises. `path` says where they come from; hint: what else to say about unknown and missing
+    keys.
     """
-    for name in values:
-        if name not in table:
-            near = difflib.get_close_matches(str(name), table, n=1)
-            hint = f"did you mean {section}{near[0]}?" if near else f"known keys: {', '.join(table)}"
-            raise UserError(f"config {path}: unknown key {section}{name}; {hint}")
-    missing = [
-        section + name for name, key in table.items() if key.default is REQUIRED and name not in values
-    ]
-    if missing:
-        raise UserError(
-            f"config {path}: missing {'key' if len(missing) == 1 else 'keys'} {', '.join(missing)}"
-        )
+    for name in _unknown(values, table):
+        near = difflib.get_close_matches(str(name), table, n=1)
+        about = f"did you mean {section}{near[0]}?" if near else f"known keys: {', '.join(table)}"
+        raise UserError(f"config {path}: unknown key {section}{name}; {hint or about}")
+    if missing := [section + name for name in _missing(values, table)]:
+        what = f"missing {'key' if len(missing) == 1 else 'keys'} {', '.join(missing)}"
+        raise UserError(f"config {path}: {what}" + f"; {hint}" * bool(hint))
     return {
         name: _check_value(values.get(name, key.default), key, path, section + name)
         for name, key in table.items()
     }
 
 
+def _unknown(values: dict, table: dict[str, Key]) -> list:
+    return [name for name in values if name not in table]
+
+
+def _missing(values: dict, table: dict[str, Key]) -> list[str]:
+    return [name for name, key in table.items() if key.default is REQUIRED and name not in values]
+
+
 def _check_value(value: object, key: Key, path: str, name: str) -> object:
-    expected = key.type
-    if isinstance(expected, dict):
+    value = _as_meant(value, key)
+    if isinstance(key.type, dict):
         if not isinstance(value, dict):
             raise UserError(f"config {path}: {name} must be a section of keys, found {value!r}")
-        return check_values(value, expected, path, name + ".")
-    allowed = expected if isinstance(expected, tuple) else (expected,)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        wanted = " or ".join(kind.__name__ for kind in allowed)
-        raise UserError(f"config {path}: {name} must be {wanted}, found {value!r}")
-    if key.least is not None and value < key.least:
-        raise UserError(f"config {path}: {name} must be at least {key.least}, found {value!r}")
+        return check_values(value, key.type, path, name + ".")
+    allowed = key.type if isinstance(key.type, tuple) else (key.type,)
+    if (value is None or value in ("", [])) and key.default not in EMPTY:
+        raise UserError(f"config {path}: {name} is empty; expected {expected(key)}")
+    if not _is_a(value, allowed):
+        quotes = "; a name that looks like something else goes in quotes" if str in allowed else ""
+        raise UserError(f"config {path}: {name} must be {expected(key)}, found {value!r}{quotes}")
+    for number, item in enumerate(value if isinstance(value, list) else ()):
+        if not _is_a(item, key.items) or item in EMPTY:
+            wanted = " or ".join(dict.fromkeys(TYPES[kind] for kind in key.items if kind is not int))
+            raise UserError(f"config {path}: {name}: item {number} must be {wanted}, found {item!r}")
+    for one in value if isinstance(value, list) else [value]:
+        if _is_a(one, NUMBER) and not _is_in_range(one, key):
+            raise UserError(f"config {path}: {name} must be {_range(key) or 'finite'}, found {one!r}")
     if key.choices and value not in key.choices:
-        raise UserError(f"config {path}: {name} must be one of {', '.join(key.choices)}, found {value!r}")
+        near = difflib.get_close_matches(value, key.choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"config {path}: {name} must be one of {', '.join(key.choices)}, found {value!r}{hint}"
+        )
     return value
+
+
+def _as_meant(value: object, key: Key) -> object:
+    """Return the value as its key wants it: nothing at all as an empty default or section, a number or yes
+    and no written as text as such.
+    """
+    if isinstance(key.type, dict):
+        return {} if value is None or value == "" else value
+    if (value is None or value in EMPTY) and key.default in EMPTY:
+        return copy.copy(key.default)
+    if key.type is bool:
+        word = value.lower() if isinstance(value, str) else value
+        return True if word in YES or word == 1 else False if word in NO or word == 0 else value
+    if key.type in (int, NUMBER):
+        value = _number(value)
+        return int(value) if key.type is int and isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, list) and key.items == NUMBER:
+        return [_number(item) for item in value]
+    return value
+
+
+def _number(value: object) -> object:
+    for kind in (int, float) if isinstance(value, str) else ():
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _is_a(value: object, kinds: tuple) -> bool:
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _is_in_range(value: float, key: Key) -> bool:
+    return (
+        math.isfinite(value)
+        and (key.least is None or value >= key.least)
+        and (key.most is None or value <= key.most)
+        and (key.above is None or value > key.above)
+        and (key.below is None or value < key.below)
+    )
+
+
+def _range(key: Key) -> str:
+    """Return it in words, "" for any."""
+    if key.least is not None and key.most is not None:
+        return f"from {key.least} to {key.most}"
+    bounds = {"at least": key.least, "above": key.above, "at most": key.most, "below": key.below}
+    return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+
+
+def expected(key: Key) -> str:
+    """Return what a value of the key has to be, in words."""
+    if key.choices:
+        return ", ".join(key.choices)
+    kinds = key.type if isinstance(key.type, tuple) else (key.type,)
+    words = TYPES[float] if kinds == NUMBER else " or ".join(TYPES[kind] for kind in kinds)
+    words += " of numbers" if key.items == NUMBER else ""
+    return ", ".join(filter(None, [words, _range(key)]))
+
+
+def _check_fit(config: dict, path: str) -> None:
+    """UserError where values that are right by themselves do not fit together."""
+
+    def refuse(sentence: str) -> None:
+        raise UserError(f"config {path}: {sentence}")
+
+    vit, resolution, width = config["vit"], config["image_res"], config["vision_width"]
+    if resolution % vit["patch_size"]:
+        refuse(f"image_res {resolution} is not a multiple of vit.patch_size {vit['patch_size']}")
+    if width % vit["num_heads"]:
+        refuse(f"vision_width {width} is not a multiple of vit.num_heads {vit['num_heads']}")
+    grid = resolution // vit["patch_size"]
+    if config.get("num_masking_patches", 0) > grid**2:
+        refuse(
+            f"num_masking_patches {config['num_masking_patches']} exceeds the {grid} x {grid} patches; "
+            "lower it or raise image_res"
+        )
+    tokenizer = config.get("image_tokenizer", {})
+    if tokenizer.get("kind") == "kmeans" and not tokenizer["path"].endswith(".safetensors"):
+        refuse(f"image_tokenizer.path of kmeans must name a .safetensors file, found {tokenizer['path']!r}")
+    optimizer = config["optimizer"]
+    if optimizer["opt"].lower() != "adamw":
+        from optim import check_settings  # here, because it imports timm, which takes seconds
+
+        try:
+            check_settings(optimizer)
+        except UserError as error:
+            refuse(str(error))
+    elif len(optimizer["betas"]) != 2:
+        refuse(f"optimizer.betas must be two numbers, found {optimizer['betas']!r}")
+
+
+def _notes_on_rates(config: dict, path: str, rate_was_overridden: bool) -> list[str]:
+    rate, schedule, notes = config["optimizer"]["lr"], config["schedular"], []
+    if schedule["lr"] not in (0, rate) and not rate_was_overridden:
+        notes.append(
+            f"config {path}: schedular.lr {schedule['lr']} has no effect; optimizer.lr {rate} counts"
+        )
+    if schedule["min_lr"] > rate:
+        notes.append(
+            f"schedular.min_lr {schedule['min_lr']} is above optimizer.lr {rate}: the rate will rise"
+        )
+    if schedule["warmup_epochs"] and schedule["warmup_lr"] > rate:
+        notes.append(
+            f"schedular.warmup_lr {schedule['warmup_lr']} is above optimizer.lr {rate}: the warm-up goes down"
+        )
+    return notes
+
+
+def _unused(table: dict[str, Key], section: str = "") -> set[str]:
+    """Return the names of the keys without effect."""
+    names = {section + name for name, key in table.items() if key.unused}
+    inner = ((name, key.type) for name, key in table.items() if isinstance(key.type, dict))
+    return names.union(*(_unused(keys, f"{section}{name}.") for name, keys in inner))
+
+
+def _key_of(name: str, table: dict[str, Key]) -> Key:
+    first, _, rest = name.partition(".")
+    return _key_of(rest, table[first].type) if rest else table[first]
+
+
+# ---- writing ----
 
 
 def save_config(config: dict, output_dir: str) -> None:
@@ -431,19 +751,19 @@ def save_config(config: dict, output_dir: str) -> None:
 
 
 def describe(table: dict[str, Key], section: str = "") -> list[str]:
-    """Markdown table rows: key, default, meaning."""
+    """Return Markdown table rows: key, default, values, meaning."""
     rows = []
     for name, key in table.items():
         if isinstance(key.type, dict):
             rows += describe(key.type, f"{section}{name}.")
         else:
             default = "required" if key.default is REQUIRED else f"`{key.default!r}`"
-            rows.append(f"| `{section}{name}` | {default} | {key.help} |")
+            rows.append(f"| `{section}{name}` | {default} | {expected(key)} | {key.help} |")
     return rows
 
 
 def reference() -> str:
-    """All keys as Markdown: the tables that scripts share once, then what each script adds or changes."""
+    """Return all keys as Markdown: tables that scripts share once, then what each script adds or changes."""
     shared = {
         "Every script": {**ENCODERS, **SHARED},
         "Pretrain.py, Retrieval.py, zero_shot_retrieval.py, Grounding.py, Pretrain_NLVR.py": CONTRAST,
@@ -456,7 +776,7 @@ def reference() -> str:
         title: {name: key for name, key in table.items() if not any(key is other for other in known)}
         for title, table in TABLES.items()
     }
-    head = ["", "| key | default | meaning |", "| --- | --- | --- |"]
+    head = ["", "| key | default | values | meaning |", "| --- | --- | --- | --- |"]
     sections = {**shared, **own}
     return "\n\n".join("\n".join([f"### {title}", *head, *describe(sections[title])]) for title in sections)
 

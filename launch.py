@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from before_imports import imported
+from config import add_overrides
 from faults import (
     Stopped,
     StopSignals,
@@ -112,6 +113,8 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
         stream=sys.stdout,
         force=True,
     )
+    for note in args.notes:
+        log.info(note)
     device = pick_device(args.device, local_rank)
     if num_ranks > 1 and not dist.is_initialized():
         try:
@@ -363,6 +366,17 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
+def seed_number(text: str) -> int:
+    """A seed of all generators, ranks added; numpy's are of 32 bits."""
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = -1
+    if not 0 <= seed < 2**31:
+        raise argparse.ArgumentTypeError(f"expected an int from 0 to {2**31 - 1}, got {text!r}")
+    return seed
+
+
 def add_flag(parser: argparse.ArgumentParser, name: str, help: str) -> None:
     """A boolean flag that takes `--name`, `--name True` and `--name False`."""
     parser.add_argument(name, nargs="?", const=True, default=False, type=boolean, help=help)
@@ -390,7 +404,7 @@ def script_arguments(description: str, config: str, output_dir: str) -> argparse
     parser.add_argument("--text_encoder", default="", help="BERT name or folder; replaces the config's")
     parser.add_argument("--text_decoder", default="", help="VQA: where the decoder's BERT weights come from")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--seed", default=42, type=int)
+    parser.add_argument("--seed", default=42, type=seed_number)
     parser.add_argument(
         "--world_size", default=1, type=int, help="read from the launcher; kept for old commands"
     )
@@ -403,7 +417,6 @@ def script_arguments(description: str, config: str, output_dir: str) -> argparse
     parser.add_argument(
         "--distributed", nargs="?", const=True, default=True, type=boolean, help="as --world_size"
     )
-    parser.add_argument(
-        "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="config values, a.b=c"
-    )
+    add_overrides(parser)
+    parser.set_defaults(notes=[])  # on the config, see `parse`
     return parser

@@ -208,6 +208,11 @@ class Training:
         self.model.train()
         num_steps = self.num_steps()
         self.run_steps = num_steps * config["schedular"]["epochs"]
+        if self.epoch == self.step == 0 and num_steps <= (warm_up := self.schedule.warmup_steps):
+            log.info(
+                f"the warm-up of {warm_up} steps (schedular.warmup_epochs * warmup_step_size) is longer than "
+                f"epoch 0, which has {num_steps}: optimizer.lr is not reached, the cosine begins with epoch 1"
+            )
         self.schedule.start_epoch(self.epoch)
         self.count_anew()
         # Each epoch draws from its own seed, so that one resumed at its start is as an unbroken one.

@@ -39,7 +39,9 @@ def measure(scale: str, steps: int) -> dict:
     if int(os.environ["WORLD_SIZE"]) > 1:
         torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
-    overrides = ["init=scratch", *([*TINY, "vit.patch_size=8"] if scale == "tiny" else [])]
+    overrides = ["init=scratch"]
+    if scale == "tiny":
+        overrides += [*TINY, "vit.patch_size=8", "num_masking_patches=5"]
     config = read_config(str(ROOT / "configs/demo/Pretrain.yaml"), PRETRAIN, overrides)
     model = SIMLA.from_config(config, cls_id=1)
     wrapped = distribute(model, CPU)

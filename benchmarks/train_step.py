@@ -53,7 +53,9 @@ def settings(args: argparse.Namespace) -> dict:
     overrides = ["test_file=none"] if args.task == "retrieval" else []
     if args.scale == "tiny":
         overrides += [*TINY, "queue_size=64", "vit.patch_size=8"]
-        overrides += ["image_tokenizer.vocab_size=64"] if args.task == "pretrain" else []
+        overrides += (
+            ["image_tokenizer.vocab_size=64", "num_masking_patches=5"] if args.task == "pretrain" else []
+        )
     return read_config(str(ROOT / path), table, overrides)
 
 

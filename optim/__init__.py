@@ -3,11 +3,12 @@
 import difflib
 from collections.abc import Iterable
 
+import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils import UserError
+from utils import UserError, first_line
 
 FUSED = ("adam", "adamw", "sgd")  # torch has them as one kernel, on GPUs and CPUs
 
@@ -55,12 +56,30 @@ def create_optimizer(model: nn.Module, config: dict) -> Optimizer:
             betas=tuple(config.get("betas", (0.9, 0.999))),
             **fused,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, IndexError, AssertionError, ImportError) as error:  # what it checks
         known = list_optimizers()
         if name.split("_")[-1] in known:
-            raise UserError(f"optimizer: {name} does not take these settings: {error}") from error
+            settings = "settings (lr, weight_decay, eps, betas)"
+            raise UserError(f"optimizer: {name} does not take these {settings}: {error}") from error
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
             f"optimizer.opt: there is no optimiser {config['opt']!r}; {hint}timm knows {', '.join(known)}"
+        ) from error
+
+
+def check_settings(config: dict) -> None:
+    """Raises UserError for what `create_optimizer` refuses and for settings with which a step fails, which
+    a step of a tiny layer shows. What runs on GPUs alone is left to the run.
+    """
+    if config["opt"].lower().startswith(("bnb", "fused")):
+        return
+    layer = nn.Linear(1, 1)
+    optimizer = create_optimizer(layer, config)
+    layer(torch.ones(1, 1)).sum().backward()
+    try:
+        optimizer.step()
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"optimizer: {config['opt']} cannot take a step with these settings: {first_line(error)}"
         ) from error

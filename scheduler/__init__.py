@@ -11,8 +11,9 @@ class WarmupCosine:
 
     Warm-up: in epoch 0, after the optimiser step of every `warmup_step_size`-th iteration (100 as
     published), one of `warmup_epochs` equal rises from `warmup_lr` to the optimiser's rate. Then a cosine
-    over `epochs` to `min_lr`. `epoch_step` "start" moves it before each epoch but the first, "end" after each
-    epoch: the rate in force during any epoch is the same; they differ in the rate after the last one.
+    over `epochs`, which would reach `min_lr` at epoch number `epochs`, one after the last. `epoch_step`
+    "start" moves it before each epoch but the first, "end" after each epoch: the rate in force during any
+    epoch is the same; they differ in the rate after the last one.
     """
 
     def __init__(
@@ -37,6 +38,11 @@ class WarmupCosine:
         )
         self.warmup_step_size = warmup_step_size
         self.epoch_step = epoch_step
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of epoch 0 before the optimiser's rate is reached."""
+        return self.cosine.warmup_t * self.warmup_step_size
 
     def start_epoch(self, epoch: int) -> None:
         """Call before the first iteration of every epoch."""

@@ -291,7 +291,9 @@ def test_pretrained_weights_that_cannot_be_had_are_never_replaced_by_random_ones
         monkeypatch, Pretrain, *flags, "--overrides", "init=pretrained", "image_encoder=/no/file.pth"
     )
     assert "/no/file.pth" in message and "init: scratch" in message
-    assert "expected 'pretrained'" in fails(monkeypatch, Pretrain, *flags, "--overrides", "init=random")
+    assert "must be one of pretrained, scratch" in fails(
+        monkeypatch, Pretrain, *flags, "--overrides", "init=random"
+    )
 
 
 def test_checkpoint_of_another_shape_or_kind(monkeypatch, tiny, tmp_path):

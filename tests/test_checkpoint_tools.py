@@ -37,7 +37,8 @@ REQUIRED = {
     "val_file": "val.json",
     "test_file": "test.json",
     "refcoco_data": "data",
-    "image_tokenizer": {"kind": "kmeans", "vocab_size": 16},
+    "image_tokenizer": {"kind": "kmeans", "path": "codebook.safetensors", "vocab_size": 16},
+    "num_masking_patches": 5,
 }
 BUILDERS = {"pretrain": "Pretrain", "retrieval": "Retrieval", "vqa": "VQA", "ve": "VE"}  # kind -> task
 BUILDERS |= {"nlvr": "NLVR", "pretrain_nlvr": "Pretrain_NLVR"}

@@ -10,8 +10,8 @@ from test_ve_nlvr_scripts import write_config
 from tiny import ROOT
 
 import config as config_module
-from config import DATA, OTHER, TABLES, read_config, save_config
-from dataset.check.tasks import TASKS, task_of
+from config import DATA, OTHER, TABLES, read_config, save_config, task_of
+from dataset.check.tasks import TASKS
 from dataset.grounding import GroundingEvalData, grounding_loader
 from dataset.nlvr import read_nlvr
 from dataset.pretrain import code_views, pretrain_loader, read_pairs, read_sets
@@ -65,7 +65,7 @@ def test_variables_and_home_are_filled_in_everywhere(tmp_path, monkeypatch):
     path = write_config(
         tmp_path / "c.yaml",
         {
-            "image_res": 8,
+            "image_res": 256,
             "data_root": "$SETS/all",
             "train_file": ["a.json", "~/b.json", "${SETS}/c.json", "s3://d.tar", "pipe:cat $X/{0..9}.tar"],
             "image_tokenizer": {"path": "~/codes/encoder.pkl"},

@@ -61,7 +61,7 @@ def test_a_run_and_two_that_go_on_from_it(tiny, tmp_path, monkeypatch, capsys):
     losses of a run that does not move are pointed out once, by the one process that comes there.
     """
     monkeypatch.setattr(chance, "LEAST_STEPS", 7)
-    still = ("optimizer.lr=0.0", "schedular.warmup_lr=0.0", "schedular.min_lr=0.0", "save_every_steps=1")
+    still = ("optimizer.lr=1e-30", "schedular.warmup_lr=0.0", "schedular.min_lr=0.0", "save_every_steps=1")
     settings = (*still, "keep_last=99")
     pretrain(tiny, tmp_path, monkeypatch, overrides=settings)
     assert_as_logged(tmp_path, [2, 4, 6, 8, 10, 12])

@@ -155,19 +155,10 @@ TASKS = {
             "test": _questions(MAX_WORDS_IN_EVALUATION, _test_questions_fit, question_id=NUMBER_OR_TEXT),
         },
     ),
-    "NLVR_Pretrain": Task(PRETRAIN_NLVR, {"train": Split(_pairs)}),
+    "Pretrain_NLVR": Task(PRETRAIN_NLVR, {"train": Split(_pairs)}),
     "NLVR": Task(NLVR, _sentences(read_nlvr)),
     "VE": Task(VE, _sentences(read_ve)),
 }
-
-
-def task_of(config_file: str) -> str:
-    """The task that the file is named after, as those of configs/ are: Retrieval_coco.yaml."""
-    name = Path(config_file).stem.lower()
-    for task in sorted(TASKS, key=len, reverse=True):
-        if name == task.lower() or name.startswith(f"{task.lower()}_"):
-            return task
-    raise UserError(f"{config_file} is not named after a task; say which one with --task: {', '.join(TASKS)}")
 
 
 def open_sources(task: Task, config: dict, position_limit: int) -> list[Source]:
