@@ -403,7 +403,13 @@ def parse(parser: argparse.ArgumentParser, table: dict[str, Key]) -> tuple[argpa
     args = parser.parse_args()
     args.notes = []
     config = read_config(args.config, table, args.overrides, args.notes)
-    config["bert_config"] = asdict(BertConfig.read(config["bert_config"]))
+    bert = BertConfig.read(config["bert_config"])
+    if bert.encoder_width != config["vision_width"]:
+        raise UserError(
+            f"config {args.config}: encoder_width {bert.encoder_width} of bert_config must be vision_width "
+            f"{config['vision_width']}: the text encoder reads the image encoder's states"
+        )
+    config["bert_config"] = asdict(bert)
     config["text_encoder"] = args.text_encoder or config["text_encoder"]
     return args, config
 
@@ -453,9 +459,7 @@ def read_yaml(path: str | Path) -> dict:
     try:
         values = YAML(typ="safe").load(Path(path).read_bytes())
     except OSError as error:
-        raise UserError(
-            f"config {path} cannot be read: {error.strerror}; name a YAML file with --config"
-        ) from error
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from error
     except DuplicateKeyError as error:
         # ruamel goes on about how to allow it.
         problem = error.problem.replace("found duplicate key", "there already is a key")

@@ -5,13 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from torch import Tensor, nn
 
 from checkpoint import config_in, kind_of, load_weights, weights_in
 from checkpoint_tools import TASKS
-from config import CONTRAST, ENCODERS, Key, check_values
+from config import CONTRAST, ENCODERS, Key, check_values, read_yaml
 from dataset.text import build_tokenizer, check_vocabulary, tokenizer_from_text
 from inference.model import Simla
 from launch import pick_device
@@ -197,15 +195,7 @@ def text_encoder_sizes(state: Mapping[str, Tensor], kind: str, source: str, path
 def _given_config(config: str | Path | Mapping) -> tuple[dict, str]:
     if isinstance(config, Mapping):
         return dict(config), "given"
-    try:
-        values = YAML(typ="safe").load(Path(config).read_bytes())
-    except OSError as error:
-        raise UserError(f"config {config} cannot be read: {error.strerror}") from error
-    except YAMLError as error:
-        raise UserError(f"config {config} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config {config} must hold `key: value` lines, found {type(values).__name__}")
-    return values, str(config)
+    return read_yaml(config), str(config)
 
 
 def model_config(values: dict, table: dict[str, Key], where: str) -> dict:

@@ -66,9 +66,12 @@ class BertConfig:
                 getattr(config, field.name),
                 int(field.type is int and field.name != "pad_token_id"),
             )
-            if not isinstance(value, field.type | int) or value < least:
+            most = 1.0 if field.type is float else float("inf")
+            is_number = isinstance(value, field.type | int) and not isinstance(value, bool)
+            if not is_number or not least <= value < most:
                 raise UserError(
                     f"bert_config {field.name} is {value!r}; expected {field.type.__name__}, at least {least}"
+                    + " and below 1" * (field.type is float)
                 )
         if config.hidden_size % config.num_attention_heads:
             raise UserError(

@@ -303,9 +303,8 @@ def test_checkpoint_of_another_shape_or_kind(monkeypatch, tiny, tmp_path):
     flags = ["--output_dir", tmp_path / "b", "--checkpoint", checkpoint, "--config"]
     message = fails(monkeypatch, Pretrain, *flags, tiny["Pretrain"], "--overrides", "embed_dim=8")
     assert "vision_proj.weight" in message and str(checkpoint) in message
-    message = fails(
-        monkeypatch, zero_shot_retrieval, *flags, tiny["Retrieval"], "--overrides", "vision_width=64"
-    )
+    wider = "--overrides", "vision_width=64", "bert_config.encoder_width=64"
+    message = fails(monkeypatch, zero_shot_retrieval, *flags, tiny["Retrieval"], *wider)
     assert "of another shape" in message
     resumed = [*flags, tiny["Pretrain"], "--resume", "--overrides", "embed_dim=8"]
     assert "vision_proj.weight" in fails(monkeypatch, Pretrain, *resumed)

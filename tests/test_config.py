@@ -22,6 +22,7 @@ from config import (
     Key,
     add_overrides,
     check_values,
+    parse,
     read_config,
     task_name,
     task_of,
@@ -110,6 +111,23 @@ def test_every_number_has_a_range_and_is_finite():
 )
 def test_what_cannot_be_meant_is_refused_with_the_range(override, expected):
     assert expected in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("num_attention_heads=5", "hidden_size 128 is not a multiple of num_attention_heads 5"),
+        ("hidden_dropout_prob=5", "hidden_dropout_prob is 5; expected float, at least 0 and below 1"),
+        ("layer_norm_eps=.nan", "layer_norm_eps is nan"),
+        ("num_hidden_layers=true", "num_hidden_layers is True; expected int, at least 1"),
+        ("encoder_width=64", "encoder_width 64 of bert_config must be vision_width 128"),
+    ],
+)
+def test_sizes_of_the_text_encoder(override, expected, monkeypatch, tmp_path):
+    flags = ["--config", SHIPPED["VE"], "--output_dir", tmp_path, "--overrides", f"bert_config.{override}"]
+    monkeypatch.setattr(sys, "argv", ["VE.py", *map(str, flags)])
+    with pytest.raises(UserError, match=expected):
+        parse(script_arguments("x", "", ""), TASKS["VE"])
 
 
 def test_a_codebook_is_not_fitted_for_a_config_that_cannot_be_trained(tmp_path, monkeypatch):
