@@ -14,6 +14,7 @@ from utils import UserError
 Box = Sequence[float]
 
 RIGHT_IOU = 0.5  # grounding: a box with at least this overlap is right
+MAX_PIXEL, MIN_SIDE = 1e9, 1e-9  # of a box: within them its area is neither infinite nor 0
 HEAT_THRESHOLD = 0.2  # of a heat map's maximum: the object is what is above, as in CAM (Zhou et al. 2016)
 
 
@@ -139,6 +140,11 @@ def box_iou(a: Box, b: Box) -> float:
     bottom = min(a[1] + a[3], b[1] + b[3]) - 1
     overlap = (right - left + 1) * (bottom - top + 1) if left < right and top < bottom else 0
     return overlap / (a[2] * a[3] + b[2] * b[3] - overlap)
+
+
+def has_area(box: Box) -> bool:
+    """Whether the numbers are [x, y, width, height, ...] in pixels with width and height above 0."""
+    return len(box) >= 4 and all(abs(side) <= MAX_PIXEL for side in box[:4]) and min(box[2:4]) >= MIN_SIDE
 
 
 def box_score(heat: Tensor, box: Box) -> float:

@@ -1,6 +1,5 @@
 """Referring expressions: images for training, and for evaluation boxes, those of RefCOCO+ or your own."""
 
-import math
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dataset.json_list import read_json
 from dataset.retrieval import WithIdentities
 from dataset.tables import by_id, checked, look_up
 from dataset.transforms import BadImage, image_size
+from metrics import has_area
 from safe_load import allowed_function, todays_name
 from utils import UserError
 
@@ -225,12 +225,11 @@ def _boxes(boxes: object, where: str) -> list[list[float]]:
 
 def is_box(box: object) -> bool:
     """[x, y, w, h, ...] with an area."""
-    is_list = isinstance(box, list) and len(box) >= 4
-    return is_list and all(map(_is_number, box[:4])) and box[2] > 0 and box[3] > 0
+    return isinstance(box, list) and all(map(_is_number, box[:4])) and has_area(box)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # ---- pickles of plain values ----

@@ -25,7 +25,7 @@ from dataset.json_list import read_json
 from dataset.loaders import train_loader
 from dataset.text import clean_question, tokenize
 from launch import run_script
-from utils import UserError, fill_in, find_places, log
+from utils import UserError, fill_in, find_places, log, printable
 from vqa_accuracy import most_common_answer, normalize_answer
 
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
@@ -167,10 +167,9 @@ def make_answer_list(texts: list, name: str, tokenizer, eos: str, position_limit
 
     Answers of the same tokens are one to the decoder: the first of them stays, and a message counts the rest.
     """
-    if not texts or not all(isinstance(text, str) for text in texts):
-        _refuse_answer(
-            name, next((repr(text) for text in texts if not isinstance(text, str)), "an empty list")
-        )
+    wrong = [text for text in texts if not isinstance(text, str) or printable(text) != text]
+    if wrong or not texts:
+        _refuse_answer(name, repr(wrong[0]) if wrong else "an empty list")
     no_word, *rows = tokenizer([eos, *(text + eos for text in texts)])["input_ids"]
     kept: dict[tuple[int, ...], str] = {}
     merged: list[tuple[str, str]] = []

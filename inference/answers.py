@@ -5,7 +5,7 @@ B questions, T question tokens, R side of the square input.
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -32,6 +32,10 @@ def ranking(
     if isinstance(answers, str | Path):
         candidates = read_answer_list(str(answers), *settings)
     else:
+        if isinstance(answers, bytes) or not isinstance(answers, Iterable):
+            raise UserError(
+                f"answers are a {type(answers).__name__}; expected a list of texts or the path of a JSON list"
+            )
         answers = list(answers)
         check_no_file(answers)
         candidates = make_answer_list(answers, "answers", *settings)

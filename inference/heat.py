@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dataset.text import tokenize
-from metrics import box_score, heat_box, resize_heat
+from metrics import box_score, has_area, heat_box, resize_heat
 from models.gradcam import grad_cam, itm_token_maps
 from models.retrieval import SIMLARetrieval
 from utils import UserError
 
-MAX_PIXEL, MIN_SIDE = 1e9, 1e-9  # of a box, in pixels: its area is neither infinite nor 0
 EVERYWHERE = 0.9  # of the image: a box that large says of no place that the model looks there
 
 
@@ -103,7 +102,7 @@ def check_boxes(boxes: object, name: str) -> list[list[float]]:
             f"{name} must be a list of [x, y, width, height] in pixels, found {boxes!r}"[:500]
         ) from error
     for row in rows:
-        if len(row) < 4 or not all(abs(value) <= MAX_PIXEL for value in row) or min(row[2:]) < MIN_SIDE:
+        if not has_area(row):
             raise UserError(
                 f"{name}: {row} is no [x, y, width, height] in pixels with width and height above 0"
             )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from utils import UserError, check_scores
+from utils import UserError, check_scores, printable
 
 # They name nothing in the picture, and a head that learned from captions is sure of them.
 IN_EVERY_CAPTION = """
@@ -46,7 +46,7 @@ class Concepts:
     def _number(self, word: str) -> int:
         if not isinstance(word, str):
             raise UserError(f"a word is a {type(word).__name__}, expected str")
-        tokens = self.tokenizer.tokenize(word)
+        tokens = self.tokenizer.tokenize(word) if printable(word) == word else []
         if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token:
             raise UserError(
                 f"{word!r} is no word of the vocabulary ({' '.join(tokens) or 'nothing'}); the concept head "

@@ -227,7 +227,7 @@ class Simla:
 
     def _hash_of_weights(self) -> str:
         """Computed anew where the weights are not those of the last time: `load_state_dict` and optimisers
-        raise their versions, writing to `.data` does not, but moves their sums.
+        raise their versions, writing to `.data` does not, but changes their sums.
         """
         weights = {
             name: value.detach()
@@ -235,7 +235,7 @@ class Simla:
             if name.startswith(("visual_encoder.", "vision_proj."))
         }
         versions = [None if value.is_inference() else value._version for value in weights.values()]
-        sums = torch.stack([value.sum(dtype=torch.float64) for value in weights.values()]).tolist()
+        sums = torch.stack([value.sum(dtype=torch.float32) for value in weights.values()]).tolist()
         if self._weights_seen != (seen := (versions, sums)):
             digest = hashlib.blake2b(digest_size=8)
             for name, value in weights.items():

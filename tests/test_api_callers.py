@@ -248,6 +248,15 @@ def test_answers_that_are_no_file(models, images, caplog):
     check_no_file(["yes", "black/white", "3.5", "n/a", 3])
     check_no_file(["3.5"])
     assert not caplog.text
+    for wrong, message in (
+        (5, "answers are a int"),
+        (b"yes", "answers are a bytes"),
+        (["\udcff"], r"found '\\udcff'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            models["vqa"].answer(images[0], "what?", wrong)
+    with pytest.raises(UserError, match="is no word of the vocabulary"):
+        models["pretrain"].keywords(images[0], words=["\udcff"])
     ((text, probability),) = models["vqa"].answer(images[0], "what?", ["yes"])
     assert (text, probability) == ("yes", 1.0)
     assert "there is one answer to rank, 'yes': its probability is 1 for any image" in caplog.text

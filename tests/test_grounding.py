@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from models_for_tests import shake, tiny_texts, vit_sizes
 from PIL import Image
 
+from dataset.grounding import is_box
 from metrics import (
     HEAT_THRESHOLD,
     box_iou,
@@ -282,6 +283,15 @@ def test_the_default_block_is_two_thirds_up(layers, expected):
 
 
 # ---- boxes ----
+
+
+@pytest.mark.parametrize("side", [1e308, 10**400, math.inf, math.nan, 1e-200, 0, -1, True, "1"])
+def test_a_box_without_an_area_that_can_be_reckoned_is_none(side):
+    assert is_box([1, 2, 3.5, 4, 0.9]) and is_box([-5, 1e6, 1e6, 1e-3])
+    for box in ([1, 2, side, 4], [1, 2, 3, side], [side, 2, 3, 4]):
+        if box[0] is not side or side not in (1e-200, 0, -1):
+            assert not is_box(box)
+
 
 SIZES = st.integers(1, 12)
 WHOLE_BOXES = st.tuples(st.integers(-3, 12), st.integers(-3, 12), SIZES, SIZES)
