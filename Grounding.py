@@ -10,7 +10,9 @@ Expected the paper's RefCOCO+ val / testA / testB 58.1 / 67.4 / 47.5 (val_d, tes
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 

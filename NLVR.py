@@ -10,7 +10,9 @@ Expected the paper's accuracy: dev 79.8, test-P 79.5
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 from collections.abc import Sequence

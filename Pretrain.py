@@ -8,7 +8,9 @@ Expected 30 epochs on the 4 M images of the paper: about 7 days on 8 A100 as pub
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 from functools import partial

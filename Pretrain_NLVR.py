@@ -7,7 +7,9 @@ Expected one epoch; NLVR.py starts from its checkpoint_00.pth
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 

@@ -9,7 +9,9 @@ Expected the paper's TR@1 / IR@1: COCO test (5,000 images, k_test 256) 75.8 / 57
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 from functools import partial

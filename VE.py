@@ -8,7 +8,9 @@ Expected the paper's accuracy: val 79.6, test 80.2
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 from collections.abc import Callable, Sequence

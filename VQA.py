@@ -11,7 +11,9 @@ Expected the paper's VQA v2 test-dev / test-std 74.5 / 74.8, by the server, whic
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 

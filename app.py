@@ -7,7 +7,9 @@ Only this machine sees it, at http://127.0.0.1:7860, unless --host says otherwis
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 import ipaddress

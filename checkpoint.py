@@ -6,7 +6,9 @@ Loading is strict with an account: what a row does not expect to be missing or l
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import json
 import math

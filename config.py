@@ -5,7 +5,9 @@ The tables below are the reference of all keys (`python config.py` prints them f
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 import copy

@@ -4,7 +4,9 @@ python curves.py output/A output/B -o curves.png    several output folders of on
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 import json

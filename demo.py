@@ -7,7 +7,9 @@ file imports packages where it needs them: the processes that draw the scenes im
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 import json

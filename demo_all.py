@@ -8,7 +8,9 @@ with, a fresh head where it has one) and after it. As in demo.py, packages are i
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 import json

@@ -4,7 +4,9 @@ python plots.py keywords output/demo/checkpoint_04.pth -o keywords.png
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 import math

@@ -10,7 +10,9 @@ The same from a shell: python simla.py match photo.jpg "a dog on a sofa" --check
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 from inference.command_line import main
 from inference.heat import Grounding

@@ -8,7 +8,9 @@ Expected Flickr30k test, k_test 128 (the paper's numbers): TR@1 86.2, IR@1 69.5 
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 from functools import partial

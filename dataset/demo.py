@@ -36,7 +36,9 @@ their balance and their chance levels in percent. A scene record, from which the
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 import json

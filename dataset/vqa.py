@@ -4,7 +4,9 @@ python -m dataset.vqa answers --train data/vqa_train.json data/vqa_val.json --ou
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 import json

@@ -14,7 +14,9 @@ problems found, 2 the check could not be made (flags, config, tokenizer, output 
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 import logging

@@ -8,7 +8,9 @@ The files are written anew by every run, and replace the old ones only when they
 """
 
 if __name__ == "__main__":
-    import before_imports  # noqa: F401
+    from before_imports import prepare
+
+    prepare()
 
 import argparse
 import logging
