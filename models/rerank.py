@@ -134,4 +134,4 @@ def score_group(
     for first, end, longest in group.calls:
         rows = texts[:, first:end].flatten()
         logits = model.match(cross, text_ids[rows, :longest], text_mask[rows, :longest])
-        scores[places[:, first:end].flatten()] = logits.float()
+        scores[places[:, first:end].flatten()] = logits

@@ -122,6 +122,13 @@ class SIMLARetrieval(AlignmentModel):
         """The "match" logit of every text with its image.
 
         cross: I images as `text_encoder.project` has them; text_ids, text_mask (I * n, T): n texts for each
-        in turn -> (I * n,)
+        in turn -> (I * n,) float32
         """
-        return self.itm_head(self.text_encoder.first_state(text_ids, text_mask, cross))[:, 1]
+        return self.match_logits(self.text_encoder.first_state(text_ids, text_mask, cross))[:, 1]
+
+    def match_logits(self, cls_states: Tensor) -> Tensor:
+        """cls_states (B, D) -> "no match" and "match" (B, 2), computed in float32 in every precision: in the
+        8 bits of bf16 many pairs would have the same score
+        """
+        with torch.autocast(cls_states.device.type, enabled=False):
+            return self.itm_head(cls_states.float())

@@ -66,6 +66,18 @@ def test_rerank_is_the_slow_way_made_fast(small, k, sizes):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_scores_have_more_digits_than_half_precision(small, precision):
+    """So that two pairs hardly ever have the same score."""
+    model, similarity, embeds, texts, logits = small
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with autocast(CPU, precision):
+        scores = rerank(model, similarity, 7, embeds, *texts)[1].flatten()
+    scores = scores[scores != NOT_SCORED]
+    assert (scores != scores.to(half).float()).float().mean() > 0.9
+    assert len(scores.unique()) == len(logits.unique())  # some texts are the same
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_close(small, precision):
     """Logits of about 5: bf16 keeps 8 bits of every step, fp16 11. The scores are single precision."""
     model, similarity, embeds, texts, logits = small
