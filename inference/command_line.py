@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from inference.folders import describe as describe_passed_over
-from inference.index import kept_index
+from inference.index import Index, kept_index
 from inference.inputs import read_image
 from inference.loading import load
 from inference.model import MAX_TEXT_TOKENS, Simla
@@ -68,20 +68,26 @@ def ground(model: Simla, args: argparse.Namespace) -> dict:
     return result
 
 
+def index(model: Simla, args: argparse.Namespace) -> dict:
+    index = model.index(args.folder, args.index, args.update, args.everything)
+    return {"folder": args.folder, **_contents(index), "file": args.index}
+
+
+def _contents(index: Index) -> dict:
+    return {"num_images": len(index), "unreadable": index.unreadable, "passed_over": index.passed_over}
+
+
 def search(model: Simla, args: argparse.Namespace) -> dict:
-    index = kept_index(model, args.folder, args.index) if args.index else model.index(args.folder)
+    if args.index:
+        index = kept_index(model, args.folder, args.index, args.everything)
+    else:
+        index = model.index(args.folder, everything=args.everything)
     found = model.search(index, args.query, args.top, args.candidates, args.max_tokens)
     results = [
         {"query": query, "hits": [hit._asdict() for hit in hits]}
         for query, hits in zip(args.query, found, strict=True)
     ]
-    result = {
-        "folder": args.folder,
-        "num_images": len(index),
-        "unreadable": index.unreadable,
-        "passed_over": index.passed_over,
-        "results": results,
-    }
+    result = {"folder": args.folder, **_contents(index), "results": results}
     if args.out:
         files = [[hit.file for hit in hits] for hits in found]
         notes = [[f"{_name(hit.file)}\n{hit.score:.2f}" for hit in hits] for hits in found]
@@ -159,6 +165,8 @@ def describe(result: dict) -> str:
         else:
             name, value = row.values()
             lines.append(f"{value:10.4f}  {name}")
+    if "num_images" in result and "results" not in result:
+        lines.append(f"{result['num_images']} images")
     if "passed_over" in result:
         lines += filter(None, [describe_passed_over(result["passed_over"])])
     if "shape" in result:
@@ -220,14 +228,31 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--block", type=int, help="layer whose attention is used, from 0 (default: two thirds up)"
     )
+
+    def add_everything(own: argparse.ArgumentParser) -> None:
+        own.add_argument(
+            "--everything", action="store_true", help="hidden folders, thumbnails and waste, too"
+        )
+
     own = command("search", search, "the images of a folder that match a text best", "folder", many="query")
     add_max_tokens(own)
     own.add_argument("-o", "--out", help="picture of the images found")
     own.add_argument("--index", help="folder that keeps what was computed of the images; made when missing")
     own.add_argument("--top", type=_count, default=5, help="images for each query (default: %(default)s)")
     own.add_argument(
-        "--candidates", type=_count, help="images that are read jointly (default: the config's k_test)"
+        "--candidates",
+        type=_count,
+        help="images that are read jointly, on which the first hits depend (default: the config's k_test, or "
+        "--top if more)",
     )
+    add_everything(own)
+    own = command("index", index, "keep what `search --index` needs of a folder of images", "folder", "index")
+    own.add_argument(
+        "--update",
+        action="store_true",
+        help="of an index that is there, encode new and changed images alone, and drop those that are gone",
+    )
+    add_everything(own)
     own = command("answer", answer, "answers to a question about an image", "image", "question")
     own.add_argument(
         "--answers", help="answers to rank: JSON file, or a list with commas; else they are written"

@@ -1,4 +1,7 @@
-"""Which files of a folder are images: by their content, whatever they are called, through links too."""
+"""Which files of a folder are images: by their content, whatever they are called, through links too.
+
+What programs keep for themselves, such as thumbnails and what was thrown away, goes by its name.
+"""
 
 import os
 from collections import Counter, deque
@@ -18,6 +21,14 @@ PICTURES = [name for name in FORMATS if name not in ("MPEG", "WMF", "BUFR", "GRI
 LOG_FILES = 10_000  # between two lines of progress
 MAX_ENDING = 6  # characters, the dot included; longer ones say nothing
 
+# Of file managers, network drives and systems, in lower case; beside folders that begin with a dot.
+WASTE_FOLDERS = {"@eadir", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"}
+WASTE_FOLDERS |= {"$recycle.bin", "recycler", "recycled", "system volume information"}
+WASTE_FOLDERS |= {"lost+found", "__macosx", "network trash folder", "temporary items"}
+WASTE_FILES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", ".ds_store"}
+WASTE_BEGINNINGS = ("._", ".trashed-", ".pending-")  # of files: macOS on foreign disks, Android
+
+HIDDEN = "hidden folders"
 AGAIN = "links to what is there already"
 NOWHERE = "links to nothing"
 SPECIAL = "pipes, sockets or devices"
@@ -30,14 +41,15 @@ class Listing(NamedTuple):
     passed_over: dict[str, int]
 
 
-def list_images(folder: Path, known: Collection[str] = ()) -> Listing:
+def list_images(folder: Path, known: Collection[str] = (), everything: bool = False) -> Listing:
     """Returns the images of a folder and its subfolders, each file once; `known` ones without a look at them.
 
     What is no image to PIL by its first bytes, and has no ending of one, is passed over. No pipe or device is
-    opened. Links to files and folders are followed, but not to a folder that they lie in.
+    opened. Links to files and folders are followed, but not to a folder that they lie in. everything: hidden
+    folders, thumbnails and waste, too.
     """
     files, seen, passed_over = [], set(), Counter()
-    for number, (path, real, is_link) in enumerate(_files(folder, passed_over), 1):
+    for number, (path, real, is_link) in enumerate(_files(folder, passed_over, everything), 1):
         if number % LOG_FILES == 0:
             log.info(f"{folder}: {number} files looked at, {len(files)} images")
         if real in seen:
@@ -62,6 +74,17 @@ def describe(passed_over: dict[str, int]) -> str:
     return f"passed over: {causes}" if causes else ""
 
 
+def waste(name: str, is_folder: bool) -> str:
+    """Returns what kind of hidden folder, thumbnails or waste has such a name, "" for anything else."""
+    if is_folder:
+        is_waste = name.lower() in WASTE_FOLDERS
+        return f"folders named {name}" if is_waste else HIDDEN if name.startswith(".") else ""
+    for beginning in WASTE_BEGINNINGS:
+        if name.startswith(beginning):
+            return f"files named {beginning}..."
+    return f"files named {name}" if name.lower() in WASTE_FILES else ""
+
+
 def is_picture(path: str) -> bool:
     """Whether PIL takes the file for an image, of which no more than the header is read. Raises OSError."""
     try:
@@ -77,11 +100,18 @@ def is_picture(path: str) -> bool:
         return True
 
 
-def _files(folder: Path, passed_over: Counter[str]) -> Iterator[tuple[str, str, bool]]:
+def _files(folder: Path, passed_over: Counter[str], everything: bool) -> Iterator[tuple[str, str, bool]]:
     """Yields the files below the folder: their path, the same without links, whether the file is a link.
 
-    Links come when all that lies in the folder itself is done.
+    Links come when all that lies in the folder itself is done. everything: see `list_images`.
     """
+
+    def is_searched(path: str, is_folder: bool) -> bool:
+        cause = "" if everything else waste(Path(path).name, is_folder)
+        if cause:
+            passed_over[cause] += 1
+        return not cause
+
     folders, links = deque([(str(folder), os.path.realpath(folder))]), deque()
     entered = set()
     while folders or links:
@@ -91,10 +121,11 @@ def _files(folder: Path, passed_over: Counter[str]) -> Iterator[tuple[str, str, 
             if Path(real).is_dir():
                 if real in entered or f"{place}/".startswith(f"{real.rstrip('/')}/"):
                     passed_over[AGAIN] += 1
-                else:
+                elif is_searched(path, is_folder=True):
                     folders.append((path, real))
             elif Path(real).is_file():
-                yield path, real, True
+                if is_searched(path, is_folder=False):
+                    yield path, real, True
             else:
                 passed_over[SPECIAL if Path(real).exists() else NOWHERE] += 1
             continue
@@ -112,8 +143,10 @@ def _files(folder: Path, passed_over: Counter[str]) -> Iterator[tuple[str, str, 
             if entry.is_symlink():
                 links.append((entry.path, real))
             elif entry.is_dir():
-                folders.append((entry.path, f"{real}/{entry.name}"))
+                if is_searched(entry.path, is_folder=True):
+                    folders.append((entry.path, f"{real}/{entry.name}"))
             elif entry.is_file():
-                yield entry.path, f"{real}/{entry.name}", False
+                if is_searched(entry.path, is_folder=False):
+                    yield entry.path, f"{real}/{entry.name}", False
             else:
                 passed_over[SPECIAL] += 1

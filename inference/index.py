@@ -1,39 +1,66 @@
 """An index of images for search: features and token states of every image, in memory or memory-mapped files.
 
-A saved index is a folder of index.json (the files, their sizes and times, and what computed them),
-features.npy and states.npy. I images, E shared embedding, N image tokens, D width.
+A saved index is a folder of index.json (the files, what they were when they were encoded, and what computed
+them) and two arrays, features-ID.npy and states-ID.npy. index.json names the ID and is written last, in one
+step; arrays of another ID are left over from a process that was killed, or of the index before an update.
+I images, E shared embedding, N image tokens, D width.
 """
 
+import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import stat
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dataset.transforms import BadImage
-from inference.folders import Listing, describe, list_images
+from inference.folders import HIDDEN, Listing, describe, list_images
 from inference.inputs import read_pictures
 from saving import atomic_write
-from utils import PRECISIONS, UserError, log, with_progress
+from utils import PRECISIONS, UserError, log, num_cores, with_progress
 
 if TYPE_CHECKING:
     from inference.model import Simla
 
-FORMAT = 3
+FORMAT = 4
 MADE_BY = {  # what of `Simla.image_side` may differ, and how that is called
     "architecture": "an image encoder of another build",
     "preprocessing": "a model that reads images otherwise",
     "precision": "another precision",
     "weights": "another image encoder",
 }
-CONTENTS, FEATURES, STATES = "index.json", "features.npy", "states.npy"
+CONTENTS, LOCK, FEATURES, STATES = "index.json", "index.lock", "features", "states"
 LOG_STEPS = 50
+LOOK_AT_A_TIME = 10_000  # files, between two lines of progress
+UNIT_TOLERANCE = 1e-3  # of a feature's length
+COPY_AT_A_TIME = 256  # rows
+UPDATE = "update it (`index` with update=True)"
+
+
+class Seen(NamedTuple):
+    """A file as it was at a time. stamp: size in bytes, times of the last change of the content and of the
+    file in nanoseconds, inode; digest: of the content, None where it cannot be read.
+    """
+
+    stamp: tuple[int, ...]
+    digest: str | None
+
+    def has_content_of(self, other: "Seen") -> bool:
+        return self.stamp == other.stamp or (self.digest is not None and self.digest == other.digest)
+
+
+GONE = Seen((-1,), None)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,7 +70,8 @@ class Index:
     files (I): absolute paths; features (I, E) float32, unit length; states (I, N, D), of the precision that
     they were computed in; made_by: see `Simla.image_side`; folder: the absolute path of the folder that was
     indexed, None where it was a list; unreadable: files that were left out -> why; passed_over: what else the
-    folder holds, cause -> number.
+    folder holds, cause -> number; everything: whether hidden folders, thumbnails and waste were searched;
+    seen: every file, unreadable ones too, as it was when it was encoded.
     """
 
     files: list[str]
@@ -53,6 +81,8 @@ class Index:
     folder: str | None = None
     unreadable: dict[str, str] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
+    everything: bool = False
+    seen: dict[str, Seen] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         source = self.folder or "a list"
@@ -60,6 +90,14 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def check(self, files: Iterable[str]) -> None:
+        """Raises UserError where one of the files is not as it was when it was encoded."""
+        for file in files:
+            now = _see(file, self.seen[file])
+            if not now.has_content_of(self.seen[file]):
+                problem = BadImage(file, "is gone" if now == GONE else "has changed since it was indexed")
+                raise UserError(f"{problem}; update the index, or index the images again") from problem
 
 
 class Hit(NamedTuple):
@@ -75,16 +113,18 @@ class Hit(NamedTuple):
     similarity: float
 
 
-def image_files(images: str | Path | Sequence[str | Path]) -> Listing:
+def image_files(images: str | Path | Sequence[str | Path], everything: bool = False) -> Listing:
     """The absolute paths of the image files of a folder and its subfolders, sorted, or of those of a list."""
     if isinstance(images, str | Path):
         folder = Path(images).absolute()
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; search looks through a folder or a list of image files")
-        listing = list_images(folder)
+        listing = list_images(folder, everything=everything)
         if not listing.files:
-            found = describe(listing.passed_over)
-            raise UserError(f"{folder} holds no image" + (f"; {found}" if found else ""))
+            found = [describe(listing.passed_over)] if listing.passed_over else []
+            if any(cause == HIDDEN or " named " in cause for cause in listing.passed_over):
+                found.append("everything=True searches hidden folders and waste, too")
+            raise UserError("; ".join([f"{folder} holds no image", *found]))
         return listing
     files = list(images)
     wrong = [file for file in files if not isinstance(file, str | Path)]
@@ -102,139 +142,281 @@ def build_index(
     image_res: int,
     batch_size: int,
     made_by: dict,
+    update: bool = False,
+    everything: bool = False,
 ) -> Index:
     """Encodes the images batch by batch, into a new `folder`, or in memory where there is none.
 
-    encode: pixels, each (3, R, R) uint8 -> states (B, N, D), features (B, E); sizes: N, D, E. Files that
-    cannot be read are left out, named in the log and in `unreadable`. Raises UserError where none can be
-    read, the index does not fit into memory or on the disk, or the folder is there already or cannot be
-    written.
+    encode: pixels, each (3, R, R) uint8 -> states (B, N, D), features (B, E); sizes: N, D, E; update: where
+    `folder` holds an index, only images of a new content are encoded; everything: see `list_images`. Files
+    that cannot be read are left out, named in the log and in `unreadable`. Raises UserError where none can be
+    read, the index does not fit into memory or on the disk, or the folder is there already, is being written
+    by another process or cannot be written.
     """
-    files, passed_over = image_files(images)
+    files, passed_over = image_files(images, everything)
     if passed_over:
         log.info(f"{images}: {len(files)} images; {describe(passed_over)}")
     num_tokens, width, embed_dim = sizes
     shapes = {FEATURES: (len(files), embed_dim), STATES: (len(files), num_tokens, width)}
-    dtypes = {FEATURES: np.dtype(np.float32), STATES: _stored_dtype(made_by["precision"])}
-    num_bytes = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes)
-    needed = f"an index of {len(files)} images takes {num_bytes / 1e9:.3g} GB"
+    dtypes = _stored_dtypes(made_by)
     source = str(Path(images).absolute()) if isinstance(images, str | Path) else None
+    found = {"made_by": made_by, "folder": source, "passed_over": passed_over, "everything": everything}
+    if folder is None:
+        if update:
+            raise UserError("update=True is for an index that was written to a folder: name the folder")
+        arrays, seen = _new_arrays(shapes, dtypes), {}
+        kept, unreadable = _fill(arrays, 0, files, seen, encode, image_res, batch_size)
+        return Index(kept, *_tensors(arrays, len(kept), made_by), unreadable=unreadable, seen=seen, **found)
+    folder = Path(folder)
+    with _writing(folder, update):
+        if (folder / CONTENTS).exists():
+            old, contents = _load(folder, made_by, source)
+        else:
+            old, contents = None, {}
+        seen, rows, unreadable = ({}, {}, {}) if old is None else _known(old, files, f"the index {folder}")
+        kept = sorted((file for file in files if file in rows), key=rows.__getitem__)
+        new = [file for file in files if file not in rows and file not in unreadable]
+        if old is not None and not new and [rows[file] for file in kept] == list(range(len(kept))):
+            tensors = old.features[: len(kept)], old.states[: len(kept)]
+        else:
+            contents = {"id": uuid.uuid4().hex, "shapes": shapes}
+            arrays = _new_arrays(shapes, dtypes, folder, contents["id"])
+            for start in range(0, len(kept), COPY_AT_A_TIME):
+                part = [rows[file] for file in kept[start : start + COPY_AT_A_TIME]]
+                arrays[FEATURES][start : start + len(part)] = old.features[part].numpy()
+                arrays[STATES][start : start + len(part)] = _stored(old.states[part])
+            encoded, broken = _fill(arrays, len(kept), new, seen, encode, image_res, batch_size)
+            kept, unreadable = kept + encoded, unreadable | broken
+            for array in arrays.values():
+                array.flush()
+            tensors = _tensors(arrays, len(kept), made_by)
+        contents |= {
+            **found,
+            "format": FORMAT,
+            "files": [[_in_folder(file, source), *seen[file]] for file in kept],
+            "unreadable": [[_in_folder(file, source), *seen[file], unreadable[file]] for file in unreadable],
+        }
+        with atomic_write(folder / CONTENTS) as file:
+            file.write(json.dumps(contents).encode())
+    return Index(kept, *tensors, unreadable=unreadable, seen=seen, **found)
+
+
+@contextmanager
+def _writing(folder: Path, update: bool) -> Iterator[None]:
+    """Inside, no other process writes the index `folder`. Raises UserError where one does, or where something
+    is there already. Arrays that no index.json names are deleted, and a folder that has come to hold none.
+    """
+    try:
+        is_other = folder.exists() and not (folder / CONTENTS).exists()
+        if is_other and not (folder.is_dir() and all(map(_is_left_over, folder.iterdir()))):
+            raise UserError(f"{folder} is there already, and is no index; name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK, timeout=0):
+            if (folder / CONTENTS).exists() and not update:
+                raise UserError(f"{folder} is there already; {UPDATE}, delete it, or name another folder")
+            _delete_left_over(folder)
+            try:
+                yield
+            finally:
+                _delete_left_over(folder)
+                if not (folder / CONTENTS).exists():
+                    with suppress(OSError):
+                        (folder / LOCK).unlink()
+                        folder.rmdir()
+    except Timeout as error:
+        raise UserError(
+            f"another process is writing the index {folder}; wait until it has finished"
+        ) from error
+    except OSError as error:
+        raise UserError(f"the index {folder} could not be written ({error.strerror or error})") from error
+
+
+def _new_arrays(
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, np.dtype],
+    folder: Path | None = None,
+    identity: str = "",
+) -> dict[str, np.ndarray]:
+    """Empty arrays, in files of the folder if one is given. UserError where they do not fit."""
+    num_bytes = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes)
+    needed = f"an index of {shapes[FEATURES][0]} images takes {num_bytes / 1e9:.3g} GB"
     if folder is None:
         try:
-            arrays = {name: np.empty(shapes[name], dtypes[name]) for name in shapes}
+            return {name: np.empty(shapes[name], dtypes[name]) for name in shapes}
         except MemoryError as error:
             raise UserError(
                 f"{needed}, more than there is of memory; write it to a folder, or index fewer images"
             ) from error
-        kept, unreadable = _fill(arrays, files, encode, image_res, batch_size)
-        return _index([files[i] for i in kept], arrays, made_by, source, unreadable, passed_over)
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} is there already; delete it to index again, or name another folder")
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of an earlier try that was killed
-        unfinished.mkdir(parents=True)
-        free = shutil.disk_usage(unfinished).free
-        if num_bytes > free:  # writing to a map of a file that the disk has no place for ends the process
-            raise UserError(f"{needed}, {free / 1e9:.3g} GB are free at {folder}; choose another disk")
-        arrays = {
-            name: np.lib.format.open_memmap(unfinished / name, "w+", dtypes[name], shapes[name])
-            for name in shapes
-        }
-        stamps = {file: _stamp(file) for file in files}  # before they are read: a later change is noticed
-        kept, unreadable = _fill(arrays, files, encode, image_res, batch_size)
-        for array in arrays.values():
-            array.flush()
-        contents = {
-            "format": FORMAT,
-            "made_by": made_by,
-            "folder": source,
-            "files": [[files[i], *stamps[files[i]]] for i in kept],
-            "unreadable": [[file, cause, *stamps[file]] for file, cause in unreadable.items()],
-            "passed_over": passed_over,
-        }
-        with atomic_write(unfinished / CONTENTS) as file:
-            file.write(json.dumps(contents).encode())
-        unfinished.rename(folder)
-    except OSError as error:
-        raise UserError(f"the index {folder} could not be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return _index([files[i] for i in kept], arrays, made_by, source, unreadable, passed_over)
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:  # writing to a map of a file that the disk has no place for ends the process
+        raise UserError(f"{needed}, {free / 1e9:.3g} GB are free at {folder}; choose another disk")
+    files = {name: _array_file(folder, name, identity) for name in shapes}
+    return {name: np.lib.format.open_memmap(files[name], "w+", dtypes[name], shapes[name]) for name in shapes}
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a file may be of a process that was killed while it wrote an index."""
+    return path.name == LOCK or path.name.startswith((f"{FEATURES}-", f"{STATES}-", f".{CONTENTS}."))
+
+
+def _delete_left_over(folder: Path) -> None:
+    contents = (folder / CONTENTS).read_bytes() if (folder / CONTENTS).exists() else b""
+    for path in filter(_is_left_over, list(folder.iterdir())):
+        if path.name != LOCK and path.stem.rpartition("-")[2].encode() not in contents:
+            path.unlink(missing_ok=True)
+
+
+def _known(old: Index, files: list[str], name: str) -> tuple[dict[str, Seen], dict[str, int], dict[str, str]]:
+    """How the files are now, the rows of those whose content `old` has, and those that are still unreadable
+    with their causes. UserError where not one is known; `name`: of the index.
+    """
+    seen, rows, unreadable = _look(files, old.seen), {}, {}
+    by_file = {file: row for row, file in enumerate(old.files)}
+    by_digest = {old.seen[file].digest: row for file, row in by_file.items()}
+    for file in files:
+        digest = seen[file].digest
+        is_same = file in old.seen and seen[file].has_content_of(old.seen[file])
+        if is_same and file in by_file:
+            rows[file] = by_file[file]
+        elif is_same and digest is not None:
+            unreadable[file] = old.unreadable[file]
+        elif digest is not None and digest in by_digest:  # renamed, moved or copied
+            rows[file] = by_digest[digest]
+    num_gone = len(old) - len(set(rows.values()))
+    if not rows:
+        raise UserError(f"{name} has none of these {len(files)} images; name another one, or delete it")
+    num_new = len(set(files)) - len(rows) - len(unreadable)
+    log.info(f"{name}: {len(rows)} images are known, {num_new} are new or changed, {num_gone} are gone")
+    return seen, rows, unreadable
 
 
 def _fill(
-    arrays: dict[str, np.ndarray], files: list[str], encode: Callable, image_res: int, batch_size: int
-) -> tuple[list[int], dict[str, str]]:
-    """Writes the rows of the images that can be read, one after the other -> their numbers; the others."""
+    arrays: Mapping[str, np.ndarray],
+    num_rows: int,
+    files: list[str],
+    seen: dict[str, Seen],
+    encode: Callable,
+    image_res: int,
+    batch_size: int,
+) -> tuple[list[str], dict[str, str]]:
+    """Writes the images that can be read to the rows after the first `num_rows` -> their files, and the
+    others with their causes. How the files are is noted in `seen`, where it is not there, before they are
+    read: a later change is noticed.
+    """
     kept, unreadable = [], {}
     starts = range(0, len(files), batch_size)
     for start in with_progress(starts, len(starts), "Indexing", LOG_STEPS):
-        good = []
-        for number, picture in enumerate(read_pictures(files[start : start + batch_size], image_res), start):
+        batch, good = files[start : start + batch_size], []
+        seen |= _look([file for file in batch if file not in seen], {})
+        for file, picture in zip(batch, read_pictures(batch, image_res, start), strict=True):
             if isinstance(picture, BadImage):
-                unreadable[files[number]] = picture.cause
+                unreadable[file] = picture.cause
                 log.warning(f"left out of the index: {picture}")
             else:
-                good.append((number, picture))
+                good.append((file, picture))
         if good:
-            rows = slice(len(kept), len(kept) + len(good))
+            rows = slice(num_rows + len(kept), num_rows + len(kept) + len(good))
             states, features = encode([picture.pixels for _, picture in good])
             arrays[STATES][rows] = _stored(states.cpu())
             arrays[FEATURES][rows] = features.cpu().numpy()
-            kept += [number for number, _ in good]
-    if not kept:
+            kept += [file for file, _ in good]
+    if not kept and not num_rows:
         raise UserError(
             f"none of {len(files)} images can be read, the first: {files[0]} ({unreadable[files[0]]})"
         )
     return kept, unreadable
 
 
-def kept_index(model: "Simla", images: str | Path, folder: str | Path) -> Index:
+def kept_index(model: "Simla", images: str | Path, folder: str | Path, everything: bool = False) -> Index:
     """The index of a folder of images that `folder` keeps, made where it is missing. UserError where it is of
     other images, and for what `open_index` and `build_index` refuse.
     """
-    if not Path(folder).exists():
-        return model.index(images, folder)
-    index = model.open_index(folder)
-    if index.folder is None or Path(index.folder).resolve() != Path(images).resolve():
-        source = index.folder or "a list of files"
-        raise UserError(f"the index {folder} is of {source}, not of {images}; name another one")
+    if not Path(folder, CONTENTS).exists():
+        return model.index(images, folder, everything=everything)
+    index = model.open_index(folder, images)
+    if everything and not index.everything:
+        raise UserError(
+            f"the index {folder} is without hidden folders and waste; {UPDATE} and everything=True"
+        )
     return index
 
 
-def open_index(folder: str | Path, made_by: dict) -> Index:
+def open_index(folder: str | Path, made_by: dict, images: str | Path | None = None) -> Index:
     """A saved index, memory-mapped. Raises UserError where it is damaged, was made by other weights or in
     another precision than `made_by` says, or where the images are not those any more that it was made of.
+
+    images: where the indexed folder is now, if it has been moved or copied.
     """
-    folder, remedy = Path(folder), "delete it and index again"
+    index, contents = _load(Path(folder), made_by, images)
+    source = contents["folder"]
+    is_elsewhere = images is not None and (source is None or Path(source).resolve() != Path(images).resolve())
+    if source is None and is_elsewhere:
+        raise UserError(f"the index {folder} is of a list of files, not of {images}; name another one")
+    if index.folder is not None and not Path(index.folder).is_dir():
+        raise UserError(
+            f"{index.folder} is no folder; the index {folder} is of {source}: where that has been moved, "
+            "give its new place"
+        )
+    now = _look(list(index.seen), index.seen)
+    for problem, changed in _changes(index, now):
+        if is_elsewhere:
+            raise UserError(
+                f"the index {folder} is of {source}, not of {images}; name another one, or {UPDATE}"
+            )
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(f"the index {folder} is out of date: {changed[0]}{more} {problem}; {UPDATE}")
+    if num_touched := sum(now[file].stamp != seen.stamp for file, seen in index.seen.items()):
+        log.info(
+            f"{folder}: {num_touched} of {len(now)} files had to be compared by their contents, which are the"
+            " same; after an update (`index` with update=True) they need not be"
+        )
+    return index
+
+
+def _load(folder: Path, made_by: dict, images: str | Path | None) -> tuple[Index, dict]:
+    """The index as it was written, its files below `images` where that is given, and what its JSON holds."""
+    remedy, text = "delete it and index again", b""
     if not (folder / CONTENTS).is_file():  # it may be anything: no word of deleting it
         raise UserError(f"{folder} holds no index ({CONTENTS}); name a folder that an index was written to")
     try:
-        contents = json.loads((folder / CONTENTS).read_bytes())
-        arrays = {name: np.load(folder / name, mmap_mode="c") for name in (FEATURES, STATES)}
+        text = (folder / CONTENTS).read_bytes()
+        contents = json.loads(text)
         if contents["format"] != FORMAT:
             raise UserError(f"the index {folder} is of another version of this program; {remedy}")
-        theirs, source = contents["made_by"], contents["folder"]
-        files = [file for file, *_ in contents["files"]]
-        unreadable = {file: cause for file, cause, *_ in contents["unreadable"]}
-        entries = contents["files"] + contents["unreadable"]
-        passed_over = contents.get("passed_over", {})  # of an older version
-        stamps = {file: (size, time) for file, *_, size, time in entries}
-        if min(map(len, arrays.values())) < len(files):
+        check_made_by(contents["made_by"], made_by, f"the index {folder}")
+        arrays, dtypes = {}, _stored_dtypes(made_by)
+        for name in (FEATURES, STATES):
+            arrays[name] = np.load(_array_file(folder, name, contents["id"]), mmap_mode="c")
+            kind = [*arrays[name].shape], arrays[name].dtype
+            if kind != (contents["shapes"][name], dtypes[name]):
+                raise ValueError(f"{name} of another shape or kind")
+        source = contents["folder"]
+        base = None if source is None else Path(images or source).absolute()
+        files, unreadable, seen = [], {}, {}
+        for name, stamp, digest, *cause in (*contents["files"], *contents["unreadable"]):
+            file = str(name if base is None else base / name)
+            seen[file] = Seen(tuple(stamp), digest)
+            if cause:
+                unreadable[file] = str(cause[0])
+            else:
+                files.append(file)
+        features, states = _tensors(arrays, len(files), made_by)
+        if len(features) < len(files):
             raise ValueError("fewer rows than files")
+        if not (torch.linalg.vector_norm(features, dim=1) - 1).abs().le(UNIT_TOLERANCE).all():
+            raise ValueError("features that have not the length 1")
+        place = None if base is None else str(base)
+        more = {"passed_over": contents["passed_over"], "everything": contents["everything"], "seen": seen}
+        return Index(files, features, states, made_by, place, unreadable, **more), contents
     except OSError as error:
+        with suppress(OSError):
+            if text and text != (folder / CONTENTS).read_bytes():  # another process has updated it meanwhile
+                return _load(folder, made_by, images)
         raise UserError(f"{folder} is no readable index ({error.strerror or error}); {remedy}") from error
-    except (ValueError, KeyError, TypeError, EOFError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
         raise UserError(
             f"the index {folder} is damaged ({type(error).__name__}: {error}); {remedy}"
         ) from error
-    check_made_by(theirs, made_by, f"the index {folder}")
-    for problem, changed in _changes(stamps, source):
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        raise UserError(f"the index {folder} is out of date: {changed[0]}{more} {problem}; {remedy}")
-    return _index(files, arrays, theirs, source, unreadable, passed_over)
 
 
 def check_made_by(theirs: dict, ours: dict, name: str) -> None:
@@ -247,47 +429,64 @@ def check_made_by(theirs: dict, ours: dict, name: str) -> None:
             )
 
 
-def _changes(stamps: dict[str, tuple[int, int]], folder: str | None) -> Iterator[tuple[str, list[str]]]:
+def _changes(index: Index, now: Mapping[str, Seen]) -> Iterator[tuple[str, list[str]]]:
     """What is not as it was when the index was made: the problem and the files that have it."""
-    now = {file: _stamp(file) for file in stamps}
-    found = {
-        "is gone": [file for file, stamp in stamps.items() if now[file] == GONE != stamp],
-        "has changed": [file for file, stamp in stamps.items() if now[file] not in (GONE, stamp)],
-        "is new": [],
-    }
-    if folder is not None and Path(folder).is_dir():
-        found["is new"] = [file for file in list_images(Path(folder), stamps).files if file not in stamps]
+    found = {"is gone": [], "has changed": [], "is new": []}
+    for file, then in index.seen.items():
+        if not now[file].has_content_of(then):
+            found["is gone" if now[file] == GONE else "has changed"].append(file)
+    if index.folder is not None:
+        listed = list_images(Path(index.folder), index.seen, index.everything).files
+        found["is new"] = [file for file in listed if file not in index.seen]
     return ((problem, files) for problem, files in found.items() if files)
 
 
-GONE = (-1, -1)
+def _look(files: Sequence[str], before: Mapping[str, Seen]) -> dict[str, Seen]:
+    """How the files are now. The content is read of those alone that have not the stamp that they had."""
+    found = {}
+    starts = range(0, len(files), LOOK_AT_A_TIME)
+    shown = with_progress(starts, len(starts), "Comparing files", 1) if len(starts) > 1 else starts
+    with ThreadPoolExecutor(num_cores()) as threads:
+        for start in shown:
+            part = files[start : start + LOOK_AT_A_TIME]
+            found |= zip(part, threads.map(_see, part, map(before.get, part)), strict=True)
+    return found
 
 
-def _stamp(file: str) -> tuple[int, int]:
-    """Size in bytes and time of the last change in nanoseconds."""
+def _see(file: str, before: Seen | None) -> Seen:
     try:
         status = Path(file).stat()
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return GONE
-    return status.st_size, status.st_mtime_ns
+    stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    if before is not None and before.stamp == stamp:
+        return before
+    digest = None
+    if stat.S_ISREG(status.st_mode):  # a pipe would not end
+        with suppress(OSError):
+            digest = hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+    return Seen(stamp, digest)
 
 
-def _index(
-    files: list[str],
-    arrays: dict[str, np.ndarray],
-    made_by: dict,
-    folder: str | None,
-    unreadable: dict[str, str],
-    passed_over: dict[str, int],
-) -> Index:
-    features, states = (torch.from_numpy(arrays[name][: len(files)]) for name in (FEATURES, STATES))
-    states = states.view(PRECISIONS[made_by["precision"]])
-    return Index(files, features, states, made_by, folder, unreadable, passed_over)
+def _in_folder(file: str, folder: str | None) -> str:
+    return file if folder is None else str(Path(file).relative_to(folder))
 
 
-def _stored_dtype(precision: str) -> np.dtype:
-    """What numpy calls it; bfloat16, which it does not know, is stored as whole numbers of the same bits."""
-    return np.dtype(np.int16 if precision == "bf16" else str(PRECISIONS[precision]).removeprefix("torch."))
+def _array_file(folder: Path, name: str, identity: str) -> Path:
+    return folder / f"{name}-{identity}.npy"
+
+
+def _tensors(arrays: Mapping[str, np.ndarray], num_rows: int, made_by: dict) -> tuple[Tensor, Tensor]:
+    """Features and states of the first rows."""
+    features, states = (torch.from_numpy(arrays[name][:num_rows]) for name in (FEATURES, STATES))
+    return features, states.view(PRECISIONS[made_by["precision"]])
+
+
+def _stored_dtypes(made_by: dict) -> dict[str, np.dtype]:
+    """What numpy calls them; bfloat16, which it does not know, is stored as integers of the same bits."""
+    precision = made_by["precision"]
+    kind = "int16" if precision == "bf16" else str(PRECISIONS[precision]).removeprefix("torch.")
+    return {FEATURES: np.dtype(np.float32), STATES: np.dtype(kind)}
 
 
 def _stored(states: Tensor) -> np.ndarray:

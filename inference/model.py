@@ -22,6 +22,7 @@ from inference.heat import Grounding, check_boxes, grounding, heat_maps
 from inference.index import Hit, Index, build_index, check_made_by, open_index
 from inference.inputs import Images, Texts, check_count, good_pictures, listed, paired, read_texts
 from inference.keywords import Concepts
+from models.align import unit_features
 from models.gradcam import MODES, check_block, default_block
 from models.rerank import rerank
 from utils import PRECISIONS, UserError, autocast, check_scores, own_surroundings, set_precision
@@ -138,8 +139,8 @@ class Simla:
                 ):
                     # All texts for image 0, for image 1, ...
                     own = (side.repeat(len(image), 1) for side in part)
-                    logits = self.model.itm_head(self.model.text_encoder.first_state(*own, cross))
-                    parts.append(logits.float().softmax(-1)[:, 1].view(len(image), -1).cpu())
+                    logits = self.model.match_logits(self.model.text_encoder.first_state(*own, cross))
+                    parts.append(logits.softmax(-1)[:, 1].view(len(image), -1).cpu())
                 rows.append(torch.cat(parts, dim=1))
         found = self._finite(torch.cat(rows), "matching probabilities")
         return found[0 if one_image else slice(None), ..., 0 if one_text else slice(None)]
@@ -147,12 +148,20 @@ class Simla:
     # ---- search ----
 
     @_asked
-    def index(self, images: str | Path | Sequence[str | Path], folder: str | Path | None = None) -> Index:
+    def index(
+        self,
+        images: str | Path | Sequence[str | Path],
+        folder: str | Path | None = None,
+        update: bool = False,
+        everything: bool = False,
+    ) -> Index:
         """Encodes a folder of images, subfolders included, or a list of files, for `search`.
 
         folder: a new one to write the index to, for `open_index`; None: it stays in memory. An image takes
-        4 N D bytes (1.8 MB at 384 x 384 for the base size), half of it in bf16 or fp16. Files that cannot be
-        read are left out and listed in the index's `unreadable`.
+        4 N D bytes (1.8 MB at 384 x 384 for the base size), half of it in bf16 or fp16. update: `folder` may
+        hold an index already, of which only images with a new content are then encoded, whatever they are
+        called and wherever they lie now. everything: of a folder also what hidden folders, thumbnails and
+        waste hold. Files that cannot be read are left out and listed in the index's `unreadable`.
         """
         self._need("index", *FEATURES)
 
@@ -166,15 +175,17 @@ class Simla:
 
         sizes = (*self.model.visual_encoder.pos_embed.shape[1:], self.model.embed_dim)
         res, batch_size = self.config["image_res"], self.config["batch_size_test"]
-        return build_index(images, folder, encode, sizes, res, batch_size, self.image_side)
+        side = self.image_side
+        return build_index(images, folder, encode, sizes, res, batch_size, side, update, everything)
 
     @_asked
-    def open_index(self, folder: str | Path) -> Index:
-        """An index that `index` has written, memory-mapped. Raises UserError where it is damaged, its images
-        have changed, or this model would have computed it otherwise.
+    def open_index(self, folder: str | Path, images: str | Path | None = None) -> Index:
+        """An index that `index` has written, memory-mapped. images: where the folder that was indexed is now,
+        if it has been moved or copied. Raises UserError where the index is damaged, its images have changed,
+        or this model would have computed it otherwise.
         """
         self._need("open_index", *FEATURES)
-        return open_index(folder, self.image_side)
+        return open_index(folder, self.image_side, images)
 
     @_asked
     def search(
@@ -188,29 +199,40 @@ class Simla:
         """The images that match a text best: for each query a list of Hit, best first; one list for one text.
 
         The features choose `candidates` images (None: k_test of the config, or `top` if more), which the
-        matching head then ranks, exactly as zero_shot_retrieval.py does. images: an index, or what `index`
-        takes.
+        matching head then ranks, exactly as zero_shot_retrieval.py does. So the first hits depend on the
+        number of candidates: with a `top` above k_test, give `candidates` to have the same ones for each
+        `top`. images: an index, or what `index` takes. Raises UserError where an image found is not as it was
+        when it was indexed.
         """
         self._need("search", *MATCHING)
         check_count(top, "top")
+        num = max(top, self.config["k_test"]) if candidates is None else check_count(candidates, "candidates")
+        if num < top:
+            raise UserError(
+                f"candidates {num} are fewer than top {top}: give more candidates or a smaller top"
+            )
         queries, is_single = listed(queries, "query")
         ids, mask = self._captions(queries, max_tokens)
         index = images if isinstance(images, Index) else self.index(images)
         check_made_by(index.made_by, self.image_side, "the index")
         similarity = index.features @ self._encode_captions(ids, mask).T  # (I, T)
         self._finite(similarity, "similarities")
-        num = max(top, self.config["k_test"]) if candidates is None else check_count(candidates, "candidates")
-        num = min(num, len(index))
         found = []
         for number in range(len(queries)):
             own = slice(number, number + 1)
-            cosines, rows = similarity[:, number].topk(num)
+            # All of them: the order in which topk has equal ones depends on how many there are.
+            rows = similarity[:, number].argsort(descending=True, stable=True)[:num]
+            cosines, states = similarity[rows, number], index.states[rows]
             with self._scoring():
-                inputs = cosines[:, None].to(self.device), num, index.states[rows], ids[own], mask[own]
+                features = unit_features(self.model.vision_proj, states[:, 0].to(self.device)).cpu()
+                if not (features * index.features[rows]).sum(1).gt(0.99).all():
+                    raise UserError("the index is damaged: its states are not of its features; index again")
+                inputs = cosines[:, None].to(self.device), num, states, ids[own], mask[own]
                 scores = self._finite(rerank(self.model, *inputs)[1][0], "matching scores")
             order = scores.argsort(descending=True, stable=True)[:top].tolist()
             hits = zip(rows[order].tolist(), scores[order].tolist(), cosines[order].tolist(), strict=True)
             found.append([Hit(index.files[row], score, cosine) for row, score, cosine in hits])
+        index.check(dict.fromkeys(hit.file for hits in found for hit in hits))
         return found[0] if is_single else found
 
     @property

@@ -33,6 +33,7 @@ MAX_WAITING = 32  # requests
 MAX_HEIGHT = 10  # widths of an image with heat maps, each of which is drawn in the same width
 DRAWN_SIDE = 768  # pixels of that image at most; a map is shown in 250
 TOP = 5  # answers and keywords
+MAX_HITS = 20
 SHOWN_SIDE = 384  # pixels of an image found
 NUM_EXAMPLES = 4
 DESCRIBING = ("retrieval", "pretrain")  # kinds that match texts and images, the better one first
@@ -142,7 +143,8 @@ def _search(model: Simla, examples: list[list], index: Index | None, max_tokens:
                 gr.Warning(f"{Path(file).name} cannot be read and is left out")
         elif index is None:
             raise UserError("upload the images to search among first")
-        hits = model.search(own, query, top=int(top), max_tokens=max_tokens)
+        candidates = max(MAX_HITS, model.config["k_test"])  # the first hits are the same for any number
+        hits = model.search(own, query, int(top), candidates, max_tokens)
         return [(_thumbnail(hit.file), f"{hit.score:.2f}  {Path(hit.file).name}") for hit in hits]
 
     with gr.Row():
@@ -153,7 +155,7 @@ def _search(model: Simla, examples: list[list], index: Index | None, max_tokens:
             label = "Your own images" if index is None else f"Your own images instead of the {len(index)}"
             uploads = only_files(gr.File(label=label, file_count="multiple", file_types=["image"]))
             uploads.example_payload = lambda: [EXAMPLE_FILE]
-            top = gr.Slider(1, 20, value=8, step=1, label="How many")
+            top = gr.Slider(1, MAX_HITS, value=8, step=1, label="How many")
             button = gr.Button("Search", variant="primary")
         with gr.Column(scale=2):
             gr.Markdown("Best first, with the logit of the matching head:")

@@ -35,8 +35,9 @@ def told_to_sender(function: Callable) -> Callable:
         except (UserError, BadImage) as error:
             message = str(error)
             files = [file for part in inputs for file in (part if isinstance(part, list) else [part])]
-            if isinstance(error, BadImage):  # also of an image found, which has gone since the start
-                files.append(error.path)
+            for problem in (error, error.__cause__):
+                if isinstance(problem, BadImage):  # also of an image found, which has changed since the start
+                    files.append(problem.path)
             for file in files:
                 if isinstance(file, str) and Path(file).is_absolute():
                     message = message.replace(file, Path(file).name)

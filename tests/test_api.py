@@ -90,7 +90,7 @@ def test_features_matching_and_search_are_those_of_zero_shot_retrieval(tiny, mod
     torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=1e-4)
     assert probabilities.std() > 0.01  # the model tells pairs apart, or nothing is compared
 
-    found = ours.search(images, captions, top=7, candidates=3)
+    found = ours.search(images, captions, top=3, candidates=3)
     for row, hits in zip(scores_t2i, found, strict=True):
         order = row.argsort(descending=True, stable=True)[: int((row != NOT_SCORED).sum())]
         assert len(order) == len(hits) == 3
@@ -242,12 +242,14 @@ def test_half_precision_is_that_of_the_scripts(tiny, images):
     data = RetrievalEvalData(config["test_file"], config)
     _, expected = zero_shot_retrieval.score(model, data, tiny.tokenizer(), config, CPU)
     ours = simla.load(tiny.checkpoints["retrieval"], dtype=torch.bfloat16, device="cpu")
-    found = ours.search(images, data.texts, candidates=3)
-    scores = {hit.file: hit.score for hit in found[0]}
-    rows = expected[0] != NOT_SCORED
-    assert scores == pytest.approx(
-        dict(zip(np.array(images)[rows].tolist(), expected[0][rows].tolist(), strict=True)), abs=0.02
-    )
+    found = ours.search(images, data.texts, top=3, candidates=3)
+    differences = []
+    for row, hits in zip(expected, found, strict=True):
+        rows = row != NOT_SCORED
+        assert {hit.file for hit in hits} == set(np.array(images)[rows])
+        differences += [abs(hit.score - float(row[images.index(hit.file)])) for hit in hits]
+    # The steps of bf16 at these scores, which come from states of 8 bits, are 0.008 to 0.016.
+    assert np.mean(differences) < 0.01 and max(differences) < 0.06
 
 
 # ---- inputs ----

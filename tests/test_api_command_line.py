@@ -124,6 +124,31 @@ def test_search(tiny, images, ask, tmp_path):
     assert model.search(folder, "a cup", candidates=7)[0].file in text.splitlines()[1]
 
 
+def test_index_and_its_update(images, ask, tmp_path):
+    folder, index = tmp_path / "photos", tmp_path / "photos.index"
+    shutil.copytree(Path(images[0]).parent, folder)
+    result = ask("retrieval", "index", folder, index, "--json")
+    assert result["num_images"] == 7 and result["file"] == str(index) and result["unreadable"] == {}
+    (folder / ".thumbnails").mkdir()
+    shutil.copy(images[0], folder / ".thumbnails" / "a.jpg")
+    shutil.copy(images[0], folder / "new.jpg")
+    with pytest.raises(UserError, match=r"new\.jpg is new; update it \(`index` with update=True\)"):
+        ask("retrieval", "search", folder, "a cup", "--index", index)
+    with pytest.raises(UserError, match="is there already; update it"):
+        ask("retrieval", "index", folder, index)
+    text = ask("retrieval", "index", folder, index, "--update")
+    assert text.splitlines() == ["8 images", "passed over: 1 hidden folders", f"written: {index}"]
+    assert ask("retrieval", "search", folder, "a cup", "--index", index, "--json")["num_images"] == 8
+    command = "search", folder, "a cup", "--index", index, "--everything"
+    with pytest.raises(UserError, match="index is without hidden folders and waste; update it"):
+        ask("retrieval", *command)
+    assert "9 images" in ask("retrieval", "index", folder, index, "--update", "--everything")
+    assert ask("retrieval", *command, "--json")["num_images"] == 9
+    moved = folder.rename(tmp_path / "moved")
+    hits = ask("retrieval", "search", moved, "a cup", "--index", index, "--json")["results"][0]["hits"]
+    assert all(hit["file"].startswith(str(moved)) for hit in hits)
+
+
 def test_search_says_what_it_passed_over(images, ask, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -227,7 +252,18 @@ def test_wrong_arguments_and_help(ask, images, capsys):
     with pytest.raises(SystemExit):
         ask("retrieval", "--help")
     text = capsys.readouterr().out
-    names = ("match", "similarity", "ground", "search", "answer", "keywords", "entails", "compare", "encode")
+    names = (
+        "match",
+        "similarity",
+        "ground",
+        "search",
+        "index",
+        "answer",
+        "keywords",
+        "entails",
+        "compare",
+        "encode",
+    )
     for name in names:
         assert f"    {name}" in text
     assert VARIABLE in text
