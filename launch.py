@@ -277,7 +277,7 @@ def make_output_folder(folder: str | Path, flag: str = "--output_dir") -> Path:
 _script: ExitStack | None = None  # what ends with the script that `run_script` runs
 
 
-def run_script(main: Callable[[], int | None]) -> None:
+def run_script(main: Callable[[], object]) -> None:
     """Runs a command, of whose `main` a number is the exit code, and ends run.json.
 
     A UserError ends it as one sentence and exit code 1, without a traceback; a stop signal with exit code 75,
@@ -331,7 +331,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         leave_together()
         dist.destroy_process_group()
     _end_where_output_is_lost("done")
-    if code:
+    if isinstance(code, int) and code:  # a task script returns its scores
         sys.exit(code)
 
 
