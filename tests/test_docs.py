@@ -5,6 +5,8 @@ import re
 import runpy
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -123,6 +125,20 @@ def test_pages_are_reached_from_the_readme():
 # ---- commands ----
 
 
+@contextmanager
+def own_modules_forgotten() -> Iterator[None]:
+    """What is imported inside holds the patched functions: it is imported anew by whoever comes next."""
+    known = set(sys.modules)
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    own = packages | {path.stem for path in ROOT.glob("*.py")}
+    try:
+        yield
+    finally:
+        for name in set(sys.modules) - known:
+            if name.partition(".")[0] in own:
+                del sys.modules[name]
+
+
 def check_script(words: list[str]) -> None:
     """Runs `FILE.py flags` or `-m package flags` up to where its command line is read."""
 
@@ -138,6 +154,7 @@ def check_script(words: list[str]) -> None:
     is_module = words[0] == "-m"
     name, flags = (words[1], words[2:]) if is_module else (words[0], words[1:])
     with (
+        own_modules_forgotten(),
         mock.patch.object(sys, "argv", [name, *flags]),
         mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args),
         mock.patch.object(config, "parse", parse),
