@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,7 @@ from training import compile_layers, set_checkpointing
 from utils import autocast, clock, find_places, peak_bytes, set_precision
 
 TOKENS, WORDS_MASKED, PATCHES_MASKED = 25, 4, 75
+FIGURES = "seconds", "cpu_seconds", "peak_bytes"
 TASKS = {  # config, its table, our model, the plain one
     "pretrain": ("configs/Pretrain.yaml", PRETRAIN, SIMLA, PlainSIMLA),
     "retrieval": ("configs/Retrieval_coco.yaml", RETRIEVAL, SIMLARetrieval, PlainRetrieval),
@@ -190,9 +192,11 @@ def measure(args: argparse.Namespace) -> dict:
     if args.compile and not is_plain:
         compile_layers(model)
         step()
+    begin = time.process_time()
     seconds = [clock(step, device)[0] for _ in range(args.steps)]
     found = {
         "seconds": statistics.median(seconds),
+        "cpu_seconds": (time.process_time() - begin) / args.steps,
         "peak_bytes": peak_bytes(device),
         "losses": losses,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -240,9 +244,11 @@ def report(args: argparse.Namespace, ways: dict[str, dict]) -> dict:
     print(f"\n{args.task}, {args.scale} size, batch {args.batch}, {args.precision}, {args.device}")
     row("", *ways)
     row("seconds a step", *(way["seconds"] for way in ways.values()))
+    if device.type == "cpu":  # what a busy machine changes little, with OMP_NUM_THREADS=1
+        row("of a processor, mean", *(way["cpu_seconds"] for way in ways.values()))
     row("samples a second", *(args.batch / way["seconds"] for way in ways.values()))
     row("peak memory, GiB", *(way["peak_bytes"] / 2**30 for way in ways.values()))
-    found = {f"{name}_{key}": way[key] for name, way in ways.items() for key in ("seconds", "peak_bytes")}
+    found = {f"{name}_{key}": way[key] for name, way in ways.items() for key in FIGURES}
     ours = ways["ours"]
     if "plain" in ways:
         plain = ways["plain"]
