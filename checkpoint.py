@@ -369,8 +369,8 @@ def load_weights(model: nn.Module, path: str | Path, task: str, config: Mapping 
 
 
 def _optimizer_state(optimizer: Optimizer, saved: dict, source: str, release: Callable[[], None]) -> dict:
-    """`saved` as this torch and this machine want it. Raises UserError when it belongs to another model or is
-    not finite.
+    """The optimiser's own settings, with the moments and steps of `saved`. Raises UserError when those belong
+    to another model or are not finite.
     """
     theirs = [len(group["params"]) for group in saved["param_groups"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
@@ -387,24 +387,19 @@ def _optimizer_state(optimizer: Optimizer, saved: dict, source: str, release: Ca
             "it, or load the weights alone: --checkpoint without --resume"
         )
     state = {}
-    for i, param in zip(ids, params, strict=True):
+    for number, (i, param) in enumerate(zip(ids, params, strict=True)):
         if i in saved["state"]:
             for key, value in saved["state"][i].items():
                 if isinstance(value, Tensor):
                     check_weight(value, f"optimizer.state.{i}.{key}", source)
-            state[i] = {
+            state[number] = {
                 key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in saved["state"][i].items()
             }
             release()
-            if "step" in state[i]:  # torch before 1.12 saved plain ints
-                state[i]["step"] = torch.tensor(float(state[i]["step"]))
-    of_this_machine = ("foreach", "fused", "capturable", "differentiable")
-    groups = [
-        old | {key: new[key] for key in of_this_machine if key in new}
-        for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True)
-    ]
-    return {"state": state, "param_groups": groups}
+            if "step" in state[number]:  # torch before 1.12 saved plain ints
+                state[number]["step"] = torch.tensor(float(state[number]["step"]))
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def resume(
@@ -416,12 +411,13 @@ def resume(
 ) -> dict:
     """Restores a run, our own or a published one at the end of an epoch; returns what else the file holds.
 
+    Rates and the optimiser's settings stay those of `optimizer` and `scheduler`, which are the config's.
     Raises UserError, before anything is changed, when the file belongs to another model or has weights only,
     and for a tensor that is not finite.
     """
     checkpoint, release = load_mapped(path)
     source = str(path)
-    absent = [key for key in ("model", "optimizer", "lr_scheduler", "epoch") if key not in checkpoint]
+    absent = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
     if absent:
         raise UserError(
             f"{path} cannot be resumed from, it has no {' and no '.join(absent)}; to start from its weights "
@@ -431,11 +427,9 @@ def resume(
     optimizer_state = _optimizer_state(optimizer, checkpoint["optimizer"], source, release)
     _copy_into(model, tensors, report, release)
     optimizer.load_state_dict(optimizer_state)
-    scheduler.load_state_dict(checkpoint["lr_scheduler"])
     if scaler is not None and checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])
-    if checkpoint["epoch"] >= 0:
-        scheduler.resume_at(checkpoint["epoch"] + 1)
+    scheduler.resume_at(checkpoint["epoch"] + 1, checkpoint.get("step", 0))
     return {key: value for key, value in checkpoint.items() if key not in ("model", "optimizer")}
 
 

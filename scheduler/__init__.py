@@ -60,18 +60,16 @@ class WarmupCosine:
         if self.epoch_step == "end":
             self.resume_at(epoch + 1)
 
-    def resume_at(self, epoch: int) -> None:
-        """Sets the rate with which epoch number `epoch` (at least 1) begins."""
-        self.cosine.step(epoch + self.cosine.warmup_t)
+    def resume_at(self, epoch: int, steps_done: int = 0) -> None:
+        """Set the rate of the next step of an epoch of which so many optimiser steps are done, as in an
+        unbroken run of this schedule.
+        """
+        rises = max(steps_done - 1, 0) // self.warmup_step_size
+        self.cosine.step(epoch + self.cosine.warmup_t if epoch else min(rises, self.cosine.warmup_t))
 
     def state_dict(self) -> dict:
-        """timm's, as published checkpoints have it under `lr_scheduler`."""
+        """Return timm's, as published checkpoints have it under `lr_scheduler`; no resume needs it."""
         return self.cosine.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """Takes what this timm knows; other versions save fewer and other keys."""
-        known = self.cosine.state_dict()
-        self.cosine.load_state_dict({key: value for key, value in state.items() if key in known})
 
 
 def create_scheduler(optimizer: Optimizer, config: dict, epoch_step: str) -> WarmupCosine:

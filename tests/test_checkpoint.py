@@ -354,23 +354,29 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 SCHEDULE = {"epochs": 5, "min_lr": 1e-4, "warmup_lr": 1e-3, "warmup_epochs": 2, "warmup_step_size": 1}
 
 
-def training(seed, epoch_step="start", width=4):
+def training(seed, epoch_step="start", width=4, epochs=5, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.999)):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(width, 6), nn.LayerNorm(6), nn.Linear(6, 1))
-    optimizer = create_optimizer(model, {"opt": "adamW", "lr": 1e-2, "weight_decay": 0.1})
-    return model, optimizer, create_scheduler(optimizer, SCHEDULE, epoch_step)
+    settings = {"opt": "adamW", "lr": lr, "weight_decay": weight_decay, "betas": betas}
+    optimizer = create_optimizer(model, settings)
+    return model, optimizer, create_scheduler(optimizer, SCHEDULE | {"epochs": epochs}, epoch_step)
 
 
-def train(model, optimizer, scheduler, epochs):
+def train(model, optimizer, scheduler, epochs, first_step=0, last_step=4):
+    """Returns the rate of every step."""
+    rates = []
     for epoch in epochs:
         scheduler.start_epoch(epoch)
         generator = torch.Generator().manual_seed(epoch)
-        for i in range(4):
+        for i in range(first_step, last_step):
             optimizer.zero_grad()
             model(torch.randn(8, 4, generator=generator)).square().mean().backward()
+            rates.append(optimizer.param_groups[1]["lr"])
             optimizer.step()
             scheduler.after_step(epoch, i)
-        scheduler.end_epoch(epoch)
+        if last_step == 4:
+            scheduler.end_epoch(epoch)
+    return rates
 
 
 def saved(model, optimizer, scheduler, epoch):
@@ -428,6 +434,41 @@ def test_a_run_does_not_go_on_from_what_is_not_finite(tmp_path, value):
             resume(*training(2), tmp_path / "c.pth")
 
 
+@pytest.mark.parametrize("epoch_step", ["start", "end"])
+@pytest.mark.parametrize(("before", "done", "epochs"), [(2, 2, 5), (5, 2, 3), (4, 2, 8), (5, 1, 5)])
+def test_every_rate_is_that_of_the_resumed_run_s_own_config(tmp_path, epoch_step, before, done, epochs):
+    """At its end, shortened, extended half-way, unchanged; the file's optimiser gives its moments alone."""
+    fresh = train(*training(1, epoch_step, epochs=epochs), range(epochs))
+    old = training(1, epoch_step, epochs=before, weight_decay=0.3, betas=(0.8, 0.9))
+    train(*old, range(done))
+    save_checkpoint(tmp_path / "c.pth", saved(*old, epoch=done - 1))
+    again = training(2, epoch_step, epochs=epochs)
+    resume(*again, tmp_path / "c.pth")
+    for ours, theirs in zip(again[0].parameters(), old[0].parameters(), strict=True):
+        assert torch.equal(again[1].state[ours]["exp_avg"], old[1].state[theirs]["exp_avg"])
+    rates = train(*again, range(done, epochs))
+    assert rates == fresh[4 * done :]
+    assert epochs == 3 or min(rates) > 1.5 * SCHEDULE["min_lr"]
+    assert [(g["weight_decay"], g["betas"]) for g in again[1].param_groups] == [
+        (0.0, (0.9, 0.999)),
+        (0.1, (0.9, 0.999)),
+    ]
+
+
+@pytest.mark.parametrize("steps", range(1, 5))
+def test_a_resume_inside_the_warm_up_has_its_rates(tmp_path, steps):
+    """And those of another peak where the config has another."""
+    whole = training(1)
+    rates = train(*whole, range(1))
+    assert len(set(rates)) == 3  # the warm-up's two rises
+    old = training(1, lr=5e-2, epochs=9)
+    train(*old, range(1), last_step=steps)
+    save_checkpoint(tmp_path / "c.pth", saved(*old, epoch=-1) | {"step": steps})
+    again = training(2)
+    resume(*again, tmp_path / "c.pth")
+    assert train(*again, range(1), first_step=steps) == rates[steps:]
+
+
 def test_what_cannot_be_resumed_is_refused_before_anything_changes(tmp_path):
     run = training(1)
     train(*run, range(1))
@@ -442,7 +483,7 @@ def test_what_cannot_be_resumed_is_refused_before_anything_changes(tmp_path):
         assert all(map(torch.equal, before, other[0].parameters())) and not other[1].state
 
     refused(good, r"of another shape: 0\.weight \(\(6, 4\) in the file, \(6, 5\)", width=5)
-    refused({"model": good["model"]}, "no optimizer and no lr_scheduler and no epoch; .* without --resume")
+    refused({"model": good["model"]}, "no optimizer and no epoch; .* without --resume")
     one_group = good["optimizer"] | {"param_groups": good["optimizer"]["param_groups"][:1]}
     refused(
         good | {"optimizer": one_group}, r"optimiser belongs to another model .* have \[4\] .* here \[4, 2\]"
