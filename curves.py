@@ -21,7 +21,7 @@ from ruamel.yaml.error import YAMLError
 from chance import chance_levels
 from launch import run_script
 from plots import import_pyplot
-from training import STEPS_LOG
+from run_record import STEPS_LOG
 from utils import LOG, UserError, log
 
 COLOURS = ("#0b5fa5", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444")

@@ -34,7 +34,14 @@ from faults import (
     watch_peers,
 )
 from run_log import check_wandb
-from run_record import RunRecord, previous_run, set_aside_logs
+from run_record import (
+    RunRecord,
+    hold_folder,
+    holds_training,
+    previous_run,
+    release_folder,
+    set_aside_logs,
+)
 from saving import check_undamaged, load_checkpoint, newest_good, run_checkpoints
 from utils import UserError, all_gather_objects, first_line, is_main, log, rank, set_precision, world_size
 
@@ -96,13 +103,14 @@ def _launched_as() -> tuple[int, int, int]:
 
 
 def start(args: argparse.Namespace, config: dict) -> torch.device:
-    """Joins the other processes, picks the device, seeds all generators (differently on each rank), finds
-    what to resume, sets an earlier run's logs aside and begins run.json; with --dry_run without these three.
-    Sets args.run, the run's id. From here on a stop signal ends the script at once, outside of `fit`.
+    """Joins the other processes, picks the device, seeds all generators (differently on each rank), locks the
+    output folder, finds what to resume, sets an earlier run's logs aside and begins run.json; with --dry_run
+    without these four. Sets args.run, the run's id, and for an evaluation args.output_dir, as
+    `_evaluation_folder` says. From here on a stop signal ends the script at once, outside of `fit`.
 
-    Raises UserError for a --resume that finds nothing or comes with --evaluate, a GPU that is not there or
-    lacks config `precision`, a taken port, an output folder that cannot be written, or Weights & Biases where
-    config `wandb` asks for it and it is missing.
+    Raises UserError for another training in the folder, a --resume that finds nothing or comes with
+    --evaluate, a GPU that is not there or lacks config `precision`, a taken port, an output folder that
+    cannot be written, or Weights & Biases where config `wandb` asks for it and it is missing.
     """
     if args.resume and args.evaluate:
         raise UserError("--evaluate scores --checkpoint as it is, --resume trains on from it; leave one out")
@@ -132,7 +140,11 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
     if args.dry_run:
         args.run = "dry run"
     else:
+        if args.evaluate:
+            args.output_dir = _evaluation_folder(args)
         make_output_folder(args.output_dir)
+        if is_main() and not args.evaluate and _script is not None:
+            hold_folder(args.output_dir)
         run = _find_what_to_resume(args)
         (args.run,) = set(all_gather_objects(run)) - {""}  # the main rank's
         if is_main() and not args.evaluate:
@@ -194,6 +206,17 @@ def _join(url: str, this_rank: int, num_ranks: int, device: torch.device) -> Non
     )
 
 
+def _evaluation_folder(args: argparse.Namespace) -> str:
+    """Return where an evaluation writes: --output_dir, or where that holds a training, which may be going on,
+    evaluation_NAME in it, after the checkpoint's name. All ranks come here.
+    """
+    folder = args.output_dir
+    if is_main() and holds_training(folder):
+        folder = str(Path(folder, f"evaluation_{Path(args.checkpoint).stem or 'without_training'}"))
+        log.info(f"{args.output_dir} holds a training; what this evaluation writes goes to {folder}")
+    return all_gather_objects(folder)[0]
+
+
 def _find_what_to_resume(args: argparse.Namespace) -> str:
     """Sets args.checkpoint and args.resume on all ranks alike; returns the run's id on the main one, else "".
 
@@ -201,8 +224,6 @@ def _find_what_to_resume(args: argparse.Namespace) -> str:
     either, started again by torchrun or SLURM: the newest good one of this very run, if it wrote any.
     """
     found, run = args.checkpoint if args.resume else "", uuid.uuid4().hex[:12]
-    if args.evaluate:  # run.json goes on saying whose logs and checkpoints the folder has
-        run = previous_run(args.output_dir) or run
     if is_main() and not args.evaluate:
         restarts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
         own = None
@@ -331,6 +352,7 @@ def run_script(main: Callable[[], object]) -> None:
         leave_together()
         dist.destroy_process_group()
     _end_where_output_is_lost("done")
+    release_folder()
     if isinstance(code, int) and code:  # a task script returns its scores
         sys.exit(code)
 

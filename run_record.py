@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import platform
 import shlex
 import socket
@@ -14,13 +15,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
-from saving import atomic_write
+from saving import atomic_write, run_checkpoints
 from utils import LOG, UserError, all_gather_objects, is_main, log, peak_bytes, world_size
 
-LOGS = (LOG, "train_steps.jsonl", "tensorboard")
+STEPS_LOG = "train_steps.jsonl"
+LOGS = (LOG, STEPS_LOG, "tensorboard")
+LOCK, PREDECESSOR_SECONDS = "training.lock", 10.0
 RUN_FILES = (*LOGS, "run.json", "config.yaml", "result")
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "Pillow", "safetensors", "ruamel.yaml")
+
+_lock: FileLock | None = None  # of the output folder in which this process trains
 
 
 def code_revision() -> str:
@@ -58,6 +64,54 @@ def previous_run(output_dir: str) -> str:
         return ""
 
 
+def holds_training(output_dir: str) -> bool:
+    """Whether a training has written into the folder: its run.json, checkpoints or steps."""
+    folder = Path(output_dir)
+    try:
+        is_training = json.loads((folder / "run.json").read_bytes())["is_training"]
+    except (OSError, ValueError, KeyError, TypeError):
+        is_training = False
+    return bool(is_training or run_checkpoints(folder) or (folder / STEPS_LOG).exists())
+
+
+def hold_folder(output_dir: str) -> None:
+    """Keeps other trainings out of the folder until `release_folder` or the end of this process, however it
+    ends: the lock is the system's.
+
+    Waits some seconds for it, as for a predecessor that is just ending. UserError, naming who has it, where
+    another training goes on holding it.
+    """
+    global _lock
+    release_folder()
+    lock = FileLock(Path(output_dir) / LOCK)
+    holder = Path(output_dir) / f"{LOCK}.json"
+    try:
+        lock.acquire(timeout=PREDECESSOR_SECONDS)
+    except Timeout as error:
+        try:
+            who = "host {host}, process {pid}, started {start}".format(**json.loads(holder.read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError):
+            who = "a process that has not said which it is"
+        raise UserError(
+            f"{output_dir} is in use by another training ({who}); wait for its end, stop it, or choose "
+            f"another --output_dir. If that process is dead, as on a machine that failed, delete {LOCK}"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        log.warning(f"{output_dir} cannot be locked ({error}): nothing keeps a second training out of it")
+        return
+    _lock = lock
+    with atomic_write(holder) as file:
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": _now()}).encode())
+
+
+def release_folder() -> None:
+    """Lets other trainings into the folder that `hold_folder` took, if any."""
+    global _lock
+    if _lock is not None:
+        _lock.release()
+        _lock = None
+
+
 def set_aside_logs(output_dir: str, run: str) -> None:
     """Moves what another run than `run` has written into the folder, checkpoints apart, to earlier_1/ in it,
     or earlier_2/, ...: its logs neither mix with those to come nor are they lost.
@@ -91,6 +145,7 @@ class RunRecord:
         self.path, self.begin, self.is_training = Path(output_dir) / "run.json", time.monotonic(), is_training
         self.content = {
             "run": run,
+            "is_training": is_training,
             "status": "running",
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "resumed_from": resumed_from,

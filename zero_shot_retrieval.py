@@ -174,6 +174,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 
 def parse_and_run() -> None:
     parser = script_arguments(__doc__, "configs/Retrieval_flickr.yaml", "output/zero_shot_retrieval")
+    parser.set_defaults(evaluate=True)  # there is nothing else it does
     main(*parse(parser, RETRIEVAL))
 
 
