@@ -136,24 +136,25 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 
     def evaluate_epoch(epoch: int = -1) -> dict[str, float]:
         choices[epoch] = evaluate(model, data, tokenizer, args, config, device)
-        return {**accuracies(choices[epoch]), "epoch": epoch}
+        return accuracies(choices[epoch])
 
     # train, evaluate and save
+    epoch = -1
     if args.evaluate:
-        scores = evaluate_epoch()
-        record_evaluation(accuracies(choices[-1]), config, args.output_dir)
+        record_evaluation(evaluate_epoch(), config, args.output_dir)
     else:
         loader = grounding_loader(
             config, tokenizer, bert.max_position_embeddings, args.seed, device.type == "cuda"
         )
         best = "val_d" if config["det_file"] else "val_h"
         weights, scores = fit(model, loader, losses, config, args, device, "end", evaluate_epoch, best)
-        if scores["epoch"] not in choices:  # the best epoch was before the resume
+        epoch = scores["epoch"]
+        if epoch not in choices:  # the best one was before the resume
             log.info(load_weights(model, weights, "Grounding"))
-            evaluate_epoch(scores["epoch"])
+            evaluate_epoch(epoch)
 
     # report
-    return report(data, choices[scores["epoch"]], weights, args, config)
+    return report(data, choices[epoch], weights, args, config)
 
 
 def parse_and_run() -> None:

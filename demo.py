@@ -272,11 +272,17 @@ def overrides(script: str, codebook: Path) -> list[str]:
 
 
 def best_checkpoint(folder: Path) -> Path:
-    """By the validation score, else the last."""
-    from saving import BEST, run_checkpoints
+    """By the validation score, if there is one, else the last. Raises UserError where the best is lost."""
+    from saving import BEST, best_problem, load_checkpoint, newest_good
+    from utils import UserError
 
-    best = folder / BEST
-    return best if best.is_file() else run_checkpoints(folder)[0]
+    best, last = folder / BEST, newest_good(folder)
+    state = load_checkpoint(last)
+    if "epoch" not in state["best"]:
+        return last
+    if problem := best_problem(best, state["run"], state["best"]):
+        raise UserError(f"{problem}; delete {folder} to run this stage again")
+    return best
 
 
 # ---- make demo ----

@@ -91,12 +91,11 @@ def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
     from models.gradcam import grad_cam
     from models.retrieval import SIMLARetrieval
     from plots import plot_heat_maps
-    from saving import BEST
 
     config = read_config(str(folder / "config.yaml"), GROUNDING)
     data, tokenizer = GroundingEvalData(config), build_tokenizer(config["text_encoder"])
     model = SIMLARetrieval.from_config(config)
-    load_weights(model, folder / BEST, "Grounding")
+    load_weights(model, json.loads((folder / "stage.json").read_bytes())["checkpoint"], "Grounding")
     choices = json.loads((folder / "after" / "result" / "grounding.json").read_bytes())["choices"]
     shown = spread([i for i, target in enumerate(data.targets) if target.split != "val"], num_pictures)
     batch = Collate(tokenizer, model.text_encoder.config.max_position_embeddings)([data[i] for i in shown])

@@ -13,7 +13,7 @@ from config import save_config
 from dataset.loaders import stop_at_unreadable
 from faults import StopSignals
 from models.momentum import MomentumModel
-from saving import BEST, epoch_name
+from saving import BEST, epoch_name, find_best
 from training import Losses, Scores, Training, to_device
 from utils import all_gather_objects, append_log, autocast, barrier, check_scores, is_main, log, with_progress
 
@@ -30,7 +30,8 @@ def fit(
     best: str | None = None,
     on_best: Callable[[], None] = lambda: None,
 ) -> tuple[str, Scores]:
-    """The epochs of a run: train, evaluate, log, save; returns the checkpoint to go on with and its scores.
+    """The epochs of a run: train, evaluate, log, save; returns the checkpoint to go on with and its scores,
+    with `best` also its `epoch`.
 
     epoch_step: when the schedule moves (see `scheduler`); evaluate(epoch) -> scores for log.txt, called with
     the model in any mode; best: the score whose largest value makes checkpoint_best.pth, on_best() is called
@@ -46,7 +47,12 @@ def fit(
     if args.resume:
         kept_scores = training.resume(args.checkpoint)
         if best and kept_scores:
-            kept = str(Path(args.checkpoint).with_name(BEST))
+            kept, problem = str(Path(args.output_dir, BEST)), ""
+            if is_main():
+                problem = find_best(Path(args.checkpoint), Path(args.output_dir), args.run, kept_scores)
+            if problem := all_gather_objects(problem)[0]:
+                log.warning(f"{problem}; the best epoch is looked for among those to come")
+                kept, kept_scores = args.checkpoint, {}
     with StopSignals() as signals, training.run_log, training.saver:
         first_epoch = training.epoch
         for epoch in range(first_epoch, epochs):
@@ -62,14 +68,15 @@ def fit(
             is_best = best is not None and scores[best] > kept_scores.get(best, -math.inf)
             if is_best or best is None:
                 kept = str(Path(args.output_dir) / (BEST if is_best else epoch_name(epoch)))
-                kept_scores = scores
+                kept_scores = scores | ({"epoch": epoch} if is_best else {})
             if is_best:
                 on_best()
             training.finish_epoch(kept_scores, is_best)
     if first_epoch >= epochs:
         log.info(f"{args.checkpoint} is the end of the run already: schedular.epochs is {epochs}")
-    if best and not kept_scores:  # a published checkpoint, at its end
-        kept_scores = evaluate(epochs - 1)
+    if best and not kept_scores:  # of a run at its end, published or without its best file
+        epoch = first_epoch - 1
+        kept_scores = {**evaluate(epoch), "epoch": epoch}
         on_best()
     barrier()  # the others may read what the main rank has written
     log.info(f"done: {kept}" + (f", {best} {kept_scores[best]:.2f}" if best else ""))

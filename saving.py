@@ -12,6 +12,8 @@ import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -189,6 +191,81 @@ def newest_good(folder: str | Path, run: str | None = None) -> Path | None:
     return None
 
 
+def best_problem(path: Path, run: str, best: dict) -> str:
+    """Return why the file is not that of a run's best epoch, whose scores and number are `best`, or "".
+
+    It was written at that epoch's end, so it holds these scores, too.
+    """
+    if not path.is_file():
+        return f"{path} is missing"
+    try:
+        content = load_checkpoint(path)
+        check_undamaged(path)
+    except UserError as error:
+        return str(error)
+    if content.get("run") != run:
+        return f"{path} is of another run"
+    epoch = content.get("epoch")
+    if content.get("step") or content.get("best") != best or best.get("epoch", epoch) != epoch:
+        return f"{path} is not of the best epoch that the checkpoint names"
+    return ""
+
+
+def find_best(path: Path, folder: Path, run: str, best: dict) -> str:
+    """Makes checkpoint_best.pth in the folder that of the run's best epoch, if there is one beside the file
+    `path`, or that is it; else returns why not.
+    """
+    beside = [path.with_name(name) for name in (BEST, epoch_name(best.get("epoch", 0)))]
+    found = next((file for file in (*beside, path) if not best_problem(file, run, best)), None)
+    if found is None:
+        return best_problem(beside[0], run, best)
+    if found.resolve() != (folder / BEST).resolve():
+        _same_file(found, folder / BEST)
+    return ""
+
+
+def _run_of(path: Path, unknown: str) -> str:
+    """The id of the run that wrote the checkpoint, "" where it says none; `unknown` for a damaged one."""
+    try:
+        return load_checkpoint(path).get("run", "")
+    except UserError:
+        return unknown
+
+
+def keep_under_own_name(path: Path, epoch: int, step: int) -> None:
+    """A resumed file, after `step` steps of `epoch`, is found again by the name that says so, as where a run
+    goes on from checkpoint_best.pth and is stopped before it saves anything.
+    """
+    own = path.with_name(step_name(epoch, step) if step else epoch_name(epoch - 1))
+    if not own.exists():
+        _same_file(path, own)
+
+
+def set_aside_later(folder: Path, run: str, at: tuple[int, int]) -> Path | None:
+    """Moves the checkpoints of the run in the folder that are later than `at`, (epochs finished, steps of the
+    next one), the best one too if it is, to abandoned/DATE_N/ in it, and says so; returns that folder.
+
+    None where there are none. Damaged ones with later names go, too.
+    """
+    later = [path for path in run_checkpoints(folder) if progress(path) > at and _run_of(path, run) == run]
+    with suppress(UserError):
+        best = load_checkpoint(folder / BEST)
+        if best.get("run") == run and (best["epoch"] + 1, best["step"]) > at:
+            later.append(folder / BEST)
+    if not later:
+        return None
+    day = f"{datetime.now():%Y-%m-%d}"
+    names = (folder / "abandoned" / f"{day}_{number}" for number in count(1))
+    target = next(name for name in names if not name.exists())
+    target.mkdir(parents=True)
+    for path in later:
+        path.rename(target / path.name)
+    log.warning(
+        f"the run goes on from an earlier state: {', '.join(path.name for path in later)} are in {target} now"
+    )
+    return target
+
+
 class Saver:
     """Writes a run's checkpoints behind the training's back, one at a time, and deletes what is too old.
 
@@ -203,7 +280,8 @@ class Saver:
     def __init__(self, folder: str | Path, keep_last: int, keep_epochs: bool, saved: list[str] | None = None):
         self.folder, self.keep_last, self.keep_epochs = Path(folder), keep_last, keep_epochs
         self.saved = list(saved or [])
-        self.error: UserError | None = None
+        self.error: UserError | None = None  # of the last write
+        self.best_error: UserError | None = None  # of the last write of a best one
         if is_main():
             for left_over in self.folder.glob(".checkpoint_*.tmp"):  # of a process killed while it saved
                 left_over.unlink(missing_ok=True)
@@ -261,9 +339,11 @@ class Saver:
             self.saved = names
             self._delete_old()
             self.error = None
+            self.best_error = None if is_best else self.best_error
         except Exception as error:  # a thread's own end would go unnoticed
             problem = f"{path} could not be written ({type(error).__name__}: {first_line(error)})"
             self.error = error if isinstance(error, UserError) else UserError(problem)
+            self.best_error = self.error if is_best else self.best_error
             log.error(f"checkpoint not saved, training goes on: {self.error}")
         finally:
             self._writers.discard(threading.current_thread())
@@ -285,7 +365,7 @@ class Saver:
             writer.join()
 
     def close(self) -> None:
-        """Waits; raises UserError when the last checkpoint could not be written."""
+        """Waits; raises UserError when the last checkpoint, or the best one, could not be written."""
         self.wait()
-        if self.error:
-            raise self.error
+        if error := self.error or self.best_error:
+            raise error

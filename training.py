@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import random
+import shutil
 import time
 import warnings
 from collections import Counter
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from chance import ChanceCheck
 from checkpoint import resume
-from dataset.loaders import stop_at_unreadable
+from dataset.loaders import data_account, data_difference, stop_at_unreadable
 from dataset.text import tokenizer_text
 from dataset.transforms import normalise, unit_range
 from faults import FiniteCheck, Stopped, StopSignals, add_up, agree, gradient_norm, leave_together
@@ -33,8 +34,16 @@ from models.momentum import MomentumModel
 from models.vit import VisionTransformer
 from optim import create_optimizer, step_unless
 from run_log import RunLog
+from run_record import STEPS_LOG
 from safe_load import to_plain
-from saving import Saver, atomic_write, epoch_name, step_name
+from saving import (
+    Saver,
+    atomic_write,
+    epoch_name,
+    keep_under_own_name,
+    set_aside_later,
+    step_name,
+)
 from scheduler import create_scheduler
 from utils import (
     LOG,
@@ -52,8 +61,6 @@ from utils import (
 
 Losses = Callable[[nn.Module, dict, float], dict[str, Tensor]]  # (model, batch, alpha) -> named losses
 Scores = dict[str, float | list]  # lists: confusion matrices
-STEPS_LOG = "train_steps.jsonl"
-STILL_OPEN = ("schedular.epochs", "schedular.warmup_step_size")  # what a resumed run takes from its config
 
 
 class Training:
@@ -80,6 +87,7 @@ class Training:
             compile_layers(model)
         self.model, self.ddp_model = model, distribute(model, device)
         self.loader, self.losses, self.config, self.device = loader, losses, config, device
+        self.data = all_gather_objects(data_account(loader))[0]
         self.output_dir, self.seed, self.run = args.output_dir, args.seed, args.run
         self.optimizer = create_optimizer(model, config["optimizer"])
         self.schedule = create_scheduler(self.optimizer, config["schedular"], epoch_step)
@@ -114,6 +122,7 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "config": self.config,
             "tokenizer": tokenizer_text(self.loader.collate_fn.tokenizer),  # what the texts were read with
+            "data": self.data,
             "epoch": self.epoch - 1,
             "step": self.step,
             "samples": self.samples,
@@ -140,19 +149,34 @@ class Training:
         self.save(best, name, is_best, replaces=before_evaluation)
 
     def resume(self, path: str) -> Scores:
-        """Takes up the state in the file; returns the scores of the best epoch so far.
+        """Takes up the state in the file; returns the scores of the best epoch so far. Rates and settings of
+        the optimiser are the config's. What the run wrote after that state moves to abandoned/.
 
-        Raises UserError for a file of another model, without training state, or of a run with another seed.
+        Raises UserError for a file of another model, without training state, or of a run with another seed or
+        kind of optimiser.
         """
         rest = resume(self.model, self.optimizer, self.schedule, path, self.scaler)
         if rest.get("seed", self.seed) != self.seed:
             raise UserError(f"{path} is of a run with --seed {rest['seed']}; resume it with that seed")
+        changes = differences(to_plain(rest.get("config", {})), self.config)
+        old, new = changes.get("optimizer.opt", ("", ""))
+        if old.lower() != new.lower():
+            raise UserError(
+                f"{path} has the moments of the optimiser {old}, which are no use to {new} (optimizer.opt); "
+                "resume with that one, or start from the weights alone: --checkpoint without --resume"
+            )
         self.epoch, self.step = rest["epoch"] + 1, rest.get("step", 0)
         self.samples = rest.get("samples", 0)
+        self.compare_data(rest.get("data"), path)
         self.total_steps = rest.get(
             "total_steps", self.epoch * self.num_steps() + self.step
         )  # published: none
-        if Path(path).parent.resolve() == Path(self.output_dir).resolve():
+        is_here = Path(path).parent.resolve() == Path(self.output_dir).resolve()
+        if is_main():
+            self.set_aside((self.epoch, self.step) if is_here else (-1, 0))
+        if is_here:
+            if is_main():
+                keep_under_own_name(Path(path), self.epoch, self.step)
             self.saver.take_up(rest)
             self.saved_at = self.epoch, self.step
         if self.step:
@@ -170,10 +194,8 @@ class Training:
             log.info(f"{path} was saved by {len(rest['ranks'])} rank(s): not bit for bit with {world_size()}")
         self.run_log.first_step = self.total_steps + (self.step == 0)  # an epoch's last line stays
         log.info(f"resumed {path}: epoch {self.epoch}" + f", step {self.step}" * bool(self.step))
-        for name, (old, new) in differences(to_plain(rest.get("config", {})), self.config).items():
-            in_vain = name.startswith(("optimizer.", "schedular.")) and name not in STILL_OPEN
-            without_effect = "; the checkpoint's optimiser and schedule stay in force" * in_vain
-            log.info(f"config differs from the checkpoint's: {name} was {old!r}, is {new!r}{without_effect}")
+        for name, (old, new) in changes.items():
+            log.info(f"config differs from the checkpoint's: {name} was {old!r}, is {new!r}")
         if is_main():
             forget_later_lines(Path(self.output_dir, LOG), lambda line: line.get("epoch", -1) >= self.epoch)
             forget_later_lines(
@@ -181,6 +203,36 @@ class Training:
                 lambda line: (line["epoch"], line["step"]) >= (self.epoch, self.total_steps),
             )
         return rest.get("best", {})
+
+    def compare_data(self, old: dict | None, path: str) -> None:
+        """Says what of the training data differs from those that the checkpoint `path` was trained on, None:
+        unknown; where its epoch is not over, that then starts anew, as the samples it has had are unknown.
+        """
+        difference = data_difference(old, self.data) if old else ""
+        if not difference:
+            return
+        if hasattr(self.model, "idx_queue"):  # other data number their images anew
+            self.model.idx_queue.fill_(-100)
+        follows, sampler = "the run goes on with those of now", self.loader.sampler
+        if self.step and (old["samples"] - self.samples) // sampler.global_batch:
+            follows, self.samples = f"epoch {self.epoch} starts anew, from its first sample", 0
+        elif self.step:  # only its evaluation is to come
+            self.samples = sampler.num_items
+        log.warning(f"the training data differ from those of {path}: {difference}; {follows}")
+
+    def set_aside(self, at: tuple[int, int]) -> None:
+        """What the run has written here after `at` is another branch than what comes: its checkpoints and
+        results move to abandoned/, with a copy of its logs.
+        """
+        folder = Path(self.output_dir)
+        target = set_aside_later(folder, self.run, at)
+        if target is None:
+            return
+        if (folder / "result").exists():
+            (folder / "result").rename(target / "result")
+        for name in (LOG, STEPS_LOG):
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, target / name)
 
     def num_steps(self) -> int:
         """Of the epoch in progress, those done included."""

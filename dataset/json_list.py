@@ -87,6 +87,10 @@ class JsonList(Sequence):
             )
         return DECODE(text.decode("utf-8", "surrogatepass"))[0]
 
+    def signature(self) -> list:
+        """Return the file's name, its number of entries and a checksum of their bytes and places."""
+        return [str(self.path), len(self), f"{_checksum(self.index):08x}"]
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "file": None, "index": None if self.kept_as else bytes(self.index)}
 

@@ -2,7 +2,7 @@
 does not depend on the worker or rank that reads it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import cv2
 import torch
@@ -116,6 +116,50 @@ def train_loader(
         drop_last=True,
         generator=torch.Generator(),
     )
+
+
+def data_account(loader: DataLoader) -> dict:
+    """Return what, beside the seed, decides which samples an epoch of a `train_loader` has, and their order:
+    the `signatures` of its files, the samples of an epoch, each set's share of them, and who reads streams.
+    """
+    sampler, mixture = loader.sampler, getattr(loader.dataset, "entries", ())
+    return {
+        "files": signatures(mixture),
+        "samples": sampler.num_items,
+        "shares": list(getattr(mixture, "shares", ())),
+        "readers": [sampler.global_batch, world_size(), *sampler.readers] if sampler.readers else [],
+    }
+
+
+def signatures(entries: Sequence) -> list[list]:
+    """Return (name, number of entries, checksum) of each file behind the entries."""
+    if hasattr(entries, "signature"):
+        return [entries.signature()]
+    parts = getattr(entries, "sets", None) or getattr(entries, "lists", None)
+    if parts is not None:
+        return [row for part in parts for row in signatures(part)]
+    return signatures(entries.entries) if hasattr(entries, "entries") else []
+
+
+def data_difference(old: dict, new: dict) -> str:
+    """Return what differs between two of `data_account`, "" where nothing does but the names of files."""
+    if len(old["files"]) != len(new["files"]):
+        return f"there were {len(old['files'])} file(s), there are {len(new['files'])}"
+    for (_, num_before, content), (name, num_now, content_now) in zip(
+        old["files"], new["files"], strict=True
+    ):
+        if num_before != num_now:
+            return f"{name} had {num_before} entries, has {num_now}"
+        if content != content_now:
+            return f"the entries of {name} are others"
+    if (old["samples"], old["shares"]) != (new["samples"], new["shares"]):
+        return (
+            f"an epoch had {old['samples']} samples, of the sets {old['shares']}, has {new['samples']}, "
+            f"{new['shares']}"
+        )
+    if old["readers"] != new["readers"]:
+        return "what is streamed was read by another number of processes, or in other batches"
+    return ""
 
 
 def test_loader(

@@ -6,11 +6,14 @@ nameless file when the first of their samples is asked for, and given up a few s
 read shard by shard.
 """
 
+import json
 import re
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from hashlib import blake2b
 from itertools import accumulate
+from pathlib import Path
 
 import fsspec
 
@@ -66,6 +69,15 @@ class Shards(Sequence):
         """Returns what is wrong with local shards, and what is passed over in them, as sentences."""
         shards = self.local or ()
         return [f"{s.name} {s.problem}" for s in shards if s.problem], passed_over_lines(shards)
+
+    def signature(self) -> list:
+        """Return the first shard's name, the number of samples and a digest of all names, numbers of samples
+        and, of local shards, bytes. In which folder they lie does not matter.
+        """
+        names = [name.rpartition("/")[2] for name in self.names]
+        num_bytes = [0 if self.is_stream else Path(name).stat().st_size for name in self.names]
+        listed = json.dumps([*zip(names, self.sizes, num_bytes, strict=True)])
+        return [self.names[0], len(self), blake2b(listed.encode(), digest_size=8).hexdigest()]
 
     def expect(self, index: int) -> None:
         """The sample will soon be asked for: begins to fetch its shard."""

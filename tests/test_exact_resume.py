@@ -693,10 +693,22 @@ def test_another_seed_is_refused_and_other_settings_are_named(story):
     assert_same(ours["model"], theirs["model"])
     assert (ours["config"]["num_workers"], ours["config"]["keep_last"]) == (2, 7)
     text = printed(out.with_name("other_settings_lr"), 2)
-    assert (
-        "config differs from the checkpoint's: optimizer.lr was 0.001, is 0.002; the checkpoint's optimiser"
-        in text
-    )
+    assert "config differs from the checkpoint's: optimizer.lr was 0.001, is 0.002\n" in text
+    lines = (out.with_name("other_settings_lr") / "train_steps.jsonl", whole / "train_steps.jsonl")
+    ours, theirs = ([json.loads(line)["lr"] for line in path.read_text().splitlines()] for path in lines)
+    assert ours[0] == theirs[0] and ours[-1] > 1.9 * theirs[-1]  # the last of a cosine from twice as high
+
+
+def test_every_checkpoint_knows_its_training_data(story):
+    for script in SCRIPTS:
+        out = story(f"{script}_1")
+        data = load(out / "checkpoint_00.pth")["data"]
+        ((name, number, checksum),) = data["files"]
+        assert name == load(out / "checkpoint_00.pth")["config"]["train_file"] and len(checksum) == 8
+        assert number == data["samples"] == NUM_SAMPLES
+    data = load(story("shards") / "checkpoint_00.pth")["data"]
+    assert [number for _, number, _ in data["files"]] == [NUM_SAMPLES] * 3 and data["shares"] == [6, 12, 6]
+    assert data["readers"][:2] == [BATCH, 2]
 
 
 def test_a_published_checkpoint_resumes_exactly(story):

@@ -101,6 +101,19 @@ def test_a_failed_write_is_reported_and_the_next_good_one_makes_up_for_it(tmp_pa
                 saver.close()
 
 
+def test_a_best_checkpoint_that_was_not_written_is_not_made_up_for_by_the_next_one(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, 2, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        saver.save(epoch_name(0), state(), is_best=True)
+        saver.wait()
+    saver.save(epoch_name(1), state())
+    with pytest.raises(UserError, match=r"checkpoint_00\.pth could not be written"):
+        saver.close()
+    saver.save(epoch_name(2), state(), is_best=True)
+    saver.close()
+
+
 def test_values_that_are_not_plain_are_refused_at_the_call(tmp_path):
     with pytest.raises(TypeError, match=r"state\.config\.path"):
         Saver(tmp_path, 2, False).save("checkpoint_00.pth", {"config": {"path": Path()}})
@@ -156,6 +169,74 @@ def test_the_best_is_a_second_name_or_a_copy(tmp_path, monkeypatch):
         saved(saver, epoch_name(1), fill=9.0)
         assert names(tmp_path) == [epoch_name(1), saving.BEST]
         assert load_checkpoint(tmp_path / saving.BEST)["model"]["w"][0] == float(can_link)
+
+
+# ---- the best one, and what is later ----
+
+
+def run_of(folder, scores, run="a", keep_last=99):
+    """Epochs with those scores, one after the other; returns the best as the last state has it."""
+    folder.mkdir()
+    best = {}
+    with Saver(folder, keep_last, False) as saver:
+        for epoch, score in enumerate(scores):
+            is_best = score > best.get("acc", 0)
+            best = {"acc": score, "epoch": epoch} if is_best else best
+            content = state(run, fill=float(epoch), epoch=epoch, step=0, best=best)
+            saver.save(epoch_name(epoch), content, is_best=is_best)
+    return best
+
+
+def test_the_best_file_is_believed_where_run_epoch_and_scores_agree(tmp_path):
+    folder = tmp_path / "run"
+    best = run_of(folder, [10.0, 30.0, 20.0])
+    assert best == {"acc": 30.0, "epoch": 1}
+    path = folder / saving.BEST
+    assert saving.best_problem(path, "a", best) == ""
+    assert saving.best_problem(path, "b", best) == f"{path} is of another run"
+    assert "is not of the best epoch" in saving.best_problem(path, "a", best | {"epoch": 0})
+    assert "is not of the best epoch" in saving.best_problem(path, "a", best | {"acc": 30.5})
+    # a later state of the run names the same scores, but has other weights; so has one of the epoch after
+    assert "is not of the best epoch" in saving.best_problem(folder / epoch_name(2), "a", best)
+    saving.save_checkpoint(folder / step_name(2, 5), state("a", epoch=1, step=5, best=best))
+    assert "is not of the best epoch" in saving.best_problem(folder / step_name(2, 5), "a", best)
+    for damage in (b"", path.read_bytes()[:-2000]):
+        (tmp_path / "damaged.pth").write_bytes(damage)
+        assert str(tmp_path / "damaged.pth") in saving.best_problem(tmp_path / "damaged.pth", "a", best)
+
+
+def test_a_best_file_is_found_by_what_it_holds(tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    best = run_of(folder, [10.0, 30.0, 20.0])
+    other.mkdir()
+    shutil.copy(folder / epoch_name(2), other / epoch_name(2))  # the newest alone
+    problem = saving.find_best(other / epoch_name(2), other, "a", best)
+    assert problem == f"{other / saving.BEST} is missing" and names(other) == [epoch_name(2)]
+    assert saving.find_best(folder / epoch_name(2), other, "a", best) == ""  # the one beside it
+    assert load_checkpoint(other / saving.BEST)["epoch"] == 1
+    (folder / saving.BEST).unlink()
+    shutil.copy(folder / epoch_name(2), folder / saving.BEST)  # by mistake
+    assert saving.find_best(folder / epoch_name(2), folder, "a", best) == ""
+    assert load_checkpoint(folder / saving.BEST)["epoch"] == 1
+    shutil.copy(folder / epoch_name(1), tmp_path / "mine.pth")
+    assert saving.find_best(tmp_path / "mine.pth", tmp_path, "a", best) == ""
+    assert load_checkpoint(tmp_path / saving.BEST)["epoch"] == 1
+
+
+def test_what_is_later_of_the_run_is_set_aside(tmp_path, caplog):
+    folder = tmp_path / "run"
+    run_of(folder, [10.0, 20.0, 30.0])
+    saving.save_checkpoint(folder / step_name(1, 9), state("a", epoch=0, step=9))
+    saving.save_checkpoint(folder / epoch_name(7), state("b", epoch=7, step=0))
+    (folder / epoch_name(8)).write_text("damaged")
+    assert saving.set_aside_later(folder, "none", (9, 0)) is None
+    first = saving.set_aside_later(folder, "a", (2, 0))
+    assert names(first) == [epoch_name(2), epoch_name(8), saving.BEST]
+    assert first.parent == folder / "abandoned" and str(first) in caplog.text
+    assert load_checkpoint(first / saving.BEST)["epoch"] == 2
+    second = saving.set_aside_later(folder, "a", (1, 5))
+    assert names(second) == [epoch_name(1), step_name(1, 9)] and second != first
+    assert names(folder) == ["abandoned", epoch_name(0), epoch_name(7)]
 
 
 # ---- damage, and the newest ----
