@@ -185,6 +185,13 @@ def other_content(head: bytes) -> str:
     return next((what for begin, what in CONTENTS.items() if re.match(begin, head, re.IGNORECASE)), "")
 
 
+def other_file(path: Path) -> str:
+    """Return the same of a file; "" where it cannot be read either."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return other_content(file.read(CONTENT_BYTES))
+    return ""
+
+
 def printable(text: str) -> str:
     """Halves of surrogate pairs, as in odd file names and cut JSON, become question marks."""
     return text.encode("utf-8", "replace").decode()

@@ -18,7 +18,7 @@ from dataset.tables import by_id, checked, look_up
 from dataset.transforms import BadImage, image_size
 from metrics import has_area
 from safe_load import allowed_function, todays_name
-from utils import UserError
+from utils import UserError, other_file
 
 FIELDS = {"image": TEXT, "text": TEXT}
 SPLITS = ("val", "testA", "testB")  # of evaluation, RefCOCO+'s
@@ -269,6 +269,9 @@ def read_plain_pickle(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; check refcoco_data") from error
     except Exception as error:  # a damaged pickle can fail in any way
+        what = other_file(path)
+        if what and "pickle" not in what:
+            raise UserError(f"{path} is {what}") from error
         raise UserError(
             f"{path} is not a complete pickle ({type(error).__name__}: {error}); copy or download it again"
         ) from error

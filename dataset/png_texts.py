@@ -40,6 +40,8 @@ def _length(kind: bytes, data: bytes) -> int:
             return len(data)
     elif kind == b"tEXt":
         return len(data)
+    if packed[:1] != b"\0":  # a way of packing that there is none of, for which PIL refuses the picture
+        return PngImagePlugin.MAX_TEXT_CHUNK + 1
     unpack = zlib.decompressobj()
     try:
         length = len(unpack.decompress(packed[1:], PngImagePlugin.MAX_TEXT_CHUNK))

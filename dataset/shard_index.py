@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +25,7 @@ from dataset.json_list import (
     write_header,
     write_index,
 )
+from dataset.prepare.captions import listed_texts
 from dataset.transforms import BadImage
 from utils import (
     CONTENT_BYTES,
@@ -40,12 +42,13 @@ from utils import (
 # Of a sample the first of these that is there is the image, or the caption: a mask is a PNG beside a photo.
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "webp", "avif", "png", "gif", "bmp", "tif", "tiff", "jp2")
 TEXTS = ("txt", "json")
-FORMAT = "shard 2"  # raise it whenever an index is laid out differently or other members make a sample
+FORMAT = "shard 3"  # raise it whenever an index is laid out differently or other members make a sample
 # Of a sample: first byte and length of the image, of the text, and what that is. First byte 0: none.
 RECORD = struct.Struct("<QIQIB")
 TXT, JSON, UNCLEAR = range(3)
 MAX_BYTES = 2**32 - 1  # of a member that a record has room for
 BLOCK = tarfile.BLOCKSIZE
+READ_BYTES = 1 << 20  # of what follows the end of a tar file, at a time
 # What holds no data: macOS's ._NAME, extended headers that were unpacked as files, WebDataset's __NAME__.
 HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?/)|PaxHeaders|__MACOSX/|__[^/]*__(?:/|$))")
 # Why a member is passed over.
@@ -169,12 +172,20 @@ def _caption(name: str, content: bytes, kind: int) -> str | list[str]:
                 found = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
                 raise BadImage(name, f"no caption: no field 'caption', found {found}"[:200])
             caption = fields["caption"]
+        elif listed := listed_texts(caption):
+            _say_listed_in(name.partition(": ")[0])
+            caption = listed
     except ValueError as error:
         raise BadImage(name, f"no caption: {first_line(error)}") from error
     texts = caption if isinstance(caption, list) and caption else [caption]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise BadImage(name, f"no caption: found {caption!r}"[:200])
     return caption
+
+
+@cache  # once per process and shard
+def _say_listed_in(shard: str) -> None:
+    log.warning(f"{shard}: lists written as text are read as several captions")
 
 
 # ---- which members make a sample ----
@@ -265,6 +276,11 @@ def scan(file: BinaryIO, name: str) -> tuple[bytearray, str, PassedOver]:
         block = file.read(BLOCK)
         if len(block) < BLOCK or any(block):
             problem = f"is damaged or cut short at byte {end}"
+        elif any(rest.strip(b"\0") for rest in iter(partial(file.read, READ_BYTES), b"")):
+            problem = (
+                f"goes on after its end at byte {end}, as tar files do that were joined by `cat`: join them "
+                "by `tar --concatenate`, or name each in train_file"
+            )
     except (tarfile.TarError, ValueError, OverflowError) as error:  # the latter of senseless numbers
         file.seek(0)
         what = "" if end else other_content(file.read(CONTENT_BYTES))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils import UserError
+from utils import UserError, other_file
 
 WANTED = {int: "a whole number", str: "text", list: "a list"}
 
@@ -30,6 +30,14 @@ def look_up(table: dict, key: int | str, where: str, file: Path) -> Any:
     if key not in table:
         raise UserError(f"{where} {key} is not in {file}; the two files must be of the same release")
     return table[key]
+
+
+def value_of(entry: object, key: str, where: str) -> Any:
+    """The entry's value, whatever it is; UserError where there is none."""
+    if not isinstance(entry, dict) or key not in entry:
+        found = f"an object of {', '.join(entry) or 'nothing'}" if isinstance(entry, dict) else repr(entry)
+        raise UserError(f"{where} must be an object with {key!r}, found {found}"[:500])
+    return entry[key]
 
 
 def checked(entry: object, key: str, kind: type, where: str, least: int | None = None) -> Any:
@@ -64,6 +72,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
         try:
             content = json.loads(line)
         except ValueError as error:
+            if what := other_file(path):
+                raise UserError(f"{path} is {what}") from error
             raise UserError(
                 f"{where} is not valid JSON (truncated?): {error}; download the file again"
             ) from error

@@ -275,7 +275,10 @@ def test_a_pickle_that_wants_to_run_code_is_refused_by_name(tmp_path):
         b"(S'touch %s'\nios\nsystem\n." % bytes(victim): "os.system",  # as Python 2 writes an instance
         b"Psome id\n.": "not a complete pickle",  # an object that lies elsewhere
         b"\x80\x02]q\x00}q\x01U\x06ref": "not a complete pickle",
-        b"": "not a complete pickle",
+        b"": "refs.p is empty",
+        b"<html>": "refs.p is a web page",
+        b"version https://git-lfs.github.com/spec/v1\n": "refs.p is a pointer of Git LFS",
+        b"\x1f\x8b\x08": "refs.p is compressed by gzip",
         b"[1, 2]": "not a complete pickle",
     }
     for content, message in raw.items():

@@ -93,13 +93,56 @@ def test_coco_by_karpathy_s_split(coco, capsys):
     printed = capsys.readouterr().out
     found = numbers(printed)
     assert found["train images"] == 2 and found["train captions"] == 3 and found["test captions"] == 3
-    assert found["empty captions"] == 1
+    assert found["pairs without a caption"] == 1
     assert found[f"images that are not in {coco}/coco/images"] == 1
     assert found["images that are an empty file"] == 1
     assert "first: train2014/COCO_train2014_000000000005.jpg" in printed
     assert re.search(r"train images +2 +113,287  differs by -113,285", printed)
     assert "Karpathy, Fei-Fei, CVPR 2015" in printed
     assert f"configs/Retrieval_coco.yaml: image_root: {coco}/coco/images" in printed
+
+
+@pytest.mark.parametrize("split", ["karpathy", "2014"])
+def test_captions_of_coco_s_formats_that_are_no_text_are_counted(tmp_path, capsys, split):
+    """As in files that people write of their own photos."""
+    captions = ["A dog.", None, 3, ["One dog.", "..."], {"en": "x"}]
+    for year in ("train2014", "val2014"):
+        put(tmp_path / f"coco/images/{year}/1.jpg")
+    if split == "karpathy":
+        for part in ("train", "val", "test"):
+            row = karpathy_image(1, part, [], filepath="train2014", filename="1.jpg", cocoid=1)
+            row["sentences"] = [{"raw": caption} for caption in captions]
+            found = load(tmp_path / "coco/dataset_coco.json")["images"] if part != "train" else []
+            put(tmp_path / "coco/dataset_coco.json", {"images": [*found, row]})
+    else:
+        annotations = [{"image_id": 1, "caption": caption} for caption in captions]
+        content = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": annotations}
+        for part in ("train", "val"):
+            put(tmp_path / f"coco/annotations/captions_{part}2014.json", content)
+    prepare("coco", tmp_path, "--split", split)
+    stem = "coco" if split == "karpathy" else "coco2014"
+    assert [entry["caption"] for entry in load(tmp_path / f"{stem}.json")] == ["A dog.", "One dog."]
+    assert [entry["caption"] for entry in load(tmp_path / f"{stem}_val.json")] == [["A dog.", "One dog."]]
+    counted = numbers(capsys.readouterr().out)
+    num_splits = 3 if split == "karpathy" else 2
+    assert counted["pairs without a caption"] == num_splits * 2
+    assert counted["captions that are no text but numbers"] == num_splits
+    assert counted["captions that are no text but objects"] == num_splits
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("<!DOCTYPE html>", "a web page"),
+        ("version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        ("", "empty, as after a copy"),
+        ('{"images": [', "cannot be read"),
+    ],
+)
+def test_a_download_that_is_something_else_is_called_that(coco, content, what):
+    put(coco / "coco/dataset_coco.json", content)
+    with pytest.raises(UserError, match=f"dataset_coco.json (is )?{what}"):
+        prepare("coco", coco)
 
 
 def test_coco_files_are_what_the_tasks_read(coco):
@@ -205,7 +248,10 @@ def test_flickr30k(tmp_path, capsys):
     [
         ({"split": "dev"}, "image 0: 'split' must be one of train, restval, val, test, found 'dev'"),
         ({"filename": 3}, "image 0: 'filename' must be text, found 3"),
-        ({"sentences": [{"tokens": []}]}, "image 0: 'raw' must be text, found None"),
+        (
+            {"sentences": [{"tokens": []}]},
+            "image 0, sentences must be an object with 'raw', found an object of tokens",
+        ),
         ({"sentences": "a"}, "image 0: 'sentences' must be a list"),
     ],
 )

@@ -123,6 +123,16 @@ def test_blank_phrases_take_no_place_among_those_drawn(genome, capsys):
     assert found["images with regions"] == 1 and "regions beyond --regions" not in found
 
 
+def test_phrases_that_are_no_text_or_say_nothing_take_no_place_either(genome, capsys):
+    phrases = [None, 3, "...", "\u200b", "a", ["b", "(!)"], "c"]
+    entries = [{"id": 1, "regions": [{"phrase": phrase} for phrase in phrases]}]
+    put(genome / "visual_genome/region_descriptions.json", entries)
+    prepare("visual_genome", genome, "--regions", "3")
+    assert [text for _, text in pairs(genome / "vg.json", genome)] == ["a", "b", "c"]
+    found = numbers(capsys.readouterr().out)
+    assert found["pairs without a caption"] == 4 and found["captions that are no text but numbers"] == 1
+
+
 def test_without_the_splits_leaks_must_be_allowed(genome, capsys):
     (genome / "flickr30k/dataset_flickr30k.json").unlink()
     with pytest.raises(
@@ -156,8 +166,10 @@ def test_splits_of_another_kind_name_their_entry(genome, file, change, message):
 
 
 def test_damaged_region_descriptions_name_their_entry(genome):
-    put(genome / "visual_genome/region_descriptions.json", [{"id": 1, "regions": [{"phrase": 3}]}])
-    with pytest.raises(UserError, match=r"region_descriptions.json: entry 0: 'phrase' must be text, found 3"):
+    put(genome / "visual_genome/region_descriptions.json", [{"id": 1, "regions": [{"id": 3}]}])
+    with pytest.raises(
+        UserError, match=r"json: entry 0, regions must be an object with 'phrase', found .* id"
+    ):
         prepare("visual_genome", genome)
 
 
@@ -637,6 +649,9 @@ def test_in_tsv_a_row_is_a_line_and_quotation_marks_mean_nothing(own, capsys):
         ("[not a list", ["[not a list"]),
         ("[a dog]", ["[a dog]"]),
         ("(see left) a dog", ["(see left) a dog"]),
+        ("-- ... --", []),
+        ("\u200b\ufeff", []),
+        (b"\xef\xbb\xbfa dog", ["a dog"]),
         ("['\\x']", ["['\\x']"]),
         ("[" * 100_000 + "]", ["[" * 100_000 + "]"]),
         (b"caf\xc3\xa9", ["café"]),
@@ -661,6 +676,14 @@ def test_a_list_written_as_text_is_several_captions_and_said(own, capsys):
     found = numbers(printed)
     assert found["lists written as text, read as several captions"] == 2 and "t.csv, line 4" in printed
     assert found["captions in the table"] == 5
+
+
+def test_a_list_that_is_not_of_strings_alone_stays_a_text_and_is_said(own, capsys):
+    put(own / "t.csv", """image,caption\na.jpg,"['A dog', nan]"\na.jpg,[sic] a cat\na.jpg,"[""x"", 1]"\n""")
+    prepare("table", own, "--table", "t.csv", "--images", "photos")
+    assert len(load(own / "pairs.json")) == 3
+    what = "captions in square brackets that are no list of strings, read as text"
+    assert numbers(capsys.readouterr().out)[what] == 2
 
 
 def test_captions_of_tables_that_are_no_text_are_counted(own, capsys):
@@ -753,7 +776,14 @@ def test_nulls_empty_lists_and_names_that_no_file_has_are_counted(own, capsys):
         ("t.csv", b"image;caption\na.jpg;x\n", r"it has 'image;caption'.* in .csv commas part the cells"),
         ("t.csv", b"image,caption,caption\na.jpg,x,y\n", r"line 1: two columns are named 'caption'"),
         ("t.tsv", b'"image"\t"caption"\n"a.jpg"\t"x"\n', r"""it has '"image"', .*marks mean nothing"""),
-        ("t.tsv", "image\tcaption\na.jpg\tx\n".encode("utf-16"), r"t.tsv, line 1 cannot be read as UTF-8"),
+        ("t.tsv", "image\tcaption\na.jpg\tx\n".encode("utf-16"), r"t.tsv is text in UTF-16 or UTF-32; save"),
+        ("t.csv", b"<html><body>404</body></html>", r"t.csv is a web page"),
+        ("t.csv", b"version https://git-lfs.github.com/spec/v1\n", r"t.csv is a pointer of Git LFS"),
+        ("t.jsonl", b"\x1f\x8b\x08", r"t.jsonl is compressed by gzip"),
+        ("t.csv", b"", r"t.csv is empty"),
+        ("t.csv", b"image\tcaption\na.jpg\tx, y\n", r"'image\\tcaption'\..* in .tsv tabs do"),
+        ("t.tsv", b"image\tcaption\ra.jpg\tx\r", r"t.tsv, line 1 holds carriage returns"),
+        ("t.csv", b"image,caption\ra.jpg,x\r", r"t.csv, line 1 holds carriage returns"),
         ("t.tsv.gz", b"", r"t.tsv.gz: must end in .*; unpack a packed table"),
         ("t.jsonl", b'{"image": "a.jpg", "caption": "x"}\n{"image"', r"t.jsonl, line 2 is not valid JSON"),
         ("t.jsonl", b"[1]", r"t.jsonl, line 1 must be an object, found \[1\]"),

@@ -196,7 +196,7 @@ def test_refcoco_and_both_divisions_of_refcocog(data, capsys):
 
 def test_what_refcoco_leaves_out(data, capsys):
     refs = refs_of(("val", "testA", "testB"))
-    refs[2]["sentences"][0]["sent"] = " "
+    refs[2]["sentences"][0]["sent"] = " ... "
     refs.append(ref(9, "testC", 3, 100, "a cat"))
     make_refcoco(data, "refcoco+", "refs(unc).p", refs)
     (data / "coco/images/train2014" / coco_name(4)).unlink()

@@ -595,6 +595,34 @@ def test_a_shard_that_is_cut_short_names_itself_and_keeps_the_rest(tmp_path, cap
         assert len(read_sets(str(path))) == 4
 
 
+@pytest.mark.parametrize("rest", ["another tar", "rubbish", "far away"])
+def test_what_follows_the_end_of_a_shard_is_said(tmp_path, caplog, rest):
+    """`cat` joins tar files so that readers stop at the end of the first."""
+    content = write_tar(tmp_path / "0.tar", samples(2)).read_bytes()
+    more = {"another tar": content, "rubbish": b"x", "far away": bytes(3 << 20) + b"x"}[rest]
+    (tmp_path / "1.tar").write_bytes(content + more)
+    shards = Shards([f"{tmp_path}/0.tar", f"{tmp_path}/1.tar"])
+    assert len(shards) == 4
+    (problem,), _ = shards.notes()
+    assert re.match(rf"{tmp_path}/1.tar goes on after its end at byte \d+, .* joined by `cat`", problem)
+    (tmp_path / "2.tar").write_bytes(content + bytes(3 << 20))  # as with a large blocking factor
+    caplog.clear()
+    assert len(Shards([f"{tmp_path}/2.tar"])) == 2 and "goes on" not in caplog.text
+
+
+def test_a_list_in_a_txt_is_several_captions_and_said_once(tmp_path, caplog):
+    """As img2dataset writes a caption that was a list."""
+    members = {
+        f"{n}.{kind}": picture() if kind == "jpg" else b"" for n in range(4) for kind in ("jpg", "txt")
+    }
+    texts = [b"['a dog', 'one dog']", b'["a cat"]', b"[a cow]", b"['a', None]"]
+    members |= {f"{n}.txt": text for n, text in enumerate(texts)}
+    shards = Shards([str(write_tar(tmp_path / "0.tar", members))])
+    found = [entry["text"] for entry in shards]
+    assert found == [["a dog", "one dog"], ["a cat"], "[a cow]", "['a', None]"]
+    assert caplog.text.count("0.tar: lists written as text are read as several captions") == 1
+
+
 def test_shards_that_are_no_tar_files(tmp_path, caplog):
     (tmp_path / "0.tar").write_text("<html>404 not found</html>" * 100)
     (tmp_path / "1.tar").touch()

@@ -3,6 +3,8 @@
 import io
 import pickle
 import random
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +210,18 @@ TEXT_CHUNKS = {
     "many": b"zTXt",
     "plain": b"tEXt",
 }
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP"])
+@pytest.mark.parametrize(
+    "data", [b"", b"k", b"k\0", b"k\0\1packed", b"k\0\0packed", b"k\0\1\1\0\0x", b"\0" * 9]
+)
+def test_a_text_of_a_png_that_cannot_be_read_does_not_hide_the_picture(kind, data, tmp_path):
+    content = save(photo(), tmp_path / "a.png").read_bytes()
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    at = content.index(b"IDAT") - 4
+    for place in (at, len(content) - 12):
+        assert np.array_equal(load_image(content[:place] + chunk + content[place:]), photo())
 
 
 def test_a_png_with_long_texts_may_be_a_bomb_or_damaged(tmp_path, monkeypatch):

@@ -3,6 +3,9 @@
 import json
 import re
 from ast import literal_eval
+from unicodedata import category
+
+from dataset.text import CLEANED
 
 STRING = re.compile(r"""[uU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 # As Python prints a list of strings, or numpy, without commas, an array of them.
@@ -41,7 +44,7 @@ def values_of(cell: object) -> tuple[list[object], bool]:
     """
     if isinstance(cell, bytes):
         try:
-            cell = cell.decode()
+            cell = cell.decode("utf-8-sig")
         except UnicodeDecodeError:
             return [cell], False
     listed = listed_texts(cell) if isinstance(cell, str) else cell
@@ -53,8 +56,13 @@ def values_of(cell: object) -> tuple[list[object], bool]:
 
 
 def is_missing(value: object) -> bool:
-    """Whether it is null, not a number (which tables have for null), or blank."""
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    """Whether it is null, not a number (which tables have for null), or a text without a readable letter."""
+    return value is None or value != value or (isinstance(value, str) and not is_readable(value))
+
+
+def is_readable(text: str) -> bool:
+    """Whether anything is left of a caption without what `clean_caption` drops and what cannot be seen."""
+    return any(category(letter)[0] not in "CZ" for letter in text.translate(CLEANED))
 
 
 def kind_of(value: object) -> str:

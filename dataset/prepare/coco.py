@@ -35,7 +35,7 @@ from dataset.prepare.karpathy import (
     read_karpathy,
     write_retrieval,
 )
-from dataset.tables import by_id, checked, look_up
+from dataset.tables import by_id, checked, look_up, value_of
 
 OFFICIAL = {  # --split -> split -> images, captions
     "karpathy": {"train": (113_287, 566_747), "val": (5_000, 25_010), "test": (5_000, 25_010)},
@@ -119,7 +119,7 @@ def _read_captions(path: Path, folder: str) -> list[Picture]:
         where = f"{path} annotation {number}"
         image_id = checked(annotation, "image_id", int, where)
         look_up(images, image_id, f"{where}: image_id", path)
-        captions[image_id].append(checked(annotation, "caption", str, where))
+        captions[image_id].append(value_of(annotation, "caption", where))
     return [
         Picture(f"{folder}/{checked(image, 'file_name', str, f'{path} image {id}')}", id, captions[id])
         for id, image in images.items()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dataset.prepare.captions import is_missing, kind_of, values_of
 from saving import atomic_write
-from utils import UserError, log
+from utils import UserError, log, other_file
 
 NUM_EXAMPLES = 3  # shown of all that is left out for one cause
 NUM_CAUSES = 30  # shown one by one, the most frequent ones
@@ -122,6 +122,8 @@ def read_source(path: Path) -> list | dict:
         with path.open("rb") as file:
             return json.load(file)
     except (OSError, ValueError) as error:
+        if what := other_file(path):
+            raise UserError(f"{path} is {what}") from error
         raise UserError(f"{path} cannot be read ({error}); download or unpack it again") from error
 
 
@@ -241,7 +243,10 @@ def captions_in(cell: object, where: str, report: Report) -> Iterator[str]:
         elif not isinstance(value, str):
             report.leave_out(f"captions that are no text but {kind_of(value)}", where)
         else:
-            yield value.strip()
+            text = value.strip()
+            if text.startswith("[") and text.endswith("]"):
+                report.notice("captions in square brackets that are no list of strings, read as text", where)
+            yield text
 
 
 def pairs(rows: Iterable[tuple[str, object]], start: str, report: Report) -> Iterator[dict]:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.prepare.common import Images, Report, read_source, write_annotations
-from dataset.tables import checked
+from dataset.prepare.common import Images, Report, captions_in, read_source, write_annotations
+from dataset.tables import checked, value_of
 from utils import UserError
 
 SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}  # Karpathy's -> ours
@@ -20,7 +20,7 @@ PAGE = (
 class Picture(NamedTuple):
     name: str  # relative to the images' folder
     id: int
-    captions: list[str]
+    captions: list  # as they are in the file; texts when `present` has looked at them
 
 
 Splits = dict[str, list[Picture]]
@@ -38,14 +38,14 @@ def read_karpathy(path: Path, name_of: Callable[[dict, str], str], id_key: str) 
         if split not in SPLITS:
             raise UserError(f"{where}: 'split' must be one of {', '.join(SPLITS)}, found {split!r}")
         sentences = checked(image, "sentences", list, where)
-        captions = [checked(sentence, "raw", str, where) for sentence in sentences]
+        captions = [value_of(sentence, "raw", f"{where}, sentences") for sentence in sentences]
         number = checked(image, id_key, int, where)
         splits[SPLITS[split]].append(Picture(name_of(image, where), number, captions))
     return splits
 
 
 def present(splits: Splits, images: Images, report: Report) -> Splits:
-    """Without images that are not there and captions that are empty."""
+    """Without images that are not there and captions that are empty or no text."""
     return {split: list(_present(pictures, images, report)) for split, pictures in splits.items()}
 
 
@@ -53,9 +53,7 @@ def _present(pictures: Iterable[Picture], images: Images, report: Report) -> Ite
     for picture in pictures:
         if not images.has(picture.name):
             continue
-        captions = [caption.strip() for caption in picture.captions if caption.strip()]
-        if len(captions) < len(picture.captions):
-            report.leave_out("empty captions", picture.name, len(picture.captions) - len(captions))
+        captions = [text for cell in picture.captions for text in captions_in(cell, picture.name, report)]
         if captions:
             yield picture._replace(captions=captions)
         else:

@@ -26,6 +26,7 @@ from itertools import chain
 from pathlib import Path
 
 from dataset.grounding import is_box, read_plain_pickle
+from dataset.prepare.captions import is_readable
 from dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
 from dataset.tables import by_id, checked, look_up
 from saving import atomic_write
@@ -84,7 +85,7 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     for split, entry in expressions(refs, files["references"], instances):
         if split not in splits:
             report.leave_out(f"expressions of a split {split!r}", f"ref_id {entry['ref_id']}")
-        elif not entry["text"].strip():
+        elif not is_readable(entry["text"]):
             report.leave_out("expressions without a word", f"ref_id {entry['ref_id']}")
         elif images.has(Path(entry["image"]).name):
             splits[split].append(entry)

@@ -25,7 +25,7 @@ from dataset.prepare.captions import is_missing
 from dataset.prepare.common import Report, add_relative, in_parallel, pairs, values_in, write_annotations
 from dataset.prepare.img2dataset import read_parquet
 from dataset.tables import read_json_lines, read_lines
-from utils import UserError
+from utils import UserError, other_file
 
 IMAGE_NAMES = ["image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "file", "img"]
 CAPTION_NAMES = ["caption", "captions", "text", "texts", "title", "sentence", "description"]
@@ -90,6 +90,8 @@ def _rows(
                 f"--table {path}: must end in {', '.join(READERS)}; unpack a packed table, and name one of "
                 "text by what parts its cells: .tsv for tabs, .csv for commas"
             )
+        if reader is not _read_parquet_rows and (what := other_file(path)):
+            raise UserError(f"--table {path} is {what}")
         columns = None
         for where, row in reader(path):
             if columns is None:
@@ -124,14 +126,15 @@ def _column(row: dict, wanted: str | None, usual: list[str], flag: str, path: Pa
         found = next((names[name] for name in usual if name in names), None)
     if found is None:
         told = f"no column {wanted!r}" if wanted else f"no column named {', '.join(usual)}"
-        is_odd = len(row) == 1 or any('"' in str(name) for name in row)
+        names = [name for name in row if name is not None]  # which stands for cells beyond the last name
+        is_odd = len(names) == 1 or any('"' in name or "\t" in name for name in names)
         hint = (
             "; in .csv commas part the cells, in .tsv tabs do, and quotation marks mean nothing"
             if is_odd
             else ""
         )
         raise UserError(
-            f"{path} has {told}; it has {', '.join(map(repr, row))}. Name the right one by {flag}{hint}"
+            f"{path} has {told}; it has {', '.join(map(repr, names))}. Name the right one by {flag}{hint}"
         )
     return found
 
@@ -156,6 +159,10 @@ def _under_header(path: Path, cells_of: Callable[[str], list[str]]) -> Iterator[
     header: list[str] = []
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        if not header and b"\r" in line:
+            raise UserError(f"{where} holds carriage returns, not line ends: save the table with those")
         try:
             cells = cells_of(line.decode())
         except UnicodeDecodeError as error:
@@ -165,8 +172,6 @@ def _under_header(path: Path, cells_of: Callable[[str], list[str]]) -> Iterator[
                 f"{where} cannot be read as a row of csv ({error}): a cell with quotation marks in it must "
                 "double them and stand in quotation marks itself, and no cell may hold the end of a line"
             ) from error
-        if not line.strip():
-            continue
         if not header:
             header = cells
             if twice := [name for name, times in Counter(filter(None, cells)).items() if times > 1]:

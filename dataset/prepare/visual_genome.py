@@ -8,8 +8,8 @@ Writes vg.json (configs/Pretrain.yaml): one entry a region, with its phrase as t
 
 Left out are images that are evaluated on later: those whose coco_id is in Karpathy's val or test split, and
 those whose flickr_id is in Flickr30k's. Without a split's file the conversion stops, unless --allow-leaks
-says that it does not matter. A blank phrase is left out, and one that its image has already (but for case
-and space).
+says that it does not matter. A phrase that is blank or no text is left out, and one that its image has
+already (but for case and space).
 Of the rest, --regions are drawn for each image, the same in every run; 0 takes all, some 50. The published
 recipe counts 769 thousand pairs on 100 thousand images, about 8 each, out of 5.4 million regions, and does
 not say how they were chosen; the draw is this project's.
@@ -25,15 +25,15 @@ from dataset.prepare.common import (
     Images,
     Report,
     add_relative,
+    captions_in,
     find,
     find_all,
-    pairs,
     prefix,
     read_source,
     write_annotations,
 )
 from dataset.prepare.karpathy import PAGE, SPLITS
-from dataset.tables import by_id, checked
+from dataset.tables import by_id, checked, value_of
 from utils import UserError
 
 SITE = "visualgenome.org (region descriptions and image meta data 1.2, images part 1 and 2)"
@@ -66,7 +66,7 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
 
     regions = _Regions(found["region_descriptions.json"], about, held_out, options.regions, report)
     start = prefix(images.folder, root, options)
-    number = write_annotations(out / "vg.json", pairs(regions.rows(images), start, report), report)
+    number = write_annotations(out / "vg.json", regions.entries(images, start), report)
     report.count("images with regions", regions.num_images)
     report.count("pairs", number)
 
@@ -119,8 +119,8 @@ class _Regions:
         self.path, self.about, self.held_out, self.report = path, about, held_out, report
         self.num_regions, self.num_images = num_regions, 0
 
-    def rows(self, images: Images) -> Iterator[tuple[str, str]]:
-        """Image relative to the images' folder, and phrase."""
+    def entries(self, images: Images, start: str) -> Iterator[dict]:
+        """Pre-training entries; `start` precedes the images' names, as of `prefix`."""
         for entry in JsonList(self.path, _check, f"{__name__}._check"):
             regions = entry["regions"]
             image_id = number_of_image(entry, str(self.path))
@@ -133,9 +133,9 @@ class _Regions:
             name = image_name(about, f"image_data.json: image_id {image_id}")
             if self._is_held_out(about, name, len(regions)) or not images.has(name, len(regions)):
                 continue
-            phrases = self._chosen([region["phrase"].strip() for region in regions], image_id, name)
+            phrases = self._chosen([region["phrase"] for region in regions], image_id, name)
             self.num_images += bool(phrases)
-            yield from ((name, phrase) for phrase in phrases)
+            yield from ({"image": start + name, "caption": phrase} for phrase in phrases)
 
     def _is_held_out(self, about: dict, name: str, number: int) -> bool:
         for file, key in (("dataset_coco.json", "coco_id"), ("dataset_flickr30k.json", "flickr_id")):
@@ -145,11 +145,9 @@ class _Regions:
                 return True
         return False
 
-    def _chosen(self, phrases: list[str], image_id: int, name: str) -> list[str]:
-        """Return the phrases of this image to write, none blank, none twice, at most --regions of them."""
-        worded = [phrase for phrase in phrases if phrase]
-        if len(worded) < len(phrases):
-            self.report.leave_out("pairs without a caption", name, len(phrases) - len(worded))
+    def _chosen(self, phrases: list[object], image_id: int, name: str) -> list[str]:
+        """Return the phrases of this image to write, all text, none twice, at most --regions of them."""
+        worded = [text for phrase in phrases for text in captions_in(phrase, name, self.report)]
         first: dict[str, str] = {}
         for phrase in worded:
             first.setdefault(" ".join(phrase.lower().split()), phrase)
@@ -172,4 +170,4 @@ def number_of_image(entry: object, where: str) -> int:
 def _check(entry: object, where: str) -> None:
     number_of_image(entry, where)
     for region in checked(entry, "regions", list, where):
-        checked(region, "phrase", str, where)
+        value_of(region, "phrase", f"{where}, regions")
