@@ -32,8 +32,9 @@ from models.gradcam import MODES, check_block, default_block, grad_cam
 from models.initial import starting_weights
 from models.retrieval import SIMLARetrieval
 from Retrieval import losses
+from saving import save_result
 from training import to_device
-from utils import UserError, all_gather_objects, check_scores, log, save_result, with_progress
+from utils import UserError, all_gather_objects, check_scores, log, with_progress
 
 
 def choice(heat: torch.Tensor, target: Target) -> dict:

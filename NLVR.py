@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from launch import run_script, script_arguments, start
 from metrics import consistency
 from models.initial import starting_weights
 from models.nlvr import SIMLANLVR
-from saving import atomic_write
+from saving import atomic_write, result_path
 from utils import is_main, log
 from VE import SPLITS, losses, report, train_and_evaluate
 
@@ -55,11 +54,10 @@ class OfficialScores:
         """Write result/nlvr_val_predictions.csv and so on, of the last evaluation; on the main rank only."""
         if not is_main():
             return
-        folder = Path(self.output_dir) / "result"
-        folder.mkdir(exist_ok=True)
         for split, lines in self.predictions.items():
-            with atomic_write(folder / f"nlvr_{split}_predictions.csv") as file:
-                file.write(lines.encode())
+            path = result_path(self.output_dir, f"nlvr_{split}_predictions.csv")
+            with atomic_write(path, text=True) as file:
+                file.write(lines)
 
 
 def main(args: argparse.Namespace, config: dict) -> dict:

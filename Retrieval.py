@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from engine import fit, record_evaluation
 from launch import add_flag, run_script, script_arguments, start
 from models.initial import starting_weights
 from models.retrieval import SIMLARetrieval
+from saving import result_path
 from utils import UserError, log
 from zero_shot_retrieval import evaluate, report
 
@@ -70,9 +70,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     model = model.to(device)
 
     def evaluate_splits(epoch: int = 0) -> dict[str, float]:
-        scores_file = (
-            Path(args.output_dir, "result", "retrieval_scores.pt") if config["save_scores"] else None
-        )
+        scores_file = result_path(args.output_dir, "retrieval_scores.pt") if config["save_scores"] else None
         scores = {}
         for split, data in splits.items():
             recall = evaluate(

@@ -29,7 +29,8 @@ from launch import run_script, script_arguments, start
 from metrics import accuracy, confusion_counts, confusion_table, majority_accuracy
 from models.initial import starting_weights
 from models.ve import SIMLAVE
-from utils import log, save_result
+from saving import save_result
+from utils import log
 
 SPLITS = ("val", "test")
 ScoreEntries = Callable[[str, Sequence[dict], Tensor], dict[str, float]]

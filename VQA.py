@@ -31,8 +31,9 @@ from launch import run_script, script_arguments, start
 from models.answer_tree import AnswerTree
 from models.initial import starting_weights
 from models.vqa import SIMLAVQA
+from saving import save_result
 from training import to_device
-from utils import UserError, all_gather_objects, autocast, check_scores, log, save_result, with_progress
+from utils import UserError, all_gather_objects, autocast, check_scores, log, with_progress
 from vqa_accuracy import answer_scores, best_constant, mean_by_label
 
 

@@ -24,6 +24,7 @@ from ruamel.yaml.error import YAMLError
 
 from models.bert import BertConfig
 from run_record import code_revision
+from saving import atomic_write
 from utils import UserError, fill_in, is_url
 
 REQUIRED = object()
@@ -751,7 +752,7 @@ def _key_of(name: str, table: dict[str, Key]) -> Key:
 
 def save_config(config: dict, output_dir: str) -> None:
     """Writes config.yaml with the git revision of the code as a comment."""
-    with (Path(output_dir) / "config.yaml").open("w", encoding="utf-8") as file:
+    with atomic_write(Path(output_dir) / "config.yaml", text=True) as file:
         file.write(f"# code revision: {code_revision()}\n")
         YAML(typ="safe", pure=True).dump(config, file)
 

@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from chance import chance_levels
 from launch import run_script
-from plots import import_pyplot
+from plots import import_pyplot, save_figure
 from run_record import STEPS_LOG
 from utils import LOG, UserError, log
 
@@ -141,7 +141,7 @@ def plot_curves(folders: list[str | Path], out: str | Path) -> None:
         letters = max(map(len, names)) + 6  # with the line before them; 12 take an inch
         num_columns = min(len(runs), max(1, int(12 * size[0] / letters)))
         figure.legend(lines, names, loc="outside lower center", ncols=num_columns, frameon=False)
-    figure.savefig(out, dpi=130, bbox_inches="tight")  # a name may be wider than the panels
+    save_figure(figure, out, 130, bbox_inches="tight")  # a name may be wider than the panels
     plt.close(figure)
 
 

@@ -326,6 +326,7 @@ def main() -> None:
 
     from curves import plot_curves
     from plots import import_pyplot
+    from saving import atomic_write
 
     import_pyplot()  # what the end needs is missing at the start or not at all
     make_data()
@@ -345,7 +346,8 @@ def main() -> None:
         "chance": {name: chance[name] for name in METRICS},
     }
     text = json.dumps({"zero_shot_retrieval": summary, "seconds": record["seconds"]}, indent=1)
-    (out / "summary.json").write_text(text, encoding="utf-8")
+    with atomic_write(out / "summary.json", text=True) as file:
+        file.write(text)
     plot_curves([out], out / "losses.png")
     gallery(out)
     print(f"\n{record['seconds']} s; {out}/summary.json, {out}/gallery.png, {out}/losses.png")

@@ -150,6 +150,7 @@ def main() -> None:
 
     from curves import plot_curves
     from plots import import_pyplot
+    from saving import atomic_write
 
     import_pyplot()  # what the end needs is missing at the start or not at all
     make_data()
@@ -162,7 +163,8 @@ def main() -> None:
         if stage.result:
             columns = ("metric", "chance", "before", "after", "n", "seconds")
             summary[stage.key or stage.name] = {column: record[column] for column in columns}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    with atomic_write(out / "summary.json", text=True) as file:
+        json.dump(summary, file, indent=1)
     plot_curves([out / "pretrain"], out / "pretrain" / "losses.png")
     gallery(out / "retrieval")
     draw_heat_maps(out / "grounding")

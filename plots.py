@@ -21,6 +21,7 @@ from torch import Tensor
 from dataset.loaders import stop_at_unreadable
 from launch import run_script
 from metrics import Box, resize_heat
+from saving import atomic_write
 from utils import UserError
 
 
@@ -45,6 +46,16 @@ def check_picture_name(out: str | Path) -> None:
     endings = FigureCanvasAgg.get_supported_filetypes()
     if Path(out).suffix[1:].lower() not in endings:
         raise UserError(f"{out}: the name of a picture ends in one of .{', .'.join(endings)}")
+
+
+def save_figure(figure, out: str | Path | BinaryIO, dpi: int, **settings) -> None:
+    """Write a picture of the kind that the name's ending says, or, without a name, PNG."""
+    if not isinstance(out, str | Path):
+        figure.savefig(out, dpi=dpi, **settings)
+        return
+    check_picture_name(out)
+    with atomic_write(out) as file:
+        figure.savefig(file, dpi=dpi, format=Path(out).suffix[1:].lower(), **settings)
 
 
 def plot_gallery(
@@ -90,7 +101,7 @@ def plot_gallery(
             if row == 0:
                 axis.set_title(f"{column}", fontsize=9)
     figure.tight_layout()
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, 110)
     plt.close(figure)
 
 
@@ -140,7 +151,7 @@ def plot_heat_maps(
         fontsize=8,
     )
     figure.tight_layout(rect=(0, 0.3 / (3.0 * rows), 1, 1))
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, 110)
     plt.close(figure)
 
 
@@ -195,7 +206,7 @@ def plot_word_maps(
     bar = figure.colorbar(drawn, ax=axes, fraction=0.03, alpha=1)
     bar.set_label("share of the\nmap's maximum", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    figure.savefig(out, dpi=110, bbox_inches="tight")  # of flat pictures the titles and labels stand out
+    save_figure(figure, out, 110, bbox_inches="tight")  # of flat pictures the titles and labels stand out
     plt.close(figure)
 
 
@@ -233,7 +244,7 @@ def plot_answers(
         colour = "#1a9641" if is_right else "#b2182b"
         axis.set_xlabel(textwrap.fill(text, 34), fontsize=9, color=colour, fontweight="bold")
     figure.tight_layout()
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, 110)
     plt.close(figure)
 
 
@@ -287,7 +298,7 @@ def plot_keywords(
         fontsize=9,
         pad=14,
     )
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, 110)
     plt.close(figure)
 
 

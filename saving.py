@@ -15,14 +15,14 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from safe_load import safe_load
-from utils import UserError, first_line, is_main, log
+from utils import UserError, first_line, is_main, json_text, log
 
 NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 BEST = "checkpoint_best.pth"
@@ -32,15 +32,16 @@ BEST = "checkpoint_best.pth"
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` in one step, once it is complete and on the disk.
+def atomic_write(path: str | Path, text: bool = False) -> Iterator[IO]:
+    """A new file that takes the place of `path` in one step, once it is complete and on the disk; it takes
+    bytes, or with `text` text, which becomes UTF-8.
 
     On failure the file that was there stays. Raises UserError when writing fails (disk full, no permission).
     """
     path = Path(path)
     temporary = _temporary(path)
     try:
-        with temporary.open("xb") as file:
+        with temporary.open("x", encoding="utf-8") if text else temporary.open("xb") as file:
             yield file
         with temporary.open("rb") as file:  # by name: some writers put a file of their own in its place
             os.fsync(file.fileno())
@@ -56,6 +57,27 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
                 "some space or choose another folder"
             ) from error
         raise
+
+
+def result_path(output_dir: str | Path, name: str) -> Path:
+    """Return where a result goes, result/<name>; makes that folder. UserError where it cannot be made."""
+    path = Path(output_dir) / "result" / name
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error}); choose another folder") from error
+    return path
+
+
+def save_result(output_dir: str | Path, name: str, content: dict | list) -> None:
+    """Writes result/<name>.json, on the main rank only. UserError for a value that is not finite, and where
+    the file cannot be written.
+    """
+    if is_main():
+        path = result_path(output_dir, f"{name}.json")
+        text = json_text(content, str(path), indent=1)
+        with atomic_write(path, text=True) as file:
+            file.write(text)
 
 
 def _temporary(path: Path) -> Path:

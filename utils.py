@@ -445,12 +445,3 @@ def append_line(path: Path, line: str) -> None:
             file.write(line + "\n")
     except OSError as error:
         log.error(f"{path}: a line could not be written ({error.strerror})")
-
-
-def save_result(output_dir: str, name: str, content: dict | list) -> None:
-    """Writes result/<name>.json; on the main rank only. UserError for a value that is not finite."""
-    if is_main():
-        path = Path(output_dir) / "result" / f"{name}.json"
-        text = json_text(content, str(path), indent=1)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")

@@ -31,6 +31,7 @@ from metrics import retrieval_chance, retrieval_recall
 from models.initial import starting_weights
 from models.rerank import rerank
 from models.retrieval import SIMLARetrieval
+from saving import atomic_write, result_path, save_result
 from training import to_device
 from utils import (
     PRECISIONS,
@@ -40,7 +41,6 @@ from utils import (
     is_main,
     log,
     rank,
-    save_result,
     with_progress,
     world_size,
 )
@@ -116,11 +116,11 @@ def evaluate(
     device: torch.device,
     scores_file: Path | None = None,
 ) -> dict[str, float]:
-    """Recall@1/5/10 in percent both ways; the score matrices go to `scores_file`."""
+    """Recall@1/5/10 in percent both ways; the main rank writes the score matrices to `scores_file`."""
     scores_i2t, scores_t2i = score(model, data, tokenizer, config, device)
     if scores_file is not None and is_main():
-        scores_file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"scores_i2t": scores_i2t, "scores_t2i": scores_t2i}, scores_file)
+        with atomic_write(scores_file) as file:
+            torch.save({"scores_i2t": scores_i2t, "scores_t2i": scores_t2i}, file)
     return retrieval_recall(scores_i2t.numpy(), scores_t2i.numpy(), data.img2txt, data.txt2img)
 
 
@@ -163,7 +163,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     model = model.to(device)
 
     # evaluate
-    scores_file = Path(args.output_dir, "result", "retrieval_scores.pt") if config["save_scores"] else None
+    scores_file = result_path(args.output_dir, "retrieval_scores.pt") if config["save_scores"] else None
     recall = evaluate(model, data, tokenizer, config, device, scores_file)
 
     # report

@@ -27,6 +27,7 @@ from dataset.json_list import read_json
 from dataset.loaders import train_loader
 from dataset.text import clean_question, tokenize
 from launch import run_script
+from saving import atomic_write
 from utils import UserError, fill_in, find_places, log, printable
 from vqa_accuracy import most_common_answer, normalize_answer
 
@@ -260,11 +261,8 @@ def main() -> None:
     listed = frequent_answers(annotations, None if by_count else args.num, args.min_count if by_count else 1)
     if not listed:
         raise UserError(f"no answer in {', '.join(args.train)} is counted {args.min_count} times")
-    try:
-        with Path(fill_in(args.out)).open("w", encoding="utf-8") as file:
-            json.dump(listed, file)
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+    with atomic_write(fill_in(args.out), text=True) as file:
+        json.dump(listed, file)
     share = covered_share(listed, annotations)
     print(
         f"{args.out}: {len(listed)} answers, the most common one of {share:.1%} of {len(entries)} questions"

@@ -24,8 +24,8 @@ from checkpoint_tools import TASKS, export
 from models.dvae import DalleEncoder, KMeansCodebook, load_dalle
 from models.initial import load_bert, load_vit, starting_weights
 from models.retrieval import SIMLARetrieval
-from saving import save_checkpoint
-from utils import UserError, append_log, is_finite, save_result
+from saving import save_checkpoint, save_result
+from utils import UserError, append_log, is_finite
 
 NAN, INF = float("nan"), float("inf")
 

@@ -9,16 +9,32 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ROOT, make_tiny, run
+from tiny import ROOT, full_disk, make_tiny, run
 
+import dataset.vqa
 import saving
+import zero_shot_retrieval
+from config import save_config
+from dataset.check.images import _append_to_cache
 from launch import make_output_folder
-from saving import Saver, atomic_write, check_undamaged, epoch_name, load_checkpoint, newest_good, step_name
+from NLVR import OfficialScores
+from plots import import_pyplot, save_figure
+from saving import (
+    Saver,
+    atomic_write,
+    check_undamaged,
+    epoch_name,
+    load_checkpoint,
+    newest_good,
+    save_result,
+    step_name,
+)
 from utils import UserError
 
 
@@ -321,6 +337,63 @@ def test_files_of_a_killed_save_are_removed(tmp_path):
     (tmp_path / ".checkpoint_03.pth.1f2e.tmp").write_text("half")
     saved(Saver(tmp_path, 2, False), epoch_name(4))
     assert names(tmp_path) == [epoch_name(4)]
+
+
+# ---- results on a full disk ----
+
+
+def write_predictions(out: Path) -> None:
+    official = OfficialScores(str(out))
+    official.predictions["val"] = "dev-850-0-0,True\n" * 9
+    official.save()
+
+
+def write_scores(out: Path) -> None:
+    data = SimpleNamespace(img2txt=[[0], [1]], txt2img=[0, 1])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(zero_shot_retrieval, "score", lambda *_: (torch.eye(2), torch.eye(2)))
+        zero_shot_retrieval.evaluate(None, data, None, {}, None, out / "result" / "retrieval_scores.pt")
+
+
+def write_answers(out: Path) -> None:
+    entries = [{"dataset": "vqa", "answer": [f"answer {i}"] * 10} for i in range(9)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dataset.vqa, "read_annotations", lambda *_: entries)
+        command = ["x", "answers", "--train", "a.json", "--out", str(out / "answers.json")]
+        patched.setattr(sys, "argv", command)
+        dataset.vqa.main()
+
+
+WRITERS = {
+    "config.yaml": lambda out: save_config({"text_encoder": "x" * 99}, str(out)),
+    "result/retrieval.json": lambda out: save_result(str(out), "retrieval", {"recalls": [0.5] * 99}),
+    "result/nlvr_val_predictions.csv": write_predictions,
+    "result/retrieval_scores.pt": write_scores,
+    "answers.json": write_answers,
+    "curves.png": lambda out: save_figure(import_pyplot().figure(), out / "curves.png", 50),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_result_takes_its_place_whole_or_not_at_all(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"earlier")
+    with (
+        full_disk(20),
+        pytest.raises(UserError, match=rf"{path.name} could not be written \(.*File too large"),
+    ):
+        WRITERS[name](tmp_path)
+    assert path.read_bytes() == b"earlier" and names(path.parent) == [path.name]
+    WRITERS[name](tmp_path)
+    assert len(path.read_bytes()) > 50 and names(path.parent) == [path.name]
+
+
+def test_the_check_ends_with_a_sentence_where_its_records_find_no_place(tmp_path):
+    with full_disk(20), pytest.raises(UserError, match="cannot be written: File too large"):  # noqa: SIM117
+        with _append_to_cache(tmp_path) as cache:
+            cache.write(b"x" * 99)
+            cache.flush()
 
 
 # ---- a real full disk ----

@@ -1,8 +1,11 @@
 """A tiny data set and tiny configs on disk, for running the task scripts for real."""
 
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import warm
@@ -61,6 +64,17 @@ def make_tiny(folder: Path) -> dict[str, Path]:
         with paths[name].open("w") as file:
             YAML(typ="safe", pure=True).dump(config, file)
     return paths
+
+
+@contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """Inside, as on a full disk: no file of this process grows beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def run(

@@ -6,7 +6,8 @@ goes on where it was; a record holds while the size and the time of the file's l
 
 import io
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -105,12 +106,15 @@ def _find(cache: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return found
 
 
-def _append_to_cache(folder: Path) -> io.BufferedWriter:
+@contextmanager
+def _append_to_cache(folder: Path) -> Iterator[io.BufferedWriter]:
+    """UserError where it cannot be opened, and where what is inside cannot write on."""
     path = folder / CACHE
     try:
         with suppress(FileNotFoundError):  # a record that was cut by the end of a process goes
             os.truncate(path, path.stat().st_size // RECORD.itemsize * RECORD.itemsize)
-        return path.open("ab")
+        with path.open("ab") as file:
+            yield file
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another --output_dir") from error
 
