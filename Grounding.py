@@ -19,7 +19,7 @@ import argparse
 import torch
 
 from checkpoint import load_weights
-from config import GROUNDING, parse
+from config import GROUNDING, check_batch, parse
 from dataset.grounding import GroundingEvalData, Target, grounding_loader
 from dataset.items import Collate
 from dataset.loaders import stop_at_unreadable, test_loader
@@ -109,6 +109,8 @@ def report(
 
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
+    if not args.evaluate:
+        check_batch(config, args.config)
     device = start(args, config)
     if args.dry_run:
         return dry_run(SIMLARetrieval.from_config, losses, config, args, device, "end")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import PRETRAIN, parse
+from config import PRETRAIN, check_batch, parse
 from dataset.mixture import Mixture
 from dataset.pretrain import code_views, pretrain_loader, read_sets
 from dataset.text import build_tokenizer, check_vocabulary
@@ -66,6 +66,7 @@ def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, device: 
 
 def main(args: argparse.Namespace, config: dict) -> None:
     # start
+    check_batch(config, args.config)
     device = start(args, config)
     if args.evaluate:
         raise UserError("Pretrain.py only trains; zero_shot_retrieval.py --evaluate scores its checkpoints")

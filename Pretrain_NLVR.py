@@ -16,7 +16,7 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from config import PRETRAIN_NLVR, parse
+from config import PRETRAIN_NLVR, check_batch, parse
 from dataset.items import finetune_loader
 from dataset.pretrain import read_pairs
 from dataset.text import build_tokenizer, check_vocabulary
@@ -35,6 +35,7 @@ def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
 
 def main(args: argparse.Namespace, config: dict) -> None:
     # start
+    check_batch(config, args.config, least=3)  # the pair of neither image takes two others
     device = start(args, config)
     if args.dry_run:
         dry_run(SIMLAPretrainNLVR.from_config, losses, config, args, device, "start")

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from config import RETRIEVAL, parse
+from config import RETRIEVAL, check_batch, parse
 from dataset.retrieval import RetrievalEvalData, retrieval_loader
 from dataset.text import build_tokenizer, check_vocabulary
 from dry_run import dry_run
@@ -45,6 +45,8 @@ def make_model(args: argparse.Namespace, config: dict) -> SIMLARetrieval:
 
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
+    if not args.evaluate:
+        check_batch(config, args.config)
     device = start(args, config)
     if args.dry_run:
         return dry_run(partial(make_model, args), losses, config, args, device, "end")

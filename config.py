@@ -417,6 +417,19 @@ def parse(parser: argparse.ArgumentParser, table: dict[str, Key]) -> tuple[argpa
     return args, config
 
 
+def check_batch(config: dict, path: str, least: int = 2) -> None:
+    """UserError where a rank's batches, of the config at `path`, can hold no negatives for the matching loss:
+    `least` images are needed.
+    """
+    name = "batch_size" if "batch_size" in config else "batch_size_train"
+    if config[name] < least:
+        raise UserError(
+            f"config {path}: {name} is {config[name]}, but the matching loss takes its negatives from the "
+            f"other images of a rank's batch: make it {least} or larger. grad_accumulation_steps does not "
+            "help, checkpoint_activations: true makes room"
+        )
+
+
 # ---- reading ----
 
 

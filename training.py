@@ -333,13 +333,14 @@ class Training:
         any rank, changes no weights. The host only launches work here and never waits for the device.
         """
         self.optimizer.zero_grad()
-        means = {}
+        means, counts = {}, Counter()
         for number, batch in enumerate(batches):
             self.model.holds_twins = number > 0
             is_last = number == len(batches) - 1
             self.bad_images.add(batch.pop("bad", []), len(batch["image"]))
             with contextlib.nullcontext() if is_last or world_size() == 1 else self.ddp_model.no_sync():
                 with autocast(self.device, self.config["precision"]):
+            counts.update(batch.pop("counts", {}))
                     named = self.losses(self.ddp_model, to_device(batch, self.device), alpha)
                 total = sum(named.values()) / len(batches)
                 self.scaler.scale(total).backward()
@@ -350,7 +351,7 @@ class Training:
         self.unread = check, f"epoch {self.epoch}, step {self.step}", files
         for metrics in (self.whole, self.window):
             metrics.add(means, check.bad == 0)
-            metrics.add({"lr": self.optimizer.param_groups[-1]["lr"]})
+            metrics.add({"lr": self.optimizer.param_groups[-1]["lr"], **counts})
 
     def update(self, means: dict[str, Tensor]) -> FiniteCheck:
         """Clips the gradient and moves the weights, if all is finite; means: the losses of the step."""
@@ -547,8 +548,10 @@ def forget_later_lines(path: Path, comes_later: Callable[[dict], bool]) -> None:
 
 
 def window_text(window: MetricLog) -> str:
-    def number(name: str, value: float | None) -> str:
-        return "-" if value is None else f"{value:.2e}" if name == "lr" else f"{value:.4f}"
+    def number(name: str, value: float | int | None) -> str:
+        if value is None or isinstance(value, int):
+            return "-" if value is None else str(value)
+        return f"{value:.2e}" if name == "lr" else f"{value:.4f}"
 
     return "  ".join(f"{name} {number(name, value)}" for name, value in window.means().items())
 

@@ -350,7 +350,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class MetricLog:
-    """Running means of named values; they stay tensors until they are read."""
+    """Running means of named values, sums of those named num_...; they stay tensors until they are read."""
 
     def __init__(self):
         self.sums: dict[str, Tensor | float] = {}
@@ -402,7 +402,7 @@ class MetricLog:
         for name in states[0]["sums"]:
             count = sum(state["counts"].get(name, 0) for state in states)
             total = sum(state["sums"].get(name, 0.0) for state in states)
-            means[name] = total / count if count else None
+            means[name] = int(total) if name.startswith("num_") else total / count if count else None
         return means
 
 

@@ -128,7 +128,8 @@ def finetune_items(entries: Sequence[dict], config: dict, seed: int, **changes) 
 
 class Collate:
     """Items -> a batch: image (n * B, 3, R, R) uint8, all first images first; text_ids, text_mask (B, T),
-    padded to the longest; every other field as a tensor (numbers) or a list; `bad` of all items together.
+    padded to the longest; every other field as a tensor (numbers) or a list; `bad` of all items together;
+    `counts`, for the log, where all show one image, so that matching (ITM) has no negatives in it.
     """
 
     def __init__(self, tokenizer, position_limit: int, max_tokens: int | None = None):
@@ -146,6 +147,8 @@ class Collate:
                     f"{bad[-1][0]} ({bad[-1][1]}); check the paths in the annotation files"
                 }
         batch = {name: _batched([item[name] for item in items]) for name in items[0]}
+        if "idx" in batch and (batch["idx"] == batch["idx"][0]).all():
+            batch["counts"] = {"num_batches_of_one_image": 1}
         images = torch.stack(batch.pop("images"), dim=1)  # (n, B, 3, R, R)
         text_ids, text_mask = tokenize(
             self.tokenizer,

@@ -100,8 +100,11 @@ class AlignmentModel(MomentumModel):
         return image_neg, text_neg, torch.cat([has_image, has_text])
 
     def _itm_loss(self, cls_states: Tensor, has_negative: Tensor) -> Tensor:
-        """cls_states (3B, D): true pairs, (text i, negative image), (negative text, image i)"""
+        """cls_states (3B, D): true pairs, (text i, negative image), (negative text, image i); has_negative
+        (2B,). A true pair without negatives is left out, too: on matches alone the head learns to say yes.
+        """
         batch = len(cls_states) // 3
         is_true = torch.arange(3 * batch, device=cls_states.device) < batch
-        counted = torch.cat([torch.ones_like(has_negative[:batch]), has_negative])
+        has_image, has_text = has_negative.chunk(2)
+        counted = torch.cat([has_image | has_text, has_negative])
         return losses.itm_loss(self.itm_head(cls_states), is_true.long(), counted)

@@ -12,7 +12,10 @@ import torch
 from PIL import Image
 from tiny import make_tiny, run
 
+import Grounding
 import Pretrain
+import Pretrain_NLVR
+import Retrieval
 import zero_shot_retrieval
 from config import PRETRAIN, TABLES, read_config
 from dataset.annotations import TEXT, TEXTS, read_annotations
@@ -353,6 +356,30 @@ def test_more_ranks_times_batch_than_samples(monkeypatch, tiny, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+@pytest.mark.parametrize(
+    ("script", "name", "least"),
+    [
+        (Pretrain, "batch_size", 2),
+        (Retrieval, "batch_size_train", 2),
+        (Grounding, "batch_size_train", 2),
+        (Pretrain_NLVR, "batch_size_train", 3),
+    ],
+)
+def test_a_batch_that_holds_no_negatives_is_refused(monkeypatch, tmp_path, script, name, least):
+    """With a file that is not there: what comes later fails at that."""
+    config = {Pretrain: "Pretrain", Retrieval: "Retrieval_coco", Grounding: "Grounding"}
+    flags = "--config", f"configs/{config.get(script, 'NLVR_Pretrain')}.yaml", "--output_dir", tmp_path
+    overrides = "train_file=nowhere.json", "grad_accumulation_steps=9", "text_encoder=nowhere"
+    message = fails(monkeypatch, script, *flags, "--overrides", *overrides, f"{name}={least - 1}")
+    assert f"{name} is {least - 1}" in message and f"make it {least} or larger" in message
+    assert "grad_accumulation_steps does not help" in message and not list(tmp_path.iterdir())
+    message = fails(monkeypatch, script, *flags, "--overrides", *overrides, f"{name}={least}")
+    assert "nowhere" in message
+    if script in (Retrieval, Grounding):
+        message = fails(monkeypatch, script, *flags, "--evaluate", "--overrides", *overrides, f"{name}=1")
+        assert "nowhere" in message
+
+
 def test_gpu_asked_for_where_there_is_none(tmp_path):
     args = script_arguments("x", "c", str(tmp_path)).parse_args(["--device", "cuda"])
     with pytest.raises(UserError, match="GPU 0 asked for, 0 found"):

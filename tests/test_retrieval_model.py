@@ -72,9 +72,16 @@ def test_negatives_are_never_of_the_same_image(model, monkeypatch):
         assert (IDS[drawn] != IDS).all()
 
 
-def test_a_batch_of_one_image_alone_has_no_negatives_and_finite_losses(model):
+def test_a_batch_of_one_image_alone_leaves_matching_out(model):
+    """Its matches, too: without a mismatch they teach nothing but to say yes. Every parameter has a gradient,
+    for data-parallel training.
+    """
     named = model(**batch_of() | {"idx": torch.full((4,), 3)})
-    assert all(loss.isfinite() for loss in named.values())
+    assert named["loss_itm"] == 0 and named["loss_ita"].isfinite()
+    sum(named.values()).backward()
+    head = [*model.itm_head.parameters(), model.text_encoder.encoder.layer[0].crossattention.self.key.weight]
+    assert all(param.grad is not None and not param.grad.any() for param in head)
+    assert model.vision_proj.weight.grad.any()
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
@@ -235,6 +242,18 @@ def test_a_frozen_image_encoder_stays_as_it_was(monkeypatch, tiny, trained, tmp_
         if name.startswith("visual_encoder."):
             assert torch.equal(value, after[name]), name
     assert not torch.equal(before["itm_head.weight"], after["itm_head.weight"])
+
+
+def test_batches_of_one_image_are_counted(monkeypatch, tiny, trained, tmp_path):
+    """An epoch has nothing else: its two batches; a run that has none does not say so."""
+    entry = json.loads((tiny["data"] / "retrieval_train.json").read_text())[0]
+    entries = [{**entry, "image": str(tiny["data"] / entry["image"])}] * 8
+    (tmp_path / "one.json").write_text(json.dumps(entries))
+    changes = f"train_file={tmp_path / 'one.json'}", "schedular.epochs=1", "grad_accumulation_steps=2"
+    called(monkeypatch, tiny, tmp_path, "--overrides", *changes)
+    (record,) = records_of(tmp_path)
+    assert record["train_num_batches_of_one_image"] == 2 and record["train_loss_itm"] == 0
+    assert not any("one_image" in name for record in records_of(trained) for name in record)
 
 
 def test_select_on_test_is_a_switch(monkeypatch, tiny, tmp_path):
