@@ -58,7 +58,7 @@ def evaluate(
     model.eval()
     limit = model.text_encoder.config.max_position_embeddings
     collate, pin = Collate(tokenizer, limit), device.type == "cuda"
-    loader = test_loader(data, config["batch_size_test"], config["num_workers"], collate, pin)
+    loader = test_loader(data, config["batch_size_test"], config, collate, pin)
     own = {}
     for batch in with_progress(stop_at_unreadable(loader), len(loader), "Grad-CAM", config["log_steps"]):
         batch = to_device(batch, device)

@@ -52,7 +52,7 @@ def answer(
     model.eval()
     limit = model.text_encoder.config.max_position_embeddings
     collate, pin = Collate(tokenizer, limit), device.type == "cuda"
-    loader = test_loader(data, config["batch_size_test"], config["num_workers"], collate, pin)
+    loader = test_loader(data, config["batch_size_test"], config, collate, pin)
     tree = None if candidates is None else AnswerTree.build(candidates.ids, candidates.mask).to(device)
     own, top = [], config["num_top_answers"]
     for batch in with_progress(stop_at_unreadable(loader), len(loader), "Questions", config["log_steps"]):

@@ -148,6 +148,9 @@ SHARED = {
         place=DATA,
     ),
     "num_workers": Key(int, 4, "data-loading processes per rank", least=0),
+    "batch_timeout_minutes": Key(
+        NUMBER, 8, "a run ends when its data-loading processes give no batch for so long; 0 = never", least=0
+    ),
     "log_steps": Key(int, 50, "steps between two log lines", least=1),
     "precision": Key(
         str,
@@ -166,6 +169,9 @@ SHARED = {
     "save_every_steps": Key(int, 0, "checkpoints within an epoch; 0 = none", least=0),
     "save_every_minutes": Key(NUMBER, 0, "as save_every_steps, by the clock", least=0),
     "keep_last": Key(int, 2, "newest checkpoints kept, beside the best, or those of every epoch", least=1),
+    "stop_grace_seconds": Key(
+        NUMBER, 60, "a step may take so long to end after a stop signal, else it is not waited for", least=0
+    ),
     "wandb": Key(dict, {}, "all keys go to wandb.init, `{project: ...}`; empty = no Weights & Biases"),
     "max_nonfinite_steps": Key(
         int, 5, "a run stops after so many steps in a row with a loss that is not finite", least=1

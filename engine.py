@@ -53,7 +53,7 @@ def fit(
             if problem := all_gather_objects(problem)[0]:
                 log.warning(f"{problem}; the best epoch is looked for among those to come")
                 kept, kept_scores = args.checkpoint, {}
-    with StopSignals() as signals, training.run_log, training.saver:
+    with StopSignals(config["stop_grace_seconds"]) as signals, training.run_log, training.saver:
         first_epoch = training.epoch
         for epoch in range(first_epoch, epochs):
             # Saved before a long evaluation, so that a kill during it costs no training.

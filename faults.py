@@ -1,4 +1,4 @@
-"""What ends a run early, and how: signals, a process that dies, losses that are not finite.
+"""What ends a run early, and how: signals, a process that dies, no batches, losses that are not finite.
 
 A stop signal reaches some ranks or all. In training all agree on it at the end of a step. In an evaluation
 nobody waits for anybody, so a rank that hears it tells its neighbour in the ring of `watch_peers`, and so on.
@@ -6,13 +6,17 @@ nobody waits for anybody, so a rank that hears it tells its neighbour in the rin
 
 import ctypes
 import os
+import re
+import select
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from typing import NoReturn
 
 import torch
@@ -38,33 +42,48 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While open, a stop signal is noted in `received`, for the end of the step. One while `at_once` is set,
-    or a second Ctrl-C, raises Stopped where the main thread is, and ends all other ranks.
+    """While open, a stop signal is noted in `received`, for the end of the step. One while `at_once` is set
+    raises Stopped where the main thread is, and ends all other ranks.
+
+    The main thread may never come to that, as in a collective or a read that does not end. So another thread
+    ends all ranks, what is being written first, when a second signal comes, or when this process still runs
+    `grace_seconds` after the first one and nothing has set `is_answered`.
     """
 
     REPEATED_AFTER = 1.0  # seconds: sooner it is the same one, passed on by a launcher
 
     def __init__(
         self,
+        grace_seconds: float,
         names: tuple[str, ...] = STOP_SIGNALS,
         at_once: bool = False,
         remedy: str = "; --resume goes on from here",
     ):
-        self.names, self.at_once, self.remedy = names, at_once, remedy
-        self.received = ""
+        self.grace_seconds, self.names, self.at_once, self.remedy = grace_seconds, names, at_once, remedy
+        self.received, self.is_answered, self.is_stopping = "", False, False
 
     def __enter__(self) -> "StopSignals":
-        self.previous, self.process = {}, os.getpid()
+        self.previous, self.process, self.watcher = {}, os.getpid(), None
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            for name in self.names:
-                number = getattr(signal, name, None)
-                if number is not None:
-                    self.previous[number] = signal.signal(number, self._handle)
+            for number in _numbers(self.names):
+                self.previous[number] = signal.signal(number, self._handle)
+            _leave_out_children()
+            self.arrivals, self.wakeup = socket.socketpair()
+            self.wakeup.setblocking(False)
+            self.previous_wakeup = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+            self.watcher = threading.Thread(target=self._watch, name="stop signals", daemon=True)
+            self.watcher.start()
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.watcher:
+            signal.set_wakeup_fd(self.previous_wakeup)
+            self.wakeup.send(b"\0")  # the number of no signal
+            self.watcher.join()
+            self.arrivals.close()
+            self.wakeup.close()
 
     @contextmanager
     def stopping_at_once(self) -> Iterator[None]:
@@ -80,19 +99,57 @@ class StopSignals:
             if self.at_once:
                 os._exit(128 + number)
             return
-        if not self.received:
-            self.received, self.since = signal.Signals(number).name, time.monotonic()
-        again = number == signal.SIGINT and time.monotonic() - self.since > self.REPEATED_AFTER
-        if self.at_once or again:
+        self.received = self.received or signal.Signals(number).name
+        if self.at_once and not self.is_stopping:
             self._stop()
 
     def _stop(self) -> None:
+        self.is_stopping = True
         stop_others()
         raise Stopped(f"stopped by {self.received}{self.remedy}", self.received)
+
+    def _watch(self) -> None:
+        """Python writes the number of every signal into `wakeup`, whatever the main thread is in."""
+        first, since = "", 0.0
+        while True:
+            left = None
+            if first and not self.is_answered:
+                left = max(0.0, since + self.grace_seconds - time.monotonic())
+            if not select.select([self.arrivals], [], [], left)[0]:
+                if self.is_answered:
+                    continue
+                why = f"what was going on did not end within stop_grace_seconds ({self.grace_seconds})"
+                break
+            numbers = self.arrivals.recv(4096)
+            if 0 in numbers:
+                return
+            names = [signal.Signals(number).name for number in numbers if number in _numbers(STOP_SIGNALS)]
+            if names and not first:
+                first, since = names[0], time.monotonic()
+            elif names and time.monotonic() - since > self.REPEATED_AFTER:
+                why = f"{names[-1]} came after it"
+                break
+        stop_others()
+        remedy = "; --resume goes on from the newest checkpoint" if self.remedy else ""
+        end_stopped(first, f"stopped by {first} without another save: {why}{remedy}")
+
+
+def _numbers(names: tuple[str, ...]) -> list[int]:
+    """Of the signals that this system has."""
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+@cache
+def _leave_out_children() -> None:
+    """What a forked process is told, as a pool's when it ends, does not count as a signal to this one."""
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def end_process(code: int, status: str, message: str = "") -> NoReturn:
     """Ends this process at once, when what is being written is on the disk and run.json says how it ended."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _numbers(STOP_SIGNALS):  # one that comes now would only cut this short
+            signal.signal(number, signal.SIG_IGN)
     Saver.wait()
     if RunRecord.current:
         RunRecord.current.finish(status, message)
@@ -117,11 +174,30 @@ def start_helper_process() -> None:
     """For a loader's worker: Ctrl-C and schedulers signal every process, but the main one decides what
     follows; and it must not outlive a killed one, whose connections to other ranks it holds open too.
     """
-    for name in STOP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _numbers(STOP_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# What torch says where batches do not come, in any process and thread.
+NO_BATCH = re.compile(
+    r"DataLoader timed out|DataLoader worker \(pid|ancdata|Too many open files|"
+    r"shared memory (object|file|\()|</torch_"
+)
+
+
+def loader_problem(error: Exception) -> str:
+    """Return a sentence where the error is that a loader's processes ended or gave no batch, else ""."""
+    if not isinstance(error, RuntimeError | OSError) or not NO_BATCH.search(str(error)):
+        return ""
+    what = str(error).strip().splitlines()[-1]
+    return (
+        f"the data-loading processes give no batches ({what}). Usual causes: shared memory is full (see "
+        "`df -h /dev/shm`; a container has little without --shm-size or --ipc=host), too few open files are "
+        "allowed (`ulimit -n`), the system ended a process for want of memory, or the disk does not answer. "
+        "Fewer num_workers need less of all; batch_timeout_minutes is how long a batch is waited for"
+    )
 
 
 # ---- several processes ----

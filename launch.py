@@ -29,6 +29,7 @@ from faults import (
     end_process,
     end_stopped,
     leave_together,
+    loader_problem,
     stop_others,
     wait_for_news,
     watch_peers,
@@ -153,7 +154,8 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
         RunRecord(args.output_dir, args.run, config, device, resumed_from, is_training=not args.evaluate)
     if _script is not None:  # not before the processes have met: a handler has to wait for that
         # Ctrl-C is a KeyboardInterrupt here, which packages know.
-        _script.enter_context(StopSignals(("SIGTERM", "SIGUSR1"), at_once=True, remedy=""))
+        names = "SIGTERM", "SIGUSR1"
+        _script.enter_context(StopSignals(config["stop_grace_seconds"], names, at_once=True, remedy=""))
     seed = args.seed + rank()
     random.seed(seed)
     np.random.seed(seed)
@@ -330,6 +332,8 @@ def run_script(main: Callable[[], object]) -> None:
         _end_where_output_is_lost("failed")
         raise
     except Exception as error:
+        if problem := loader_problem(error):
+            end_process(1, "failed", f"error (rank {rank()}): {problem}")
         if isinstance(error, OSError):
             _end_where_output_is_lost("failed")
             if isinstance(error, BrokenPipeError) and _reader_has_left():

@@ -302,6 +302,7 @@ class Training:
             self.total_steps += 1
             self.samples += self.loader.sampler.global_batch
             save = save and self.step < num_steps  # the end of an epoch saves anyway
+            signals.is_answered = bool(stop)
             if (save and self.read_check()) or stop:
                 self.save(best)
             if stop:
@@ -320,6 +321,7 @@ class Training:
 
     def stop(self, signals: StopSignals) -> None:
         """All ranks come here. Raises Stopped when everything is on the disk, UserError when it cannot be."""
+        signals.is_answered = True
         self.saver.close()
         leave_together()
         by = signals.received or "a signal to another rank"
@@ -338,9 +340,9 @@ class Training:
             self.model.holds_twins = number > 0
             is_last = number == len(batches) - 1
             self.bad_images.add(batch.pop("bad", []), len(batch["image"]))
+            counts.update(batch.pop("counts", {}))
             with contextlib.nullcontext() if is_last or world_size() == 1 else self.ddp_model.no_sync():
                 with autocast(self.device, self.config["precision"]):
-            counts.update(batch.pop("counts", {}))
                     named = self.losses(self.ddp_model, to_device(batch, self.device), alpha)
                 total = sum(named.values()) / len(batches)
                 self.scaler.scale(total).backward()

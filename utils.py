@@ -399,7 +399,7 @@ class MetricLog:
     @staticmethod
     def _means(states: list[dict]) -> dict[str, float | None]:
         means = {}
-        for name in states[0]["sums"]:
+        for name in dict.fromkeys(name for state in states for name in state["sums"]):
             count = sum(state["counts"].get(name, 0) for state in states)
             total = sum(state["sums"].get(name, 0.0) for state in states)
             means[name] = int(total) if name.startswith("num_") else total / count if count else None

@@ -90,7 +90,7 @@ def encode_images(
     size = model.visual_encoder.pos_embed.shape[1:]  # N, D
     states = torch.empty(own, *size, dtype=precision, pin_memory=pinned)
     feats = torch.empty(own, model.embed_dim, device=device)
-    loader = test_loader(data, config["batch_size_test"], config["num_workers"], collate, pinned)
+    loader = test_loader(data, config["batch_size_test"], config, collate, pinned)
     for batch in with_progress(stop_at_unreadable(loader), len(loader), "Images", config["log_steps"]):
         rows = batch["index"] // world_size()
         embeds, feat = model.encode_image(to_device(batch, device)["image"])

@@ -215,7 +215,7 @@ def leave_out_unreadable(entries: Sequence[dict], config: dict) -> Sequence[dict
     if not config["skip_unreadable"]:
         return entries
     files = list(dict.fromkeys(file for entry in entries for file in entry["images"]))
-    loader = test_loader(_Problems(files), config["batch_size_test"], config["num_workers"], list, False)
+    loader = test_loader(_Problems(files), config["batch_size_test"], config, list, False)
     batches = with_progress(loader, len(loader), "Checking images", config["log_steps"])
     own = [problem for batch in batches for problem in batch if problem]
     problems = dict(problem for share in all_gather_objects(own) for problem in share)
@@ -234,4 +234,4 @@ def evaluation_loader(entries: Sequence[dict], config: dict, tokenizer, position
     """This rank's share of the entries that `leave_out_unreadable` leaves, none twice."""
     items = EvalItems(leave_out_unreadable(entries, config), config["image_res"])
     collate = Collate(tokenizer, position_limit)
-    return test_loader(items, config["batch_size_test"], config["num_workers"], collate, pin)
+    return test_loader(items, config["batch_size_test"], config, collate, pin)

@@ -2,6 +2,9 @@
 does not depend on the worker or rank that reads it.
 """
 
+import multiprocessing.queues
+import os
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import cv2
@@ -114,6 +117,7 @@ def train_loader(
         collate_fn=collate,
         pin_memory=pin,
         drop_last=True,
+        timeout=_timeout_seconds(config),
         generator=torch.Generator(),
     )
 
@@ -162,26 +166,36 @@ def data_difference(old: dict, new: dict) -> str:
     return ""
 
 
-def test_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, collate: Callable, pin: bool
-) -> DataLoader:
+def test_loader(dataset: Dataset, batch_size: int, config: dict, collate: Callable, pin: bool) -> DataLoader:
     """This rank's share of the items (every world_size-th), in order, none left out and none twice."""
     share = range(rank(), len(dataset), world_size())
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=share,
-        num_workers=num_workers,
+        num_workers=config["num_workers"],
         worker_init_fn=_start_worker,
         collate_fn=collate,
         pin_memory=pin,
+        timeout=_timeout_seconds(config),
         generator=torch.Generator(),  # so that an evaluation does not move the training's
     )
 
 
+def _timeout_seconds(config: dict) -> float:
+    return 60 * config["batch_timeout_minutes"] if config["num_workers"] else 0  # others cannot be waited for
+
+
 def _start_worker(_: int) -> None:
     start_helper_process()
+    # A batch that cannot be handed over, as when shared memory is full, would be dropped and waited for.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
     cv2.setNumThreads(0)  # the loader's processes are the parallelism
+
+
+def _end_worker(error: Exception, _batch: object) -> None:
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 def stop_at_unreadable(batches: Iterable[dict]) -> Iterator[dict]:

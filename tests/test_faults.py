@@ -1,9 +1,11 @@
-"""What ends a run early, on real processes: kills, stop signals, a rank that is lost; and how it goes on.
+"""What ends a run early, on real processes: kills, stop signals, a rank that is lost, loader processes that
+give no batches; and how it goes on.
 
 Run as a script (`test_faults.py FOLDER`) this file is most of those runs: one process imports everything and
 forks the ranks of each, since the imports take longer than the work. Under torch's launcher it is one rank.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -21,7 +23,9 @@ import warm
 from fault_test import different, differing_values, fault_test
 from tiny import ROOT, make_tiny, run
 
+import faults
 import Pretrain
+from dataset import loaders
 from faults import RESUMABLE, StopSignals
 from launch import _find_what_to_resume, run_script, script_arguments
 from saving import load_checkpoint, save_checkpoint
@@ -41,6 +45,9 @@ RUNS = (
     ("SIGINT", 1, "SIGINT", (), ("num_workers=1",)),
     ("SIGINT", 1, "", ("--resume",), ("num_workers=1",)),
     ("hangs", 1, "hangs", (), ()),
+    ("hangs_in_c", 2, "hangs in C", (), ("stop_grace_seconds=0.5",)),
+    ("worker_hangs", 1, "worker hangs", (), ("num_workers=1", "batch_timeout_minutes=0.02")),
+    ("worker_dies", 2, "worker dies", (), ("num_workers=1",)),
     ("killed", 2, "killed", (), ()),
     ("bad_data", 2, "bad data", (), ()),
     ("crash", 2, "crash", (), ()),
@@ -58,6 +65,10 @@ def events(event: str, rank: int, batch: int) -> None:
         for seconds in (0.0, 0.3, StopSignals.REPEATED_AFTER + 0.5):  # the second is passed on by a launcher
             threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
         time.sleep(HANGS)
+    if event == "hangs in C" and batch == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+        if rank == 1:  # the other one comes to wait for it, in C too
+            hang_in_c()
     if event == "killed" and (rank, batch) == (1, 2):
         os.kill(os.getpid(), signal.SIGKILL)
     if event == "bad data" and (rank, batch) == (1, 2):
@@ -68,9 +79,27 @@ def events(event: str, rank: int, batch: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def hang_in_c() -> None:
+    """For ever; no handler of Python's is called."""
+    mutex = ctypes.create_string_buffer(256)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
 def train(event: str, rank: int) -> None:
     """Pretrain.py with an event."""
     original, batches = Pretrain.losses, iter(range(1, 1000))
+    start_worker = loaders._start_worker
+
+    def start_bad_worker(number: int) -> None:
+        start_worker(number)
+        if event == "worker dies" and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does for want of memory
+        if event == "worker hangs":
+            time.sleep(HANGS)
+
+    if event.startswith("worker"):
+        loaders._start_worker = start_bad_worker
 
     def losses(*args) -> dict:
         events(event, rank, next(batches))
@@ -203,6 +232,104 @@ def test_a_stopped_run_says_so_and_a_second_ctrl_c_ends_it_at_once(folder):
     assert record(out)["status"] == "stopped" and "SIGINT" in record(out)["message"]
     assert record(out)["seconds"] < HANGS / 2
     assert [path.name for path in out.glob("checkpoint_*")] == ["checkpoint_00_000001.pth"]
+
+
+def test_a_step_that_hangs_is_left_when_the_grace_is_over(folder):
+    """Signals reach no handler there; both ranks hear them. What was saved before is whole."""
+    out = folder / "hangs_in_c"
+    codes, seconds, printed = ended(out)
+    assert codes == [RESUMABLE, RESUMABLE] and seconds < LOST, printed
+    assert (
+        "stopped by SIGTERM without another save: the step did not end within stop_grace_seconds" in printed
+    )
+    assert "--resume goes on from the newest checkpoint" in printed and "Traceback" not in printed
+    assert record(out)["status"] == "stopped" and record(out)["seconds"] < HANGS / 2
+    assert [path.name for path in out.glob("*checkpoint_*")] == ["checkpoint_00_000001.pth"]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "what"),
+    [("worker_hangs", 1, "timed out after 1.2 s"), ("worker_dies", 2, "DataLoader worker (pid")],
+)
+def test_loader_processes_that_give_no_batch_end_the_run_with_a_sentence(folder, name, num_ranks, what):
+    out = folder / name
+    codes, seconds, printed = ended(out)
+    assert codes == [1] * num_ranks and seconds < LOST, printed
+    (line,) = [line for line in printed.splitlines() if "give no batches" in line]
+    assert what in line and f"error (rank {num_ranks - 1})" in line
+    assert all(word in line for word in ("/dev/shm", "num_workers", "ulimit -n", "batch_timeout_minutes"))
+    assert record(out)["status"] == "failed" and "Traceback" not in printed
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_loader_at_once():
+    """As where shared memory is full or too few files may be open: it fails in a thread of the process."""
+    config = {"num_workers": 1, "batch_timeout_minutes": 5}
+    loader = loaders.test_loader(range(4), 2, config, NotSent, pin=False)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError) as error:
+        next(iter(loader))
+    assert time.monotonic() - begin < 60
+    assert "give no batches (DataLoader worker" in loaders.loader_problem(error.value)
+
+
+class NotSent:
+    def __init__(self, items: list):
+        pass
+
+    def __reduce__(self):
+        raise OSError(28, "unable to allocate shared memory(shm)")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_loaders"),
+    [
+        (RuntimeError("Caught RuntimeError in pin memory thread.\nreceived 0 items of ancdata"), True),
+        (OSError(24, "Too many open files"), True),
+        (RuntimeError("unable to write to file </torch_7_9>: No space left on device (28)"), True),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: shapes"), False),
+        (RuntimeError("out of resource: shared memory, Required: 147456"), False),  # a compiled kernel's
+        (KeyError("DataLoader timed out"), False),
+    ],
+)
+def test_what_is_the_loaders_fault(error, is_loaders):
+    assert bool(loaders.loader_problem(error)) == is_loaders
+
+
+@pytest.fixture
+def ends(monkeypatch) -> list[str]:
+    """What StopSignals would have ended this process with."""
+    messages = []
+    monkeypatch.setattr(faults, "end_stopped", lambda name, message: messages.append(message))
+    return messages
+
+
+def test_a_signal_that_was_answered_may_take_its_time(ends):
+    with StopSignals(grace_seconds=0.1) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.is_answered = True
+        time.sleep(0.3)
+        assert signals.received == "SIGTERM" and not ends
+    with StopSignals(grace_seconds=0.1) as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.3)
+        assert ends[0].startswith("stopped by SIGUSR1 without another save")
+
+
+def test_what_a_child_is_told_is_not_for_its_parent(ends):
+    with StopSignals(grace_seconds=0.1) as signals:
+        begun, begin = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(begin, b"!")
+            time.sleep(HANGS)
+            os._exit(0)
+        os.read(begun, 1)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            os.kill(child, number)
+            time.sleep(0.1)
+        os.waitpid(child, 0)
+        time.sleep(0.2)
+        assert not signals.received and not ends
 
 
 def test_a_killed_rank_takes_the_other_with_it(folder):

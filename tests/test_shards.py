@@ -112,7 +112,7 @@ def epoch_of(
     first: int = 0,
 ) -> list[list[tuple[int, ...]]]:
     """What the loader of each rank would ask for, as `train_loader` sets it up."""
-    config = {"num_workers": workers, "grad_accumulation_steps": accumulation}
+    config = {"num_workers": workers, "grad_accumulation_steps": accumulation, "batch_timeout_minutes": 1}
     found = []
     for rank in range(num_ranks):
         with mock.patch.multiple(
@@ -441,7 +441,7 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch(made):
     """With processes of its own, of a stream and a file: the samples of an epoch that did not stop."""
     paths = [{"path": f"pipe:cat {made.names}", "weight": 2}, {"path": made.file, "weight": 1}]
     data = data_of(read_sets(paths, 40))
-    config = {"num_workers": 2, "grad_accumulation_steps": 2}
+    config = {"num_workers": 2, "grad_accumulation_steps": 2, "batch_timeout_minutes": 1}
     loader = train_loader(data, 3, 7, config, list, False, data.entries)
 
     def epoch(number: int, first: int = 0) -> list[tuple]:
