@@ -26,7 +26,7 @@ from tiny import ROOT, make_tiny, run
 import faults
 import Pretrain
 from dataset import loaders
-from faults import RESUMABLE, StopSignals
+from faults import RESUMABLE, StopSignals, loader_problem
 from launch import _find_what_to_resume, run_script, script_arguments
 from saving import load_checkpoint, save_checkpoint
 from utils import LOG, UserError
@@ -269,7 +269,7 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_loader_at_once():
     with pytest.raises(RuntimeError) as error:
         next(iter(loader))
     assert time.monotonic() - begin < 60
-    assert "give no batches (DataLoader worker" in loaders.loader_problem(error.value)
+    assert "give no batches (DataLoader worker" in loader_problem(error.value)
 
 
 class NotSent:
@@ -292,7 +292,7 @@ class NotSent:
     ],
 )
 def test_what_is_the_loaders_fault(error, is_loaders):
-    assert bool(loaders.loader_problem(error)) == is_loaders
+    assert bool(loader_problem(error)) == is_loaders
 
 
 @pytest.fixture
