@@ -7,7 +7,6 @@ nobody waits for anybody, so a rank that hears it tells its neighbour in the rin
 import ctypes
 import os
 import re
-import select
 import signal
 import socket
 import sys
@@ -114,13 +113,15 @@ class StopSignals:
         while True:
             left = None
             if first and not self.is_answered:
-                left = max(0.0, since + self.grace_seconds - time.monotonic())
-            if not select.select([self.arrivals], [], [], left)[0]:
+                left = max(0.01, since + self.grace_seconds - time.monotonic())
+            self.arrivals.settimeout(left)
+            try:
+                numbers = self.arrivals.recv(4096)
+            except TimeoutError:
                 if self.is_answered:
                     continue
                 why = f"what was going on did not end within stop_grace_seconds ({self.grace_seconds})"
                 break
-            numbers = self.arrivals.recv(4096)
             if 0 in numbers:
                 return
             names = [signal.Signals(number).name for number in numbers if number in _numbers(STOP_SIGNALS)]

@@ -1,6 +1,5 @@
 import copy
 import json
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from goldens_io import FOLDER, filled_state, golden
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import full_disk
 from torch import nn
 
 from checkpoint import ROWS, interpolate_pos_embed, load_weights, map_state, resume
@@ -322,13 +322,9 @@ def test_a_checkpoint_comes_back_as_plain_values(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path):
     path = tmp_path / "c.pth"
     save_checkpoint(path, {"epoch": 1})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # as if the disk were full
-    try:
-        with pytest.raises(UserError, match=r"c\.pth could not be written \(.*File too large.*unchanged"):
-            save_checkpoint(path, {"epoch": 2, "model": torch.zeros(1_000_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    problem = r"c\.pth could not be written \(.*File too large.*unchanged"
+    with full_disk(200_000), pytest.raises(UserError, match=problem):
+        save_checkpoint(path, {"epoch": 2, "model": torch.zeros(1_000_000)})
     assert [path.name for path in tmp_path.iterdir()] == ["c.pth"]
     assert load_checkpoint(path) == {"epoch": 1}
     with pytest.raises(UserError, match="could not be written"):

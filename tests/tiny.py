@@ -69,12 +69,14 @@ def make_tiny(folder: Path) -> dict[str, Path]:
 @contextmanager
 def full_disk(num_bytes: int) -> Iterator[None]:
     """Inside, as on a full disk: no file of this process grows beyond so many bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits, no_bytecode = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # Python does not notice that it writes but a part of it
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sys.dont_write_bytecode = no_bytecode
 
 
 def run(
