@@ -183,6 +183,7 @@ def work(this_rank: int, num_ranks: int, folder: str) -> None:
             seed=0,
             resume=False,
             evaluate=True,
+            notes=[],
             checkpoint="",
             dry_run="",
         ),
