@@ -13,8 +13,8 @@ import argparse
 import copy
 import difflib
 import json
-import math
 import re
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
+from dataset.mixture import weighted
 from models.bert import BertConfig
 from run_record import code_revision
 from saving import atomic_write
@@ -101,7 +102,7 @@ SCHEDULE = {
     ),
 }
 VIT = {
-    "depth": Key(int, 12, "transformer blocks", least=1),
+    "depth": Key(int, 12, "transformer blocks", least=1, most=1000),
     "num_heads": Key(int, 12, "a divisor of vision_width", least=1),
     "patch_size": Key(int, 16, "pixels; a divisor of image_res", least=1),
     "mlp_ratio": Key(NUMBER, 4, "width of the feed-forward layers / vision_width", above=0, most=100),
@@ -147,7 +148,7 @@ SHARED = {
         "annotation file's",
         place=DATA,
     ),
-    "num_workers": Key(int, 4, "data-loading processes per rank", least=0),
+    "num_workers": Key(int, 4, "data-loading processes per rank", least=0, most=1000),
     "batch_timeout_minutes": Key(
         NUMBER, 8, "a run ends when its data-loading processes give no batch for so long; 0 = never", least=0
     ),
@@ -207,7 +208,7 @@ PRETRAIN = {
         items=(str, dict),
         place=DATA,
     ),
-    "samples_per_epoch": Key(int, 0, "of all ranks together; 0 = all there are", least=0),
+    "samples_per_epoch": Key(int, 0, "of all ranks together; 0 = all there are", least=0, most=10**9),
     "batch_size": Key(int, 64, "per rank", least=1),
     "mlm_probability": Key(NUMBER, 0.15, "share of words masked", least=0, most=1),
     "max_tokens": Key(int, 25, "captions are cut to this many tokens, [CLS] included", least=2),
@@ -566,8 +567,14 @@ def _override(values: dict, text: str) -> None:
     name, separator, value = text.partition("=")
     if not separator or not all(name.split(".")):
         raise UserError(f"--overrides {text}: expected key=value, for example schedular.epochs=10")
-    if name.startswith("bert_config.") and isinstance(values.get("bert_config", ""), str):
-        values["bert_config"] = _read_bert_config(values.get("bert_config", BERT_CONFIG))
+    if name.startswith("bert_config."):
+        known = [*BertConfig.__dataclass_fields__, "hidden_act"]
+        if (size := name.removeprefix("bert_config.")) not in known:  # one in the file is passed over
+            near = difflib.get_close_matches(size, known, n=1)
+            hint = f"did you mean bert_config.{near[0]}?" if near else f"sizes that count: {', '.join(known)}"
+            raise UserError(f"--overrides {text} has no effect; {hint}")
+        if isinstance(values.get("bert_config", ""), str):
+            values["bert_config"] = _read_bert_config(values.get("bert_config", BERT_CONFIG))
     *parents, leaf = name.split(".")
     for parent in parents:
         values[parent] = {} if values.get(parent) is None else values[parent]
@@ -635,7 +642,8 @@ def _check_value(value: object, key: Key, path: str, name: str) -> object:
             raise UserError(f"config {path}: {name}: item {number} must be {wanted}, found {item!r}")
     for one in value if isinstance(value, list) else [value]:
         if _is_a(one, NUMBER) and not _is_in_range(one, key):
-            raise UserError(f"config {path}: {name} must be {_range(key) or 'finite'}, found {one!r}")
+            wanted = filter(None, [_range(key), "finite" * (not _is_finite(one))])
+            raise UserError(f"config {path}: {name} must be {' and '.join(wanted)}, found {one!r:.50}")
     if key.choices and value not in key.choices:
         near = difflib.get_close_matches(value, key.choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -677,9 +685,14 @@ def _is_a(value: object, kinds: tuple) -> bool:
     return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
+def _is_finite(value: float) -> bool:
+    """Whether it is, as a float: an int may be larger than any, where math.isfinite fails."""
+    return abs(value) <= sys.float_info.max
+
+
 def _is_in_range(value: float, key: Key) -> bool:
     return (
-        math.isfinite(value)
+        _is_finite(value)
         and (key.least is None or value >= key.least)
         and (key.most is None or value <= key.most)
         and (key.above is None or value > key.above)
@@ -716,12 +729,21 @@ def _check_fit(config: dict, path: str) -> None:
         refuse(f"image_res {resolution} is not a multiple of vit.patch_size {vit['patch_size']}")
     if width % vit["num_heads"]:
         refuse(f"vision_width {width} is not a multiple of vit.num_heads {vit['num_heads']}")
+    if int(width * vit["mlp_ratio"]) < 1:
+        refuse(
+            f"vit.mlp_ratio {vit['mlp_ratio']} of vision_width {width} leaves the feed-forward layers empty"
+        )
     grid = resolution // vit["patch_size"]
     if config.get("num_masking_patches", 0) > grid**2:
         refuse(
             f"num_masking_patches {config['num_masking_patches']} exceeds the {grid} x {grid} patches; "
             "lower it or raise image_res"
         )
+    if "samples_per_epoch" in config:
+        try:
+            weighted(config["train_file"])
+        except UserError as error:
+            refuse(str(error))
     tokenizer = config.get("image_tokenizer", {})
     if tokenizer.get("kind") == "kmeans" and not tokenizer["path"].endswith(".safetensors"):
         refuse(f"image_tokenizer.path of kmeans must name a .safetensors file, found {tokenizer['path']!r}")

@@ -149,8 +149,10 @@ def weighted(train_file: str | list) -> tuple[list[list[str]], list[float]]:
             raise UserError(
                 f"train_file: path of entry {number} must be a path or a list of some, found {path!r}"
             )
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
-            raise UserError(f"train_file: weight of entry {number} must be a number over 0, found {weight!r}")
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= 1e12:
+            raise UserError(
+                f"train_file: weight of entry {number} must be above 0, at most 1e12, found {weight!r}"
+            )
         paths.append(path)
         weights.append(weight)
     if not paths:

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from utils import UserError
 
+LEAST = {"pad_token_id": 0, "max_position_embeddings": 2}  # [CLS] and a word; of other sizes 1
+BELOW = {"num_hidden_layers": 1001}  # a float 1, another size 2**31
 PADDING_SCORE = -10000.0  # finite, so that a row of nothing but padding stays finite
 
 
@@ -62,17 +64,18 @@ class BertConfig:
         known = {field.name for field in fields(cls)}
         config = cls(**{key: value for key, value in source.items() if key in known})
         for field in fields(cls):
-            value, least = (
-                getattr(config, field.name),
-                int(field.type is int and field.name != "pad_token_id"),
-            )
-            most = 1.0 if field.type is float else float("inf")
+            value, least = getattr(config, field.name), LEAST.get(field.name, int(field.type is int))
+            most = BELOW.get(field.name, 1 if field.type is float else 2**31)
             is_number = isinstance(value, field.type | int) and not isinstance(value, bool)
             if not is_number or not least <= value < most:
                 raise UserError(
                     f"bert_config {field.name} is {value!r}; expected {field.type.__name__}, at least {least}"
-                    + " and below 1" * (field.type is float)
+                    f" and below {most}"
                 )
+        if config.pad_token_id >= config.vocab_size:
+            raise UserError(
+                f"bert_config pad_token_id {config.pad_token_id} must be below vocab_size {config.vocab_size}"
+            )
         if config.hidden_size % config.num_attention_heads:
             raise UserError(
                 f"bert_config hidden_size {config.hidden_size} is not a multiple of "

@@ -107,6 +107,22 @@ def test_every_number_has_a_range_and_is_finite():
         ("precision=fp17", "precision must be one of fp32, tf32, bf16, fp16"),
         ("schedular.sched=step", "schedular.sched must be one of cosine"),
         ("max_tokens=1", "max_tokens must be at least 2"),
+        (f"queue_size=-1{'0' * 400}", "queue_size must be at least 1"),
+        (f"clip_grad_norm=1{'0' * 400}", "clip_grad_norm must be at least 0 and finite, found 1000"),
+        (
+            "vit.mlp_ratio=1e-3",
+            "vit.mlp_ratio 0.001 of vision_width 768 leaves the feed-forward layers empty",
+        ),
+        ("vit.depth=1000000000000", "vit.depth must be from 1 to 1000"),
+        ("samples_per_epoch=1000000000000", "samples_per_epoch must be from 0 to 1000000000"),
+        ("num_workers=1000000", "num_workers must be from 0 to 1000"),
+        ("train_file=[{path: a.json}]", "train_file: entry 0 must be {path: ..., weight: ...}"),
+        ("train_file=[{path: a.json, weight: 1e308}]", "weight of entry 0 must be above 0, at most"),
+        (
+            "bert_config.hiden_dropout_prob=0.2",
+            "has no effect; did you mean bert_config.hidden_dropout_prob?",
+        ),
+        ("bert_config.classifier=2", "has no effect; sizes that count: vocab_size"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_the_range(override, expected):
@@ -119,6 +135,9 @@ def test_what_cannot_be_meant_is_refused_with_the_range(override, expected):
         ("num_attention_heads=5", "hidden_size 128 is not a multiple of num_attention_heads 5"),
         ("hidden_dropout_prob=5", "hidden_dropout_prob is 5; expected float, at least 0 and below 1"),
         ("layer_norm_eps=.nan", "layer_norm_eps is nan"),
+        ("pad_token_id=40000", "pad_token_id 40000 must be below vocab_size"),
+        ("max_position_embeddings=1", "max_position_embeddings is 1; expected int, at least 2"),
+        ("num_hidden_layers=1000000000000", "expected int, at least 1 and below 1001"),
         ("num_hidden_layers=true", "num_hidden_layers is True; expected int, at least 1"),
         ("encoder_width=64", "encoder_width 64 of bert_config must be vision_width 128"),
     ],
