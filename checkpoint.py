@@ -273,9 +273,10 @@ def weights_in(content: Any, source: str) -> dict[str, Tensor]:
     of torch.compile, in front what an outer module calls the model, as Lightning's `model.`.
     """
     state = content
-    if isinstance(content, dict):
-        state = next((content[name] for name in STATES if name in content), content)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    while isinstance(state, dict) and (inner := [name for name in STATES if name in state]):
+        state = state[inner[0]]
+    entries = state.items() if isinstance(state, dict) else [("", None)]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
         what = f"expected a dict of tensors, alone or under {' or '.join(map(repr, STATES))}"
         if isinstance(state, Inert):
             what += ", found a whole module; save its state_dict()"
@@ -297,11 +298,17 @@ def weights_in(content: Any, source: str) -> dict[str, Tensor]:
 def _copy_into(
     model: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, release: Callable[[], None]
 ) -> None:
-    """Fills the model piece by piece; UserError at the first tensor that is not finite."""
+    """Fills the model piece by piece; UserError at the first tensor that is not finite, be it in the model's
+    dtype alone, or is no weights.
+    """
     own = model.state_dict()
     for name, value in tensors.items():
-        check_weight(value, report.loaded[name], report.source)
-        own[name].copy_(value)
+        if value.is_floating_point() != own[name].is_floating_point():
+            raise UserError(
+                f"{report.source}: {report.loaded[name]} is of {value.dtype}, in the model of "
+                f"{own[name].dtype}: perhaps quantised; get the weights as they were trained"
+            )
+        check_weight(own[name].copy_(value), report.loaded[name], report.source)  # as the model has them
         release()
 
 
@@ -309,10 +316,22 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
+def metadata_in(content: Mapping) -> dict[str, str]:
+    """Return the metadata of an exported file, {} of any other, which may call something else so."""
+    found = content.get("metadata")
+    return found if isinstance(found, dict) and "simla_format" in found else {}
+
+
+def tokenizer_in(content: Mapping) -> str | None:
+    """Return the text of the tokenizer that a file holds, None where it holds none or another's object."""
+    found = content.get("tokenizer") or metadata_in(content).get("tokenizer")
+    return found if isinstance(found, str) else None
+
+
 def config_in(content: Mapping, source: str) -> dict:
     """Return the config that a file holds, {} where it holds none. Raises UserError where it is damaged."""
     stored = to_plain(content.get("config"))
-    if text := content.get("metadata", {}).get("config"):
+    if text := metadata_in(content).get("config"):
         try:
             stored = json.loads(text)
         except ValueError as error:
@@ -331,8 +350,10 @@ def check_same_build(config: Mapping, stored: Mapping, source: str) -> None:
         return
     vit = {name: VIT[name].default for name in UNSEEN_OF_VIT}
     ours = {f"vit.{name}": config["vit"].get(name, value) for name, value in vit.items()}
-    theirs = {f"vit.{name}": (stored.get("vit") or {}).get(name, value) for name, value in vit.items()}
-    sizes = stored.get("bert_config", BERT_CONFIG)
+    stored_vit, sizes = stored.get("vit"), stored.get("bert_config")
+    stored_vit = stored_vit if isinstance(stored_vit, dict) else {}
+    sizes = sizes if isinstance(sizes, str | dict) else BERT_CONFIG
+    theirs = {f"vit.{name}": stored_vit.get(name, value) for name, value in vit.items()}
     beside_us = Path(__file__).parent / sizes if isinstance(sizes, str) else sizes
     if isinstance(sizes, str) and not Path(sizes).exists() and beside_us.exists():
         sizes = str(beside_us)
@@ -360,7 +381,7 @@ def load_weights(model: nn.Module, path: str | Path, task: str, config: Mapping 
     state = weights_in(content, str(path))
     if config is not None:
         check_same_build(config, config_in(content, str(path)), str(path))
-    tensors, report = map_state(state, shapes_of(model), task, str(path), content.get("metadata"))
+    tensors, report = map_state(state, shapes_of(model), task, str(path), metadata_in(content))
     _copy_into(model, tensors, report, release)
     return report
 

@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoint import QUEUES, TWIN, kind_of, map_state, row_of, shapes_of, weights_in
+from checkpoint import (
+    QUEUES,
+    TWIN,
+    kind_of,
+    map_state,
+    metadata_in,
+    row_of,
+    shapes_of,
+    tokenizer_in,
+    weights_in,
+)
 from config import (
     GROUNDING,
     NLVR,
@@ -71,7 +81,7 @@ def export(source: str, target: str, task: str | None = None, inference: bool = 
         raise UserError(f"{target}: the exported file's name must end in .safetensors")
     content, release = load_mapped(source)
     state = weights_in(content, source)
-    metadata = content.get("metadata", {})  # of a file that was exported before
+    metadata = metadata_in(content)  # of a file that was exported before
     kind = kind_of(state, source, metadata)
     unused = row_of(task, kind, source).unused if task else ()
     left_out = [name for name in state if name.startswith(unused)]
@@ -90,8 +100,8 @@ def export(source: str, target: str, task: str | None = None, inference: bool = 
     }
     told = {key: content[key] for key in (*PROVENANCE, "config") if key in content}
     metadata |= {key: json.dumps(to_plain(value)) for key, value in told.items()}
-    if "tokenizer" in content:
-        metadata["tokenizer"] = content["tokenizer"]
+    if tokenizer := tokenizer_in(content):
+        metadata["tokenizer"] = tokenizer
     with atomic_write(target) as file:
         try:
             save_file(_untied(kept), file.name, metadata)
@@ -122,14 +132,22 @@ def read_shapes(path: str) -> tuple[dict[str, Tensor], dict, int]:
         return *_read_header(path), 0
     content, _ = load_mapped(path)
     state = weights_in(content, path)
-    rest = {key: content[key] for key in (*PROVENANCE, "config", "tokenizer") if key in content}
-    if "ranks" in content:
+    rest = {key: content[key] for key in (*PROVENANCE, "config") if key in content}
+    if tokenizer := tokenizer_in(content):
+        rest["tokenizer"] = tokenizer
+    if isinstance(content.get("ranks"), list):
         rest["ranks"] = len(content["ranks"])
-    moments = content.get("optimizer", {}).get("state", {}).values()
-    optimizer = sum(
-        value.nbytes for entry in moments for value in entry.values() if isinstance(value, Tensor)
-    )
+    optimizer = sum(value.nbytes for value in tensors_in(content.get("optimizer")))
     return {name: torch.empty_like(value, device="meta") for name, value in state.items()}, rest, optimizer
+
+
+def tensors_in(content: object) -> Iterator[Tensor]:
+    """Yields the tensors in nested dicts and lists; nothing of other objects."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(part)
 
 
 def _read_header(path: str) -> tuple[dict[str, Tensor], dict]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import config_in, kind_of, load_weights, weights_in
+from checkpoint import config_in, kind_of, load_weights, metadata_in, tokenizer_in, weights_in
 from checkpoint_tools import TASKS
 from config import CONTRAST, ENCODERS, Key, check_values, read_yaml
 from dataset.text import build_tokenizer, check_vocabulary, tokenizer_from_text
@@ -73,7 +73,7 @@ def _load(
     source = str(checkpoint)
     content = safe_load(checkpoint)
     state = weights_in(content, source)
-    kind = kind_of(state, source, content.get("metadata"))
+    kind = kind_of(state, source, metadata_in(content))
     if kind not in LOADED_AS:
         raise UserError(
             f"{source} is a {kind} checkpoint, half-way to NLVR2, which answers nothing itself; load what "
@@ -89,8 +89,7 @@ def _load(
     settings = model_config(values, table, where)
     settings["text_encoder"] = text_encoder or settings["text_encoder"]
     settings["vit_mask_token"] = kind != "pretrain" and "visual_encoder.mask_token" in state
-    stored = content.get("tokenizer") or content.get("metadata", {}).get("tokenizer")
-    if stored and not text_encoder:
+    if (stored := tokenizer_in(content)) and not text_encoder:
         tokenizer = tokenizer_from_text(stored, source)
     else:
         tokenizer = build_tokenizer(settings["text_encoder"])

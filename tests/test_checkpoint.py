@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import full_disk
 from torch import nn
 
-from checkpoint import ROWS, interpolate_pos_embed, load_weights, map_state, resume
+from checkpoint import ROWS, check_same_build, interpolate_pos_embed, load_weights, map_state, resume
 from optim import create_optimizer
 from saving import load_checkpoint, save_checkpoint
 from scheduler import create_scheduler
@@ -251,6 +251,9 @@ def renamed(front: str, **inside: str):
         renamed("module._orig_mod.module."),
         renamed("_orig_mod.net.simla.", visual_encoder="visual_encoder._orig_mod"),
         renamed("_forward_module.model.module."),
+        lambda s: {"state_dict": {"module": s}},
+        lambda s: {"model": {"state_dict": renamed("module.")(s)}, "metadata": "of another program"},
+        lambda s: {"model": s, "metadata": None, "config": {"vit": "base", "bert_config": None}},
     ],
 )
 def test_load_weights_copies_in_place(tmp_path, wrap):
@@ -286,13 +289,38 @@ def test_a_file_of_several_models_is_refused(tmp_path):
         load_weights(Stand(SMALL), tmp_path / "c.pth", "Pretrain")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda value: value.to(torch.int8), r"temp is of torch\.int8, in the model of torch\.float32"),
+        (lambda value: value > 0, r"of torch\.bool, in the model of torch\.float32: perhaps quantised"),
+        (lambda value: value.to(torch.complex64), r"of torch\.complex64, in the model"),
+        (lambda value: value.double() * 0 + 1e300, "1 of the 1 values of temp are NaN or infinite"),
+    ],
+)
+def test_numbers_that_are_no_weights_of_the_model_are_refused(tmp_path, change, said):
+    state = random_state(SMALL)
+    torch.save({**state, "temp": change(state["temp"])}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=said):
+        load_weights(Stand(SMALL), tmp_path / "c.pth", "Pretrain")
+
+
+@pytest.mark.parametrize("vit", ["base", None])
+@pytest.mark.parametrize("bert", [None, 5, []])
+def test_what_another_program_calls_config_is_taken_as_unsaid(vit, bert):
+    ours = {"vit": {}, "bert_config": {}}
+    check_same_build(ours, {"vit": vit, "bert_config": bert}, "c.pth")
+    with pytest.raises(UserError, match=r"vit\.num_heads 3, not 12"):
+        check_same_build({**ours, "vit": {"num_heads": 3}}, {"vit": vit, "bert_config": bert}, "c.pth")
+
+
 def test_a_failed_load_leaves_the_model_unchanged(tmp_path):
     torch.save(random_state(SMALL), tmp_path / "c.pth")
     model = Stand(SMALL | {"temp": (2,)})
     with pytest.raises(UserError, match=r"c\.pth.*temp"):
         load_weights(model, tmp_path / "c.pth", "Pretrain")
     assert not any(value.any() for value in model.state_dict().values())
-    for content in ({"model": {"a": "text"}}, [1, 2]):
+    for content in ({"model": {"a": "text"}}, [1, 2], {1: torch.ones(1)}, {"model": {b"a": torch.ones(1)}}):
         torch.save(content, tmp_path / "d.pth")
         with pytest.raises(UserError, match="holds no weights"):
             load_weights(model, tmp_path / "d.pth", "Pretrain")

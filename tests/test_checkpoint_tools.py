@@ -330,3 +330,14 @@ def test_sizes_come_from_the_header_of_a_safetensors_file(tmp_path):
         stored = load_checkpoint(source)["model"]
         assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in stored.items()}
         assert all(value.device.type == "meta" for value in state.values()) and optimizer_bytes == 0
+
+
+@pytest.mark.parametrize("other", [None, "x", [], {"state": None}, {"state": {0: {"step": 1}}}])
+def test_what_other_programs_keep_beside_the_weights_is_no_obstacle(tmp_path, other):
+    source, target = tmp_path / "c.pth", tmp_path / "out.safetensors"
+    content = torch.load(checkpoint_of("ve", tmp_path), weights_only=True)
+    save_checkpoint(source, {**content, "optimizer": other, "metadata": other, "tokenizer": None, "ranks": 1})
+    assert "ve checkpoint" in inspect(str(source)) and "tokenizer" not in inspect(str(source))
+    assert export(str(source), str(target)) == []
+    with safe_open(target, "pt") as file:
+        assert "tokenizer" not in file.metadata()
