@@ -11,6 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,6 @@ class Training:
             compile_layers(model)
         self.model, self.ddp_model = model, distribute(model, device)
         self.loader, self.losses, self.config, self.device = loader, losses, config, device
-        self.data = all_gather_objects(data_account(loader))[0]
         self.output_dir, self.seed, self.run = args.output_dir, args.seed, args.run
         self.optimizer = create_optimizer(model, config["optimizer"])
         self.schedule = create_scheduler(self.optimizer, config["schedular"], epoch_step)
@@ -103,6 +103,11 @@ class Training:
         log.info(f"{trainable:,} trainable parameters")
 
     # ---- save and resume ----
+
+    @cached_property
+    def data(self) -> dict:
+        """The account of the training data; all ranks come here at first. A dry run has none."""
+        return all_gather_objects(data_account(self.loader))[0]
 
     def state(self, best: Scores) -> dict:
         """Everything that decides what follows, in the published layout; the same on all ranks.
