@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -17,6 +18,11 @@ if os.environ.pop(
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 import pytest
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as of tests started in the background; Ctrl-C is tested
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

