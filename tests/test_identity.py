@@ -65,7 +65,7 @@ def demo(tmp_path_factory):
 
 # ---- official files ----
 
-# Rows as the published files have them: captions of COCO (CC BY 4.0) under the ids of its images.
+# Rows in the layout of the published files: their fields, paths and ids. Some of the captions are invented.
 COCO = [
     (
         "val2014/COCO_val2014_000000522418.jpg",
