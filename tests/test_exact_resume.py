@@ -615,7 +615,8 @@ def test_a_stop_in_an_evaluation_costs_no_training(story, name, unbroken):
     assert_same_run(out, story(unbroken).with_name(f"{unbroken}_whole"))
     assert "stopped by SIGTERM; --resume goes on from here" in printed(out, 0)
     assert all(len(own) == STEPS for own in batches(out, first_run=1).values())  # epoch 1 alone
-    assert ("stopped by a signal to another rank" in printed(out, 0)) == (name == "evaluation_alone")
+    if name != "evaluation_2":  # of two that are signalled one may hear of it from the other first
+        assert ("stopped by a signal to another rank" in printed(out, 0)) == (name == "evaluation_alone")
     assert "lost rank" not in printed(out, 0)
 
 

@@ -83,12 +83,7 @@ def test_a_batch_of_one_has_no_negatives_and_finite_losses(model):
     named = model(**batch)
     sum(named.values()).backward()
     assert all_finite(model, named)
-    with torch.no_grad():
-        image_embeds = model.visual_encoder(batch["image"])
-        cross = model.text_encoder.bert.project(image_embeds)
-        hidden = model.text_encoder.bert(batch["text_ids"], batch["text_mask"], cross)
-        only_pair = -model.itm_head(hidden[:, 0]).log_softmax(-1)[0, 1]
-    torch.testing.assert_close(named["loss_itm"].detach(), only_pair)
+    assert named["loss_itm"] == 0  # the true pair alone would teach that everything matches
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
