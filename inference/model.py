@@ -140,9 +140,10 @@ class Simla:
                     # All texts for image 0, for image 1, ...
                     own = (side.repeat(len(image), 1) for side in part)
                     logits = self.model.match_logits(self.model.text_encoder.first_state(*own, cross))
-                    parts.append(logits.softmax(-1)[:, 1].view(len(image), -1).cpu())
+                    parts.append(logits.view(len(image), -1, 2).cpu())
                 rows.append(torch.cat(parts, dim=1))
-        found = self._finite(torch.cat(rows), "matching probabilities")
+        # The scores, since one that is infinite would pass as the probability 0 or 1.
+        found = self._finite(torch.cat(rows), "matching scores").softmax(-1)[..., 1]
         return found[0 if one_image else slice(None), ..., 0 if one_text else slice(None)]
 
     # ---- search ----
@@ -400,7 +401,7 @@ class Simla:
 
     def _probabilities(self, *inputs: Tensor) -> Tensor:
         """Of the classes, (B, C): inputs as `predict` of the model takes them."""
-        return self._finite(self.model.predict(*inputs).float().softmax(-1), "probabilities of classes")
+        return self._finite(self.model.predict(*inputs).float(), "scores of classes").softmax(-1)
 
     def _finite(self, values: Tensor, what: str) -> Tensor:
         return check_scores(values, what, self.precision)

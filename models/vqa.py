@@ -139,9 +139,7 @@ class SIMLAVQA(MomentumModel):
         cross = self.text_decoder.bert.project(questions, question_mask)
         start = answers.ids[:1, :1].expand(len(questions), 1)  # [CLS]
         hidden = self.text_decoder.bert(start, torch.ones_like(start), cross, causal=True)
-        first = (
-            self.text_decoder.predict(hidden[:, 0]).float().log_softmax(-1)[:, answers.ids[:, 1]]
-        )  # (B, K)
+        first = log_probabilities(self.text_decoder.predict(hidden[:, 0]))[:, answers.ids[:, 1]]  # (B, K)
         first, chosen = (part[:, :k] for part in first.sort(descending=True, stable=True))
         rest = [self._log_likelihood(answers, part, cross) for part in chosen.split(chunk_rows, dim=1)]
         scores, order = (2 * first + torch.cat(rest, dim=1)).sort(descending=True, stable=True)
@@ -158,7 +156,7 @@ class SIMLAVQA(MomentumModel):
         )  # (B, n, D)
         column = torch.arange(hidden.shape[1], device=hidden.device)
         predicts = (column > 0) & (column < branches.num[:, None])  # (B, n), M of them
-        log_probs = self.text_decoder.predict(hidden[predicts]).float().log_softmax(-1)  # (M, V)
+        log_probs = log_probabilities(self.text_decoder.predict(hidden[predicts]))  # (M, V)
         rows = (predicts.flatten().cumsum(0) - 1).view_as(predicts)
         is_next = answers.mask[chosen][..., 2:].bool()  # (B, k, L-2)
         labels, places = answers.ids[chosen][..., 2:], branches.places[..., 1:]
@@ -197,7 +195,7 @@ class SIMLAVQA(MomentumModel):
         for _ in range(min(max_tokens, decoder.bert.config.max_position_embeddings)):
             rows = ids.flatten(0, 1)
             hidden = decoder.bert(rows, torch.ones_like(rows), cross, causal=True)[:, -1]
-            following = decoder.predict(hidden).float().log_softmax(-1).unflatten(0, scores.shape)
+            following = log_probabilities(decoder.predict(hidden)).unflatten(0, scores.shape)
             ids, scores = extend_beams(ids, scores, following, sep_id, pad_id)
             if (is_finished(ids, sep_id, pad_id) | scores.isinf()).all():
                 break
@@ -228,6 +226,14 @@ def answer_states(
     questions = question_states(visual_encoder, text_encoder, image, question_ids, question_mask)
     cross = decoder.bert.project(questions, question_mask).rows(own)
     return decoder.bert(answer_ids[:, :-1], answer_mask[:, :-1], cross, causal=True, places=places)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of every token, (..., V) float32, NaN where any of the logits is infinite: one of -inf alone, as half
+    precision makes it, would pass as the probability 0.
+    """
+    logits = logits.float()
+    return logits.log_softmax(-1).add_(0 * logits.amin(-1, keepdim=True))
 
 
 def is_finished(ids: Tensor, sep_id: int, pad_id: int) -> Tensor:

@@ -231,7 +231,7 @@ def test_neither_text_nor_json_ever_holds_nan(tiny, images, ask, tmp_path):
     torch.save(content, tmp_path / "huge.pth")
     command = ("match", images[0], "a cup", "--checkpoint", tmp_path / "huge.pth")
     for flags in ([], ["--json"]):
-        with pytest.raises(UserError, match="matching probabilities are NaN or infinite"):
+        with pytest.raises(UserError, match="matching scores are NaN or infinite"):
             ask("retrieval", *command, *flags)
 
 

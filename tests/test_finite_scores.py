@@ -191,7 +191,7 @@ ASKED = [
     ("retrieval", "text_proj.weight", lambda m, i: m.encode_text("a dog"), "features of texts"),
     ("retrieval", "text_proj.weight", lambda m, i: m.similarity(i, "a dog"), "features of texts"),
     ("retrieval", "vision_proj.weight", lambda m, i: m.index(i), "features of images"),
-    ("retrieval", "itm_head.weight", lambda m, i: m.match(i, ["a dog", "a cat"]), "matching probabilities"),
+    ("retrieval", "itm_head.weight", lambda m, i: m.match(i, ["a dog", "a cat"]), "matching scores"),
     ("retrieval", "itm_head.weight", lambda m, i: m.search(i, "a dog"), "matching scores"),
     ("retrieval", "itm_head.weight", lambda m, i: m.ground(i[0], "a dog", block=1), "heat map of 'a dog'"),
     (
@@ -208,8 +208,8 @@ ASKED = [
         "answers",
     ),
     ("vqa", "cls.predictions.transform.dense.weight", lambda m, i: m.answer(i[0], "what?"), "answers"),
-    ("ve", "cls_head.0.weight", lambda m, i: m.entails(i[0], "a dog"), "probabilities of classes"),
-    ("nlvr", "cls_head.0.weight", lambda m, i: m.compare(i[0], i[1], "a dog"), "probabilities of classes"),
+    ("ve", "cls_head.0.weight", lambda m, i: m.entails(i[0], "a dog"), "scores of classes"),
+    ("nlvr", "cls_head.0.weight", lambda m, i: m.compare(i[0], i[1], "a dog"), "scores of classes"),
 ]
 
 
@@ -225,6 +225,54 @@ def test_an_overflow_in_half_precision_is_told_from_bad_weights(tiny, images, tm
     assert simla.load(path, "cpu").encode_image(images[0]).isfinite().all()
     with pytest.raises(UserError, match=r"features of images are NaN.* too large for fp16; compute in fp32"):
         simla.load(path, "cpu", "fp16").encode_image(images[0])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(("script", "task", "kind", "name", "what"), SCRIPTS)
+def test_so_does_one_whose_scores_overflow_in_half_precision(
+    tiny, tmp_path, monkeypatch, precision, script, task, kind, name, what
+):
+    path, out = spoiled(tiny, kind, tmp_path / "huge.pth", name, HUGE), tmp_path / "out"
+    argv = ["x.py", "--device", "cpu", "--evaluate", "--checkpoint", str(path), "--output_dir", str(out)]
+    argv += ["--block_num", "1"] if task == "Grounding" else []
+    argv += ["--config", str(tiny.configs[task]), "--overrides", f"precision={precision}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    remedy = (
+        "use another checkpoint" if task == "Grounding" else f"too large for {precision}; compute in fp32"
+    )
+    with pytest.raises(UserError, match=rf"\d+ of \d+ {what}.* are NaN or infinite: .*{remedy}"):
+        script.parse_and_run()
+    assert not list(out.rglob("result/*")) and not (out / "log.txt").exists()
+
+
+@pytest.mark.parametrize("inference", ["rank", "generate"])
+def test_one_token_of_minus_infinity_is_no_probability_of_0(tiny, images, tmp_path, monkeypatch, inference):
+    """Which is finite, as the others are."""
+    path = spoiled(tiny, "vqa", tmp_path / "huge.pth", "cls.predictions.bias", 0.0)
+    content = torch.load(path, weights_only=True)
+    for key in content["model"]:
+        if key.endswith("cls.predictions.bias"):
+            content["model"][key][-1] = -HUGE  # finite in the file
+    save_checkpoint(path, content)
+    argv = ["VQA.py", "--device", "cpu", "--evaluate", "--inference", inference, "--checkpoint", str(path)]
+    argv += ["--config", str(tiny.configs["VQA"]), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*argv, "--overrides", "precision=fp16"])
+    with pytest.raises(UserError, match=r"probabilities of answers are NaN or infinite: .* for fp16"):
+        VQA.parse_and_run()
+    assert not list((tmp_path / "out").rglob("result/*"))
+    model = simla.load(path, "cpu", "fp16")
+    with pytest.raises(UserError, match=r"probabilities of answers are NaN or infinite: .* for fp16"):
+        model.answer(images[0], "what?", ["a", "b"] if inference == "rank" else None)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("ve", HUGE), ("nlvr", HUGE), ("retrieval", INF)])
+def test_nor_is_one_class(tiny, images, kind, value):
+    model = simla.load(tiny.checkpoints[kind], "cpu", "fp16")
+    head = model.model.itm_head if kind == "retrieval" else model.model.cls_head[-1]
+    head.bias.data[-1] = -value
+    ask = {"ve": model.entails, "retrieval": model.match}.get(kind)
+    with pytest.raises(UserError, match=r"scores.* are NaN or infinite: .* for fp16"):
+        ask(images[0], "a dog") if ask else model.compare(images[0], images[1], "a dog")
 
 
 # ---- files ----
