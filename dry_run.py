@@ -1,7 +1,8 @@
 """What a run will take, before it is started: all that it builds, two steps of it on random input, figures.
 
 `--dry_run` of every task script reads the config, and of its data only how long the training files are, where
-they are there; it writes nothing. `--dry_run estimate` computes nothing either: what a GPU would need.
+they are there; it writes nothing but the index of large ones, which the run would write. `--dry_run estimate`
+computes nothing: what a GPU would need.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.annotations import read_annotations
+from dataset.loaders import check_enough
 from dataset.pretrain import read_sets
 from dataset.retrieval import RetrievalEvalData
 from dataset.text import mask_tokens
@@ -218,13 +220,12 @@ def report_length(config: dict, per_step: int, seconds_per_step: float | None) -
     except UserError as error:
         log.info(f"whole run         cannot be told without the training files: {error}")
         return {}
-    num_steps = num_samples // per_step * config["schedular"]["epochs"]
-    if num_steps == 0:
-        log.info(
-            f"whole run         would not begin: {num_samples:,} training samples are fewer than a step of "
-            f"{per_step}; lower the batch size"
-        )
+    try:
+        check_enough(num_samples, config.get("batch_size") or config["batch_size_train"], config)
+    except UserError as error:
+        log.info(f"whole run         would not begin: {error}")
         return {"num_samples": num_samples, "num_steps": 0}
+    num_steps = num_samples // per_step * config["schedular"]["epochs"]
     time = "" if seconds_per_step is None else f", {duration(num_steps * seconds_per_step)}"
     log.info(
         f"whole run         {num_samples:,} samples{origin}, {config['schedular']['epochs']} epochs, "

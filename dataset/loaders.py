@@ -2,6 +2,7 @@
 does not depend on the worker or rank that reads it.
 """
 
+import math
 import multiprocessing.queues
 import os
 import traceback
@@ -40,11 +41,6 @@ class EpochSampler(Sampler):
         so much later); with another number of ranks or processes an epoch has its samples in another order.
         """
         self.global_batch = batch_size * world_size()
-        if num_items < self.global_batch:
-            raise UserError(
-                f"{num_items} training samples are fewer than one batch of {batch_size} on {world_size()} "
-                "rank(s); lower batch_size"
-            )
         self.num_items, self.seed, self.epoch, self.first = num_items, seed, 0, 0
         self.order, self.readers = order or self._shuffled, readers
 
@@ -88,6 +84,23 @@ class EpochSampler(Sampler):
         return own.view(-1, 2)
 
 
+def check_enough(num_samples: int, batch_size: int, config: dict) -> None:
+    """UserError, naming the keys, where a training set has fewer samples than one step of all ranks takes."""
+    key = "batch_size" if "batch_size" in config else "batch_size_train"
+    factors = {key: batch_size, "grad_accumulation_steps": config["grad_accumulation_steps"]}
+    per_step = math.prod(factors.values()) * world_size()
+    if num_samples >= per_step:
+        return
+    counted = {name: number for name, number in factors.items() if number > 1}
+    product = " x ".join(
+        [f"{name} {number}" for name, number in counted.items()] + [f"{world_size()} rank(s)"]
+    )
+    raise UserError(
+        f"{num_samples:,} training samples are fewer than a step of {per_step:,} ({product}); lower "
+        f"{' or '.join(counted) or 'the number of processes'}"
+    )
+
+
 def train_loader(
     dataset: Dataset,
     batch_size: int,
@@ -103,6 +116,7 @@ def train_loader(
     """
     num_workers = config["num_workers"]
     num_items, order = (mixture.samples_per_epoch, mixture.order) if mixture else (len(dataset), None)
+    check_enough(num_items, batch_size, config)
     readers = None
     if mixture and mixture.look_ahead:
         readers = max(num_workers, 1), batch_size, mixture.look_ahead

@@ -104,7 +104,7 @@ def test_the_length_of_the_run_is_told_where_the_files_are(tmp_path, monkeypatch
     out = go(monkeypatch, capsys, "VE", config, "--dry_run", "--overrides", "checkpoint_activations=true")
     assert re.search(r"13 samples, 3 epochs, 9 steps, 0:00:\d\d without reading images", out)
     out = go(monkeypatch, capsys, "VE", config, "--dry_run", "--overrides", "batch_size_train=14")
-    assert "would not begin: 13 training samples are fewer than a step of 14; lower the batch size" in out
+    assert "13 training samples are fewer than a step of 14 (batch_size_train 14 x 1 rank(s)); lower" in out
 
 
 def shard(path: Path, num_samples: int) -> str:

@@ -15,7 +15,7 @@ from models_for_tests import tiny_pretrain_model
 from test_pretrain_goldens import check_digest, check_losses, check_queues
 from test_retrieval_goldens import check_retrieval_losses
 
-from dataset.loaders import EpochSampler
+from dataset.loaders import EpochSampler, check_enough
 from models.rerank import NOT_SCORED
 from training import distribute
 from utils import UserError
@@ -217,6 +217,6 @@ def test_any_number_of_ranks_shares_an_epoch(num_ranks, batch_size, more, seed, 
 def test_fewer_samples_than_a_global_batch_are_refused():
     with (
         mock.patch("dataset.loaders.world_size", lambda: 4),
-        pytest.raises(UserError, match=r"15 training samples .* batch of 4 on 4 rank"),
+        pytest.raises(UserError, match=r"15 training samples .* of 16 \(batch_size 4 x 4 rank"),
     ):
-        EpochSampler(15, 4, 0)
+        check_enough(15, 4, {"batch_size": 4, "grad_accumulation_steps": 1})
