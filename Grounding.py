@@ -132,7 +132,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     check_block(model, args.gradcam_mode, args.block_num)
     bert = model.text_encoder.config
     check_vocabulary(tokenizer, bert.vocab_size)
-    weights = starting_weights(model, config, "Grounding", args.checkpoint, args.resume)
+    weights = starting_weights(model, config, "Grounding", args.checkpoint, args.resume, tokenizer)
     log.info(weights)
     model = model.to(device)
     choices = {}  # epoch -> its choices; -1: without training

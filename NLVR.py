@@ -76,7 +76,7 @@ def main(args: argparse.Namespace, config: dict) -> dict:
     model = SIMLANLVR.from_config(config)
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
     copy_twins = not config["released_code"]["nlvr_teacher_unloaded"]
-    weights = starting_weights(model, config, "NLVR", args.checkpoint, args.resume, copy_twins)
+    weights = starting_weights(model, config, "NLVR", args.checkpoint, args.resume, tokenizer, copy_twins)
     log.info(weights)
     model = model.to(device)
 

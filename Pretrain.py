@@ -78,8 +78,7 @@ def main(args: argparse.Namespace, config: dict) -> None:
     entries = read_sets(config["train_file"], config["samples_per_epoch"], config["image_root"])
     grid_size = config["image_res"] // config["vit"]["patch_size"]
     code_res = grid_size * STRIDE  # one code for each patch
-    tokenizer = build_tokenizer(config["text_encoder"])  # first, because a codebook takes minutes
-    image_tokenizer = make_image_tokenizer(config, entries, code_res, device)
+    tokenizer = build_tokenizer(config["text_encoder"])
 
     # model
     model = SIMLA.from_config(config, tokenizer.cls_token_id)
@@ -87,7 +86,9 @@ def main(args: argparse.Namespace, config: dict) -> None:
     check_vocabulary(tokenizer, bert.vocab_size)
     limit, pin = bert.max_position_embeddings, device.type == "cuda"
     loader = pretrain_loader(entries, config, tokenizer, code_res, grid_size, limit, args.seed, pin)
-    log.info(starting_weights(model, config, "Pretrain", args.checkpoint, args.resume))
+    log.info(starting_weights(model, config, "Pretrain", args.checkpoint, args.resume, tokenizer))
+    # Last, because to fit a codebook takes minutes.
+    image_tokenizer = make_image_tokenizer(config, entries, code_res, device)
 
     # train and save
     fit(

@@ -52,7 +52,7 @@ def main(args: argparse.Namespace, config: dict) -> None:
     model = SIMLAPretrainNLVR.from_config(config)
     bert = model.text_encoder.config
     check_vocabulary(tokenizer, bert.vocab_size)
-    log.info(starting_weights(model, config, "Pretrain_NLVR", args.checkpoint, args.resume))
+    log.info(starting_weights(model, config, "Pretrain_NLVR", args.checkpoint, args.resume, tokenizer))
 
     # train and save
     limit, pin = bert.max_position_embeddings, device.type == "cuda"

@@ -67,7 +67,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     model = make_model(args, config)
     bert = model.text_encoder.config
     check_vocabulary(tokenizer, bert.vocab_size)
-    weights = starting_weights(model, config, "Retrieval", args.checkpoint, args.resume)
+    weights = starting_weights(model, config, "Retrieval", args.checkpoint, args.resume, tokenizer)
     log.info(weights)
     model = model.to(device)
 

@@ -148,7 +148,7 @@ def main(args: argparse.Namespace, config: dict) -> dict:
     torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them
     model = SIMLAVE.from_config(config)
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
-    weights = starting_weights(model, config, "VE", args.checkpoint, args.resume)
+    weights = starting_weights(model, config, "VE", args.checkpoint, args.resume, tokenizer)
     log.info(weights)
     model = model.to(device)
 

@@ -122,7 +122,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     limit = model.text_encoder.config.max_position_embeddings
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
     sources = {**config, "text_decoder": args.text_decoder}
-    weights = starting_weights(model, sources, "VQA", args.checkpoint, args.resume)
+    weights = starting_weights(model, sources, "VQA", args.checkpoint, args.resume, tokenizer)
     log.info(weights)
     model = model.to(device)
     candidates = None

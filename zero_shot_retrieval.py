@@ -158,7 +158,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them
     model = SIMLARetrieval.from_config(config, twins=False)
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
-    weights = starting_weights(model, config, "zero_shot_retrieval", args.checkpoint)
+    weights = starting_weights(model, config, "zero_shot_retrieval", args.checkpoint, tokenizer=tokenizer)
     log.info(weights)
     model = model.to(device)
 

@@ -62,8 +62,8 @@ def build_tokenizer(name_or_folder: str) -> "PreTrainedTokenizerBase":
     if not words.keys() > SPECIAL_TOKENS:
         raise UserError(
             f"No BERT vocabulary for {name_or_folder!r}, neither as vocab.txt or tokenizer.json in a "
-            f"folder of that name nor {where}: name as text_encoder a folder that holds the vocab.txt of "
-            "bert-base-uncased."
+            f"folder of that name nor {where}: name as text_encoder a folder that holds the vocab.txt that "
+            "the weights were trained with, mostly that of bert-base-uncased."
         ) from cause
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

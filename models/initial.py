@@ -8,10 +8,19 @@ import timm
 import torch
 from torch import nn
 
-from checkpoint import BERT_DECODER, BERT_TWO_IMAGES, Row, interpolate_pos_embed, load_weights, weights_in
+from checkpoint import (
+    BERT_DECODER,
+    BERT_TWO_IMAGES,
+    Row,
+    interpolate_pos_embed,
+    load_weights,
+    tokenizer_in,
+    weights_in,
+)
+from dataset.text import tokenizer_from_text, tokenizer_text
 from models.bert import BertForMaskedLM
 from models.vit import VisionTransformer
-from safe_load import safe_load, what_it_is
+from safe_load import load_mapped, safe_load, what_it_is
 from utils import UserError, check_weight, first_line, hub_answer, log
 
 OFFLINE_REMEDY = (
@@ -21,13 +30,22 @@ OFFLINE_REMEDY = (
 
 
 def starting_weights(
-    model: nn.Module, config: dict, task: str, checkpoint: str, resume: bool = False, copy_twins: bool = True
+    model: nn.Module,
+    config: dict,
+    task: str,
+    checkpoint: str,
+    resume: bool = False,
+    tokenizer=None,
+    copy_twins: bool = True,
 ) -> str:
     """Fills the model with what a task starts from, and says what that was: the checkpoint's weights, by the
     task's key map, or, without one, the initial ones. Before a resume nothing is loaded.
 
-    copy_twins: momentum twins that the checkpoint lacks start as copies of what was loaded, not as built.
+    tokenizer: what texts are read with here; a checkpoint that was trained with another vocabulary is warned
+    of. copy_twins: momentum twins that the checkpoint lacks start as copies of what was loaded, not as built.
     """
+    if checkpoint and tokenizer is not None:
+        warn_of_another_vocabulary(tokenizer, checkpoint, config["text_encoder"])
     if resume:
         return f"resuming {checkpoint}"
     if checkpoint:
@@ -40,6 +58,25 @@ def starting_weights(
         return str(report)
     load_initial_weights(model, config)
     return "no --checkpoint: the weights before any training"
+
+
+def warn_of_another_vocabulary(tokenizer, checkpoint: str, text_encoder: str) -> None:
+    """Logs it where the tokenizer that the checkpoint keeps numbers words otherwise than `tokenizer` does,
+    which is of `text_encoder`: the weights would read other words. Nothing where the file keeps none.
+    """
+    stored = tokenizer_in(load_mapped(checkpoint)[0])
+    if stored is None or stored == tokenizer_text(tokenizer):
+        return
+    theirs, ours = tokenizer_from_text(stored, checkpoint).get_vocab(), tokenizer.get_vocab()
+    others = sorted(word for word, number in theirs.items() if ours.get(word) != number)
+    others += sorted(ours.keys() - theirs.keys())
+    if others:
+        log.warning(
+            f"{checkpoint} was trained with another vocabulary, of {len(theirs)} words, than text_encoder "
+            f"{text_encoder!r} has, of {len(ours)}: {len(others)} words have another number or are in one of "
+            f"them alone, such as {', '.join(others[:3])}. The weights take them for other words: name the "
+            "text_encoder of that training"
+        )
 
 
 def load_initial_weights(model: nn.Module, config: dict) -> None:

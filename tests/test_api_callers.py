@@ -1,17 +1,21 @@
 """What callers bring to `import simla`: settings of torch, long and odd texts, other configs and weights."""
 
 import argparse
+import importlib
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from api_data import make_checkpoints
+from huggingface_hub import constants
 
 import Grounding
 import simla
 from dataset import transforms
 from dataset.grounding import GroundingEvalData
+from dataset.text import build_tokenizer, tokenizer_text
 from inference.answers import check_no_file
 from inference.index import check_made_by
 from metrics import heat_box
@@ -289,6 +293,41 @@ def test_a_config_of_another_build_is_refused(tiny, section, key, value):
         from models.ve import SIMLAVE
 
         starting_weights(SIMLAVE.from_config(config), config, "VE", str(tiny.checkpoints["ve"]))
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("Retrieval", "retrieval"),
+        ("zero_shot_retrieval", "pretrain"),
+        ("Grounding", "retrieval"),
+        ("VQA", "vqa"),
+        ("VE", "ve"),
+        ("NLVR", "nlvr"),
+    ],
+)
+def test_every_script_warns_of_another_vocabulary_and_says_where_one_is_missing(
+    tiny, tmp_path, monkeypatch, capsys, task, kind
+):
+    words = tiny.tokenizer().convert_ids_to_tokens(range(len(tiny.tokenizer())))
+    (tmp_path / "vocab.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]))
+    content = torch.load(tiny.checkpoints[kind], weights_only=True)
+    content["tokenizer"] = tokenizer_text(build_tokenizer(str(tmp_path)))
+    path = tmp_path / "alone.pth"
+    save_checkpoint(path, content)
+    argv = [f"{task}.py", "--device", "cpu", "--evaluate", "--config", str(tiny.configs[task])]
+    argv += ["--checkpoint", str(path), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
+    importlib.import_module(task).parse_and_run()
+    said = f"{path} was trained with another vocabulary, of {len(words)} words, than text_encoder"
+    assert capsys.readouterr().out.count(said) == 1
+    monkeypatch.setattr(sys, "argv", [*argv, "--text_encoder", str(tmp_path / "not_there")])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"No BERT vocabulary for .*not_there.*: name as text_encoder a folder"
+    ):
+        importlib.import_module(task).parse_and_run()
+    assert simla.load(path, "cpu").tokenizer.convert_ids_to_tokens(len(words) - 1) == words[-2]
 
 
 def test_what_a_config_may_change_is_said(tiny, images, caplog):

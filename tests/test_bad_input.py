@@ -19,6 +19,7 @@ import Retrieval
 import zero_shot_retrieval
 from config import PRETRAIN, TABLES, read_config
 from dataset.annotations import TEXT, TEXTS, read_annotations
+from dataset.loaders import train_loader
 from dataset.pretrain import pretrain_loader, read_sets
 from dataset.text import build_tokenizer
 from launch import script_arguments, start
@@ -348,6 +349,35 @@ def test_vocabulary_larger_than_the_model(monkeypatch, tiny, tmp_path):
 def test_more_hidden_patches_than_patches(monkeypatch, tiny, tmp_path):
     flags = ["--config", tiny["Pretrain"], "--output_dir", tmp_path, "--overrides", "num_masking_patches=17"]
     assert "num_masking_patches 17 exceeds the 4 x 4 patches" in fails(monkeypatch, Pretrain, *flags)
+
+
+@pytest.mark.parametrize(
+    ("key", "batch_size", "accumulation", "expected"),
+    [
+        ("batch_size", 5, 1, r"of 5 \(batch_size 5 x 1 rank\(s\)\); lower batch_size$"),
+        (
+            "batch_size_train",
+            2,
+            2,
+            r"\(batch_size_train 2 x grad_accumulation_steps 2 x 1 rank\(s\)\); lower ",
+        ),
+        ("batch_size_train", 2, 2, "lower batch_size_train or grad_accumulation_steps$"),
+        ("batch_size_train", 1, 9, "lower grad_accumulation_steps$"),
+    ],
+)
+def test_what_makes_a_step_too_large_is_named(key, batch_size, accumulation, expected):
+    config = {key: batch_size, "grad_accumulation_steps": accumulation, "num_workers": 0}
+    with pytest.raises(UserError, match="3 training samples are fewer than a step .*" + expected):
+        train_loader([0, 1, 2], batch_size, 0, config, list, pin=False)
+
+
+def test_missing_weights_are_found_before_a_codebook_is_fitted(monkeypatch, tiny, tmp_path):
+    codebook = tmp_path / "codebook.safetensors"
+    flags = ["--config", tiny["Pretrain"], "--output_dir", tmp_path / "out", "--overrides", "init=pretrained"]
+    (tmp_path / "vit.pth").write_bytes(b"")
+    flags += [f"image_tokenizer.path={codebook}", f"image_encoder={tmp_path / 'vit.pth'}"]
+    assert f"{tmp_path / 'vit.pth'}" in fails(monkeypatch, Pretrain, *flags)
+    assert not codebook.exists()
 
 
 def test_more_ranks_times_batch_than_samples(monkeypatch, tiny, tmp_path):

@@ -25,8 +25,9 @@ import zero_shot_retrieval
 from checkpoint import QUEUES, ROWS, TWIN, load_weights
 from checkpoint_tools import TASKS, export, inspect, read_shapes
 from config import read_config
-from dataset.text import build_tokenizer
+from dataset.text import build_tokenizer, tokenizer_text
 from models.bert import BertConfig
+from models.initial import starting_weights
 from saving import load_checkpoint, save_checkpoint
 from utils import UserError
 
@@ -191,6 +192,34 @@ def test_inspect_and_export_what_a_run_saved(tmp_path, monkeypatch, capsys):
         command(zero_shot_retrieval.parse_and_run, *flags, "--checkpoint", weights)
         scores.append(json.loads((results / "log.txt").read_text()))
     assert scores[0] == scores[1] and "test_r_mean" in scores[0]
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_a_task_warns_of_a_vocabulary_that_the_checkpoint_was_not_trained_with(tmp_path, caplog, ending):
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog", "cat", "kite"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    trained_with = build_tokenizer(str(folder))
+    model, config = torch.nn.Linear(1, 1), {"text_encoder": str(folder), "init": "scratch"}
+    source = tmp_path / "source.pth"
+    weights = {"itm_head.weight": torch.zeros(2, 1), "visual_encoder.cls_token": torch.zeros(1)}
+    save_checkpoint(source, {"model": weights, "tokenizer": tokenizer_text(trained_with)})
+    path = source
+    if ending == ".safetensors":
+        path = tmp_path / "weights.safetensors"
+        export(str(source), str(path))
+    with caplog.at_level("INFO"):
+        starting_weights(model, config, "Retrieval", str(path), resume=True, tokenizer=trained_with)
+        assert "vocabulary" not in caplog.text
+        (folder / "vocab.txt").write_text("\n".join([*words[:5], "cat", "dog", "kite", "bird"]))
+        other = build_tokenizer(str(folder))
+        starting_weights(model, config, "Retrieval", str(path), resume=True, tokenizer=other)
+    (line,) = caplog.messages
+    assert line.startswith(f"{path} was trained with another vocabulary, of 8 words, than text_encoder ")
+    assert (
+        "has, of 9: 3 words have another number or are in one of them alone, such as cat, dog, bird" in line
+    )
 
 
 def test_one_file_is_all_that_has_to_be_passed_on(tmp_path, monkeypatch):

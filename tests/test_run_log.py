@@ -77,6 +77,21 @@ def test_a_run_and_two_that_go_on_from_it(tiny, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out.count("nothing learned after") == (checkpoint == "checkpoint_00.pth")
 
 
+@pytest.mark.parametrize("left_out", ["loss_ita", "loss_itm", "loss_mlm", "loss_mim", "loss_psl"])
+def test_a_loss_that_a_script_leaves_out_is_not_looked_for(tiny, tmp_path, monkeypatch, capsys, left_out):
+    monkeypatch.setattr(chance, "LEAST_STEPS", 2)
+    every = Pretrain.losses
+
+    def losses(*inputs):
+        return {name: loss for name, loss in every(*inputs).items() if name != left_out}
+
+    monkeypatch.setattr(Pretrain, "losses", losses)
+    still = ("optimizer.lr=1e-30", "schedular.warmup_lr=0.0", "schedular.min_lr=0.0", "schedular.epochs=1")
+    pretrain(tiny, tmp_path, monkeypatch, overrides=(*still, "log_steps=1"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "nothing learned after" in line)
+    assert f"{left_out} " not in line.split("Usual causes")[0] and line.count("(chance ") >= 1
+
+
 def config_of(tiny, **changes) -> dict:
     return read_config(str(tiny["Pretrain"]), PRETRAIN) | changes
 
