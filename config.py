@@ -15,6 +15,7 @@ import difflib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -636,6 +637,8 @@ def _check_value(value: object, key: Key, path: str, name: str) -> object:
     if not _is_a(value, allowed):
         quotes = "; a name that looks like something else goes in quotes" if str in allowed else ""
         raise UserError(f"config {path}: {name} must be {expected(key)}, found {value!r}{quotes}")
+    if any("\0" in text for text in _texts(value)):
+        raise UserError(f"config {path}: {name} holds the character NUL, which no path can: {value!r:.200}")
     for number, item in enumerate(value if isinstance(value, list) else ()):
         if not _is_a(item, key.items) or item in EMPTY:
             wanted = " or ".join(dict.fromkeys(TYPES[kind] for kind in key.items if kind is not int))
@@ -651,6 +654,13 @@ def _check_value(value: object, key: Key, path: str, name: str) -> object:
             f"config {path}: {name} must be one of {', '.join(key.choices)}, found {value!r}{hint}"
         )
     return value
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(part)
 
 
 def _as_meant(value: object, key: Key) -> object:

@@ -5,6 +5,7 @@ Every helper works without a process group, as one process of one.
 
 import contextlib
 import datetime
+import errno
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import os
 import re
 import resource
 import socket
+import stat
 import sys
 import threading
 import time
@@ -154,6 +156,20 @@ def is_url(path: str) -> bool:
     return path.startswith("pipe:") or "://" in path
 
 
+def file_status(path: str | Path) -> os.stat_result:
+    """Return the status of a file or folder. OSError for what is neither: reading a pipe to which nobody
+    writes would take for ever.
+    """
+    try:
+        status = Path(path).stat()
+    except ValueError as error:  # NUL, or half of a surrogate pair
+        raise OSError(errno.EINVAL, f"no name that a file can have ({error})") from error
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EINVAL, "not a file, but a pipe, socket or device")
+    return status
+
+
+PICTURE = "a picture"
 # What a file begins with that should have been something else -> what it is, and what to do.
 CONTENTS = {
     rb"\s{0,511}\Z": "empty, as after a copy or download that was cut short; copy or download it again",
@@ -169,7 +185,7 @@ CONTENTS = {
     "dataset.prepare table`",
     rb"(?s:.{257})ustar": "a tar file; shards are named .tar and belong into train_file of Pretrain.py",
     rb"\x80[\x02-\x05]": "a pickle of Python; write what it holds in the format that is asked for",
-    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF(?s:.{4})WEBP": "a picture",
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF(?s:.{4})WEBP": PICTURE,
     rb"%PDF-": "a PDF",
     rb"\xff\xfe|\xfe\xff|(?s:(?:\0[^\0]){4}|(?:[^\0]\0){4})": "text in UTF-16 or UTF-32; save it as UTF-8 "
     "(`iconv -f UTF-16 -t UTF-8`)",

@@ -25,7 +25,7 @@ from typing import BinaryIO
 import torch
 
 from saving import atomic_write
-from utils import CONTENT_BYTES, UserError, is_main, log, other_content, with_progress
+from utils import CONTENT_BYTES, UserError, file_status, is_main, log, other_content, with_progress
 
 FORMAT = 1  # raise it whenever an index is laid out differently or a check of entries becomes stricter
 BLOCK_BYTES = 1 << 20  # read and parsed at a time
@@ -127,6 +127,7 @@ def _check_kind(path: Path, content: object, kind: type[list] | type[dict]) -> N
 
 def _open(path: Path) -> BinaryIO:
     try:
+        file_status(path)
         return path.open("rb", buffering=0)
     except OSError as error:
         raise _cannot_be_read(path, error) from error
@@ -241,7 +242,8 @@ def _scan(path: Path, file: BinaryIO, num_bytes: int, check: Check) -> bytearray
             try:
                 check(entry, f"{path}: entry {number}")
             except UserError:
-                if not in_list and is_last and number == 0:
+                is_alone = not in_list and is_last and number == 0
+                if is_alone and ("\n" in window.text[window.at : end].strip() or _is_other_format(entry)):
                     _check_kind(path, entry, list)  # no line of an annotation file, but one object
                 raise
             begin = window.offset
@@ -259,6 +261,16 @@ def _scan(path: Path, file: BinaryIO, num_bytes: int, check: Check) -> bytearray
     except ValueError as error:
         raise _not_json(path, error) from error
     return index
+
+
+def _is_other_format(content: dict) -> bool:
+    """Whether the only object of a file is no entry, which has texts, numbers and lists of them, but lists
+    entries itself, as COCO's and VQA's files do, or has something nested under every key, as boxes by image.
+    """
+    lists = [value for value in content.values() if isinstance(value, list)]
+    plain = [value for value in lists if value and not isinstance(value[0], list | dict)]
+    num_nested = sum(isinstance(value, dict) for value in content.values()) + len(lists) - len(plain)
+    return num_nested == len(content) or any(value and isinstance(value[0], dict) for value in lists)
 
 
 def _enter(path: Path, window: _Window) -> tuple[bool, bool]:

@@ -30,6 +30,7 @@ from dataset.transforms import BadImage
 from utils import (
     CONTENT_BYTES,
     UserError,
+    file_status,
     first_line,
     log,
     other_content,
@@ -362,7 +363,7 @@ def _look_through(name: str) -> Shard:
 def _stamp(name: str) -> list:
     """Size and time of the last change: what an index belongs to."""
     try:
-        status = Path(name).stat()
+        status = file_status(name)
     except OSError as error:
         raise _cannot_be_read(name, error) from error
     return [status.st_size, status.st_mtime_ns, FORMAT]

@@ -28,7 +28,7 @@ from torch import Tensor
 from dataset.deep_images import WrongRange, eight_bits, value_range
 from dataset.png_texts import without_long_texts
 from dataset.randaugment import RandAugment
-from utils import first_line
+from utils import CONTENT_BYTES, PICTURE, file_status, first_line, other_content
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -81,9 +81,13 @@ def load_image(source: Source, name: str = "") -> Image.Image:
 
 def open_content(content: bytes, formats: list[str] | None = FORMATS) -> Image.Image:
     """Return the image of a file's content, of which the header alone is read; formats None: all that PIL
-    knows. Raises what PIL raises.
+    knows. Raises what PIL raises, of what is no image `UnidentifiedImageError` with what it is, or "".
     """
-    return Image.open(io.BytesIO(without_long_texts(content)), formats=formats)
+    try:
+        return Image.open(io.BytesIO(without_long_texts(content)), formats=formats)
+    except UnidentifiedImageError as error:
+        what = other_content(content[:CONTENT_BYTES])
+        raise UnidentifiedImageError("" if what == PICTURE else what) from error
 
 
 def open_image(source: Source, name: str = "") -> "Image.Image | JpegFile":
@@ -161,14 +165,16 @@ def _content(source: Source) -> bytes:
 
 def _read(path: Path) -> bytes:
     """All of the file. Where the network or a disk fails it is tried again, RETRY_SECONDS later."""
-    for seconds in RETRY_SECONDS:
+    for seconds in (*RETRY_SECONDS, None):
         try:
-            return path.read_bytes()
+            file_status(path)
+            content = path.read_bytes()
+            break
         except OSError as error:
-            if error.errno not in TRANSIENT:
+            if seconds is None or error.errno not in TRANSIENT:
                 raise
             time.sleep(seconds)
-    return path.read_bytes()
+    return content
 
 
 @contextmanager
@@ -188,7 +194,7 @@ def _cause(error: Exception) -> str:
     if text == EMPTY:
         return EMPTY
     if isinstance(error, UnidentifiedImageError):
-        return "not an image"
+        return ": ".join(filter(None, ["not an image", str(error)]))[:MAX_CAUSE]
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
     if isinstance(error, WrongRange):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import socket
 import sys
 import tarfile
@@ -105,7 +106,14 @@ def test_scheduler_is_accepted_beside_schedular(tiny, tmp_path):
     ("content", "expected"),
     [
         ('[{"image": "a.jpg", "caption": "a"}, {"image": "b.j', ["not valid JSON", "truncated"]),
-        ('{"image": "a.jpg"}', ["must hold a JSON list", "dict"]),
+        ('{"image": "a.jpg"}', ["entry 0 has no 'caption'; found image"]),
+        ('\n {"image": "a.jpg", "caption": []} \n', ["entry 0: 'caption' must be", "found []"]),
+        ('{"caption": ["a", "b"]}', ["entry 0 has no 'image'"]),
+        ('{"image": "a.jpg",\n "text": "a"}', ["must hold a JSON list", "dict with the keys image, text"]),
+        ('{"images": [], "annotations": []}', ["must hold a JSON list, found dict with the keys images"]),
+        ('{"task": "x", "questions": [{"question": "a"}]}', ["must hold a JSON list", "task, questions"]),
+        ('{"12": [[1, 2, 3, 4]], "13": []}', ["must hold a JSON list", "12, 13"]),
+        ('{"201": {"question": "a"}}', ["must hold a JSON list", "201"]),
         ("[]", ["no entries"]),
         ('[{"image": "a.jpg", "caption": "x"}, {"image": "a.jpg"}]', ["entry 1", "no 'caption'"]),
         ('[{"caption": "x"}]', ["entry 0", "no 'image'"]),
@@ -122,6 +130,26 @@ def test_annotation_files(tmp_path, content, expected):
     with pytest.raises(UserError) as error:
         read_annotations(str(path), {"image": TEXT, "caption": TEXTS})
     assert all(part in str(error.value) for part in [*expected, str(path)]), str(error.value)
+
+
+def test_a_pipe_for_an_annotation_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"a.json cannot be read: not a file, but a pipe, socket or device"):
+        read_annotations(str(tmp_path / "a.json"), {"image": TEXT})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train_file", r"a\0b.json"),
+        ("image_root", r"\0"),
+        ("train_file", [{"path": "a\0.json", "weight": 1}]),
+    ],
+)
+def test_a_path_with_the_character_nul_is_one_sentence(tiny, key, value):
+    value = f'"{value}"' if isinstance(value, str) else json.dumps(value)
+    with pytest.raises(UserError, match=f"{key} holds the character NUL, which no path can: .*x00"):
+        read_config(str(tiny["Pretrain"]), PRETRAIN, [f"{key}={value}"])
 
 
 def test_missing_annotation_file_in_both_scripts(monkeypatch, tiny, tmp_path):
@@ -169,7 +197,10 @@ def test_unreadable_images_are_replaced_and_counted(tiny, tmp_path):
     assert [batch["image"].shape[0] for batch in batches] == [4, 4]
     bad = [pair for batch in batches for pair in batch["bad"]]
     assert {Path(path).name for path, _ in bad} == {"bad0.jpg", "bad1.jpg", "bad2.jpg"}
-    assert {cause for _, cause in bad} == {"no such file", "empty file", "not an image"}
+    page = (
+        "not an image: a web page (HTML or XML), perhaps that of a failed download; download the file again"
+    )
+    assert {cause for _, cause in bad} == {"no such file", "empty file", page}
 
 
 def test_a_batch_with_none_readable_survives(tiny, tmp_path):
@@ -254,7 +285,8 @@ def test_too_many_bad_images_stop_the_run(monkeypatch, tiny, tmp_path):
     )
 
 
-def test_what_shards_hold_beside_samples_is_in_the_account_of_an_epoch(tiny, tmp_path):
+@pytest.mark.parametrize("how", ["{}"])
+def test_what_shards_hold_beside_samples_is_in_the_account_of_an_epoch(tiny, tmp_path, how):
     content, file = (tiny["data"] / "images" / "train" / "00000.jpg").read_bytes(), tmp_path / "0.tar"
     names = [f"{number}.{kind}" for number in range(8) for kind in ("jpg", "txt", "mask.png")]
     with tarfile.open(file, "w") as tar:
@@ -264,7 +296,11 @@ def test_what_shards_hold_beside_samples_is_in_the_account_of_an_epoch(tiny, tmp
             tar.addfile(member, io.BytesIO(content if name.endswith("jpg") else b"dog"))
     KMeansCodebook(16).save(tmp_path / "codebook.safetensors")
     args = script_arguments("x", "", str(tmp_path / "out")).parse_args(["--device", "cpu"])
-    values = [f"train_file={file}", f"image_tokenizer.path={tmp_path}/codebook.safetensors", "batch_size=9"]
+    values = [
+        f"train_file={how.format(file)}",
+        f"image_tokenizer.path={tmp_path}/codebook.safetensors",
+        "batch_size=9",
+    ]
     config = read_config(
         str(tiny["Pretrain"]), PRETRAIN, [*values, "max_bad_fraction=1", "schedular.epochs=1"]
     )

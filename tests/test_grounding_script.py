@@ -305,7 +305,7 @@ INSTANCES = {
         ({"test": [{"image": "a.jpg", "caption": ["a"]}]}, ["test.json: entry 0 has no 'text'", "caption"]),
         ({"test": [{**ENTRY, "ref_id": "1"}]}, ["'ref_id' must be a whole number, found '1'"]),
         ({"test": []}, ["no entries", "test.json"]),
-        ({"test": {"a": 1}}, ["test.json must hold a JSON list"]),
+        ({"test": {"a": {}}}, ["test.json must hold a JSON list"]),
         ({"refs": [{**REF, "image_id": 8}]}, ["ref_id 1: image_id 8 is not in", "instances.json"]),
         ({"refs": [{**REF, "ann_id": 6}]}, ["ref_id 1: ann_id 6 is not in", "instances.json"]),
         ({"refs": [{**REF, "split": "train"}]}, ["ref_id 1 belongs to split 'train'", "testA"]),

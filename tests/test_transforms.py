@@ -1,8 +1,10 @@
 """Loading of every kind of file, JPEGs at the scale of their crop; crops, flips, views; draws of an item."""
 
 import io
+import os
 import pickle
 import random
+import socket
 import struct
 import zlib
 from pathlib import Path
@@ -16,6 +18,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 from torchvision import transforms as tv
 
+from dataset.check.causes import Cause
 from dataset.check.images import check_image
 from dataset.prepare.shards import _image_file
 from dataset.transforms import (
@@ -30,6 +33,7 @@ from dataset.transforms import (
     View,
     crops,
     draw_crop,
+    image_size,
     load_image,
     normalise,
     open_image,
@@ -138,13 +142,18 @@ def png_bytes() -> bytes:
     [
         (None, "no such file"),
         (b"", "empty file"),
-        (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "not an image"),
+        (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "not an image: a web page"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "not an image: a pointer of Git LFS",
+        ),
+        (b"\x89PNG\r\n\x1a\nbroken", "not an image"),
         (jpeg_bytes()[: len(jpeg_bytes()) // 2], "truncated"),
         (png_bytes()[: len(png_bytes()) // 2], "truncated"),
         (png_bytes()[:100] + b"\x00" * 50 + png_bytes()[150:], ""),
         (jpeg_bytes()[:20], ""),
     ],
-    ids=["missing", "empty", "html", "half a jpeg", "half a png", "damaged png", "jpeg header"],
+    ids=["missing", "empty", "html", "lfs", "png", "half a jpeg", "half a png", "damaged png", "jpeg header"],
 )
 def test_bad_files(content, cause, tmp_path):
     path = tmp_path / "bad.jpg"
@@ -153,10 +162,26 @@ def test_bad_files(content, cause, tmp_path):
     with pytest.raises(BadImage) as error:
         load_image(path)
     assert error.value.path == str(path)
-    assert cause in error.value.cause
+    assert cause in error.value.cause and "a picture" not in error.value.cause
     assert len(error.value.cause) < 150
     copy = pickle.loads(pickle.dumps(error.value))  # as a worker sends it
     assert (copy.path, copy.cause, str(copy)) == (str(path), error.value.cause, str(error.value))
+
+
+@pytest.mark.parametrize("read", [load_image, open_image, image_size])
+def test_what_is_no_file_is_not_waited_for(read, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.jpg")
+        for path in ("pipe.jpg", "socket.jpg", os.devnull):
+            with pytest.raises(BadImage) as error:
+                read(path)
+            assert error.value.cause == "cannot be read: not a file, but a pipe, socket or device"
+            assert check_image(path, full=False)["flags"] == Cause.UNREADABLE
+    for path in ("a\0.jpg", "a\ud800.jpg"):
+        with pytest.raises(BadImage, match="cannot be read: no name that a file can have"):
+            read(path)
 
 
 def test_a_folder_and_too_many_pixels(tmp_path, monkeypatch):

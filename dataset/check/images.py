@@ -21,7 +21,7 @@ from dataset.check.texts import Shared, Texts, path_key
 from dataset.check.workers import Workers
 from dataset.shard_index import Picture
 from dataset.transforms import BadImage, View, crops, load_image, open_content, open_image
-from utils import UserError, with_progress
+from utils import UserError, file_status, with_progress
 
 CACHE = "checked_images.1.bin"  # another number whenever RECORD or what it means changes
 IMAGES_PER_JOB = 256
@@ -138,7 +138,7 @@ def check_image(path: str, full: bool, known: np.void | None = None) -> np.void:
     record = np.zeros((), RECORD)[()]
     record["path"] = path_key(path)
     try:
-        status = Path(path).stat()
+        status = file_status(path)
         record["size"], record["changed"] = status.st_size, status.st_mtime_ns
         if known is not None and known["full"] >= full:
             same = all(known[name] == record[name] for name in ("path", "size", "changed"))
@@ -147,7 +147,7 @@ def check_image(path: str, full: bool, known: np.void | None = None) -> np.void:
         content = Path(path).read_bytes()
     except FileNotFoundError:
         record["flags"] = Cause.MISSING
-    except (OSError, ValueError):  # ValueError: no name that a file can have
+    except OSError:
         record["flags"] = Cause.UNREADABLE
     else:
         record["full"] = full
