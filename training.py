@@ -320,9 +320,8 @@ class Training:
                 self.stop(signals)
         self.record_window()
         self.schedule.end_epoch(self.epoch)
-        passed_over = getattr(self.loader.dataset, "passed_over", dict)()  # in every epoch the same
-        account = {"passed_over": passed_over} if passed_over else {}
-        return {**self.whole.global_means(), **self.bad_images.report(), **account}
+        in_files = getattr(self.loader.dataset, "passed_over", dict)()  # in every epoch the same
+        return {**self.whole.global_means(), **self.bad_images.report(in_files)}
 
     def stop(self, signals: StopSignals) -> None:
         """All ranks come here. Raises Stopped when everything is on the disk, UserError when it cannot be."""
@@ -344,7 +343,7 @@ class Training:
         for number, batch in enumerate(batches):
             self.model.holds_twins = number > 0
             is_last = number == len(batches) - 1
-            self.bad_images.add(batch.pop("bad", []), len(batch["image"]))
+            self.bad_images.add(batch.pop("bad", []), len(batch["image"]), batch.pop("passed_over", {}))
             counts.update(batch.pop("counts", {}))
             with contextlib.nullcontext() if is_last or world_size() == 1 else self.ddp_model.no_sync():
                 with autocast(self.device, self.config["precision"]):
@@ -564,20 +563,30 @@ def window_text(window: MetricLog) -> str:
 
 
 class BadImages:
-    """Counts the images that were replaced, by cause, and names the first file of each cause."""
+    """Counts the images that were replaced, by cause, and names the first file of each cause; and what the
+    fetched shards have in no sample.
+    """
 
     CHECK_AFTER = 500  # images of all ranks, before a share is worth a verdict
 
     def __init__(self):
         self.causes, self.num_seen = Counter(), 0
+        self.passed_over: dict[str, dict[str, int]] = {}  # by shard, which several processes may read
         self.last = "see above"
 
     @property
     def num_bad(self) -> int:
         return self.causes.total()
 
-    def add(self, bad: list[tuple[str, str]], num_images: int) -> None:
-        """bad: (file, cause) of every failed read while `num_images` images were made."""
+    def add(
+        self,
+        bad: list[tuple[str, str]],
+        num_images: int,
+        passed_over: dict[str, dict[str, int]] | None = None,
+    ) -> None:
+        """bad: (file, cause) of every failed read while `num_images` images were made; passed_over: shard ->
+        cause -> number, of the fetched shards that they came from."""
+        self.passed_over |= passed_over or {}
         self.num_seen += num_images + len(bad)
         for path, cause in bad:
             kind, self.last = cause.partition(":")[0], f"{path} ({cause})"
@@ -600,11 +609,12 @@ class BadImages:
         )
 
     def state_dict(self) -> dict:
-        return {"causes": dict(self.causes), "num_seen": self.num_seen}
+        return {"causes": dict(self.causes), "num_seen": self.num_seen, "passed_over": dict(self.passed_over)}
 
     def load_state_dict(self, state: dict) -> None:
         causes = state.get("causes") or {"cause not recorded": state.get("num_bad", 0)}  # of older versions
         self.causes, self.num_seen = +Counter(causes), state["num_seen"]
+        self.passed_over = dict(state.get("passed_over", {}))  # older versions have none
 
     def merge(self, state: dict) -> None:
         """Adds the account of another rank."""
@@ -612,17 +622,19 @@ class BadImages:
         other.load_state_dict(state)
         self.causes.update(other.causes)
         self.num_seen += other.num_seen
+        self.passed_over |= other.passed_over
 
-    def report(self) -> dict[str, float | dict]:
-        """Over all ranks the number of replaced images, their share of all and, if any, the numbers by cause.
-
-        Logs them too.
+    def report(self, in_files: dict[str, int] | None = None) -> dict[str, float | dict]:
+        """Over all ranks the number of replaced images, their share of all and, if any, the numbers by cause;
+        and, if any, those of what was passed over in fetched shards and `in_files`. Logs them too.
         """
         total = BadImages()
         for state in all_gather_objects(self.state_dict()):
             total.merge(state)
         share = total.num_bad / max(total.num_seen, 1)
         found = {"bad_images": total.num_bad, "bad_image_fraction": share}
+        if passed_over := sum(map(Counter, total.passed_over.values()), Counter(in_files)):
+            found["passed_over"] = dict(passed_over)
         if total.num_bad:
             found["bad_image_causes"] = dict(total.causes.most_common())
             listed = ", ".join(f"{cause} {count}" for cause, count in total.causes.most_common())

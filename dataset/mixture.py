@@ -61,6 +61,12 @@ class Mixture(Sequence):
         """Returns what local shards hold that is in no sample, by cause."""
         return sum((some.passed_over() for some in self.sets if hasattr(some, "passed_over")), Counter())
 
+    def passed_over_beside(self, index: int) -> dict[str, dict[str, int]]:
+        """Returns the same of the fetched shard that the sample is in, if it is in one: shard -> cause ->
+        number."""
+        place, own = self._find(index)
+        return self.sets[place].passed_over_beside(own) if _is_stream(self.sets[place]) else {}
+
     def _look_ahead(self) -> int:
         """How many samples before a shard of a stream is needed it is to be fetched; 0: there are no streams.
 

@@ -30,7 +30,8 @@ from utils import UserError, find_places, is_url
 
 class PretrainData(TrainItems):
     """Entries {"image", "caption": text or list of texts}. Beside `images` (1, 3, R, R) an item has code_view
-    (3, r, r) uint8, patch_mask (h * w,) bool and mask_seed, from which the masked words are drawn.
+    (3, r, r) uint8, patch_mask (h * w,) bool, mask_seed, from which the masked words are drawn, and
+    passed_over: what the fetched shard that it was asked from has in no sample, shard -> cause -> number.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class PretrainData(TrainItems):
     def __getitem__(self, key: tuple[int, ...]) -> dict:
         for index in key[2:]:
             self.entries.expect(index)
-        return super().__getitem__(key)
+        return {**super().__getitem__(key), "passed_over": self.entries.passed_over_beside(key[1])}
 
     def passed_over(self) -> dict[str, int]:
         return dict(self.entries.passed_over())
@@ -66,7 +67,7 @@ class PretrainData(TrainItems):
 
 
 class PretrainCollate(Collate):
-    """Draws the masked words too, each item's by its own seed."""
+    """Draws the masked words too, each item's by its own seed; `passed_over` of all items together."""
 
     def __init__(self, tokenizer, max_tokens: int, position_limit: int, mlm_probability: float):
         super().__init__(tokenizer, position_limit, max_tokens)
@@ -92,6 +93,9 @@ class PretrainCollate(Collate):
         patch_mask = torch.stack(batch["patch_mask"])  # (B, h * w)
         return {
             **batch,
+            "passed_over": {
+                shard: causes for found in batch["passed_over"] for shard, causes in found.items()
+            },
             "code_view": torch.stack(batch["code_view"]),  # (B, 3, r, r)
             "patch_mask": patch_mask,
             "mim_places": find_places(patch_mask),  # counted here, where nobody waits for it

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import fsspec
 
-from dataset.shard_index import find_indexes, passed_over_lines
+from dataset.shard_index import Shard, find_indexes, passed_over_lines
 from dataset.shard_stream import Fetch, count_samples
 from dataset.transforms import BadImage
 from utils import UserError, fill_in, first_line, is_url
@@ -64,6 +64,14 @@ class Shards(Sequence):
         for shard in self.local or ():
             total.update({cause: number for cause, (number, _) in shard.passed_over.items()})
         return total
+
+    def passed_over_beside(self, index: int) -> dict[str, dict[str, int]]:
+        """Returns the same of the fetched shard that the sample is in: shard -> cause -> number."""
+        fetched = self.fetched.get(bisect_right(self.ends, index))
+        shard = fetched.shard if fetched else None
+        if not isinstance(shard, Shard) or not shard.passed_over:
+            return {}
+        return {shard.name: {cause: number for cause, (number, _) in shard.passed_over.items()}}
 
     def notes(self) -> tuple[list[str], list[str]]:
         """Returns what is wrong with local shards, and what is passed over in them, as sentences."""

@@ -285,7 +285,7 @@ def test_too_many_bad_images_stop_the_run(monkeypatch, tiny, tmp_path):
     )
 
 
-@pytest.mark.parametrize("how", ["{}"])
+@pytest.mark.parametrize("how", ["{}", "pipe:cat {}"])
 def test_what_shards_hold_beside_samples_is_in_the_account_of_an_epoch(tiny, tmp_path, how):
     content, file = (tiny["data"] / "images" / "train" / "00000.jpg").read_bytes(), tmp_path / "0.tar"
     names = [f"{number}.{kind}" for number in range(8) for kind in ("jpg", "txt", "mask.png")]

@@ -41,6 +41,7 @@ from dataset.prepare.shards import fill_of, write_shard
 from dataset.pretrain import PretrainData, code_views, read_pairs, read_sets
 from dataset.shards import KEPT_OPEN, Shards, expand_names
 from dataset.transforms import BadImage, PretrainTransform
+from training import BadImages
 from utils import UserError
 
 
@@ -369,6 +370,34 @@ def test_further_images_of_a_key_are_no_samples_of_their_own(tmp_path, caplog):
         assert data.passed_over() == expected
 
 
+def test_what_streamed_shards_hold_beside_samples_reaches_the_account_of_each_epoch_once(tmp_path):
+    """Also with a loader process that lives on, ranks that share a shard, and after a stop."""
+    for number in range(3):
+        beside = {"._x.jpg": b"", "note.md": b""} if number < 2 else {}
+        write_tar(tmp_path / f"{number}.tar", samples(4, 10 * number) | beside)
+    data = data_of(read_sets(f"pipe:cat {tmp_path}/{{0..2}}.tar"))
+    ranks = BadImages(), BadImages()
+    for epoch in range(2):
+        account = BadImages()
+        for index in range(12):
+            item = pickle.loads(pickle.dumps(data[epoch, index]))  # as a loader process sends it
+            account.add(item["bad"], 1, item["passed_over"])
+            ranks[index % 2].add(item["bad"], 1, item["passed_over"])
+        found = account.report({"links": 3})["passed_over"]
+        assert sorted(found.values()) == [2, 2, 3] and found["links"] == 3
+    total = BadImages()
+    for own in ranks:
+        total.merge(json.loads(json.dumps(own.state_dict())))
+    assert sorted(total.report()["passed_over"].values()) == [2, 2]
+    assert "passed_over" not in BadImages().report()
+
+
+def test_a_shard_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(UserError, match=r"0.tar cannot be read: not a file, but a pipe, socket or device"):
+        Shards([f"{tmp_path}/0.tar"])
+
+
 def test_a_key_that_comes_again_is_another_sample(tmp_path):
     pairs = [(("s.jpg", picture(number)), ("s.txt", f"{number}".encode())) for number in range(6)]
     shards, found = found_in([member for pair in pairs for member in pair], tmp_path)
@@ -670,7 +699,10 @@ def test_a_url_is_tried_again_and_then_replaced(tmp_path, made):
             assert item["where"].startswith(names[2])
         assert fetch.call_count == 2
     data = data_of(Mixture([Shards(["pipe:exit 7"], [5])]))
-    assert data[0, 0] == {"bad": [("pipe:exit 7", "cannot be fetched: exit code 7")] * MAX_TRIES}
+    assert data[0, 0] == {
+        "bad": [("pipe:exit 7", "cannot be fetched: exit code 7")] * MAX_TRIES,
+        "passed_over": {},
+    }
 
 
 def test_a_replacement_is_not_looked_for_in_a_shard_without_samples(made):
