@@ -481,7 +481,7 @@ def read_config(
 def read_yaml(path: str | Path) -> dict:
     """Return the mapping in a YAML file. Raises UserError, with the line, for what is none."""
     try:
-        values = YAML(typ="safe").load(Path(path).read_bytes())
+        values = YAML(typ="safe", pure=True).load(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from error
     except DuplicateKeyError as error:
@@ -583,7 +583,7 @@ def _override(values: dict, text: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"--overrides {text}: {parent} is a value, not a section")
     try:
-        values[leaf] = YAML(typ="safe").load(value)
+        values[leaf] = YAML(typ="safe", pure=True).load(value)
     except YAMLError as error:
         raise UserError(f"--overrides {text}: {value!r} is not valid YAML") from error
 

@@ -83,7 +83,7 @@ def read_levels(config: Path) -> dict[str, float]:
         log.info(f"no {config}: no chance levels")
         return {}
     try:
-        return chance_levels(YAML(typ="safe").load(config.read_bytes()))
+        return chance_levels(YAML(typ="safe", pure=True).load(config.read_bytes()))
     except (YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{config} is not the resolved config that a run writes ({error!r})") from error
 

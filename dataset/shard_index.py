@@ -267,9 +267,11 @@ def scan(file: BinaryIO, name: str) -> tuple[bytearray, str, PassedOver]:
     are passed over.
     """
     members, problem, end = _Members(), "", 0
+    has_members = any(file.read(BLOCK))  # where there are none, Python 3.10 looks before the beginning
+    file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
+            while has_members and (member := tar.next()) is not None:
                 tar.members.clear()  # which it would keep
                 members.add(member)
                 end = tar.offset

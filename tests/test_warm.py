@@ -73,7 +73,8 @@ def test_signals_reach_it_and_its_record_goes_with_it(tmp_path):
 
 
 def test_it_imports_this_projects_modules_itself(tmp_path):
-    code = "import sys\nprint([getattr(module, '__file__', None) or '' for module in sys.modules.values()])"
+    files = "[getattr(module, '__file__', None) or '' for module in list(sys.modules.values())]"
+    code = f"import sys\nprint({files})"
     (tmp_path / "modules.py").write_text(code)
     files = ast.literal_eval(warm.run([sys.executable, "modules.py"], cwd=tmp_path).stdout)
     assert any("torch" in file for file in files)
