@@ -37,14 +37,18 @@ ADAPTED = nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv2d
 
 
 class Adapter(nn.Module):
-    """What a layer gives, its weights frozen, and a trained multiple of it."""
+    """What a layer gives, its weights frozen, each value a trained multiple of its own.
+
+    Not all the same one: features of unit length would undo it, and its gradient be 0.
+    """
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer, self.scale = layer.requires_grad_(False), nn.Parameter(torch.tensor(0.5))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.layer(*inputs) * (1 + self.scale)
+        states = self.layer(*inputs)
+        return states * (1 + self.scale * torch.linspace(0, 1, states.shape[-1]))
 
 
 def adapt(model: nn.Module, end: str = "") -> dict[str, Adapter]:
