@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from models.bert import Attention
-from models.vit import without_memory
 from training import Losses, set_checkpointing
 from utils import PRECISIONS, as_one_process, autocast
 
@@ -89,7 +88,7 @@ def _run(
     is_whole: bool = True,
 ) -> tuple[Estimate, int]:
     """The step, or its forward pass alone; the estimate and the bytes that the forward pass has left."""
-    with without_memory():
+    with torch.device("meta"):
         model, *others = build()
     set_checkpointing(model.train(), config["checkpoint_activations"])
     for module in model.modules() if without_dropout else ():
@@ -142,7 +141,7 @@ def estimate_evaluation(
 
     parts(model): name -> how many units of work, and a function that does them.
     """
-    with without_memory():
+    with torch.device("meta"):
         model = make_model().eval()
     with torch.no_grad(), keeping_account() as account:
         give_sizes(model, device)
@@ -162,7 +161,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def give_sizes(module: nn.Module, device: torch.device) -> None:
-    """Puts the tensors of a module built `without_memory` onto a device, under FakeTensorMode; a parameter
+    """Puts the tensors of a module built on the meta device onto a device, under FakeTensorMode; a parameter
     that two modules share stays shared.
     """
     moved: dict[int, Tensor] = {}

@@ -3,37 +3,15 @@
 Shapes: B batch, N tokens = 1 [CLS] + patches row by row, D width, H heads, d = D / H.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from utils import UserError
-
-
-class _LinspaceOnCpu(TorchFunctionMode):
-    def __torch_function__(
-        self, function: Callable, types, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        on_cpu = {"device": "cpu"} if function is torch.linspace else {}
-        return function(*args, **{**(kwargs or {}), **on_cpu})
-
-
-@contextmanager
-def without_memory() -> Iterator[None]:
-    """Models built inside have names and shapes but no numbers, at any size in no time.
-
-    As `torch.device("meta")`, but older timm reads numbers that it makes by linspace.
-    """
-    with torch.device("meta"), _LinspaceOnCpu():
-        yield
 
 
 def vit_sizes(config: dict) -> dict:

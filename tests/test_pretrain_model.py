@@ -23,7 +23,6 @@ from transformers import BertForMaskedLM as HubBertForMaskedLM
 from config import PRETRAIN, RETRIEVAL, read_config
 from models.pretrain import SIMLA, Draws
 from models.retrieval import SIMLARetrieval
-from models.vit import without_memory
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +222,7 @@ def test_released_switches_matter_only_where_they_should():
 def test_released_switches_come_from_the_config():
     for switch in ("mlm_distill_over_sequence", "psl_padding"):
         config = read_config("configs/demo/Pretrain.yaml", PRETRAIN, [f"released_code.{switch}=true"])
-        with without_memory():
+        with torch.device("meta"):
             model = SIMLA.from_config(config, cls_id=2)
         assert model.cls_id == 2
         assert [model.mlm_distill_over_sequence, model.psl_padding] == [
@@ -260,7 +259,7 @@ def read(name: str) -> dict:
 
 def build(config: dict) -> SIMLA | SIMLARetrieval:
     """Sizes without memory."""
-    with without_memory():
+    with torch.device("meta"):
         if "mlm_probability" in config:
             return SIMLA.from_config(config, cls_id=101)
         return SIMLARetrieval.from_config(config)
@@ -311,7 +310,7 @@ def full_size_shapes():
 
 
 def test_full_size_text_encoder_is_bert_base_with_cross_attention(full_size_shapes):
-    with without_memory():
+    with torch.device("meta"):
         theirs = HubBertForMaskedLM(HubConfig()).state_dict()  # the defaults are bert-base-uncased
     own = {
         name.removeprefix("text_encoder."): shape
@@ -330,7 +329,7 @@ def test_full_size_text_encoder_is_bert_base_with_cross_attention(full_size_shap
 
 
 def test_full_size_image_encoder_is_vit_base_and_the_heads_have_their_sizes(full_size_shapes):
-    with without_memory():
+    with torch.device("meta"):
         theirs = timm.create_model("vit_base_patch16_224", img_size=256, num_classes=0, global_pool="")
     shapes = {f"visual_encoder.{name}": tuple(value.shape) for name, value in theirs.state_dict().items()}
     own = {name: shape for name, shape in full_size_shapes.items() if name.startswith("visual_encoder.")}
