@@ -6,56 +6,10 @@ Both are views of what train_steps.jsonl and log.txt hold; neither ever ends a r
 import importlib.util
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from utils import UserError, first_line, is_main, log
 
 FOLDER = "tensorboard"
-
-
-class TensorBoard:
-    """Writes scalars to an event file of its own, each call straight to the disk, as runs end abruptly.
-
-    Events are put together here: the writer of torch takes seconds to import and ends with a thread.
-    """
-
-    def __init__(self, output_dir: str, first_step: int):
-        """What an earlier process wrote at `first_step` and later no longer counts."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        folder = Path(output_dir) / FOLDER
-        folder.mkdir(exist_ok=True)
-        # Read in the order of their names: a number keeps that of the runs, whatever the hosts' clocks say.
-        self.path = folder / f"events.out.tfevents.{len(list(folder.iterdir())):06d}"
-        self.append(
-            [
-                Event(wall_time=time.time(), file_version="brain.Event:2"),
-                Event(
-                    wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)
-                ),
-            ]
-        )
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self.append([Event(wall_time=time.time(), step=step, summary=Summary(value=values))])
-
-    def append(self, events: list) -> None:
-        """Whole records or nothing: readers give up a file at the first broken one."""
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("ab") as file:
-                for event in events:
-                    RecordWriter(file).write(event.SerializeToString())
-        except OSError:
-            with self.path.open("r+b") as file:
-                file.truncate(size)
-            raise
 
 
 class RunLog:
@@ -63,7 +17,7 @@ class RunLog:
 
     def __init__(self, output_dir: str, run: str, config: dict):
         self.output_dir, self.first_step = output_dir, 0
-        self.tensorboard: TensorBoard | None = None
+        self.tensorboard = None  # its writer, made when first there is something to write
         self.wandb = start_wandb(output_dir, run, config) if config["wandb"] and is_main() else None
         self.named: set[str] = set()
         self.begin(0)
@@ -72,6 +26,8 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
+        if self.tensorboard:
+            self._attempt(FOLDER, self.tensorboard.close)
         if self.wandb:
             self._attempt("wandb", lambda: self.wandb.finish(exit_code=int(kind is not None)))
 
@@ -105,9 +61,20 @@ class RunLog:
             self._attempt("wandb", lambda: self.wandb.log(tagged, step=step))
 
     def _to_tensorboard(self, step: int, tagged: dict[str, float]) -> None:
-        if self.tensorboard is None:
-            self.tensorboard = TensorBoard(self.output_dir, self.first_step)
-        self.tensorboard.write(step, tagged)
+        """Writes to an event file of this process; what an earlier one wrote at `first_step` and later no
+        longer counts.
+        """
+        try:
+            if self.tensorboard is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(f"{self.output_dir}/{FOLDER}", purge_step=self.first_step)
+            for name, value in tagged.items():
+                self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()  # at once, as runs end abruptly
+        except Exception:  # readers leave a file at a broken record: what follows goes into another one
+            self.tensorboard, self.first_step = None, step + 1
+            raise
 
     def _attempt(self, target: str, write: Callable[[], None]) -> None:
         try:
