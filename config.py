@@ -13,9 +13,10 @@ import argparse
 import copy
 import difflib
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -453,24 +454,24 @@ def read_config(
     key, a value of the wrong type or out of range, values that do not fit together, overrides without effect,
     and for the config of another task.
     """
-    notes = [] if notes is None else notes
-    values = read_yaml(path)
-    if "scheduler" in values and "schedular" in table:
-        if "schedular" in values:
-            raise UserError(f"config {path}: has both schedular and scheduler; keep one")
-        values["schedular"] = values.pop("scheduler")
-    hint = _other_task(values, table, path)
-    values, said = _from_published(values, table, path)
-    notes += said
+    notes, values, files = [] if notes is None else notes, {}, {}
+    layers = _read_layers(path)
+    hint = _other_task(_merged(layer for _, layer in layers), table, path)
+    for file, layer in layers:
+        layer, said = _from_published(layer, table, file)
+        values = _merged([values, layer])
+        files |= dict.fromkeys(_names(layer), file)
+        notes += said
     overrides = [re.sub(r"^scheduler(?=[.=])", "schedular", override) for override in overrides or []]
     for override in overrides:
         _override(values, override)
-    config = check_values(values, table, path, hint=hint)
+    config = check_values(values, table, path, hint=hint, files=files)
     _check_fit(config, path)
     names = {override.partition("=")[0] for override in overrides}
     for name in sorted(names & _unused(table)):
         raise UserError(f"--overrides {name} has no effect: {_key_of(name, table).help}")
-    notes += _notes_on_rates(config, path, "optimizer.lr" in names)
+    same_file = files.get("optimizer.lr") == files.get("schedular.lr") and "optimizer.lr" not in names
+    notes += _notes_on_rates(config, files.get("schedular.lr", path), same_file)
     if config["data_root"]:  # absolute, so that the copy beside the results can be read again
         config["data_root"] = str(Path(fill_in(config["data_root"])).absolute())
     config = _resolve(config, table, config["data_root"])
@@ -479,7 +480,54 @@ def read_config(
 
 
 def read_yaml(path: str | Path) -> dict:
-    """Return the mapping in a YAML file. Raises UserError, with the line, for what is none."""
+    """Return the mapping in a YAML file, laid over that of the file that its `base` names. Raises UserError,
+    with the line, for what is none.
+    """
+    return _merged(values for _, values in _read_layers(str(path)))
+
+
+def _read_layers(path: str, variants: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
+    """Return (file, its keys) of the config and, before it, of what it is based on; variants: the files that
+    led here by their `base`.
+    """
+    values = _read_one(path)
+    if "base" not in values:
+        return [(path, values)]
+    base = values.pop("base")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"config {path}: base must name a YAML file, found {base!r}")
+    base = os.path.normpath(Path(path).parent / fill_in(base))
+    if any(os.path.realpath(base) == os.path.realpath(variant) for variant in (*variants, path)):
+        raise UserError(f"config {path}: base {base} is itself based on {path}; take one `base` away")
+    if not Path(base).exists():
+        raise UserError(
+            f"config {path}: base {base} does not exist; its path starts from the folder of {path}"
+        )
+    return [*_read_layers(base, (*variants, path)), (path, values)]
+
+
+def _merged(layers: Iterable[dict]) -> dict:
+    """Return the values of all layers; a later one replaces single keys of a section, and all else whole."""
+    merged = {}
+    for layer in layers:
+        for name, value in layer.items():
+            before = merged.get(name)
+            if name == "bert_config" and isinstance(before, str) and isinstance(value, dict):
+                before = _read_bert_config(before)
+            both = isinstance(before, dict) and isinstance(value, dict)
+            merged[name] = _merged([before, value]) if both else value
+    return merged
+
+
+def _names(values: dict, section: str = "") -> Iterator[str]:
+    """Yield the name of every key, section.key for those of sections."""
+    for name, value in values.items():
+        yield f"{section}{name}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{section}{name}.")
+
+
+def _read_one(path: str) -> dict:
     try:
         values = YAML(typ="safe", pure=True).load(Path(path).read_bytes())
     except OSError as error:
@@ -496,6 +544,10 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
         raise UserError(f"config {path} must hold `key: value` lines, found {found}")
+    if "scheduler" in values:
+        if "schedular" in values:
+            raise UserError(f"config {path}: has both schedular and scheduler; keep one")
+        values["schedular"] = values.pop("scheduler")
     return values
 
 
@@ -599,12 +651,21 @@ def _read_bert_config(path: str) -> dict:
 # ---- checking ----
 
 
-def check_values(values: dict, table: dict[str, Key], path: str, section: str = "", hint: str = "") -> dict:
+def check_values(
+    values: dict,
+    table: dict[str, Key],
+    path: str,
+    section: str = "",
+    hint: str = "",
+    files: dict | None = None,
+) -> dict:
     """Return the values of a config, or of its section "name.", with defaults filled in; see `read_config`
-    for what it raises. `path` says where they come from; hint: what else to say about unknown and missing
-    keys.
+    for what it raises. `path` says where they come from, but those named in `files` from there; hint: what
+    else to say about unknown and missing keys.
     """
+    files = files or {}
     for name in _unknown(values, table):
+        path = files.get(f"{section}{name}", path)
         near = difflib.get_close_matches(str(name), table, n=1)
         about = f"did you mean {section}{near[0]}?" if near else f"known keys: {', '.join(table)}"
         raise UserError(f"config {path}: unknown key {section}{name}; {hint or about}")
@@ -612,7 +673,7 @@ def check_values(values: dict, table: dict[str, Key], path: str, section: str = 
         what = f"missing {'key' if len(missing) == 1 else 'keys'} {', '.join(missing)}"
         raise UserError(f"config {path}: {what}" + f"; {hint}" * bool(hint))
     return {
-        name: _check_value(values.get(name, key.default), key, path, section + name)
+        name: _check_value(values.get(name, key.default), key, path, section + name, files)
         for name, key in table.items()
     }
 
@@ -625,12 +686,12 @@ def _missing(values: dict, table: dict[str, Key]) -> list[str]:
     return [name for name, key in table.items() if key.default is REQUIRED and name not in values]
 
 
-def _check_value(value: object, key: Key, path: str, name: str) -> object:
-    value = _as_meant(value, key)
+def _check_value(value: object, key: Key, path: str, name: str, files: dict) -> object:
+    value, path = _as_meant(value, key), files.get(name, path)
     if isinstance(key.type, dict):
         if not isinstance(value, dict):
             raise UserError(f"config {path}: {name} must be a section of keys, found {value!r}")
-        return check_values(value, key.type, path, name + ".")
+        return check_values(value, key.type, path, name + ".", files=files)
     allowed = key.type if isinstance(key.type, tuple) else (key.type,)
     if (value is None or value in ("", [])) and key.default not in EMPTY:
         raise UserError(f"config {path}: {name} is empty; expected {expected(key)}")
@@ -769,9 +830,9 @@ def _check_fit(config: dict, path: str) -> None:
         refuse(f"optimizer.betas must be two numbers, found {optimizer['betas']!r}")
 
 
-def _notes_on_rates(config: dict, path: str, rate_was_overridden: bool) -> list[str]:
+def _notes_on_rates(config: dict, path: str, same_file: bool) -> list[str]:
     rate, schedule, notes = config["optimizer"]["lr"], config["schedular"], []
-    if schedule["lr"] not in (0, rate) and not rate_was_overridden:
+    if schedule["lr"] not in (0, rate) and same_file:
         notes.append(
             f"config {path}: schedular.lr {schedule['lr']} has no effect; optimizer.lr {rate} counts"
         )

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import sys
 import time
 from types import SimpleNamespace
@@ -200,8 +201,7 @@ def test_an_empty_value_means_none_on_the_command_line_and_in_yaml(task, name, t
     empty = TASKS[task][name].default
     assert read([f"{name}="], str(SHIPPED[task]), task)[name] == empty
     path = tmp_path / f"{task}.yaml"
-    lines = [line for line in SHIPPED[task].read_text().splitlines() if not line.startswith(f"{name}:")]
-    path.write_text("\n".join([*lines, f"{name}:"]))
+    path.write_text(f"base: {SHIPPED[task]}\n{name}:")
     assert read([], str(path), task)[name] == empty
 
 
@@ -251,8 +251,10 @@ def test_lists_of_other_tasks_hold_paths_alone():
     ],
 )
 def test_broken_yaml_is_one_sentence_with_the_line(change, expected, tmp_path):
-    path = tmp_path / "c.yaml"
-    text = SHIPPED["Pretrain"].read_text()
+    path, text = (
+        tmp_path / "c.yaml",
+        "batch_size: 16\nvit: {patch_size: 8, depth: 4}\noptimizer: {opt: adamW, lr: 1e-4}\n",
+    )
     assert change[0] in text
     path.write_text(text.replace(*change))
     with pytest.raises(UserError, match=expected) as error:
@@ -268,8 +270,7 @@ def test_bytes_that_are_no_utf8_are_one_sentence(tmp_path):
 
 def test_an_empty_section_is_filled_by_overrides(tmp_path):
     path = tmp_path / "c.yaml"
-    lines = SHIPPED["Pretrain"].read_text().splitlines()
-    path.write_text("\n".join("optimizer:" if line.startswith("optimizer:") else line for line in lines))
+    path.write_text(f"base: {SHIPPED['Pretrain']}\noptimizer:")
     assert read(["optimizer.lr=1e-3"], str(path))["optimizer"]["lr"] == 1e-3
 
 
@@ -278,6 +279,103 @@ def test_an_override_of_one_default_of_a_section_keeps_the_others(tmp_path):
     config = read(["optimizer.opt=sgd", "schedular.min_lr=0"], str(tmp_path / "c.yaml"), "Retrieval")
     assert (config["optimizer"]["opt"], config["optimizer"]["lr"]) == ("sgd", 1e-5)
     assert (config["schedular"]["min_lr"], config["schedular"]["epochs"]) == (0, 5)
+
+
+# ---- variants ----
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, text: str) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_a_variant_overrides_single_keys_of_its_base_and_of_that_one_s(write, tmp_path, monkeypatch):
+    (tmp_path / "bert.json").write_text('{"hidden_size": 64, "encoder_width": 768, "num_attention_heads": 4}')
+    write("a.yaml", f"base: {PRETRAIN}\nbert_config: {tmp_path}/bert.json\nwandb: {{project: p, name: a}}\n")
+    write("sub/b.yaml", "base: ../a.yaml\noptimizer: {weight_decay: 0.1}\ntrain_file: [b.json]\nalpha: 0\n")
+    monkeypatch.setenv("SUB", "sub")
+    path = write(
+        "c.yaml", "base: $SUB/b.yaml\nbert_config: {num_hidden_layers: 3}\nwandb: {name: c}\nalpha: 0.1\n"
+    )
+    overrides = [
+        f"bert_config={tmp_path}/bert.json",
+        "bert_config.num_hidden_layers=3",
+        "wandb={project: p}",
+        "wandb.name=c",
+        "optimizer.weight_decay=0.1",
+        "train_file=[b.json]",
+        "alpha=0.1",
+    ]
+    found, plain = read([], path), read(overrides)
+    assert found == plain and "base" not in found
+    assert found["optimizer"]["lr"] == 1e-4 and found["wandb"] == {"project": "p", "name": "c"}
+    assert read(["wandb.name=d"], path)["wandb"] == {"project": "p", "name": "d"}
+
+
+@pytest.mark.parametrize(
+    ("base", "variant", "named", "expected"),
+    [
+        ("quue_size: 7", "", "base.yaml", "unknown key quue_size; did you mean queue_size"),
+        ("", "quue_size: 7", "variant.yaml", "unknown key quue_size"),
+        ("optimizer: {lrr: 7}", "optimizer: {lr: 7}", "base.yaml", "unknown key optimizer.lrr"),
+        ("optimizer: {lr: 7}", "optimizer: {lrr: 7}", "variant.yaml", "unknown key optimizer.lrr"),
+        ("alpha: 4", "momentum: 1", "base.yaml", "alpha must be from 0 to 1, found 4"),
+        ("alpha: 1", "alpha: 4", "variant.yaml", "alpha must be from 0 to 1, found 4"),
+        ("vit: 3", "alpha: 1", "base.yaml", "vit must be a section of keys"),
+        ("a: [", "alpha: 1", "base.yaml", "is not valid YAML"),
+        (
+            "scheduler: {epochs: 1}\nschedular: {epochs: 1}",
+            "",
+            "base.yaml",
+            "has both schedular and scheduler",
+        ),
+    ],
+)
+def test_what_is_wrong_names_the_file_it_stands_in(base, variant, named, expected, write, tmp_path):
+    shipped = f"base: {PRETRAIN}\n"
+    write("base.yaml", shipped + base)
+    path = write("variant.yaml", f"base: base.yaml\n{variant}")
+    with pytest.raises(UserError, match=rf"^config {tmp_path}/{named}.*{expected}"):
+        read([], path)
+
+
+def test_old_names_are_read_in_every_file_of_a_variant(write):
+    write("base.yaml", PUBLISHED["NLVR"])
+    path, notes = write("NLVR.yaml", "base: base.yaml\nbatch_size_train: 3\nscheduler: {epochs: 2}\n"), []
+    config = read_config(path, TASKS["NLVR"], [], notes)
+    assert (config["batch_size_train"], config["batch_size_test"], config["schedular"]["epochs"]) == (3, 8, 2)
+    assert notes[0].startswith(f"config {path.replace('NLVR.yaml', 'base.yaml')}: batch_size is read as")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("base: c.yaml", "c.yaml: base {0}/c.yaml is itself based on {0}/c.yaml"),
+        ("base: sub/circle.yaml", "sub/circle.yaml: base {0}/c.yaml is itself based on {0}/sub/circle.yaml"),
+        (
+            "base: ../none.yaml",
+            "c.yaml: base {1}/none.yaml does not exist; its path starts from the folder of",
+        ),
+        ("base: [a.yaml]", "c.yaml: base must name a YAML file, found ['a.yaml']"),
+        ("base:", "c.yaml: base must name a YAML file, found None"),
+        ("base: .", "{0} cannot be read: Is a directory"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_named(line, expected, write, tmp_path):
+    write("sub/circle.yaml", "base: ../c.yaml")
+    with pytest.raises(UserError, match=re.escape(expected.format(tmp_path, tmp_path.parent))):
+        read([], write("c.yaml", line))
+
+
+def test_a_rate_that_a_variant_changes_needs_no_second_one(write):
+    notes = []
+    path = write("c.yaml", f"base: {PRETRAIN}\noptimizer: {{lr: 5e-5}}")
+    assert read_config(path, TASKS["Pretrain"], [], notes)["optimizer"]["lr"] == 5e-5 and not notes
 
 
 # ---- overrides and flags ----
@@ -382,11 +480,11 @@ def test_the_config_of_another_task_is_recognised():
 
 def test_a_config_without_a_telling_name_is_recognised_by_its_keys(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(SHIPPED["VQA"].read_text())
+    path.write_text(f"base: {SHIPPED['VQA']}")
     read([], str(path), "VQA")
     with pytest.raises(UserError, match=r"unknown key .*; this looks like a config of VQA\.py$"):
         read([], str(path), "VE")
-    path.write_text(SHIPPED["VE"].read_text())
+    path.write_text(f"base: {SHIPPED['VE']}")
     read([], str(path), "NLVR")  # the same keys: nothing but the name tells them apart
     assert "did you mean quue_size" not in refusal("quue_size=7", str(path), "VE")
 
@@ -526,8 +624,7 @@ def test_offline_is_named_and_the_hub_not_asked(hub, monkeypatch):
 
 def test_the_check_looks_at_the_files_before_it_asks_for_a_tokenizer(hub, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    text = SHIPPED["VE"].read_text().replace("text_encoder: data/demo/bert", "text_encoder: nobody/has")
-    (tmp_path / "VE.yaml").write_text(text)
+    (tmp_path / "VE.yaml").write_text(f"base: {SHIPPED['VE']}\ntext_encoder: nobody/has")
     flags = ["--config", str(tmp_path / "VE.yaml"), "--output_dir", str(tmp_path / "out"), "--overrides"]
     assert check_main([*flags, f"data_root={tmp_path}"]) == 2
     assert "problem: " in caplog.text and "ve_train.json cannot be read" in caplog.text

@@ -3,12 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from ruamel.yaml import YAML
 from tiny import make_tiny
 
 import dataset.demo
@@ -16,6 +14,7 @@ import demo
 import plots
 import Pretrain
 import zero_shot_retrieval
+from config import read_yaml
 from utils import UserError
 
 
@@ -177,8 +176,6 @@ def test_what_the_drawing_processes_import_is_little():
 
 def test_demo_configs_have_the_same_sizes():
     """The retrieval model loads what pre-training saved."""
-    pretrain, retrieval = (
-        YAML(typ="safe").load(Path(f"configs/demo/{name}.yaml")) for name in ("Pretrain", "Retrieval")
-    )
+    pretrain, retrieval = (read_yaml(f"configs/demo/{name}.yaml") for name in ("Pretrain", "Retrieval"))
     for key in ("image_res", "vision_width", "vit", "bert_config", "embed_dim", "queue_size", "text_encoder"):
         assert pretrain[key] == retrieval[key], key

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from ruamel.yaml import YAML
-from tiny import MODEL, ROOT, make_tiny
+from tiny import MODEL, demo_config, make_tiny
 
 import demo
 import demo_all
 import plots
+from config import read_yaml
 from utils import UserError
 
 TASKS = ["zero_shot_retrieval", "retrieval", "grounding", "vqa", "nlvr", "ve"]
@@ -22,19 +23,19 @@ COLUMNS = {"metric", "chance", "before", "after", "n", "seconds"}
 def tiny_configs(folder, data) -> None:
     """The demo's configs with the tiny model, one epoch, and the tiny data."""
     yaml = YAML(typ="safe", pure=True)
-    for path in (ROOT / "configs" / "demo").glob("*.yaml"):
-        config = yaml.load(path.read_text().replace("data/demo", str(data)))
+    for name in ("Pretrain", "Retrieval", "Grounding", "VQA", "NLVR_Pretrain", "NLVR", "VE"):
+        path = demo_config(name, data, folder)
+        config = read_yaml(path)
         config |= {key: value for key, value in MODEL.items() if key in config}
         config["vit"] = {
             **MODEL["vit"],
             "depth": 4,
         }  # grounding looks at block 3
-        if "schedular" in config:
-            config["schedular"]["epochs"] = 1
+        config["schedular"]["epochs"] = 1
         if path.stem == "Pretrain":
             config |= {"num_masking_patches": 5, "min_num_patches": 2}
             config["image_tokenizer"]["vocab_size"] = 16
-        with (folder / path.name).open("w") as file:
+        with path.open("w") as file:
             yaml.dump(config, file)
 
 

@@ -211,7 +211,7 @@ def test_flags_and_keys_in_the_text_exist(page):
         flag for file in SOURCES for flag in re.findall(r'"(--[\w-]+)"', file.read_text())
     }
     keys = {row.split("`")[1] for table in config.TABLES.values() for row in config.describe(table)}
-    keys |= {".".join(key.split(".")[:i]) for key in keys for i in range(1, key.count(".") + 2)}
+    keys |= {"base"} | {".".join(key.split(".")[:i]) for key in keys for i in range(1, key.count(".") + 2)}
     leaves = {key.split(".")[-1] for key in keys}
     for span in spans(page):
         for flag in re.findall(r"(?<!\S)(--[a-z][\w-]*)", span):

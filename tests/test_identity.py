@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import demo_config
 
 from config import GROUNDING, RETRIEVAL, read_config
 from dataset.annotations import read_annotations
@@ -297,16 +298,9 @@ def test_refcoco_s_images_have_the_published_identities(tmp_path):
 # ---- what is said, and where ----
 
 
-def demo_config(demo: Path, folder: Path) -> Path:
-    path = folder / "Retrieval.yaml"
-    text = Path("configs/demo/Retrieval.yaml").read_text(encoding="utf-8")
-    path.write_text(text.replace("data/demo", str(demo)), encoding="utf-8")
-    return path
-
-
 def check_of(demo: Path, folder: Path, *overrides: str) -> tuple[int, dict]:
     """Exit code and report.json of the check."""
-    flags = ["--config", str(demo_config(demo, folder)), "--output_dir", str(folder / "out")]
+    flags = ["--config", str(demo_config("Retrieval", demo, folder)), "--output_dir", str(folder / "out")]
     code = check([*flags, "--workers", "1", "--overrides", *overrides])
     return code, json.loads((folder / "out" / "report.json").read_bytes())
 
@@ -316,7 +310,7 @@ def test_training_says_what_is_odd_about_the_ids(demo, tmp_path, caplog):
     rows = [{**row, "image": str(demo / row["image"]), "image_id": None} for row in rows]
     file = write(tmp_path / "train.json", rows)
     config = read_config(
-        str(demo_config(demo, tmp_path)), RETRIEVAL, [f"train_file={file}", "batch_size_train=2"]
+        str(demo_config("Retrieval", demo, tmp_path)), RETRIEVAL, [f"train_file={file}", "batch_size_train=2"]
     )
     tokenizer = build_tokenizer(str(demo / "bert"))
     loader = retrieval_loader(config, tokenizer, 64, seed=0, pin=False)

@@ -1,5 +1,6 @@
 """A tiny data set and tiny configs on disk, for running the task scripts for real."""
 
+import json
 import os
 import resource
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import warm
 from ruamel.yaml import YAML
 
+from config import read_yaml
 from dataset.demo import make_demo
 from utils import free_port
 
@@ -64,6 +66,14 @@ def make_tiny(folder: Path) -> dict[str, Path]:
         with paths[name].open("w") as file:
             YAML(typ="safe", pure=True).dump(config, file)
     return paths
+
+
+def demo_config(name: str, data: Path, folder: Path) -> Path:
+    """Write configs/demo/NAME.yaml, its base included, into the folder, for the demo's data in `data`."""
+    path = folder / f"{name}.yaml"
+    values = json.dumps(read_yaml(ROOT / "configs" / "demo" / path.name))  # which is YAML, too
+    path.write_text(values.replace("data/demo", str(data)), encoding="utf-8")
+    return path
 
 
 @contextmanager
