@@ -98,7 +98,7 @@ def start_wandb(output_dir: str, run: str, config: dict):
 
     Raises UserError for keys that wandb does not take and where no run can be started.
     """
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  which is not in the requirements
 
     settings = {"id": run, "resume": "allow", "dir": output_dir, "config": config, **config["wandb"]}
     try:

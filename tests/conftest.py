@@ -1,6 +1,5 @@
 import os
 import signal
-import sys
 import tempfile
 import uuid
 from pathlib import Path
@@ -10,12 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault(  # see warm.py; pytest's workers have it from pytest itself
     "SIMLA_TESTS_SERVER", str(Path(tempfile.gettempdir(), f"simla-{uuid.uuid4().hex[:8]}", str(os.getpid())))
 )
-if os.environ.pop(
-    "PYTHONDONTWRITEBYTECODE", ""
-):  # compiling the packages takes half the time of importing them
-    sys.dont_write_bytecode = False
-    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
-    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 import pytest
 
