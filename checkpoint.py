@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from config import BERT_CONFIG, VIT
 from models.bert import BertConfig
-from safe_load import Inert, load_mapped, to_plain
+from safe_load import Inert, safe_load, to_plain
 from scheduler import WarmupCosine
 from utils import UserError, check_weight, log
 
@@ -295,9 +295,7 @@ def weights_in(content: Any, source: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _copy_into(
-    model: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, release: Callable[[], None]
-) -> None:
+def _copy_into(model: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport) -> None:
     """Fills the model piece by piece; UserError at the first tensor that is not finite, be it in the model's
     dtype alone, or is no weights.
     """
@@ -309,7 +307,6 @@ def _copy_into(
                 f"{own[name].dtype}: perhaps quantised; get the weights as they were trained"
             )
         check_weight(own[name].copy_(value), report.loaded[name], report.source)  # as the model has them
-        release()
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
@@ -377,19 +374,19 @@ def load_weights(model: nn.Module, path: str | Path, task: str, config: Mapping 
 
     config: that of the model, if it is to agree with the file's; see `check_same_build`.
     """
-    content, release = load_mapped(path)
+    content = safe_load(path)
     state = weights_in(content, str(path))
     if config is not None:
         check_same_build(config, config_in(content, str(path)), str(path))
     tensors, report = map_state(state, shapes_of(model), task, str(path), metadata_in(content))
-    _copy_into(model, tensors, report, release)
+    _copy_into(model, tensors, report)
     return report
 
 
 # ---- resuming ----
 
 
-def _optimizer_state(optimizer: Optimizer, saved: dict, source: str, release: Callable[[], None]) -> dict:
+def _optimizer_state(optimizer: Optimizer, saved: dict, source: str) -> dict:
     """The optimiser's own settings, with the moments and steps of `saved`. Raises UserError when those belong
     to another model or are not finite.
     """
@@ -417,7 +414,6 @@ def _optimizer_state(optimizer: Optimizer, saved: dict, source: str, release: Ca
                 key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in saved["state"][i].items()
             }
-            release()
             if "step" in state[number]:  # torch before 1.12 saved plain ints
                 state[number]["step"] = torch.tensor(float(state[number]["step"]))
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
@@ -436,7 +432,7 @@ def resume(
     Raises UserError, before anything is changed, when the file belongs to another model or has weights only,
     and for a tensor that is not finite.
     """
-    checkpoint, release = load_mapped(path)
+    checkpoint = safe_load(path)
     source = str(path)
     absent = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
     if absent:
@@ -445,8 +441,8 @@ def resume(
             "use --checkpoint without --resume"
         )
     tensors, report = _match(weights_in(checkpoint, source), shapes_of(model), RESUME, source, "training")
-    optimizer_state = _optimizer_state(optimizer, checkpoint["optimizer"], source, release)
-    _copy_into(model, tensors, report, release)
+    optimizer_state = _optimizer_state(optimizer, checkpoint["optimizer"], source)
+    _copy_into(model, tensors, report)
     optimizer.load_state_dict(optimizer_state)
     if scaler is not None and checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])

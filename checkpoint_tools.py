@@ -45,7 +45,7 @@ from models.retrieval import SIMLARetrieval
 from models.ve import SIMLAVE
 from models.vqa import SIMLAVQA
 from run_record import code_revision
-from safe_load import load_mapped, to_plain
+from safe_load import safe_load, to_plain
 from saving import atomic_write, check_undamaged
 from utils import UserError, check_weight
 
@@ -78,7 +78,7 @@ def export(source: str, target: str, task: str | None = None, inference: bool = 
     """
     if Path(target).suffix != ".safetensors":
         raise UserError(f"{target}: the exported file's name must end in .safetensors")
-    content, release = load_mapped(source)
+    content = safe_load(source)
     state = weights_in(content, source)
     metadata = metadata_in(content)  # of a file that was exported before
     kind = kind_of(state, source, metadata)
@@ -89,7 +89,6 @@ def export(source: str, target: str, task: str | None = None, inference: bool = 
     kept = {name: value for name, value in state.items() if name not in set(left_out)}
     for name, value in kept.items():
         check_weight(value, name, source)
-        release()
     metadata |= {
         "format": "pt",  # what other readers of safetensors look for
         "simla_format": FORMAT,
@@ -129,7 +128,7 @@ def read_shapes(path: str) -> tuple[dict[str, Tensor], dict, int]:
     """
     if Path(path).suffix == ".safetensors":
         return *_read_header(path), 0
-    content, _ = load_mapped(path)
+    content = safe_load(path)
     state = weights_in(content, path)
     rest = {key: content[key] for key in (*PROVENANCE, "config") if key in content}
     if tokenizer := tokenizer_in(content):
@@ -277,8 +276,7 @@ def main() -> None:
     print(inspect(args.file, args.task, args.config, args.overrides))
     if args.check:
         check_undamaged(args.file)
-        content, release = load_mapped(args.file)
+        content = safe_load(args.file)
         for name, value in weights_in(content, args.file).items():
             check_weight(value, name, args.file)
-            release()
         print("all checksums match, all weights are finite")

@@ -4,7 +4,8 @@ python benchmarks/checkpoint.py [--scale full] [--out output/benchmark-checkpoin
 
 Full size is configs/Pretrain.yaml: 510 M fp32 values and AdamW's two moments, 4 GB a file; 12 GB of memory
 and of disk are needed for some minutes. Every measurement is a process of its own, one after the other, so
-that its peak resident memory means something; files are in the page cache but where it says "from the disk".
+that its peak resident memory means something; what is mapped of a file counts in it, though the system takes
+that back at need. Files are in the page cache but where it says "from the disk".
 """
 
 import argparse

@@ -20,7 +20,7 @@ from checkpoint import (
 from dataset.text import tokenizer_from_text, tokenizer_text
 from models.bert import BertForMaskedLM
 from models.vit import VisionTransformer
-from safe_load import load_mapped, safe_load, what_it_is
+from safe_load import safe_load, what_it_is
 from utils import UserError, check_weight, first_line, hub_answer, log
 
 OFFLINE_REMEDY = (
@@ -64,7 +64,7 @@ def warn_of_another_vocabulary(tokenizer, checkpoint: str, text_encoder: str) ->
     """Logs it where the tokenizer that the checkpoint keeps numbers words otherwise than `tokenizer` does,
     which is of `text_encoder`: the weights would read other words. Nothing where the file keeps none.
     """
-    stored = tokenizer_in(load_mapped(checkpoint)[0])
+    stored = tokenizer_in(safe_load(checkpoint))
     if stored is None or stored == tokenizer_text(tokenizer):
         return
     theirs, ours = tokenizer_from_text(stored, checkpoint).get_vocab(), tokenizer.get_vocab()
