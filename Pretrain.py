@@ -28,25 +28,15 @@ from engine import fit
 from launch import run_script, script_arguments, start
 from models.dvae import STRIDE, build_image_tokenizer, fit_kmeans_codebook
 from models.initial import starting_weights
-from models.pretrain import SIMLA
+from models.pretrain import SIMLA, PretrainBatch
 from utils import UserError, barrier, is_main, log
 
 
 def losses(model: nn.Module, batch: dict, alpha: float, image_tokenizer: nn.Module) -> dict[str, Tensor]:
     """The five losses, summed with weight 1. The visual codes are MIM's targets."""
+    fields = {name: batch[name] for name in PretrainBatch._fields if name != "visual_codes"}
     visual_codes = image_tokenizer(batch["code_view"])  # (B, h * w)
-    return model(
-        batch["image"],
-        batch["text_ids"],
-        batch["text_mask"],
-        batch["mlm_ids"],
-        batch["mlm_labels"],
-        batch["patch_mask"],
-        visual_codes,
-        alpha,
-        batch["mlm_places"],
-        batch["mim_places"],
-    )
+    return model(PretrainBatch(**fields, visual_codes=visual_codes), alpha)
 
 
 def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, device: torch.device) -> nn.Module:

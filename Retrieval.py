@@ -26,7 +26,7 @@ from dry_run import dry_run
 from engine import fit, record_evaluation
 from launch import add_flag, run_script, script_arguments, start
 from models.initial import starting_weights
-from models.retrieval import SIMLARetrieval
+from models.retrieval import RetrievalBatch, SIMLARetrieval
 from saving import result_path
 from utils import UserError, log
 from zero_shot_retrieval import evaluate, report
@@ -34,7 +34,7 @@ from zero_shot_retrieval import evaluate, report
 
 def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
     """ITA and ITM, summed with weight 1."""
-    return model(batch["image"], batch["text_ids"], batch["text_mask"], batch["idx"], alpha)
+    return model(RetrievalBatch(*(batch[name] for name in RetrievalBatch._fields)), alpha)
 
 
 def make_model(args: argparse.Namespace, config: dict) -> SIMLARetrieval:

@@ -30,7 +30,7 @@ from engine import fit, record_evaluation
 from launch import run_script, script_arguments, start
 from models.answer_tree import AnswerTree
 from models.initial import starting_weights
-from models.vqa import SIMLAVQA
+from models.vqa import SIMLAVQA, VQABatch
 from saving import save_result
 from training import to_device
 from utils import UserError, all_gather_objects, autocast, check_scores, log, with_progress
@@ -40,8 +40,8 @@ from vqa_accuracy import answer_scores, best_constant, mean_by_label
 def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
     """The answers' token cross-entropy."""
     questions = batch["image"], batch["text_ids"], batch["text_mask"]
-    answers = batch["answer_ids"], batch["answer_mask"], batch["weights"], batch["num_answers"]
-    return model(*questions, *answers, alpha, batch["answer_places"])
+    answers = (batch[name] for name in VQABatch._fields[len(questions) :])
+    return model(VQABatch(*questions, *answers), alpha)
 
 
 def answer(

@@ -33,11 +33,11 @@ from utils import (
     as_one_process,
     autocast,
     clock,
-    find_places,
     is_main,
     log,
     peak_bytes,
     reset_peak,
+    true_indices,
     world_size,
 )
 
@@ -133,12 +133,12 @@ def random_batch(config: dict, num_images: int = 1) -> dict[str, Tensor]:
         "code_view": pixels(batch_size, STRIDE * grid),
         "mlm_ids": mlm_ids,
         "mlm_labels": mlm_labels,
-        "mlm_places": find_places(mlm_labels != -100),
+        "mlm_indices": true_indices(mlm_labels != -100),
         "patch_mask": patch_mask,
-        "mim_places": find_places(patch_mask),
+        "mim_indices": true_indices(patch_mask),
         "answer_ids": answer_ids,
         "answer_mask": answer_mask,
-        "answer_places": find_places(answer_mask[:, 1:]),
+        "answer_indices": true_indices(answer_mask[:, 1:]),
         "weights": torch.full((len(answer_ids),), 1 / NUM_ANSWERS),
         "num_answers": torch.full((batch_size,), NUM_ANSWERS),
     }

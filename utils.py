@@ -140,9 +140,9 @@ def set_precision(device: torch.device, precision: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def find_places(chosen: Tensor) -> Tensor:
-    """The numbers of the true entries: bool, of any shape -> (M,). The host waits for the device to count."""
-    return chosen.flatten().nonzero().squeeze(1)
+def true_indices(mask: Tensor) -> Tensor:
+    """Return the flat indices (M,) of the true entries; the host waits for the device to count."""
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def fill_in(path: str) -> str:

@@ -86,7 +86,7 @@ def plain_scores(model: SIMLARetrieval, states: Tensor, ids: Tensor, mask: Tenso
     encoder: BertModel = model.text_encoder
     hidden, scores = encoder.embeddings(ids), padding_mask(mask)
     for layer in encoder.encoder.layer:
-        hidden = layer(hidden, scores, (*layer.crossattention.project(states), None))
+        hidden = layer(hidden, scores, layer.crossattention.project(states))
     return model.itm_head(hidden[:, 0])[:, 1]
 
 

@@ -36,17 +36,17 @@ from config import PRETRAIN, RETRIEVAL, read_config
 from models.align import Draws
 from models.bert import BertConfig
 from models.dvae import DalleEncoder
-from models.pretrain import SIMLA
-from models.retrieval import SIMLARetrieval
-from optim import create_optimizer, param_groups
+from models.pretrain import SIMLA, PretrainBatch
+from models.retrieval import RetrievalBatch, SIMLARetrieval
+from optim import create_optimizer
 from training import compile_layers, set_checkpointing
-from utils import autocast, clock, find_places, peak_bytes, set_precision
+from utils import autocast, clock, peak_bytes, set_precision, true_indices
 
 TOKENS, WORDS_MASKED, PATCHES_MASKED = 25, 4, 75
 FIGURES = "seconds", "cpu_seconds", "peak_bytes"
-TASKS = {  # config, its table, our model, the plain one
-    "pretrain": ("configs/Pretrain.yaml", PRETRAIN, SIMLA, PlainSIMLA),
-    "retrieval": ("configs/Retrieval_coco.yaml", RETRIEVAL, SIMLARetrieval, PlainRetrieval),
+TASKS = {  # config, its table, our model, the plain one, their batch
+    "pretrain": ("configs/Pretrain.yaml", PRETRAIN, SIMLA, PlainSIMLA, PretrainBatch),
+    "retrieval": ("configs/Retrieval_coco.yaml", RETRIEVAL, SIMLARetrieval, PlainRetrieval, RetrievalBatch),
 }
 
 
@@ -147,8 +147,8 @@ def inputs(config: dict, task: str, batch: int, device: torch.device) -> dict:
             "mlm_ids": text_ids.masked_fill(labels != -100, 103),
             "mlm_labels": labels,
             "patch_mask": patch_mask,
-            "mlm_places": find_places(labels != -100),
-            "mim_places": find_places(patch_mask),
+            "mlm_indices": true_indices(labels != -100),
+            "mim_indices": true_indices(patch_mask),
             "code_view": torch.rand(batch, 3, *[8 * int(patches**0.5)] * 2, generator=generator),
         }
     return {name: value.to(device) for name, value in found.items()}
@@ -159,29 +159,23 @@ def measure(args: argparse.Namespace) -> dict:
     config, device = settings(args), torch.device(args.device)
     set_precision(device, args.precision)
     torch.manual_seed(0)
-    _, _, ours, plain = TASKS[args.task]
+    _, _, ours, plain, kind = TASKS[args.task]
     extra = {"cls_id": 101} if args.task == "pretrain" else {}
-    is_plain = args.measure == "plain"
-    model = (plain if is_plain else ours).from_config(config, **extra).to(device)
-    if is_plain:
-        groups = param_groups(model.named_parameters(), 0.02)
-        optimizer = torch.optim.AdamW(groups, lr=1e-4)
-    else:
-        optimizer = create_optimizer(model, {"opt": "adamw", "lr": 1e-4, "weight_decay": 0.02})
-        set_checkpointing(model, args.checkpoint_activations)
+    model = (plain if args.measure == "plain" else ours).from_config(config, **extra).to(device)
+    optimizer = create_optimizer(model, {"opt": "adamw", "lr": 1e-4, "weight_decay": 0.02})
+    set_checkpointing(model, args.checkpoint_activations)
     tokenizer, batch = None, inputs(config, args.task, args.batch, device)
     if args.task == "pretrain":
         tokenizer = DalleEncoder(*((8, 64) if args.scale == "tiny" else ())).to(device)
-        tokenizer = tokenizer if is_plain else tokenizer.to(memory_format=torch.channels_last)
+        tokenizer = tokenizer.to(memory_format=torch.channels_last)
     others = torch.arange(args.batch, device=device).roll(1)
 
     def step(draws: Draws | None = None) -> dict[str, torch.Tensor]:
-        given = {**batch, "alpha": 0.4, "draws": draws}
         optimizer.zero_grad()
         with autocast(device, args.precision):
             if tokenizer:
-                given["visual_codes"] = tokenizer(given.pop("code_view"))
-            named = model(**given)
+                batch["visual_codes"] = tokenizer(batch["code_view"])
+            named = model(kind(*(batch[name] for name in kind._fields)), 0.4, draws)
         sum(named.values()).backward()
         optimizer.step()
         return named
@@ -189,7 +183,7 @@ def measure(args: argparse.Namespace) -> dict:
     model.eval()
     losses = {name: loss.item() for name, loss in step(Draws(others, others)).items()}
     model.train()
-    if args.compile and not is_plain:
+    if args.compile and args.measure == "ours":
         compile_layers(model)
         step()
     begin = time.process_time()

@@ -25,7 +25,7 @@ from dataset.transforms import (
     to_tensor,
     unit_range,
 )
-from utils import UserError, find_places, is_url
+from utils import UserError, is_url, true_indices
 
 
 class PretrainData(TrainItems):
@@ -98,10 +98,10 @@ class PretrainCollate(Collate):
             },
             "code_view": torch.stack(batch["code_view"]),  # (B, 3, r, r)
             "patch_mask": patch_mask,
-            "mim_places": find_places(patch_mask),  # counted here, where nobody waits for it
+            "mim_indices": true_indices(patch_mask),  # counted here, where nobody waits for it
             "mlm_ids": mlm_ids,  # (B, T)
             "mlm_labels": mlm_labels,
-            "mlm_places": find_places(mlm_labels != -100),
+            "mlm_indices": true_indices(mlm_labels != -100),
         }
 
 

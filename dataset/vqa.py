@@ -28,7 +28,7 @@ from dataset.loaders import train_loader
 from dataset.text import clean_question, tokenize
 from launch import run_script
 from saving import atomic_write
-from utils import UserError, fill_in, find_places, log, printable
+from utils import UserError, fill_in, log, printable, true_indices
 from vqa_accuracy import most_common_answer, normalize_answer
 
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
@@ -84,7 +84,7 @@ def _with_weights(entry: dict) -> dict:
 class AnswerCollate(Collate):
     """Adds answer_ids, answer_mask (A, L): the answers of all questions in turn, each with the end mark
     `eos`; weights (A,): an answer's share of the annotators; num_answers (B,): of each question, A in all;
-    answer_places: see `SIMLAVQA.forward`.
+    answer_indices: see `VQABatch`.
     """
 
     def __init__(self, tokenizer, position_limit: int, max_tokens: int, eos: str):
@@ -106,7 +106,7 @@ class AnswerCollate(Collate):
             "answer_mask": answer_mask,
             "weights": torch.tensor(list(chain(*batch["weights"]))),
             "num_answers": torch.tensor(list(map(len, batch["answers"]))),
-            "answer_places": find_places(answer_mask[:, 1:]),  # counted here, where nobody waits for it
+            "answer_indices": true_indices(answer_mask[:, 1:]),  # counted here, where nobody waits for it
         }
 
 

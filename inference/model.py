@@ -139,7 +139,8 @@ class Simla:
                 ):
                     # All texts for image 0, for image 1, ...
                     own = (side.repeat(len(image), 1) for side in part)
-                    logits = self.model.match_logits(self.model.text_encoder.first_state(*own, cross))
+                    hidden = self.model.text_encoder(*own, cross, first_only=True)
+                    logits = self.model.match_logits(hidden[:, 0])
                     parts.append(logits.view(len(image), -1, 2).cpu())
                 rows.append(torch.cat(parts, dim=1))
         # The scores, since one that is infinite would pass as the probability 0 or 1.

@@ -1,83 +1,108 @@
-"""What pre-training and retrieval share: the contrast with queues (ITA) and the hard negatives of ITM.
+"""What pre-training and retrieval share: features of both encoders, their contrast with queues (ITA), and the
+matching of pairs with hard negatives (ITM).
 
-B batch, E shared embedding, Q queue.
+B batch, Q queue, N image tokens, T text tokens, D width, E shared embedding.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import losses
+from models.bert import CrossStates
 from models.momentum import MomentumModel, advance, enqueue, new_queue
 from utils import all_gather_rows
 
 
-@dataclass
-class Draws:
-    """The random choices of one step; None = drawn here. Tests replay recorded ones."""
+class Encoded(NamedTuple):
+    """A batch as the encoders give it; the features have unit length."""
 
-    image_neg: Tensor | None = None  # (B,) the image drawn for each text
-    text_neg: Tensor | None = None  # (B,) the text drawn for each image
+    image_embeds: Tensor  # (B, N, D)
+    image_feat: Tensor  # (B, E)
+    text_feat: Tensor  # (B, E)
+
+
+class Draws(NamedTuple):
+    """The random choices of one step; tests replay recorded ones."""
+
+    image_neg: Tensor  # (B,) the image drawn for each text
+    text_neg: Tensor  # (B,) the text drawn for each image
+
+
+class Negatives(NamedTuple):
+    """The hard negatives of a batch, and where there is one at all."""
+
+    image_neg: Tensor  # (B,) an image for each text
+    text_neg: Tensor  # (B,) a text for each image
+    has_image: Tensor  # (B,) bool
+    has_text: Tensor  # (B,) bool
 
 
 def unit_features(projection: nn.Module, cls_states: Tensor) -> Tensor:
-    """The projected [CLS] states at unit length: (B, D) -> (B, E) float32, whatever the precision"""
+    """Return the projected [CLS] states at unit length: (B, D) -> (B, E) float32, whatever the precision."""
     return F.normalize(projection(cls_states).float(), dim=-1)
 
 
-def pair_rows(own: list[Tensor], apart: Tensor) -> Tensor:
-    """The rows of a multimodal pass: n texts that read each image, each (B, T), image by image, then the B
-    texts `apart` (B, T) that read other images -> ((n + 1) * B, T)
-    """
-    return torch.cat([torch.stack(own, dim=1).flatten(0, 1), apart])
-
-
-def itm_rows(num_own: int, batch: int, device: torch.device) -> Tensor:
-    """Where `pair_rows` has the pairs of ITM, the first two of the n own texts being the true and the
-    negative one -> (3B,): true pairs, (text i, negative image), (negative text, image i)
-    """
-    number = torch.arange(batch, device=device)
-    return torch.cat([num_own * number, num_own * batch + number, num_own * number + 1])
-
-
 class AlignmentModel(MomentumModel):
-    """A model with `temp`, `image_queue`, `text_queue` and `queue_ptr`."""
+    """A model with both encoders, their projections, `itm_head`, `temp`, and queues of features."""
 
     def _add_queues(self, embed_dim: int, queue_size: int) -> None:
         self.register_buffer("image_queue", new_queue(embed_dim, queue_size))
         self.register_buffer("text_queue", new_queue(embed_dim, queue_size))
 
-    def _ita(
-        self,
-        feats: tuple[Tensor, Tensor],
-        feats_m: tuple[Tensor, Tensor],
-        positives: Tensor,
-        alpha: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Contrast with this batch's momentum features and the queues.
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        self.temp.clamp_(0.001, 0.5)
+        self.update_twins()
 
-        feats, feats_m: image and text features (B, E), online and momentum; positives (B, B+Q) ->
-        loss, sim_i2t (B, B), sim_t2i (B, B): the similarities within the batch
+    def encode_image(self, image: Tensor, suffix: str = "") -> tuple[Tensor, Tensor]:
+        """Return token states (B, N, D) and features (B, E) of images (B, 3, R, R); suffix "_m": the momentum
+        twins'.
         """
-        (image_feat, text_feat), (image_feat_m, text_feat_m) = feats, feats_m
-        with torch.autocast(image_feat.device.type, enabled=False):  # differences of 1e-3 decide here
-            texts = torch.cat([text_feat_m.T, self.text_queue], dim=1)  # (E, B+Q)
-            images = torch.cat([image_feat_m.T, self.image_queue], dim=1)
-            sim_i2t = image_feat @ texts / self.temp
-            sim_t2i = text_feat @ images / self.temp
+        visual_encoder, vision_proj = (getattr(self, n + suffix) for n in ("visual_encoder", "vision_proj"))
+        image_embeds = visual_encoder(image)
+        return image_embeds, unit_features(vision_proj, image_embeds[:, 0])
+
+    def encode_text(self, text_ids: Tensor, text_mask: Tensor, suffix: str = "") -> Tensor:
+        """Return features (B, E) of texts (B, T)."""
+        text_encoder, text_proj = (getattr(self, n + suffix) for n in ("text_encoder", "text_proj"))
+        return unit_features(text_proj, text_encoder(text_ids, text_mask, first_only=True)[:, 0])
+
+    def encode(self, batch: NamedTuple, suffix: str = "") -> Encoded:
+        """Return both of a batch that has `image`, `text_ids` and `text_mask`."""
+        text_feat = self.encode_text(batch.text_ids, batch.text_mask, suffix)
+        return Encoded(*self.encode_image(batch.image, suffix), text_feat)
+
+    def ita(
+        self, online: Encoded, momentum: Encoded, positives: Tensor, alpha: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss of the contrast with this batch's momentum features and the queues (paper eq. 1),
+        and the similarities within the batch, sim_i2t and sim_t2i (B, B).
+
+        positives (B, B+Q): the hard targets, rows that sum to 1
+        """
+        with torch.autocast(positives.device.type, enabled=False):  # differences of 1e-3 decide here
+            texts = torch.cat([momentum.text_feat.T, self.text_queue], dim=1)  # (E, B+Q)
+            images = torch.cat([momentum.image_feat.T, self.image_queue], dim=1)
+            sim_i2t = online.image_feat @ texts / self.temp  # (B, B+Q)
+            sim_t2i = online.text_feat @ images / self.temp
             with torch.no_grad():
-                target_i2t = losses.contrast_targets(image_feat_m @ texts / self.temp, positives, alpha)
-                target_t2i = losses.contrast_targets(text_feat_m @ images / self.temp, positives, alpha)
+                target_i2t = losses.contrast_targets(
+                    momentum.image_feat @ texts / self.temp, positives, alpha
+                )
+                target_t2i = losses.contrast_targets(
+                    momentum.text_feat @ images / self.temp, positives, alpha
+                )
             loss = losses.ita_loss(sim_i2t, sim_t2i, target_i2t, target_t2i)
-        batch = len(image_feat)
-        return loss, sim_i2t[:, :batch], sim_t2i[:, :batch]
+        batch_size = len(positives)
+        return loss, sim_i2t[:, :batch_size], sim_t2i[:, :batch_size]
 
     @torch.no_grad()
-    def _enqueue(self, feats_m: tuple[Tensor, Tensor], idx: Tensor | None = None) -> None:
+    def enqueue(self, momentum: Encoded, idx: Tensor | None = None) -> None:
         """The queues take in the features of all ranks, and idx_queue the image identities idx (B,)."""
-        images, texts = map(all_gather_rows, feats_m)
+        images, texts = all_gather_rows(momentum.image_feat), all_gather_rows(momentum.text_feat)
         enqueue(self.image_queue, self.queue_ptr, images)
         enqueue(self.text_queue, self.queue_ptr, texts)
         if idx is not None:
@@ -85,26 +110,29 @@ class AlignmentModel(MomentumModel):
         advance(self.queue_ptr, len(images), self.image_queue.shape[1])
 
     @torch.no_grad()
-    def _negatives(
-        self, sim_i2t: Tensor, sim_t2i: Tensor, same: Tensor, draws: Draws
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """A hard negative image for each text and text for each image.
-
-        sim (B, B); same (B, B) bool, pairs of one image identity -> image_neg (B,), text_neg (B,),
-        counted (2B,) bool: which of these rows have a negative
+    def draw_negatives(
+        self, sim_i2t: Tensor, sim_t2i: Tensor, positives: Tensor, draws: Draws | None
+    ) -> Negatives:
+        """Return a hard negative image for each text and text for each image, drawn from the similarities
+        (B, B); no positive is a negative.
         """
-        weights_t2i, has_image = losses.negative_weights(sim_t2i, same)
-        weights_i2t, has_text = losses.negative_weights(sim_i2t, same)
-        image_neg = losses.draw_negatives(weights_t2i) if draws.image_neg is None else draws.image_neg
-        text_neg = losses.draw_negatives(weights_i2t) if draws.text_neg is None else draws.text_neg
-        return image_neg, text_neg, torch.cat([has_image, has_text])
+        excluded = positives[:, : len(positives)] > 0  # (B, B)
+        weights_t2i, has_image = losses.negative_weights(sim_t2i, excluded)
+        weights_i2t, has_text = losses.negative_weights(sim_i2t, excluded)
+        if draws is None:
+            draws = Draws(losses.draw_negatives(weights_t2i), losses.draw_negatives(weights_i2t))
+        return Negatives(*draws, has_image, has_text)
 
-    def _itm_loss(self, cls_states: Tensor, has_negative: Tensor) -> Tensor:
-        """cls_states (3B, D): true pairs, (text i, negative image), (negative text, image i); has_negative
-        (2B,). A true pair without negatives is left out, too: on matches alone the head learns to say yes.
+    def itm(self, image_keys: CrossStates, batch: NamedTuple, negatives: Negatives) -> Tensor:
+        """Return the loss of telling true pairs from those with a hard negative (paper eq. 2), 3B in all.
+
+        A true pair without negatives is left out, too: on matches alone the head learns to say yes.
         """
-        batch = len(cls_states) // 3
-        is_true = torch.arange(3 * batch, device=cls_states.device) < batch
-        has_image, has_text = has_negative.chunk(2)
-        counted = torch.cat([has_image | has_text, has_negative])
-        return losses.itm_loss(self.itm_head(cls_states), is_true.long(), counted)
+        image_neg, text_neg, has_image, has_text = negatives
+        row = torch.arange(len(image_neg), device=image_neg.device)
+        image = torch.cat([row, image_neg, row])  # (3B,): true pairs, (text, negative image),
+        text = torch.cat([row, row, text_neg])  # (negative text, image)
+        hidden = self.text_encoder(batch.text_ids[text], batch.text_mask[text], image_keys.rows(image))
+        is_match = torch.cat([torch.ones_like(row), torch.zeros_like(row), torch.zeros_like(row)])
+        counted = torch.cat([has_image | has_text, has_image, has_text])
+        return losses.itm_loss(self.itm_head(hidden[:, 0]), is_match, counted)

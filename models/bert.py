@@ -14,6 +14,7 @@ heads, d = D / H.
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,27 +85,23 @@ class BertConfig:
         return config
 
 
-@dataclass
-class CrossStates:
-    """The other stream's keys and values, projected once for every layer and shared by many rows.
-
-    keys_values: per layer (keys, values), each (B', H, S, d). A query batch of B = B' * n rows attends n by n
-    to them; `rows` picks other streams for its last rows. mask: additive, (B', 1, 1, S) or None.
+class KeysValues(NamedTuple):
+    """What an attention reads. Its B query rows read B' streams: the one that `index` says, or B / B'
+    consecutive rows the same one.
     """
 
-    keys_values: list[tuple[Tensor, Tensor]]
-    mask: Tensor | None = None
-    index: Tensor | None = None
+    keys: Tensor  # (B', H, S, d)
+    values: Tensor  # (B', H, S, d)
+    mask: Tensor | None = None  # additive, (B', 1, 1 or T, S)
+    index: Tensor | None = None  # (B,) of B'
+
+
+class CrossStates(list[KeysValues]):
+    """The other stream's keys and values for each layer: projected once, read by any number of passes."""
 
     def rows(self, index: Tensor) -> "CrossStates":
-        """The last len(index) rows of the query attend to streams index[0], index[1], ...; those before, if
-        there are any, n by n. Gathered layer by layer, after the projection.
-        """
-        return CrossStates(self.keys_values, self.mask, index)
-
-    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Keys, values, mask and index, as `Attention` takes them."""
-        return *self.keys_values[i], self.mask, self.index
+        """Return the same keys and values for queries of len(index) rows, row i reading stream index[i]."""
+        return CrossStates(layer._replace(index=index) for layer in self)
 
 
 def padding_mask(
@@ -193,51 +190,33 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, d)
 
-    def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """states (B, S, kv_width) -> keys and values, each (B, H, S, d)."""
-        return self._heads(self.self.key(states)), self._heads(self.self.value(states))
+    def project(self, states: Tensor, mask: Tensor | None = None) -> KeysValues:
+        """Return the keys and values of states (B, S, kv_width)."""
+        return KeysValues(self._heads(self.self.key(states)), self._heads(self.self.value(states)), mask)
 
-    def attention_map(self, hidden: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention probabilities, before dropout: hidden (B, T, D), keys (B, H, S, d) -> (B, H, T, S)"""
+    def attention_map(self, hidden: Tensor, read: KeysValues) -> Tensor:
+        """Return the attention probabilities (B, H, T, S) of states (B, T, D), before dropout."""
         query = self._heads(self.self.query(hidden))
-        scores = query @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5
-        return (scores if mask is None else scores + mask).softmax(-1)
+        scores = query @ read.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+        return (scores if read.mask is None else scores + read.mask).softmax(-1)
 
     def read(self, probabilities: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-        """The rest of `forward` after `attention_map`, without dropout on the map."""
+        """Return the rest of `forward` after `attention_map`, without dropout on the map."""
         return self.output((probabilities @ values).transpose(1, 2).reshape(hidden.shape), hidden)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        index: Tensor | None = None,
-    ) -> Tensor:
-        """hidden (B, T, D); keys, values (B', H, S, d), index as `CrossStates.rows` says -> (B, T, D)"""
-        query = self.self.query(hidden)
-        if index is None:
-            return self.output(self._attend(query, keys, values, mask), hidden)
-        first, last = query.split([len(query) - len(index), len(index)])
-        picked = [None if part is None else part.index_select(0, index) for part in (keys, values, mask)]
-        context = self._attend(last, *picked)
-        if len(first):
-            context = torch.cat([self._attend(first, keys, values, mask), context])
-        return self.output(context, hidden)
-
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """query (B, T, D); keys, values (B', H, S, d) with B a multiple of B' -> (B, T, D)
-
-        With B' < B every B / B' consecutive rows share one stream: they ride on it as one long query, so that
-        keys and values are never repeated in memory.
-        """
-        long = query.view(len(keys), -1, query.shape[-1])  # (B', n * T, D)
-        probability = self.dropout_prob if self.training else 0.0
+    def forward(self, hidden: Tensor, read: KeysValues) -> Tensor:
+        """Return the states (B, T, D) after they have read the others."""
+        keys, values, mask, index = read
+        if index is not None:
+            keys, values = keys.index_select(0, index), values.index_select(0, index)
+            mask = None if mask is None else mask.index_select(0, index)
         if mask is not None:  # the lowest float32 would be -inf in half precision
-            mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
-        context = F.scaled_dot_product_attention(self._heads(long), keys, values, mask, probability)
-        return context.transpose(1, 2).reshape(query.shape)
+            mask = mask.to(keys.dtype).clamp(min=torch.finfo(keys.dtype).min)
+        # Rows that share a stream are one long query to it: its keys and values are never repeated.
+        query = self.self.query(hidden).view(len(keys), -1, hidden.shape[-1])  # (B', B / B' * T, D)
+        dropout = self.dropout_prob if self.training else 0.0
+        context = F.scaled_dot_product_attention(self._heads(query), keys, values, mask, dropout)
+        return self.output(context.transpose(1, 2).reshape(hidden.shape), hidden)
 
 
 class Intermediate(nn.Module):
@@ -261,19 +240,14 @@ class Layer(nn.Module):
         self,
         hidden: Tensor,
         mask: Tensor | None,
-        cross: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
-        places: Tensor | None = None,
+        cross: KeysValues | None,
         first_only: bool = False,
     ) -> Tensor:
-        """hidden (B, T, D) -> (B, T, D); first_only: of every row's first token alone, (B, 1, D); with
-        `places` (M,), numbers of tokens among the B * T, only those through the feed-forward, (M, D)
-        """
-        keys, values = self.attention.project(hidden)
-        hidden = self.attention(hidden[:, :1] if first_only else hidden, keys, values, mask)
+        """Return the next states of (B, T, D); first_only: of every row's first token alone, (B, 1, D)."""
+        own = self.attention.project(hidden, mask)
+        hidden = self.attention(hidden[:, :1] if first_only else hidden, own)
         if cross is not None:
-            hidden = self.crossattention(hidden, *cross)
-        if places is not None:
-            hidden = hidden.flatten(0, 1).index_select(0, places)
+            hidden = self.crossattention(hidden, cross)
         return self.feed_forward(hidden)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
@@ -313,24 +287,21 @@ class BertModel(nn.Module):
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
 
-    def project(
-        self, states: Tensor, attention_mask: Tensor | None = None, num_layers: int | None = None
-    ) -> CrossStates:
-        """The other stream as cross-attention reads it, in layers[:num_layers]: states (B, S, encoder_width),
-        attention_mask (B, S).
+    def project(self, states: Tensor, attention_mask: Tensor | None = None) -> CrossStates:
+        """Return the other stream as cross-attention reads it: states (B, S, encoder_width), attention_mask
+        (B, S) with 1 = token, 0 = padding.
         """
         lowest = torch.finfo(states.dtype).min
         mask = None if attention_mask is None else padding_mask(attention_mask, lowest, states.dtype)
-        layers = self.encoder.layer[:num_layers]
-        return CrossStates([layer.crossattention.project(states) for layer in layers], mask)
+        return CrossStates(layer.crossattention.project(states, mask) for layer in self.encoder.layer)
 
     def project_pair(self, image_embeds: Tensor) -> CrossStates:
-        """Two images for each text, (2B, S, encoder_width), first images first: layer i reads image i mod
-        2.
+        """Return two images for each text, (2B, S, encoder_width), first images first: layer i reads image
+        i mod 2.
         """
         images = image_embeds.chunk(2)
         layers = enumerate(self.encoder.layer)
-        return CrossStates([layer.crossattention.project(images[i % 2]) for i, layer in layers])
+        return CrossStates(layer.crossattention.project(images[i % 2]) for i, layer in layers)
 
     def forward(
         self,
@@ -340,36 +311,28 @@ class BertModel(nn.Module):
         inputs_embeds: Tensor | None = None,
         causal: bool = False,
         position_ids: Tensor | None = None,
-        places: Tensor | None = None,
         first_only: bool = False,
     ) -> Tensor:
-        """Returns the last hidden states (B, T, D) of tokens (B, T) or of another encoder's states (B, T, D).
+        """Return the last hidden states (B, T, D) of tokens (B, T) or of another encoder's states (B, T, D).
 
         attention_mask (B, T), None = no padding, or (B, T, T): which token sees which; causal: no token sees
-        a later one (attention_mask (B, T) must be given); position_ids (B, T), None = 0 to T-1; places (M,):
-        numbers of the tokens, among the B * T, whose states are wanted -> (M, D); first_only: the last layer
-        computes no state but every row's first -> (B, 1, D). Raises UserError when T exceeds the position
-        table.
+        a later one (attention_mask (B, T) must be given); position_ids (B, T), None = 0 to T-1; first_only:
+        the last layer computes every row's first state alone -> (B, 1, D). Raises UserError when T exceeds
+        the position table.
         """
         hidden, mask = self.before_last(input_ids, attention_mask, cross, inputs_embeds, causal, position_ids)
-        return self.run_layer(-1, hidden, mask, cross, places, first_only)
-
-    def first_state(
-        self, input_ids: Tensor, attention_mask: Tensor, cross: CrossStates | None = None
-    ) -> Tensor:
-        """Returns the last state of every row's first token alone, (B, D)."""
-        return self(input_ids, attention_mask, cross, first_only=True)[:, 0]
+        return self.run_layer(-1, hidden, mask, cross, first_only)
 
     def before_last(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cross: CrossStates | None = None,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cross: CrossStates | None,
         inputs_embeds: Tensor | None = None,
         causal: bool = False,
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `forward` but for the last layer: the states that it reads (B, T, D) and its additive mask."""
+        """Return the states that the last layer reads (B, T, D), and the additive mask."""
         hidden = self.embeddings(input_ids, inputs_embeds, position_ids)
         mask = None if attention_mask is None else (causal_mask if causal else padding_mask)(attention_mask)
         for i in range(len(self.encoder.layer) - 1):
@@ -382,22 +345,23 @@ class BertModel(nn.Module):
         hidden: Tensor,
         mask: Tensor | None,
         cross: CrossStates | None,
-        places: Tensor | None = None,
         first_only: bool = False,
     ) -> Tensor:
-        """Returns what layer i makes of `hidden`, as `Layer` says; with `checkpoint_activations` the backward
-        pass computes it again instead of keeping what it needs.
+        """Return what layer i makes of the states (B, T, D); with `checkpoint_activations` the backward pass
+        computes it again instead of keeping what it needs.
         """
-        inputs = hidden, mask, None if cross is None else cross.layer(i), places, first_only
+        inputs = hidden, mask, None if cross is None else cross[i], first_only
         if self.checkpoint_activations:
             return checkpoint(self.encoder.layer[i], *inputs, use_reentrant=False)
         return self.encoder.layer[i](*inputs)
 
-    def last_self_attention(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """The last layer's self-attention map (B, H, T, T) of the states before it, (B, T, D)."""
+    def last_self_attention(
+        self, input_ids: Tensor, attention_mask: Tensor, cross: CrossStates | None = None
+    ) -> Tensor:
+        """Return the last layer's self-attention map (B, H, T, T) of tokens (B, T)."""
+        hidden, mask = self.before_last(input_ids, attention_mask, cross)
         attention = self.encoder.layer[-1].attention
-        keys, _ = attention.project(hidden)
-        return attention.attention_map(hidden, keys, mask)
+        return attention.attention_map(hidden, attention.project(hidden, mask))
 
 
 class PredictionTransform(nn.Module):
@@ -438,6 +402,13 @@ class BertForMaskedLM(nn.Module):
             {"predictions": PredictionHead(config, self.bert.embeddings.word_embeddings)}
         )
 
+    def project(self, states: Tensor, attention_mask: Tensor | None = None) -> CrossStates:
+        return self.bert.project(states, attention_mask)
+
+    def forward(self, *inputs, **more) -> Tensor:
+        """Return the last hidden states, as `BertModel` does; `predict` reads words from them."""
+        return self.bert(*inputs, **more)
+
     def predict(self, hidden: Tensor) -> Tensor:
-        """hidden (..., D) -> vocabulary logits (..., V)"""
+        """Return vocabulary logits (..., V) of states (..., D)."""
         return self.cls["predictions"](hidden)

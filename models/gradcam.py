@@ -73,16 +73,15 @@ def itm_token_maps(
         cross = bert.project(model.visual_encoder(image))
         hidden, mask = bert.embeddings(text_ids), padding_mask(text_mask)
         for i in range(block):
-            hidden = layers[i](hidden, mask, cross.layer(i))
-        hidden = layer.attention(hidden, *layer.attention.project(hidden), mask)
-        keys, values, cross_mask, _ = cross.layer(block)
-        probabilities = layer.crossattention.attention_map(hidden, keys, cross_mask)  # (B, H, T, N)
+            hidden = layers[i](hidden, mask, cross[i])
+        hidden = layer.attention(hidden, layer.attention.project(hidden, mask))
+        probabilities = layer.crossattention.attention_map(hidden, cross[block])  # (B, H, T, N)
     with torch.enable_grad():
         probabilities.requires_grad_()
-        hidden = layer.crossattention.read(probabilities, values, hidden)
+        hidden = layer.crossattention.read(probabilities, cross[block].values, hidden)
         hidden = layer.feed_forward(hidden)
         for i in range(block + 1, len(layers)):
-            hidden = layers[i](hidden, mask, cross.layer(i))
+            hidden = layers[i](hidden, mask, cross[i])
         logits = model.itm_head(hidden[:, 0])[:, 1]  # (B,)
     weighed = _weigh(probabilities, logits)[..., 1:]  # (B, H, T, N-1)
     return (weighed * text_mask[:, None, :, None]).mean(1)

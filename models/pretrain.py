@@ -1,17 +1,34 @@
 """SIMLA pre-training: image-text alignment at three levels by five losses (paper section 3).
 
-B batch, N image tokens, T text tokens, D width, E shared embedding, Q queue, V vocabulary.
+B batch, N image tokens incl. [CLS], T text tokens, D width, E shared embedding, Q queue, V vocabulary, H
+heads, M masked words, K hidden patches. A twin's states and logits end in `_m`.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models import losses
-from models.align import AlignmentModel, Draws, itm_rows, pair_rows, unit_features
-from models.bert import BertConfig, BertForMaskedLM
+from models.align import AlignmentModel, Draws, Encoded
+from models.bert import BertConfig, BertForMaskedLM, CrossStates
 from models.momentum import make_twin
 from models.vit import VisionTransformer, vit_sizes
-from utils import UserError, find_places
+from utils import UserError
+
+
+class PretrainBatch(NamedTuple):
+    """The indices are counted where the batch is made, so that no step waits for the device to count."""
+
+    image: Tensor  # (B, 3, R, R)
+    text_ids: Tensor  # (B, T) the caption, [CLS] first
+    text_mask: Tensor  # (B, T) 1 = token, 0 = padding
+    mlm_ids: Tensor  # (B, T) the caption with masked words
+    mlm_labels: Tensor  # (B, T) the ids of the masked words, -100 elsewhere
+    mlm_indices: Tensor  # (M,) of the masked words among B * T
+    patch_mask: Tensor  # (B, N-1) bool, True = hidden from MIM
+    mim_indices: Tensor  # (K,) of the hidden patches among B * (N-1)
+    visual_codes: Tensor  # (B, N-1) the visual token of every patch
 
 
 class SIMLA(AlignmentModel):
@@ -79,189 +96,106 @@ class SIMLA(AlignmentModel):
     @classmethod
     def from_config(cls, config: dict, cls_id: int) -> "SIMLA":
         return cls(
-            vit_sizes(config),
-            BertConfig.read(config["bert_config"]),
-            config["embed_dim"],
-            config["queue_size"],
-            config["temp"],
-            config["momentum"],
-            config["image_tokenizer"]["vocab_size"],
-            cls_id,
-            config["released_code"]["mlm_distill_over_sequence"],
-            config["released_code"]["psl_padding"],
+            vit=vit_sizes(config),
+            bert=BertConfig.read(config["bert_config"]),
+            embed_dim=config["embed_dim"],
+            queue_size=config["queue_size"],
+            temp=config["temp"],
+            momentum=config["momentum"],
+            visual_vocab_size=config["image_tokenizer"]["vocab_size"],
+            cls_id=cls_id,
+            mlm_distill_over_sequence=config["released_code"]["mlm_distill_over_sequence"],
+            psl_padding=config["released_code"]["psl_padding"],
         )
 
-    def forward(
-        self,
-        image: Tensor,
-        text_ids: Tensor,
-        text_mask: Tensor,
-        mlm_ids: Tensor,
-        mlm_labels: Tensor,
-        patch_mask: Tensor,
-        visual_codes: Tensor,
-        alpha: float,
-        mlm_places: Tensor | None = None,
-        mim_places: Tensor | None = None,
-        draws: Draws | None = None,
-    ) -> dict[str, Tensor]:
-        """The five losses of one batch.
-
-        image (B, 3, R, R); text_ids, text_mask, mlm_ids, mlm_labels (B, T): the caption, its padding mask,
-        the caption with masked words, their ids (-100 elsewhere); patch_mask (B, N-1) bool: patches hidden
-        from MIM; visual_codes (B, N-1): their targets; alpha: weight of the momentum targets; mlm_places (M,)
-        of B * T, mim_places (K,) of B * (N-1): the numbers of the masked words and patches. Without them the
-        host waits for the device to count.
-        """
-        mlm_places = find_places(mlm_labels != -100) if mlm_places is None else mlm_places
-        mim_places = find_places(patch_mask) if mim_places is None else mim_places
+    def forward(self, batch: PretrainBatch, alpha: float, draws: Draws | None = None) -> dict[str, Tensor]:
+        """Return the five losses of one batch, scalars; alpha is the weight of the momentum targets."""
+        self.begin_step()
+        online = self.encode(batch)
         with torch.no_grad():
-            self.temp.clamp_(0.001, 0.5)
-            self.update_twins()
-        # Every image is encoded twice, whole and with hidden patches: the same weights, so one batch.
-        images, hidden = torch.cat([image, image]), torch.cat([torch.zeros_like(patch_mask), patch_mask])
-        image_embeds, masked_embeds = self.visual_encoder(images, hidden).chunk(2)  # (B, N, D) each
-        text_cls = self.text_encoder.bert.first_state(text_ids, text_mask)  # (B, D)
-        image_feat = unit_features(self.vision_proj, image_embeds[:, 0])  # (B, E)
-        feats = image_feat, unit_features(self.text_proj, text_cls)
-        with torch.no_grad():
-            image_embeds_m, masked_embeds_m = self.visual_encoder_m(images, hidden).chunk(2)
-            text_cls_m = self.text_encoder_m.bert.first_state(text_ids, text_mask)
-            image_feat_m = unit_features(self.vision_proj_m, image_embeds_m[:, 0])
-            feats_m = image_feat_m, unit_features(self.text_proj_m, text_cls_m)
-
-        itself = torch.eye(len(image), dtype=torch.bool, device=image.device)
-        positives = nn.functional.pad(itself.float(), (0, self.image_queue.shape[1]))  # (B, B+Q)
-        loss_ita, sim_i2t, sim_t2i = self._ita(feats, feats_m, positives, alpha)
-        self._enqueue(feats_m)
-        negatives = self._negatives(sim_i2t, sim_t2i, itself, draws or Draws())
-        logits_m = self._word_logits_m(image_embeds_m, mlm_ids, text_mask, mlm_places)
-        loss_itm, loss_mlm = self._itm_mlm(
-            image_embeds, text_ids, text_mask, mlm_ids, mlm_labels, mlm_places, negatives, logits_m, alpha
-        )
-        loss_mim = self._mim(
-            masked_embeds, masked_embeds_m, text_ids, text_mask, mim_places, visual_codes, alpha
-        )
-        loss_psl = self._psl(image_embeds, image_feat, image_feat_m, text_ids, text_mask, alpha)
+            momentum = self.encode(batch, "_m")
+        size = len(batch.image)
+        positives = torch.eye(size, size + self.image_queue.shape[1], device=batch.image.device)  # (B, B+Q)
+        loss_ita, sim_i2t, sim_t2i = self.ita(online, momentum, positives, alpha)
+        self.enqueue(momentum)
+        negatives = self.draw_negatives(sim_i2t, sim_t2i, positives, draws)
+        image_keys = self.text_encoder.project(online.image_embeds)  # read by ITM and by MLM
         return {
             "loss_ita": loss_ita,
-            "loss_itm": loss_itm,
-            "loss_mlm": loss_mlm,
-            "loss_mim": loss_mim,
-            "loss_psl": loss_psl,
+            "loss_itm": self.itm(image_keys, batch, negatives),
+            "loss_mlm": self.mlm(image_keys, momentum.image_embeds, batch, alpha),
+            "loss_mim": self.mim(batch, alpha),
+            "loss_psl": self.psl(online, momentum, batch, alpha),
         }
 
-    @torch.no_grad()
-    def _word_logits_m(
-        self, image_embeds_m: Tensor, mlm_ids: Tensor, text_mask: Tensor, mlm_places: Tensor
+    def mlm(
+        self, image_keys: CrossStates, image_embeds_m: Tensor, batch: PretrainBatch, alpha: float
     ) -> Tensor:
-        """Returns the momentum encoder's logits at the masked words (M, V), the targets of MLM, or with
-        mlm_distill_over_sequence everywhere (B, T, V).
-        """
-        bert_m = self.text_encoder_m.bert
-        places = None if self.mlm_distill_over_sequence else mlm_places
-        hidden = bert_m(mlm_ids, text_mask, bert_m.project(image_embeds_m), places=places)
-        return self.text_encoder_m.predict(hidden)
-
-    @torch.no_grad()
-    def _attention_m(self, image_embeds: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Returns how much [CLS] attends to every word in the momentum encoder's last self-attention,
-        (B, H, T), the text having read the online image states (B, N, D): where PSL finds its keywords.
-        """
-        bert_m = self.text_encoder_m.bert
-        cross = bert_m.project(image_embeds, num_layers=-1)  # the last layer does not come to read it
-        hidden, mask = bert_m.before_last(text_ids, text_mask, cross)
-        return bert_m.last_self_attention(hidden, mask)[:, :, 0]
-
-    def _itm_mlm(
-        self,
-        image_embeds: Tensor,
-        text_ids: Tensor,
-        text_mask: Tensor,
-        mlm_ids: Tensor,
-        mlm_labels: Tensor,
-        mlm_places: Tensor,
-        negatives: tuple[Tensor, Tensor, Tensor],
-        logits_m: Tensor,
-        alpha: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Matching and masked words in one multimodal pass of 4B rows over the same projected image keys:
-        each image is read by its text, a negative one and its text with masked words; B texts read a negative
-        image.
-        """
-        image_neg, text_neg, has_negative = negatives
-        batch, length = text_ids.shape
-        number_in_pass = 3 * (mlm_places // length) + 2  # the row of a masked word's text
-        words = number_in_pass * length + mlm_places % length  # (M,)
-        cls = itm_rows(3, batch, text_ids.device) * length  # (3B,)
-        hidden = self.text_encoder.bert(
-            pair_rows([text_ids, text_ids[text_neg], mlm_ids], text_ids),
-            pair_rows([text_mask, text_mask[text_neg], text_mask], text_mask),
-            self.text_encoder.bert.project(image_embeds).rows(image_neg),
-            places=None if self.mlm_distill_over_sequence else torch.cat([cls, words]),
-        )  # (3B + M, D)
-        if self.mlm_distill_over_sequence:  # (4B, T, D)
-            loss_itm = self._itm_loss(hidden.flatten(0, 1)[cls], has_negative)
-            logits = self.text_encoder.predict(hidden[2 : 3 * batch : 3])
-            return loss_itm, losses.mlm_loss_over_sequence(logits, mlm_labels, logits_m, alpha)
-        loss_itm = self._itm_loss(hidden[: len(cls)], has_negative)
-        logits = self.text_encoder.predict(hidden[len(cls) :])
-        labels = mlm_labels.flatten().index_select(0, mlm_places)
-        return loss_itm, losses.mlm_loss(logits, labels, logits_m, alpha)
-
-    def _mim(
-        self,
-        masked_embeds: Tensor,
-        masked_embeds_m: Tensor,
-        text_ids: Tensor,
-        text_mask: Tensor,
-        mim_places: Tensor,
-        visual_codes: Tensor,
-        alpha: float,
-    ) -> Tensor:
-        """Cross-modality masked image modelling: the image's tokens run through the text encoder's layers and
-        read the text's embeddings; both momentum and online pass read the online ones."""
-        bert, bert_m = self.text_encoder.bert, self.text_encoder_m.bert
-        words = bert.embeddings(text_ids)  # (B, T, D)
-        places = mim_places + mim_places // visual_codes.shape[1] + 1  # each image has its [CLS] before it
-        cross = bert.project(words, text_mask)
-        logits = self.mim_head(bert(inputs_embeds=masked_embeds, cross=cross, places=places))  # (K, codes)
+        """Return the loss of the masked words, which their text and the image tell (paper eq. 3)."""
+        indices = None if self.mlm_distill_over_sequence else batch.mlm_indices
+        hidden = self.text_encoder(batch.mlm_ids, batch.text_mask, image_keys)  # (B, T, D)
+        logits = self.predict(self.text_encoder.cls["predictions"], hidden, indices)  # (M, V)
         with torch.no_grad():
-            cross_m = bert_m.project(words, text_mask)
-            logits_m = self.mim_head_m(bert_m(inputs_embeds=masked_embeds_m, cross=cross_m, places=places))
-        codes = visual_codes.flatten().index_select(0, mim_places)
+            image_keys_m = self.text_encoder_m.project(image_embeds_m)
+            hidden_m = self.text_encoder_m(batch.mlm_ids, batch.text_mask, image_keys_m)
+            logits_m = self.predict(self.text_encoder_m.cls["predictions"], hidden_m, indices)
+        if self.mlm_distill_over_sequence:
+            return losses.mlm_loss_over_sequence(logits, batch.mlm_labels, logits_m, alpha)
+        labels = batch.mlm_labels.flatten()[batch.mlm_indices]
+        return losses.mlm_loss(logits, labels, logits_m, alpha)
+
+    def mim(self, batch: PretrainBatch, alpha: float) -> Tensor:
+        """Return the loss of the hidden patches (paper eq. 4): the image's tokens run through the layers of
+        the text encoder and read the text's embeddings; the momentum pass reads the online ones, too.
+        """
+        words = self.text_encoder.bert.embeddings(batch.text_ids)  # (B, T, D)
+        masked_embeds = self.visual_encoder(batch.image, batch.patch_mask)  # (B, N, D)
+        word_keys = self.text_encoder.project(words, batch.text_mask)
+        hidden = self.text_encoder(inputs_embeds=masked_embeds, cross=word_keys)  # (B, N, D)
+        logits = self.predict(self.mim_head, hidden[:, 1:], batch.mim_indices)  # (K, visual vocabulary)
+        with torch.no_grad():
+            masked_embeds_m = self.visual_encoder_m(batch.image, batch.patch_mask)
+            word_keys_m = self.text_encoder_m.project(words, batch.text_mask)
+            hidden_m = self.text_encoder_m(inputs_embeds=masked_embeds_m, cross=word_keys_m)
+            logits_m = self.predict(self.mim_head_m, hidden_m[:, 1:], batch.mim_indices)
+        codes = batch.visual_codes.flatten()[batch.mim_indices]
         return losses.mim_loss(logits, codes, logits_m, alpha)
 
-    def _psl(
-        self,
-        image_embeds: Tensor,
-        image_feat: Tensor,
-        image_feat_m: Tensor,
-        text_ids: Tensor,
-        text_mask: Tensor,
-        alpha: float,
-    ) -> Tensor:
-        """The words that the momentum encoder's [CLS] attends to most, predicted from the image feature."""
-        with torch.no_grad():
-            attention = self._attention_m(image_embeds, text_ids, text_mask)
-            _, positions, counted = self._choose_keywords(attention, text_mask)
-            vocab_size = self.text_encoder.bert.config.vocab_size
-            target = losses.keyword_targets(text_ids, positions, counted, vocab_size, self.cls_id)
-            logits_m = self.concept_head_m(image_feat_m)
-        return losses.psl_loss(self.concept_head(image_feat), target, logits_m, alpha)
+    @staticmethod
+    def predict(head: nn.Module, states: Tensor, indices: Tensor | None) -> Tensor:
+        """Return the head's logits at `indices` (M,) of the B * T states (B, T, D): (M, C); None: everywhere,
+        (B, T, C).
+        """
+        return head(states if indices is None else states.flatten(0, 1)[indices])
 
-    def _choose_keywords(self, attention: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """attention (B, H, T) -> votes (B, T), chosen positions (B, K) and which of them count (B, K) bool"""
+    def psl(self, online: Encoded, momentum: Encoded, batch: PretrainBatch, alpha: float) -> Tensor:
+        """Return the loss of the keywords, which the image's feature is to tell (paper eq. 5)."""
+        with torch.no_grad():
+            _, _, positions, counted = self._keywords(online.image_embeds, batch.text_ids, batch.text_mask)
+            vocab_size = self.text_encoder.bert.config.vocab_size
+            target = losses.keyword_targets(batch.text_ids, positions, counted, vocab_size, self.cls_id)
+            logits_m = self.concept_head_m(momentum.image_feat)
+        return losses.psl_loss(self.concept_head(online.image_feat), target, logits_m, alpha)
+
+    def _keywords(
+        self, image_embeds: Tensor, text_ids: Tensor, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return how much [CLS] attends to each word in the momentum encoder's last layer (B, H, T), the text
+        having read the online image states (B, N, D); the votes of the heads (B, T); the five positions with
+        most votes, and which of these count, both (B, 5).
+        """
+        bert_m = self.text_encoder_m.bert
+        attention = bert_m.last_self_attention(text_ids, text_mask, bert_m.project(image_embeds))[:, :, 0]
         votes = losses.keyword_votes(attention, None if self.psl_padding else text_mask)
-        return votes, *losses.choose_keywords(votes)
+        return attention, votes, *losses.choose_keywords(votes)
 
     @torch.no_grad()
     def keywords(self, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What PSL takes its targets from: image (B, 3, R, R); text_ids, text_mask (B, T) -> the momentum
-        encoder's attention from [CLS] to every word (B, H, T), the votes of its heads (B, T; padding -1) and
-        which places are keywords (B, T) bool, [CLS] never
+        """Return what PSL takes its targets from, for images (B, 3, R, R) and texts (B, T): the momentum
+        encoder's attention from [CLS] to every word (B, H, T), the votes of its heads (B, T; padding -1), and
+        which words are keywords (B, T) bool, [CLS] never.
         """
-        attention = self._attention_m(self.visual_encoder(image), text_ids, text_mask)
-        votes, positions, counted = self._choose_keywords(attention, text_mask)
+        image_embeds = self.visual_encoder(image)
+        attention, votes, positions, counted = self._keywords(image_embeds, text_ids, text_mask)
         chosen = torch.zeros_like(votes, dtype=torch.bool).scatter(1, positions, counted)
         return attention, votes, chosen & (text_ids != self.cls_id)

@@ -5,6 +5,7 @@ vocabulary, K candidate answers.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +15,27 @@ from models.answer_tree import AnswerTree
 from models.bert import BertConfig, BertForMaskedLM, BertModel, CrossStates
 from models.momentum import MomentumModel, make_twin
 from models.vit import VisionTransformer, vit_sizes
-from utils import find_places
+
+
+class VQABatch(NamedTuple):
+    """The indices are counted where the batch is made, so that no step waits for the device to count."""
+
+    image: Tensor  # (B, 3, R, R)
+    question_ids: Tensor  # (B, T)
+    question_mask: Tensor  # (B, T) 1 = token, 0 = padding
+    answer_ids: Tensor  # (A, L) the answers of question 0, then of question 1, ...; [CLS] first
+    answer_mask: Tensor  # (A, L)
+    answer_indices: Tensor  # (M,) of the answers' tokens after [CLS] among A * (L-1)
+    weights: Tensor  # (A,)
+    num_answers: Tensor  # (B,) of each question, A in all
 
 
 class SIMLAVQA(MomentumModel):
     """State-dict names and their order are the published code's.
 
     decoder_layers 0: as many as the upper half of the text encoder has, which pre-training fills them from.
-    vqa_no_distill, mlm_distill_over_sequence: see `forward`.
+    vqa_no_distill: no momentum targets, as published; mlm_distill_over_sequence: the student's soft
+    log-probabilities are taken over the sequence, as published.
     """
 
     twin_names = ("visual_encoder", "text_encoder", "text_decoder")
@@ -51,58 +65,46 @@ class SIMLAVQA(MomentumModel):
     @classmethod
     def from_config(cls, config: dict) -> "SIMLAVQA":
         return cls(
-            vit_sizes(config),
-            BertConfig.read(config["bert_config"]),
-            config["decoder_layers"],
-            config["momentum"],
-            config["released_code"]["vqa_no_distill"],
-            config["released_code"]["mlm_distill_over_sequence"],
+            vit=vit_sizes(config),
+            bert=BertConfig.read(config["bert_config"]),
+            decoder_layers=config["decoder_layers"],
+            momentum=config["momentum"],
+            vqa_no_distill=config["released_code"]["vqa_no_distill"],
+            mlm_distill_over_sequence=config["released_code"]["mlm_distill_over_sequence"],
         )
 
-    def forward(
-        self,
-        image: Tensor,
-        question_ids: Tensor,
-        question_mask: Tensor,
-        answer_ids: Tensor,
-        answer_mask: Tensor,
-        weights: Tensor,
-        num_answers: Tensor,
-        alpha: float,
-        answer_places: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The cross-entropy of the answers' tokens after [CLS], weighted, for each question.
-
-        image (B, 3, R, R); question_ids, question_mask (B, T); answer_ids, answer_mask (A, L): the answers of
-        question 0, then of question 1, ...; weights (A,); num_answers (B,) of each question, A in all; alpha:
-        weight of the momentum targets. vqa_no_distill: none, as published. mlm_distill_over_sequence: the
-        student's soft log-probabilities are taken over the sequence, as published. answer_places (M,) of A *
-        (L-1): the numbers of the answers' tokens after [CLS], without padding; without them the host waits
-        for the device to count.
+    def forward(self, batch: VQABatch, alpha: float) -> dict[str, Tensor]:
+        """Return the cross-entropy of the answers' tokens after [CLS], weighted, for each question; alpha is
+        the weight of the momentum targets.
         """
-        labels, is_next = answer_ids[:, 1:], answer_mask[:, 1:].bool()  # (A, L-1)
-        places = find_places(is_next) if answer_places is None else answer_places
-        with_teacher = alpha > 0 and not self.vqa_no_distill
-        over_sequence = with_teacher and self.mlm_distill_over_sequence
-        with torch.no_grad():
-            self.update_twins()
-        online, momentum = zip(*self.twins(), strict=True)
-        numbers = torch.arange(len(image), device=image.device)
-        own = numbers.repeat_interleave(num_answers, output_size=len(answer_ids))  # (A,)
-        inputs = image, question_ids, question_mask, answer_ids, answer_mask, own
-        inputs += (None if over_sequence else places,)
-        logits = self.text_decoder.predict(answer_states(online, *inputs))  # (M, V), or (A, L-1, V)
-        logits_m = None
-        if with_teacher:
-            with torch.no_grad():
-                logits_m = self.text_decoder_m.predict(answer_states(momentum, *inputs))
-        weights = weights / len(image)
+        self.update_twins()
+        alpha = 0.0 if self.vqa_no_distill else alpha
+        over_sequence = self.mlm_distill_over_sequence and alpha > 0
+        indices = None if over_sequence else batch.answer_indices
+        logits = self.answer_logits(batch, indices)  # (M, V), over the sequence (A, L-1, V)
+        with torch.no_grad():  # without soft targets the twins need not be asked
+            logits_m = self.answer_logits(batch, indices, "_m") if alpha > 0 else None
+        labels = batch.answer_ids[:, 1:]  # (A, L-1)
+        weights = batch.weights / len(batch.image)  # (A,)
         if over_sequence:
-            labels = labels.masked_fill(~is_next, -100)
+            labels = labels.masked_fill(batch.answer_mask[:, 1:] == 0, -100)
             return {"loss": losses.answer_loss_over_sequence(logits, labels, logits_m, weights, alpha)}
-        token_labels = labels.flatten().index_select(0, places)
-        token_weights = weights.index_select(0, places // labels.shape[1])
-        return {"loss": losses.answer_loss(logits, token_labels, logits_m, token_weights, alpha)}
+        weights = weights[:, None].expand_as(labels).flatten()[indices]  # (M,)
+        return {"loss": losses.answer_loss(logits, labels.flatten()[indices], logits_m, weights, alpha)}
+
+    def answer_logits(self, batch: VQABatch, indices: Tensor | None, suffix: str = "") -> Tensor:
+        """Return the logits of tokens 1 to L-1 of every answer (A, L-1, V), or of those at `indices` (M,)
+        among A * (L-1): (M, V); suffix "_m": the momentum twins'.
+        """
+        visual_encoder, text_encoder, decoder = (getattr(self, name + suffix) for name in self.twin_names)
+        questions = question_states(
+            visual_encoder, text_encoder, batch.image, batch.question_ids, batch.question_mask
+        )
+        question = torch.arange(len(questions), device=questions.device)
+        question = question.repeat_interleave(batch.num_answers, output_size=len(batch.answer_ids))  # (A,)
+        keys = decoder.project(questions, batch.question_mask).rows(question)
+        hidden = decoder(batch.answer_ids[:, :-1], batch.answer_mask[:, :-1], keys, causal=True)
+        return decoder.predict(hidden if indices is None else hidden.flatten(0, 1)[indices])
 
     @torch.no_grad()
     def rank_answers(
@@ -136,9 +138,9 @@ class SIMLAVQA(MomentumModel):
         self, questions: Tensor, question_mask: Tensor, answers: AnswerTree, k: int, chunk_rows: int
     ) -> tuple[Tensor, Tensor]:
         """`rank_answers` with question states (B, T, D) of few enough questions."""
-        cross = self.text_decoder.bert.project(questions, question_mask)
+        cross = self.text_decoder.project(questions, question_mask)
         start = answers.ids[:1, :1].expand(len(questions), 1)  # [CLS]
-        hidden = self.text_decoder.bert(start, torch.ones_like(start), cross, causal=True)
+        hidden = self.text_decoder(start, torch.ones_like(start), cross, causal=True)
         first = log_probabilities(self.text_decoder.predict(hidden[:, 0]))[:, answers.ids[:, 1]]  # (B, K)
         first, chosen = (part[:, :k] for part in first.sort(descending=True, stable=True))
         rest = [self._log_likelihood(answers, part, cross) for part in chosen.split(chunk_rows, dim=1)]
@@ -151,9 +153,7 @@ class SIMLAVQA(MomentumModel):
         The wide LM head sees each beginning once, and [CLS], which predicts the second token, not again.
         """
         branches = answers.branches(chosen)
-        hidden = self.text_decoder.bert(
-            branches.ids, branches.seen, cross, position_ids=branches.positions
-        )  # (B, n, D)
+        hidden = self.text_decoder(branches.ids, branches.seen, cross, position_ids=branches.positions)
         column = torch.arange(hidden.shape[1], device=hidden.device)
         predicts = (column > 0) & (column < branches.num[:, None])  # (B, n), M of them
         log_probs = log_probabilities(self.text_decoder.predict(hidden[predicts]))  # (M, V)
@@ -187,14 +187,14 @@ class SIMLAVQA(MomentumModel):
         questions = question_states(
             self.visual_encoder, self.text_encoder, image, question_ids, question_mask
         )
-        cross = decoder.bert.project(questions, question_mask)
+        cross = decoder.project(questions, question_mask)
         ids = torch.full((len(image), num_beams, 1), cls_id, device=image.device)
         shape = len(image), num_beams
         scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=image.device)
         scores[:, 0] = 0.0  # the others would repeat it
         for _ in range(min(max_tokens, decoder.bert.config.max_position_embeddings)):
             rows = ids.flatten(0, 1)
-            hidden = decoder.bert(rows, torch.ones_like(rows), cross, causal=True)[:, -1]
+            hidden = decoder(rows, torch.ones_like(rows), cross, causal=True)[:, -1]
             following = log_probabilities(decoder.predict(hidden)).unflatten(0, scores.shape)
             ids, scores = extend_beams(ids, scores, following, sep_id, pad_id)
             if (is_finished(ids, sep_id, pad_id) | scores.isinf()).all():
@@ -207,25 +207,6 @@ def question_states(
 ) -> Tensor:
     """The question read with the image: image (B, 3, R, R); ids, mask (B, T) -> (B, T, D)"""
     return text_encoder(ids, mask, text_encoder.project(visual_encoder(image)))
-
-
-def answer_states(
-    modules: tuple[VisionTransformer, BertModel, BertForMaskedLM],
-    image: Tensor,
-    question_ids: Tensor,
-    question_mask: Tensor,
-    answer_ids: Tensor,
-    answer_mask: Tensor,
-    own: Tensor,
-    places: Tensor | None = None,
-) -> Tensor:
-    """The states that predict tokens 1 to L-1 of every answer: own (A,) its question -> (A, L-1, D), or those
-    at `places` (M,) of A * (L-1) -> (M, D)
-    """
-    visual_encoder, text_encoder, decoder = modules
-    questions = question_states(visual_encoder, text_encoder, image, question_ids, question_mask)
-    cross = decoder.bert.project(questions, question_mask).rows(own)
-    return decoder.bert(answer_ids[:, :-1], answer_mask[:, :-1], cross, causal=True, places=places)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

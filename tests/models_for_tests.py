@@ -3,8 +3,11 @@
 import torch
 from goldens_io import golden, golden_image
 
+from models.align import Draws
 from models.bert import BertConfig
-from models.pretrain import SIMLA
+from models.pretrain import SIMLA, PretrainBatch
+from models.retrieval import RetrievalBatch
+from utils import true_indices
 
 RELEASED = {"mlm_distill_over_sequence": True, "psl_padding": True}
 
@@ -30,7 +33,7 @@ def golden_pretrain_model(image_res: int | None = None) -> SIMLA:
 
 
 def pretrain_inputs(inputs: dict, mlm: dict) -> dict:
-    """Keyword arguments of the pre-training forward from recorded inputs and masked words."""
+    """For `losses_of`, from recorded inputs and masked words."""
     return {
         "image": golden_image(inputs["image_seed"], inputs["image_shape"]),
         "text_ids": torch.tensor(inputs["text"]["input_ids"]),
@@ -86,8 +89,17 @@ def tiny_texts(lengths: list[int], width: int, rng: torch.Generator) -> tuple[to
     return ids * mask, mask
 
 
+def losses_of(model: torch.nn.Module, batch: dict, draws: Draws | None = None) -> dict[str, torch.Tensor]:
+    """A step's losses on the fields of a pre-training or retrieval batch without indices, and alpha."""
+    fields = {name: value for name, value in batch.items() if name != "alpha"}
+    if "mlm_labels" not in batch:
+        return model(RetrievalBatch(**fields), batch["alpha"], draws)
+    words, patches = true_indices(batch["mlm_labels"] != -100), true_indices(batch["patch_mask"])
+    return model(PretrainBatch(**fields, mlm_indices=words, mim_indices=patches), batch["alpha"], draws)
+
+
 def tiny_batch(batch: int, seed: int = 0) -> dict:
-    """Keyword arguments of the tiny model's forward: captions of 2 to 6 tokens, a masked word in each."""
+    """For `losses_of`, for the tiny model: captions of 2 to 6 tokens, a masked word in each."""
     rng = torch.Generator().manual_seed(seed)
     lengths = [2 + i % 5 for i in range(batch)]
     text_ids, text_mask = tiny_texts(lengths, 6, rng)

@@ -160,7 +160,7 @@ def test_multimodal_mode_is_berts_decoder_without_causality(bert, texts, image_s
     theirs = hub_multimodal(bert, mask, image_states, torch.ones(4, 10), input_ids=ids)
     hidden = bert(ids, mask, bert.project(image_states))
     torch.testing.assert_close(hidden, theirs.last_hidden_state, **CLOSE)
-    attention = bert.last_self_attention(*bert.before_last(ids, mask, bert.project(image_states)))
+    attention = bert.last_self_attention(ids, mask, bert.project(image_states))
     torch.testing.assert_close(attention, theirs.attentions[-1], **CLOSE)
 
 
@@ -206,7 +206,7 @@ def test_states_and_last_attention_map_equal_loops_over_rows_and_heads(texts):
     (ids, mask), states = texts, torch.randn(4, 5, 20, dtype=torch.double)
     states_mask = (torch.arange(5) < torch.tensor([5, 1, 3, 4])[:, None]).double()
     cross = bert.project(states, states_mask)
-    hidden, attention = bert(ids, mask, cross), bert.last_self_attention(*bert.before_last(ids, mask, cross))
+    hidden, attention = bert(ids, mask, cross), bert.last_self_attention(ids, mask, cross)
     for row in range(4):
         slow = slow_bert(bert, ids[row], mask[row].double(), states[row], states_mask[row])
         torch.testing.assert_close(hidden[row], slow[0], rtol=1e-10, atol=1e-10)
@@ -251,29 +251,6 @@ def test_fewer_streams_than_rows_are_shared_by_consecutive_rows(bert, texts, num
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("with_mask", [False, True])
-def test_the_last_rows_read_other_streams_and_those_before_their_own(bert, with_mask):
-    """As a training step: each image is read by n texts, and then by others again."""
-    ids, mask = tiny_texts([7, 5, 2, 1, 6, 3], 7, torch.Generator().manual_seed(2))
-    states = torch.randn(2, 6, 24, requires_grad=True)
-    states_mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6]) if with_mask else None
-    read = bert(ids, mask, bert.project(states, states_mask).rows(torch.tensor([1, 0])))
-    index = torch.tensor([0, 0, 1, 1, 1, 0])
-    repeated = bert(ids, mask, bert.project(states[index], states_mask[index] if with_mask else None))
-    torch.testing.assert_close(read, repeated, **CLOSE)
-    (grad,), (expected,) = grads_of(read.square().sum(), states), grads_of(repeated.square().sum(), states)
-    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("with_cross", [False, True])
-def test_only_the_wanted_states_of_the_last_layer(bert, texts, image_states, with_cross):
-    (ids, mask), cross = texts, bert.project(image_states) if with_cross else None
-    places = torch.tensor([26, 0, 8, 7, 0])  # of 4 * 7 tokens, in any order
-    wanted = bert(ids, mask, cross, places=places)
-    torch.testing.assert_close(wanted, bert(ids, mask, cross).flatten(0, 1)[places], **CLOSE)
-    assert bert(ids, mask, cross, places=places[:0]).shape == (0, 24)
-
-
 def test_checkpointed_activations_give_the_same_gradients_and_dropout(texts, image_states):
     bert, vit = BertModel(TINY_BERT).train(), VisionTransformer(**TINY_VIT).train()
     results = []
@@ -281,7 +258,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_dropout(texts, ima
         vit.checkpoint_activations = bert.checkpoint_activations
         torch.manual_seed(4)
         image_embeds = vit(torch.ones(2, 3, 24, 24))
-        hidden = bert(*texts, bert.project(image_embeds).rows(torch.tensor([1, 0])))
+        hidden = bert(*texts, bert.project(image_embeds).rows(torch.tensor([0, 0, 1, 0])))
         parameters = [*vit.parameters(), *bert.encoder.parameters()]
         results.append([hidden.detach(), *torch.autograd.grad(hidden.square().sum(), parameters)])
     for one, other in zip(*results, strict=True):
@@ -301,11 +278,11 @@ def test_more_padding_changes_nothing(bert, texts, image_states):
         torch.testing.assert_close(after[:, :7][real], before[real], **CLOSE)
     noise = torch.where(longer_mask == 1, longer, 5)  # what stands in the padding does not matter either
     torch.testing.assert_close(bert(noise, longer_mask, cross)[:, :7][real], before[real], **CLOSE)
-    attention = bert.last_self_attention(*bert.before_last(longer, longer_mask, cross))
+    attention = bert.last_self_attention(longer, longer_mask, cross)
     assert torch.equal(attention[:, :, :, 7:], torch.zeros(4, 3, 12, 5))
     torch.testing.assert_close(
         attention[:, :, 0, :7],
-        bert.last_self_attention(*bert.before_last(ids, mask, cross))[:, :, 0],
+        bert.last_self_attention(ids, mask, cross)[:, :, 0],
         **CLOSE,
     )
 
@@ -330,7 +307,7 @@ def test_rows_of_nothing_but_padding_stay_finite(bert, texts, image_states):
     (text.sum() + multimodal.sum() + image.sum()).backward()
     for tensor in (text, multimodal, image, states.grad, *(p.grad for p in bert.parameters())):
         assert tensor.isfinite().all()
-    attention = bert.last_self_attention(*bert.before_last(ids, empty, bert.project(states)))
+    attention = bert.last_self_attention(ids, empty, bert.project(states))
     torch.testing.assert_close(attention.sum(-1), torch.ones(4, 3, 7))
 
 

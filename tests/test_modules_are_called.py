@@ -1,6 +1,8 @@
 """Modules are called, so that hooks and adapters work in training as they do in evaluation."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from models_for_tests import (
     TINY_BERT,
     TINY_VIT,
     check_gradients,
+    losses_of,
     shake,
     tiny_batch,
     tiny_pretrain_model,
@@ -23,6 +26,7 @@ from models.bert import AddNorm, Attention, BertModel, Intermediate, Layer, Pred
 from models.momentum import MomentumModel
 from models.retrieval import SIMLARetrieval
 from models.vit import Block, VisionTransformer
+from models.vqa import VQABatch
 from training import set_checkpointing
 from utils import UserError
 
@@ -60,27 +64,30 @@ def adapt(model: nn.Module, end: str = "") -> dict[str, Adapter]:
     return adapters
 
 
-def model_and_batch(task: str) -> tuple[MomentumModel, dict]:
-    """In training mode, with the keyword arguments of a step."""
+def model_and_step(task: str) -> tuple[MomentumModel, Callable[[], dict[str, Tensor]]]:
+    """In training mode, and what computes the losses of a step."""
     if task == "Pretrain":
-        model, batch = shake(tiny_pretrain_model()), tiny_batch(4)
+        model = shake(tiny_pretrain_model())
+        step = partial(losses_of, model, tiny_batch(4))
     elif task == "Retrieval":
         model = shake(SIMLARetrieval({**TINY_VIT, "mask_token": True}, TINY_BERT, embed_dim=8, queue_size=12))
         pairs = {name: tiny_batch(4)[name] for name in ("image", "text_ids", "text_mask", "alpha")}
-        batch = {**pairs, "idx": torch.arange(4)}
+        step = partial(losses_of, model, {**pairs, "idx": torch.arange(4)})
     elif task == "VQA":
-        model, batch = tiny_vqa_model({**TINY_VIT, "mask_token": True}), {**tiny_questions(), "alpha": 0.4}
+        model = tiny_vqa_model({**TINY_VIT, "mask_token": True})
+        step = partial(model, VQABatch(**tiny_questions()), 0.4)
     else:
         model, batch = tiny_classifier(task), batch_of(task)
         if task != "Pretrain_NLVR":
             batch |= {"label": torch.arange(4) % model.num_classes, "alpha": 0.4}
-    return model.train(), batch
+        step = partial(model, **batch)
+    return model.train(), step
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_hook_on_every_layer_fires_in_a_training_step(task, again):
-    model, batch = model_and_batch(task)
+    model, step = model_and_step(task)
     set_checkpointing(model, again)
     expected, fired = set(), set()
     for name, module in model.named_modules():
@@ -88,7 +95,7 @@ def test_a_hook_on_every_layer_fires_in_a_training_step(task, again):
         if name and (has_weights or isinstance(module, CALLED)):
             expected.add(name)
             module.register_forward_hook(lambda *_, name=name: fired.add(name))
-    sum(model(**batch).values()).backward()
+    sum(step().values()).backward()
     check_gradients(model)
     never = NOT_COMPUTED.get(task, "$^")
     assert {name for name in expected - fired if not re.search(never, name)} == set()
@@ -98,10 +105,10 @@ def test_a_hook_on_every_layer_fires_in_a_training_step(task, again):
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
 @pytest.mark.parametrize("task", TASKS)
 def test_an_adapter_round_any_layer_gets_a_gradient(task, again):
-    model, batch = model_and_batch(task)
+    model, step = model_and_step(task)
     adapters = adapt(model)
     set_checkpointing(model, again)
-    sum(model(**batch).values()).backward()
+    sum(step().values()).backward()
     assert len(adapters) > 40
     for name, adapter in adapters.items():
         if "_m." in name or name.endswith("_m") or name.startswith(WITHOUT_GRADIENT.get(task, " ")):
@@ -122,7 +129,7 @@ def test_encoders_give_the_same_with_and_without_gradient():
         def compute(vit=vit, bert=bert) -> list[Tensor]:
             states = vit(image)
             cross = bert.project(states)
-            return [states, bert(*texts), bert(*texts, cross), bert.first_state(*texts, cross)]
+            return [states, bert(*texts), bert(*texts, cross), bert(*texts, cross, first_only=True)]
 
         with_gradient = compute()
         with torch.no_grad():
@@ -132,8 +139,8 @@ def test_encoders_give_the_same_with_and_without_gradient():
 
 
 def test_what_is_put_into_a_module_alone_and_not_into_its_twin_is_named():
-    model, batch = model_and_batch("VE")
+    model, step = model_and_step("VE")
     adapt(model.visual_encoder, "blocks.0.mlp.fc2")
     expected = "online VisionTransformer is, but only one of the two has blocks.0.mlp.fc2.bias"
     with pytest.raises(UserError, match=expected):
-        model(**batch)
+        step()

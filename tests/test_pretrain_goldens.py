@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 from goldens_io import digest, fill_model, golden
-from models_for_tests import golden_pretrain_model, pretrain_inputs
+from models_for_tests import golden_pretrain_model, losses_of, pretrain_inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.align import Draws
@@ -28,7 +28,7 @@ def model(structure):
 
 def forward(model, inputs, draws, alpha):
     negatives = Draws(torch.tensor(draws["image_neg"]), torch.tensor(draws["text_neg"]))
-    return model(**pretrain_inputs(inputs, draws["mlm"]), alpha=alpha, draws=negatives)
+    return losses_of(model, {**pretrain_inputs(inputs, draws["mlm"]), "alpha": alpha}, negatives)
 
 
 def check_losses(losses, recorded, tolerance):

@@ -13,6 +13,7 @@ from models_for_tests import (
     TINY_CLS_ID,
     TINY_VIT,
     check_gradients,
+    losses_of,
     shake,
     tiny_batch,
     tiny_pretrain_model,
@@ -21,7 +22,8 @@ from transformers import BertConfig as HubConfig
 from transformers import BertForMaskedLM as HubBertForMaskedLM
 
 from config import PRETRAIN, RETRIEVAL, read_config
-from models.pretrain import SIMLA, Draws
+from models.align import Draws
+from models.pretrain import SIMLA
 from models.retrieval import SIMLARetrieval
 from utils import UserError
 
@@ -48,7 +50,7 @@ def no_draws(batch: int) -> Draws:
 def losses_with(batch: dict, **switches) -> dict[str, float]:
     torch.manual_seed(0)  # the queues start as noise
     model = shake(tiny_pretrain_model(**switches))
-    return {name: loss.item() for name, loss in model(**batch, draws=no_draws(4)).items()}
+    return {name: loss.item() for name, loss in losses_of(model, batch, no_draws(4)).items()}
 
 
 def all_finite(model: SIMLA, named: dict[str, torch.Tensor]) -> bool:
@@ -63,7 +65,7 @@ def all_finite(model: SIMLA, named: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 def test_every_trainable_parameter_gets_a_gradient(model, alpha):
     """Data-parallel training waits for all of them."""
-    named = model(**tiny_batch(3) | {"alpha": alpha})
+    named = losses_of(model, tiny_batch(3) | {"alpha": alpha})
     assert list(named) == NAMES
     assert all(loss.item() > 0 for loss in named.values())
     sum(named.values()).backward()
@@ -73,13 +75,13 @@ def test_every_trainable_parameter_gets_a_gradient(model, alpha):
 def test_every_loss_alone_has_a_gradient(model):
     for name in NAMES:
         model.zero_grad()
-        model(**tiny_batch(3))[name].backward()
+        losses_of(model, tiny_batch(3))[name].backward()
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), name
 
 
 def test_a_batch_of_one_has_no_negatives_and_finite_losses(model):
     batch = tiny_batch(1)
-    named = model(**batch)
+    named = losses_of(model, batch)
     sum(named.values()).backward()
     assert all_finite(model, named)
     assert named["loss_itm"] == 0  # the true pair alone would teach that everything matches
@@ -89,7 +91,7 @@ def test_a_batch_of_one_has_no_negatives_and_finite_losses(model):
 
 def test_dropout_in_training_leaves_everything_finite():
     model = tiny_pretrain_model().train()  # as constructed: the weights of a run without initial weights
-    named = model(**tiny_batch(4))
+    named = losses_of(model, tiny_batch(4))
     sum(named.values()).backward()
     assert all_finite(model, named)
 
@@ -100,7 +102,7 @@ def test_equal_images_at_the_lowest_temperature_are_finite(model):
     batch["image"] = batch["image"][:1].expand(4, -1, -1, -1)
     with torch.no_grad():
         model.temp.fill_(1e-9)
-    named = model(**batch)
+    named = losses_of(model, batch)
     sum(named.values()).backward()
     assert model.temp.item() == pytest.approx(0.001)
     assert all_finite(model, named)
@@ -117,7 +119,7 @@ def test_no_masked_word_is_a_word_loss_of_zero(over_sequence):
     model = shake(tiny_pretrain_model(mlm_distill_over_sequence=over_sequence))
     batch = tiny_batch(3)
     batch["mlm_labels"] = torch.full_like(batch["mlm_labels"], -100)
-    named = model(**batch)
+    named = losses_of(model, batch)
     assert named["loss_mlm"].item() == 0
     sum(named.values()).backward()
     assert all_finite(model, named)
@@ -129,7 +131,7 @@ def test_no_masked_word_is_a_word_loss_of_zero(over_sequence):
 def test_no_hidden_patch_is_a_patch_loss_of_zero(model):
     batch = tiny_batch(3)
     batch["patch_mask"] = torch.zeros_like(batch["patch_mask"])
-    named = model(**batch)
+    named = losses_of(model, batch)
     assert named["loss_mim"].item() == 0
     sum(named.values()).backward()
     assert all_finite(model, named)
@@ -140,7 +142,7 @@ def test_no_hidden_patch_is_a_patch_loss_of_zero(model):
 def test_patches_of_one_image_all_hidden_and_of_another_none(model):
     batch = tiny_batch(3)
     batch["patch_mask"][0], batch["patch_mask"][1] = True, False
-    named = model(**batch)
+    named = losses_of(model, batch)
     sum(named.values()).backward()
     assert named["loss_mim"] > 0
     assert all_finite(model, named)
@@ -152,9 +154,9 @@ def test_only_hidden_patches_and_masked_words_have_targets(model):
     shift = torch.where(batch["patch_mask"], 0, 1)
     other["visual_codes"] = (batch["visual_codes"] + shift) % 30
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first = model(**batch, draws=draws)
+    first = losses_of(model, batch, draws)
     model.load_state_dict(before)
-    second = model(**other, draws=draws)
+    second = losses_of(model, other, draws)
     for name in NAMES:
         assert first[name].item() == second[name].item(), name
 
@@ -164,7 +166,7 @@ def test_captions_of_cls_alone_are_finite(model):
     batch["text_ids"][:, 1:] = 0
     batch["text_mask"][:, 1:] = 0
     batch["mlm_ids"], batch["mlm_labels"] = batch["text_ids"], torch.full_like(batch["text_ids"], -100)
-    named = model(**batch)
+    named = losses_of(model, batch)
     sum(named.values()).backward()
     assert all_finite(model, named)
 
@@ -172,11 +174,11 @@ def test_captions_of_cls_alone_are_finite(model):
 def test_padding_columns_change_no_loss(model):
     batch, draws = tiny_batch(3), no_draws(3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    narrow = model(**batch, draws=draws)
+    narrow = losses_of(model, batch, draws)
     model.load_state_dict(before)
     for name, value in (("text_ids", 0), ("text_mask", 0), ("mlm_ids", 0), ("mlm_labels", -100)):
         batch[name] = torch.nn.functional.pad(batch[name], (0, 4), value=value)
-    wide = model(**batch, draws=draws)
+    wide = losses_of(model, batch, draws)
     for name in NAMES:
         torch.testing.assert_close(wide[name], narrow[name], rtol=1e-5, atol=1e-6, msg=name)
 
@@ -184,14 +186,14 @@ def test_padding_columns_change_no_loss(model):
 def test_queues_take_the_momentum_features_in_and_wrap_round(model):
     """12 places, batches of 5: the third one wraps."""
     for seed, pointer in ((0, 5), (1, 10), (2, 3)):
-        model(**tiny_batch(5, seed))
+        losses_of(model, tiny_batch(5, seed))
         assert model.queue_ptr.tolist() == [pointer]
     batch = tiny_batch(5, 2)
     with torch.no_grad():
         states = model.visual_encoder_m(batch["image"])[:, 0]
         feats = torch.nn.functional.normalize(model.vision_proj_m(states), dim=-1)
     torch.testing.assert_close(model.image_queue[:, [10, 11, 0, 1, 2]].T, feats)
-    model(**tiny_batch(20))  # more than the queue holds
+    losses_of(model, tiny_batch(20))  # more than the queue holds
     assert model.queue_ptr.tolist() == [(3 + 20) % 12]
     torch.testing.assert_close(model.image_queue.norm(dim=0), torch.ones(12))
 

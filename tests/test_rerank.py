@@ -136,12 +136,12 @@ def test_images_are_projected_once_and_few_at_a_time(small, monkeypatch):
     assert max(tokens for tokens, _ in calls) <= 60 and all(tight for _, tight in calls)
 
 
-def test_the_first_state_is_that_of_the_whole(small):
+def test_the_first_state_alone_is_that_of_the_whole(small):
     model, _, embeds, (ids, mask), _ = small
     cross = model.text_encoder.project(embeds).rows(torch.arange(19) % 7)
     with torch.no_grad():
         whole = model.text_encoder(ids, mask, cross)[:, 0]
-        torch.testing.assert_close(model.text_encoder.first_state(ids, mask, cross), whole)
+        torch.testing.assert_close(model.text_encoder(ids, mask, cross, first_only=True)[:, 0], whole)
 
 
 # ---- the script's evaluation ----

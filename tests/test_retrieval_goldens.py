@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from goldens_io import digest, fill_model, golden, golden_image
-from models_for_tests import vit_sizes
+from models_for_tests import losses_of, vit_sizes
 from test_pretrain_goldens import check_grads, check_params_after, check_queues
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -47,15 +47,19 @@ def test_state_dict_is_the_published_one():
     assert bytes_hash.hexdigest() == structure["filled_weights"]["sha256"]
 
 
-def retrieval_inputs(inputs: dict, draws: dict) -> dict:
-    """Keyword arguments of the training forward."""
+def retrieval_inputs(inputs: dict) -> dict:
+    """For `losses_of`, without alpha and draws."""
     return {
         "image": golden_image(inputs["image_seed"], inputs["image_shape"]),
         "text_ids": torch.tensor(inputs["text"]["input_ids"]),
         "text_mask": torch.tensor(inputs["text"]["attention_mask"]),
         "idx": torch.tensor(inputs["idx"]),
-        "draws": Draws(torch.tensor(draws["image_neg"]), torch.tensor(draws["text_neg"])),
     }
+
+
+def step_of(model: SIMLARetrieval, inputs: dict, draws: dict, alpha: float) -> dict[str, torch.Tensor]:
+    negatives = Draws(torch.tensor(draws["image_neg"]), torch.tensor(draws["text_neg"]))
+    return losses_of(model, {**retrieval_inputs(inputs), "alpha": alpha}, negatives)
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def check_retrieval_losses(losses, recorded, tolerance):
 def test_one_step(filled, alpha):
     step = golden("retrieval_step")
     recorded = step["alphas"][alpha]
-    losses = filled(**retrieval_inputs(step["inputs"], recorded["draws"]), alpha=float(alpha))
+    losses = step_of(filled, step["inputs"], recorded["draws"], float(alpha))
     check_retrieval_losses(losses, recorded["losses"], 5e-6)
     check_queues(filled.state_dict(), recorded["queues_after_forward"])
     assert filled.idx_queue.tolist() == recorded["queues_after_forward"]["idx_queue"]
@@ -98,7 +102,7 @@ def test_recorded_negative_weights(filled, monkeypatch):
         return original(similarity, excluded)
 
     monkeypatch.setattr(losses, "negative_weights", spied)
-    filled(**retrieval_inputs(step["inputs"], recorded), alpha=0.4)
+    step_of(filled, step["inputs"], recorded, 0.4)
     for weights, name in zip(seen, ("weights_t2i", "weights_i2t"), strict=True):
         torch.testing.assert_close(weights, torch.tensor(recorded[name]), rtol=5e-5, atol=1e-6)
 
@@ -107,7 +111,7 @@ def test_three_steps(filled):
     recorded = golden("retrieval_train3")
     optimizer = create_optimizer(filled, golden("retrieval_structure")["config"]["optimizer"])
     for step in recorded["steps"]:
-        losses = filled(**retrieval_inputs(step["inputs"], step["draws"]), alpha=recorded["alpha"])
+        losses = step_of(filled, step["inputs"], step["draws"], recorded["alpha"])
         check_retrieval_losses(losses, step["losses"], 2e-5)
         optimizer.zero_grad()
         sum(losses.values()).backward()

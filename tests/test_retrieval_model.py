@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import TINY_BERT, TINY_VIT, check_gradients, shake, tiny_batch
+from models_for_tests import TINY_BERT, TINY_VIT, check_gradients, losses_of, shake, tiny_batch
 from ruamel.yaml import YAML
 from tiny import make_tiny, run
 
@@ -35,7 +35,7 @@ def batch_of(seed: int = 0) -> dict:
 
 
 def test_every_trainable_parameter_gets_a_gradient(model):
-    named = model(**batch_of())
+    named = losses_of(model, batch_of())
     assert list(named) == ["loss_ita", "loss_itm"]
     sum(named.values()).backward()
     check_gradients(model)
@@ -43,7 +43,7 @@ def test_every_trainable_parameter_gets_a_gradient(model):
 
 def test_identities_fill_their_queue_in_step_with_the_features(model):
     for step in range(4):  # 4 steps of 4 in a queue of 12: the last overwrites the first
-        model(**batch_of(step) | {"idx": IDS + 10 * step})
+        losses_of(model, batch_of(step) | {"idx": IDS + 10 * step})
     expected = torch.cat([IDS + 30, IDS + 10, IDS + 20])
     assert model.idx_queue[0].tolist() == expected.tolist() and model.queue_ptr.item() == 4
 
@@ -51,13 +51,13 @@ def test_identities_fill_their_queue_in_step_with_the_features(model):
 def test_other_captions_of_the_image_are_positives_once_queued(model):
     """The same batch twice: the second time every row has positives in the queue, unless that is frozen."""
     batch = batch_of() | {"alpha": 0.0}
-    model(**batch)
+    losses_of(model, batch)
     written = model.idx_queue.clone()
     after = {}
     for name, queue in (("written", written), ("frozen", torch.full_like(written, -100))):
         again = shake(SIMLARetrieval(TINY_VIT, TINY_BERT, embed_dim=8, queue_size=12))
         again.load_state_dict({**model.state_dict(), "idx_queue": queue}, strict=False)
-        after[name] = again(**batch, draws=Draws(torch.tensor([1, 0, 1, 1]), torch.tensor([1, 0, 1, 1])))
+        after[name] = losses_of(again, batch, Draws(torch.tensor([1, 0, 1, 1]), torch.tensor([1, 0, 1, 1])))
     assert after["written"]["loss_ita"] != after["frozen"]["loss_ita"]
     assert after["written"]["loss_itm"] == after["frozen"]["loss_itm"]
 
@@ -67,7 +67,7 @@ def test_negatives_are_never_of_the_same_image(model, monkeypatch):
     original = losses.draw_negatives
     monkeypatch.setattr(losses, "draw_negatives", lambda w: seen.append(original(w)) or seen[-1])
     for seed in range(20):
-        model(**batch_of(seed))
+        losses_of(model, batch_of(seed))
     for drawn in seen:
         assert (IDS[drawn] != IDS).all()
 
@@ -76,7 +76,7 @@ def test_a_batch_of_one_image_alone_leaves_matching_out(model):
     """Its matches, too: without a mismatch they teach nothing but to say yes. Every parameter has a gradient,
     for data-parallel training.
     """
-    named = model(**batch_of() | {"idx": torch.full((4,), 3)})
+    named = losses_of(model, batch_of() | {"idx": torch.full((4,), 3)})
     assert named["loss_itm"] == 0 and named["loss_ita"].isfinite()
     sum(named.values()).backward()
     head = [*model.itm_head.parameters(), model.text_encoder.encoder.layer[0].crossattention.self.key.weight]

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from models_for_tests import TINY_BERT, TINY_VIT, tiny_batch, tiny_pretrain_model
+from models_for_tests import TINY_BERT, TINY_VIT, losses_of, tiny_batch, tiny_pretrain_model
 from test_vqa_model import tiny_batch as tiny_questions
 from test_vqa_model import tiny_model as tiny_vqa_model
 from tiny import make_tiny
@@ -20,8 +20,9 @@ import training
 from models.align import Draws
 from models.bert import Layer
 from models.retrieval import SIMLARetrieval
+from models.vqa import VQABatch
 from training import Training
-from utils import UserError, autocast, find_places, set_precision
+from utils import UserError, autocast, set_precision, true_indices
 
 CPU = torch.device("cpu")
 WAITS = {  # what makes the host wait for a device's result, or a result's shape
@@ -77,17 +78,16 @@ def test_the_host_waits_for_nothing_inside_a_step(tiny, tmp_path, accumulation):
         run.one_step(batches[:accumulation], 0.4)
     assert run.read_check() and run.window.means()["loss_mim"] > 0
     with pytest.raises(AssertionError, match="the host waits in aten::"), NoWaiting():
-        run.one_step([{**batch, "mlm_places": None} for batch in batches[:accumulation]], 0.4)
+        true_indices(batches[0]["patch_mask"])  # what a batch has its indices counted for beforehand
 
 
 def test_nor_in_the_steps_of_questions_and_of_retrieval():
-    batch = tiny_questions()
-    places = find_places(batch["answer_mask"][:, 1:])
+    batch = VQABatch(**tiny_questions())
     model, retrieval = tiny_vqa_model(), SIMLARetrieval(TINY_VIT, TINY_BERT, embed_dim=8, queue_size=12)
     pairs = {name: tiny_batch(4)[name] for name in ("image", "text_ids", "text_mask")}
     with NoWaiting():
-        model(**batch, alpha=0.4, answer_places=places)["loss"].backward()
-        sum(retrieval(**pairs, idx=torch.arange(4), alpha=0.4).values()).backward()
+        model(batch, 0.4)["loss"].backward()
+        sum(losses_of(retrieval, {**pairs, "idx": torch.arange(4), "alpha": 0.4}).values()).backward()
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(0.25, 0.25), (1e6, None), (0, None)])
@@ -134,7 +134,7 @@ def test_bf16_is_close_to_fp32_and_keeps_twins_queues_and_scores_in_fp32():
     for precision in ("fp32", "bf16"):
         model.load_state_dict(before)
         with autocast(CPU, precision):
-            results.append(model(**batch, draws=draws))
+            results.append(losses_of(model, batch, draws))
         assert model.image_queue.dtype == torch.float32
         assert model.image_queue.norm(dim=0).allclose(torch.ones(12), atol=1e-6)  # normalised in fp32
     for name, value in results[0].items():
@@ -152,7 +152,7 @@ def test_a_text_of_nothing_but_padding_stays_finite_in_half_precision():
     batch["text_mask"][1] = 0
     for precision in ("fp32", "bf16"):
         with autocast(CPU, precision):
-            assert all(loss.isfinite() for loss in model(**batch).values()), precision
+            assert all(loss.isfinite() for loss in losses_of(model, batch).values()), precision
 
 
 def test_compiled_layers_compute_the_same_at_every_length_of_text(monkeypatch):
@@ -169,7 +169,7 @@ def test_compiled_layers_compute_the_same_at_every_length_of_text(monkeypatch):
     for number, length in enumerate([6, 5, 3, 4, 2]):
         batch = {name: value[:, :length] if name in TEXTS else value for name, value in tiny_batch(4).items()}
         with torch._dynamo.config.patch(error_on_recompile=number > 1):
-            ours, theirs = model(**batch, draws=draws), twin(**batch, draws=draws)
+            ours, theirs = losses_of(model, batch, draws), losses_of(twin, batch, draws)
         for name, loss in theirs.items():
             torch.testing.assert_close(ours[name], loss, rtol=1e-5, atol=1e-6)
     torch._dynamo.reset()

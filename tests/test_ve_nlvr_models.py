@@ -143,8 +143,7 @@ def slow_hidden(bert: BertModel, ids, mask, slots: list[torch.Tensor]) -> torch.
     """Layer by layer, layer i reading slots[i % 2] (B, N, D)."""
     hidden = bert.embeddings(ids)
     for i, layer in enumerate(bert.encoder.layer):
-        keys, values = layer.crossattention.project(slots[i % 2])
-        hidden = layer(hidden, padding_mask(mask), (keys, values, None))
+        hidden = layer(hidden, padding_mask(mask), layer.crossattention.project(slots[i % 2]))
     return hidden
 
 

@@ -29,9 +29,9 @@ from models import losses
 from models.answer_tree import AnswerTree
 from models.bert import BertConfig
 from models.initial import load_initial_weights
-from models.vqa import SIMLAVQA, extend_beams, question_states
+from models.vqa import SIMLAVQA, VQABatch, extend_beams, question_states
 from saving import save_checkpoint
-from utils import UserError, autocast
+from utils import UserError, autocast, true_indices
 
 # ---- recorded numbers ----
 
@@ -85,7 +85,10 @@ def test_one_step(filled, alpha):
     """Published: the decoder never receives alpha, so that the loss is the same for both."""
     recorded, inputs = golden("vqa"), golden("vqa")["inputs"]
     weights, num_answers = torch.tensor(inputs["weights"]), torch.tensor(inputs["answers_per_question"])
-    named = filled(*golden_questions(), *text(inputs["answer"]), weights, num_answers, float(alpha))
+    answers = text(inputs["answer"])
+    indices = true_indices(answers[1][:, 1:])
+    batch = VQABatch(*golden_questions(), *answers, indices, weights, num_answers)
+    named = filled(batch, float(alpha))
     assert list(named) == ["loss"]
     assert named["loss"].item() == pytest.approx(recorded["alphas"][alpha]["loss"], rel=5e-6)
     assert named["loss"].item() == pytest.approx(recorded["loss_without_distill"], rel=5e-6)
@@ -129,6 +132,7 @@ def tiny_batch(padding: int = 0, seed: int = 0) -> dict:
     names = ("question_ids", "question_mask", "answer_ids", "answer_mask")
     weights = torch.tensor([0.7, 0.3, 0.5, 0.6, 0.3, 0.1])
     return {
+        "answer_indices": true_indices(texts[3][:, 1:]),
         "image": image,
         **dict(zip(names, texts, strict=True)),
         "weights": weights,
@@ -136,9 +140,13 @@ def tiny_batch(padding: int = 0, seed: int = 0) -> dict:
     }
 
 
+def loss_of(model: SIMLAVQA, batch: dict, alpha: float) -> torch.Tensor:
+    return model(VQABatch(**batch), alpha)["loss"]
+
+
 def test_every_trainable_parameter_gets_a_gradient():
     model = tiny_model({**TINY_VIT, "mask_token": True})
-    model(**tiny_batch(), alpha=0.4)["loss"].backward()
+    loss_of(model, tiny_batch(), 0.4).backward()
     check_gradients(model)
 
 
@@ -163,7 +171,7 @@ def decoder_logits(model: SIMLAVQA, batch: dict, suffix: str) -> torch.Tensor:
 @pytest.mark.parametrize("over_sequence", [False, True])
 def test_loss_equals_loops(alpha, over_sequence):
     model, batch = tiny_model(mlm_distill_over_sequence=over_sequence), tiny_batch()
-    found = model(**batch, alpha=alpha)["loss"].item()
+    found = loss_of(model, batch, alpha).item()
     logits, logits_m = (decoder_logits(model, batch, suffix) for suffix in ("", "_m"))
     assert (logits - logits_m).abs().max() > 0.01
     expected = 0.0
@@ -181,13 +189,13 @@ def test_loss_equals_loops(alpha, over_sequence):
 
 def test_the_published_switch_leaves_alpha_out():
     published = tiny_model(vqa_no_distill=True)
-    assert published(**tiny_batch(), alpha=0.4)["loss"] == tiny_model()(**tiny_batch(), alpha=0.0)["loss"]
-    assert tiny_model()(**tiny_batch(), alpha=0.4)["loss"] != tiny_model()(**tiny_batch(), alpha=0.0)["loss"]
+    without = loss_of(tiny_model(), tiny_batch(), 0.0)
+    assert loss_of(published, tiny_batch(), 0.4) == without != loss_of(tiny_model(), tiny_batch(), 0.4)
     online, twin = (
         part.cls["predictions"].bias for part in (published.text_decoder, published.text_decoder_m)
     )
     expected = 0.995 * twin + 0.005 * online
-    published(**tiny_batch(), alpha=0.4)
+    loss_of(published, tiny_batch(), 0.4)
     torch.testing.assert_close(twin, expected)  # the twins move all the same
 
 
@@ -211,7 +219,7 @@ def test_with_a_teacher_like_the_labels_alpha_changes_nothing(seed, answers, len
 
 def test_padding_changes_nothing():
     for switches, alpha in (({}, 0.4), ({"mlm_distill_over_sequence": True}, 0.0)):
-        plain, padded = (tiny_model(**switches)(**tiny_batch(n), alpha=alpha)["loss"].item() for n in (0, 3))
+        plain, padded = (loss_of(tiny_model(**switches), tiny_batch(n), alpha).item() for n in (0, 3))
         assert padded == pytest.approx(plain, rel=1e-5)
     model, (questions, candidates) = tiny_model(), ranking_inputs(12)
     more = [questions[0], *(torch.nn.functional.pad(part, (0, 4)) for part in questions[1:])]
@@ -302,8 +310,8 @@ def chosen_by(model: SIMLAVQA, monkeypatch, *ranking) -> tuple[list, list]:
     original, predict = model.text_decoder.bert.forward, model.text_decoder.predict
 
     def forward(ids, mask, cross, **rest):
-        read.append((len(cross.keys_values[0][0]), ids.shape[1]))
-        assert cross.index is None and len(ids) == read[-1][0]
+        read.append((len(cross[0].keys), ids.shape[1]))
+        assert cross[0].index is None and len(ids) == read[-1][0]
         return original(ids, mask, cross, **rest)
 
     def spied_predict(hidden):

@@ -16,12 +16,13 @@ import torch.distributed as dist
 from goldens_io import fill_model, golden, golden_image
 from models_for_tests import (
     golden_pretrain_model,
+    losses_of,
     pretrain_inputs,
     tiny_batch,
     tiny_pretrain_model,
     tiny_texts,
 )
-from test_retrieval_goldens import golden_retrieval_model, retrieval_inputs
+from test_retrieval_goldens import golden_retrieval_model, step_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dataset.loaders import EpochSampler
@@ -63,7 +64,9 @@ def pretrain_step() -> dict:
     seen["after"] = buffers(model)
     inputs, draws = recorded["ranks"][rank()]["inputs"], recorded["ranks"][rank()]["draws"]
     negatives = Draws(torch.tensor(draws["image_neg"]), torch.tensor(draws["text_neg"]))
-    named = wrapped(**pretrain_inputs(inputs, draws["mlm"]), alpha=recorded["alpha"], draws=negatives)
+    named = losses_of(
+        wrapped, {**pretrain_inputs(inputs, draws["mlm"]), "alpha": recorded["alpha"]}, negatives
+    )
     sum(named.values()).backward()
     return {
         "buffers": seen,
@@ -82,7 +85,7 @@ def steps_without_a_loss() -> list[dict]:
         model.zero_grad(set_to_none=True)
         for number in range(2):
             with nullcontext() if number or world_size() == 1 else wrapped.no_sync():
-                named = wrapped(**tiny_batch(3, seed=10 * step + 2 * rank() + number))
+                named = losses_of(wrapped, tiny_batch(3, seed=10 * step + 2 * rank() + number))
                 del named["loss_mim"]
                 sum(named.values()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -93,13 +96,13 @@ def retrieval_step() -> dict:
     """The recorded step of this rank, with the published switch, and idx_queue after one without it."""
     recorded = golden("retrieval_ws2")
     inputs = recorded["ranks"][rank()]["inputs"]
-    kwargs = retrieval_inputs(inputs, recorded["ranks"][rank()]["draws"])
+    draws = recorded["ranks"][rank()]["draws"]
     result = {}
     for frozen in (False, True):
         model = golden_retrieval_model(frozen_idx_queue=frozen)
         fill_model(model, {})
         wrapped = distribute(model, CPU)
-        named = wrapped(**kwargs, alpha=recorded["alpha"])
+        named = step_of(wrapped, inputs, draws, recorded["alpha"])
         result[f"idx_queue, frozen {frozen}"] = model.idx_queue.clone()
     sum(named.values()).backward()
     return {
