@@ -1,7 +1,24 @@
 """Checkpoint files: written whole in the background, told apart when damaged, the newest and the best kept.
 
-A file is torch.save's zip archive; the CRC-32 that it holds of every tensor tells a damaged one. Names order
-a run's files: checkpoint_04.pth is the end of epoch 4, checkpoint_04_000250.pth step 250 within it.
+A file is torch.save's zip archive; the CRC-32 that it holds of every tensor tells a damaged one. A name
+orders a run's files: checkpoint_04.pth is the end of epoch 4, checkpoint_04_000250.pth step 250 within it.
+A process may be killed at any moment and a disk be full; this is how a save goes, and why what is found
+afterwards can be relied on:
+
+1. `Saver.save` waits for the save before and copies the state to host memory; then training goes on, and the
+   rest happens in a thread.
+2. The state goes to the disk under a temporary name, with the names of the run's files as they will be
+   (`saved`) and of the one that it makes needless (`replaces`). What a killed process leaves of that is
+   deleted by the next one.
+3. The complete file of a best epoch first gets the second name checkpoint_best.pth.
+4. The file takes its own name, in one step: whoever finds it finds the best one, too.
+5. The file that it replaces goes, and those of the run's others that are too old. Where a process is killed
+   before that, the names are in the file, and resuming from it deletes them (`Saver.take_up`).
+6. A failure at any point is logged, and training goes on. The next good save makes up for it, but not for
+   that of a best epoch, which only a better one does. What nothing has made up for fails the run at its end.
+
+A run resumes from the furthest undamaged file that names its id (`newest_good`). Where it goes on from an
+earlier one, the later ones would be taken for its future: they move to abandoned/ (`set_aside_later`).
 """
 
 import os
@@ -96,18 +113,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _same_file(source: Path, path: Path) -> None:
-    """`path` becomes another name of `source`, or a copy where the disk knows no second names."""
+    """Makes `path` another name of `source`, or a copy where the disk knows no second names."""
     temporary = _temporary(path)
     try:
-        temporary.hardlink_to(source)
-    except OSError:
         try:
+            temporary.hardlink_to(source)
+        except OSError:
             shutil.copyfile(source, temporary)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise UserError(f"{path} could not be written ({error}); an earlier one is unchanged") from error
-    temporary.replace(path)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error}); an earlier one is unchanged") from error
 
 
 def _plain(value: Any, name: str, tensor: Callable[[Tensor], Tensor]) -> Any:
@@ -147,11 +164,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def check_undamaged(path: str | Path) -> None:
-    """Reads the whole file against its checksums; UserError naming what is damaged. Needs no memory."""
+    """Reads the whole file against its checksums. Raises UserError, naming what is damaged."""
     try:
-        if not zipfile.is_zipfile(
-            path
-        ):  # published files may be of torch.save's older kind, without checksums
+        if not zipfile.is_zipfile(path):  # published files may be older ones of torch, without checksums
             safe_load(path)
             return
         with zipfile.ZipFile(path) as archive:
@@ -168,48 +183,52 @@ def check_undamaged(path: str | Path) -> None:
 
 
 def step_name(epoch: int, step: int) -> str:
-    """Of a checkpoint after `step` steps of the epoch in progress."""
+    """Return the name of a checkpoint after `step` steps of the epoch in progress."""
     return f"checkpoint_{epoch:02d}_{step:06d}.pth"
 
 
 def epoch_name(epoch: int) -> str:
-    """Of a checkpoint at the end of an epoch."""
+    """Return the name of a checkpoint at the end of an epoch."""
     return f"checkpoint_{epoch:02d}.pth"
 
 
 def progress(path: Path) -> tuple[int, int]:
-    """(epochs finished, steps of the next one), from the name."""
+    """Return (epochs finished, steps of the next one), from the name."""
     epoch, step = NAME.fullmatch(path.name).groups()
     return (int(epoch) + 1, 0) if step is None else (int(epoch), int(step))
 
 
 def run_checkpoints(folder: str | Path) -> list[Path]:
-    """The files that a run in the folder can go on from, the furthest first."""
+    """Return the files that a run in the folder can go on from, the furthest first."""
     found = [path for path in Path(folder).glob("checkpoint_*.pth") if NAME.fullmatch(path.name)]
     return sorted(found, key=progress, reverse=True)
 
 
+def _run_of(path: Path) -> str | None:
+    """Return the id of the run that wrote the checkpoint, "" where it says none, None for a damaged one."""
+    try:
+        return load_checkpoint(path).get("run", "")
+    except UserError:
+        return None
+
+
 def newest_good(folder: str | Path, run: str | None = None) -> Path | None:
-    """The furthest undamaged checkpoint of the run (its id) in the folder; None where there is none.
+    """Return the furthest undamaged checkpoint of the run (its id) in the folder; None where there is none.
 
     run None: of the run that wrote last. Damaged files are skipped with a message.
     """
-    runs: dict[str, list[Path]] = {}
-    wanted = run
-    for path in sorted(run_checkpoints(folder), key=lambda path: path.stat().st_mtime):
-        try:
-            owner = load_checkpoint(path).get("run", "")
-        except UserError as error:
-            log.warning(f"skipped: {error}")
-            continue
-        runs.setdefault(owner, []).append(path)
-        wanted = owner if run is None else run
-    for path in sorted(runs.get(wanted, []), key=progress, reverse=True):
-        try:
-            check_undamaged(path)
-            return path
-        except UserError as error:
-            log.warning(f"skipped: {error}")
+    runs = {path: _run_of(path) for path in run_checkpoints(folder)}
+    known = [path for path in runs if runs[path] is not None]
+    if run is None and known:
+        run = runs[max(known, key=lambda path: path.stat().st_mtime)]
+    for path in runs:
+        if runs[path] in (run, None):
+            try:
+                load_checkpoint(path)
+                check_undamaged(path)
+                return path
+            except UserError as error:
+                log.warning(f"skipped: {error}")
     return None
 
 
@@ -246,17 +265,9 @@ def find_best(path: Path, folder: Path, run: str, best: dict) -> str:
     return ""
 
 
-def _run_of(path: Path, unknown: str) -> str:
-    """The id of the run that wrote the checkpoint, "" where it says none; `unknown` for a damaged one."""
-    try:
-        return load_checkpoint(path).get("run", "")
-    except UserError:
-        return unknown
-
-
 def keep_under_own_name(path: Path, epoch: int, step: int) -> None:
-    """A resumed file, after `step` steps of `epoch`, is found again by the name that says so, as where a run
-    goes on from checkpoint_best.pth and is stopped before it saves anything.
+    """Gives a resumed file, after `step` steps of `epoch`, the name that says so, by which it is found again:
+    a run may go on from checkpoint_best.pth and be stopped before it saves anything.
     """
     own = path.with_name(step_name(epoch, step) if step else epoch_name(epoch - 1))
     if not own.exists():
@@ -269,7 +280,7 @@ def set_aside_later(folder: Path, run: str, at: tuple[int, int]) -> Path | None:
 
     None where there are none. Damaged ones with later names go, too.
     """
-    later = [path for path in run_checkpoints(folder) if progress(path) > at and _run_of(path, run) == run]
+    later = [path for path in run_checkpoints(folder) if progress(path) > at and _run_of(path) in (run, None)]
     with suppress(UserError):
         best = load_checkpoint(folder / BEST)
         if best.get("run") == run and (best["epoch"] + 1, best["step"]) > at:
@@ -291,17 +302,16 @@ def set_aside_later(folder: Path, run: str, at: tuple[int, int]) -> Path | None:
 class Saver:
     """Writes a run's checkpoints behind the training's back, one at a time, and deletes what is too old.
 
-    `save` returns once the state is copied to host memory; a failed write is reported when it fails and
-    training goes on. Kept: the newest `keep_last`, every epoch's with `keep_epochs`, and the best. Only files
-    of this run are deleted: `saved` are the names of those from before a resume.
+    Kept: the newest `keep_last`, every epoch's with `keep_epochs`, and the best. Only files of this run are
+    deleted, whose names are `saved`.
     """
 
-    _writers: ClassVar[set[threading.Thread]] = set()
-    _starting = threading.Lock()  # a thread that is listed has started
+    _writer: ClassVar[threading.Thread | None] = None
+    _starting = threading.Lock()  # whoever sees a writer sees it started
 
-    def __init__(self, folder: str | Path, keep_last: int, keep_epochs: bool, saved: list[str] | None = None):
+    def __init__(self, folder: str | Path, keep_last: int, keep_epochs: bool) -> None:
         self.folder, self.keep_last, self.keep_epochs = Path(folder), keep_last, keep_epochs
-        self.saved = list(saved or [])
+        self.saved: list[str] = []
         self.error: UserError | None = None  # of the last write
         self.best_error: UserError | None = None  # of the last write of a best one
         if is_main():
@@ -327,9 +337,7 @@ class Saver:
 
     def save(self, name: str, state: dict, is_best: bool = False, replaces: str = "") -> None:
         """Copies the state, then writes it as `name`, with `is_best` as checkpoint_best.pth too, and deletes
-        the file `replaces`.
-
-        Waits for the write before, if that is not done. Raises TypeError for values that are not plain.
+        the file `replaces`. Raises TypeError for values that are not plain.
         """
         self.wait()
         copies: dict[tuple, Tensor] = {}  # tied weights stay one
@@ -344,15 +352,15 @@ class Saver:
         snapshot = _plain({**state, "saved": names, "replaces": replaces}, "state", to_host)
         writer = threading.Thread(target=self._write, args=(name, snapshot, is_best, names), name="saver")
         with self._starting:
-            self._writers.add(writer)
             writer.start()
+            Saver._writer = writer
 
     def _write(self, name: str, snapshot: dict, is_best: bool, names: list[str]) -> None:
         path = self.folder / name
         try:
             with atomic_write(path) as file:
                 torch.save(snapshot, file)
-                if is_best:  # first, and complete: whoever finds `name` relies on the best one's being there
+                if is_best:
                     file.flush()
                     os.fsync(file.fileno())
                     _same_file(Path(file.name), self.folder / BEST)
@@ -367,8 +375,6 @@ class Saver:
             self.error = error if isinstance(error, UserError) else UserError(problem)
             self.best_error = self.error if is_best else self.best_error
             log.error(f"checkpoint not saved, training goes on: {self.error}")
-        finally:
-            self._writers.discard(threading.current_thread())
 
     def _delete_old(self) -> None:
         names = sorted(self.saved, key=lambda name: progress(Path(name)))
@@ -382,8 +388,8 @@ class Saver:
     def wait(cls) -> None:
         """Returns when nothing is being written any more."""
         with cls._starting:
-            writers = list(cls._writers)
-        for writer in writers:
+            writer = cls._writer
+        if writer:
             writer.join()
 
     def close(self) -> None:
