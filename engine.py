@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from config import save_config
 from dataset.loaders import stop_at_unreadable
 from faults import StopSignals
 from models.momentum import MomentumModel
+from run_record import save_config
 from saving import BEST, epoch_name, find_best
 from training import Losses, Scores, Training, to_device
 from utils import all_gather_objects, append_log, autocast, barrier, check_scores, is_main, log, with_progress

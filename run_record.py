@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from ruamel.yaml import YAML
 
 from saving import atomic_write, run_checkpoints
 from utils import LOG, UserError, all_gather_objects, is_main, log, peak_bytes, world_size
@@ -49,6 +50,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def save_config(config: dict, output_dir: str) -> None:
+    """Write config.yaml with the git revision of the code as a comment."""
+    with atomic_write(Path(output_dir) / "config.yaml", text=True) as file:
+        file.write(f"# code revision: {code_revision()}\n")
+        YAML(typ="safe", pure=True).dump(config, file)
 
 
 def config_hash(config: dict) -> str:

@@ -8,8 +8,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from utils import UserError
-
 LOOK_AHEAD = 1000  # samples
 
 
@@ -135,32 +133,3 @@ def shares(total: int, weights: list[float]) -> list[int]:
     """Whole numbers, in proportion to the weights as near as can be, that add up to `total`."""
     ends = [round(total * end / sum(weights)) for end in accumulate(weights)]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-
-
-def weighted(train_file: str | list) -> tuple[list[list[str]], list[float]]:
-    """The paths of each data set of config `train_file`, and its weight; paths without weights are one set.
-
-    UserError where it is neither paths nor a list of {path: ..., weight: ...}.
-    """
-    listed = train_file if isinstance(train_file, list) else [train_file]
-    if all(isinstance(path, str) for path in listed) and listed:
-        return [listed], [1.0]
-    paths, weights = [], []
-    for number, item in enumerate(listed):
-        if not isinstance(item, dict) or set(item) != {"path", "weight"}:
-            raise UserError(f"train_file: entry {number} must be {{path: ..., weight: ...}}, found {item!r}")
-        path, weight = item["path"], item["weight"]
-        path = path if isinstance(path, list) else [path]
-        if not path or not all(isinstance(one, str) for one in path):
-            raise UserError(
-                f"train_file: path of entry {number} must be a path or a list of some, found {path!r}"
-            )
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= 1e12:
-            raise UserError(
-                f"train_file: weight of entry {number} must be above 0, at most 1e12, found {weight!r}"
-            )
-        paths.append(path)
-        weights.append(weight)
-    if not paths:
-        raise UserError("train_file is empty; name annotation files or shards")
-    return paths, weights

@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from config import weighted
 from dataset.annotations import TEXT, TEXTS, Mapped, item_of, read_annotations
 from dataset.items import Collate, TrainItems
 from dataset.loaders import train_loader
 from dataset.masking import BlockMask
-from dataset.mixture import Mixture, weighted
+from dataset.mixture import Mixture
 from dataset.shard_stream import count_samples
 from dataset.shards import Shards, expand_names, is_shards
 from dataset.text import mask_tokens

@@ -18,7 +18,7 @@ import Pretrain
 import Pretrain_NLVR
 import Retrieval
 import zero_shot_retrieval
-from config import PRETRAIN, TABLES, read_config
+from config import PRETRAIN, TASKS, read_config
 from dataset.annotations import TEXT, TEXTS, read_annotations
 from dataset.loaders import train_loader
 from dataset.pretrain import pretrain_loader, read_sets
@@ -545,5 +545,5 @@ def test_masked_words_belong_to_the_item_not_to_the_batch(tiny, tmp_path):
 
 def test_one_value_of_a_bert_config_file_can_be_overridden():
     """As the message about a larger vocabulary advises."""
-    config = read_config("configs/VE.yaml", TABLES["VE.py"], ["bert_config.vocab_size=31000"])
+    config = read_config("configs/VE.yaml", TASKS["VE"], ["bert_config.vocab_size=31000"])
     assert config["bert_config"]["vocab_size"] == 31000 and config["bert_config"]["hidden_size"] == 768

@@ -18,7 +18,6 @@ import utils
 from config import (
     EMPTY,
     NUMBER,
-    TABLES,
     TASKS,
     Key,
     add_overrides,
@@ -68,10 +67,10 @@ def numeric_keys(table: dict[str, Key], section: str = "") -> dict[str, Key]:
 
 
 def test_every_number_has_a_range_and_is_finite():
-    for scripts, table in TABLES.items():
+    for task, table in TASKS.items():
         for name, key in numeric_keys(table).items():
             low = key.least if key.least is not None else key.above
-            assert low is not None, f"{scripts}: {name} has no smallest value"
+            assert low is not None, f"{task}: {name} has no smallest value"
             wrong = [float("nan"), "nan", float("inf"), "-inf", -1e300, [1], {"a": 1}, True, "many"]
             wrong.append(low if key.above is not None else low - 1)
             high = key.most if key.most is not None else key.below
@@ -359,7 +358,7 @@ def test_old_names_are_read_in_every_file_of_a_variant(write):
         ("base: sub/circle.yaml", "sub/circle.yaml: base {0}/c.yaml is itself based on {0}/sub/circle.yaml"),
         (
             "base: ../none.yaml",
-            "c.yaml: base {1}/none.yaml does not exist; its path starts from the folder of",
+            "c.yaml: base {1}/none.yaml does not exist; paths start from the folder of",
         ),
         ("base: [a.yaml]", "c.yaml: base must name a YAML file, found ['a.yaml']"),
         ("base:", "c.yaml: base must name a YAML file, found None"),

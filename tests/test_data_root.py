@@ -10,8 +10,7 @@ from test_ve_nlvr_scripts import write_config
 from tiny import ROOT
 
 import config as config_module
-from config import DATA, OTHER, TABLES, read_config, save_config, task_of
-from dataset.check.tasks import TASKS
+from config import DATA, OTHER, TASKS, read_config, task_of
 from dataset.grounding import GroundingEvalData, grounding_loader
 from dataset.nlvr import read_nlvr
 from dataset.pretrain import code_views, pretrain_loader, read_pairs, read_sets
@@ -19,12 +18,13 @@ from dataset.retrieval import RetrievalEvalData, retrieval_loader
 from dataset.text import build_tokenizer
 from dataset.ve import read_ve
 from dataset.vqa import VQAEvalData, read_answer_list, vqa_loader
+from run_record import save_config
 
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "common")
 
 
 def table_of(path: Path) -> dict:
-    return TASKS[task_of(path.name)].table
+    return TASKS[task_of(path.name)]
 
 
 def paths_in(config: dict, table: dict, place: str) -> dict[str, list[str]]:
@@ -50,7 +50,7 @@ def test_every_shipped_config_takes_a_data_root(path):
 
 
 def test_every_key_that_names_a_file_or_a_folder_is_marked():
-    for table in TABLES.values():
+    for table in TASKS.values():
         for name, key in {**table, **table.get("image_tokenizer", config_module.Key({}, {})).type}.items():
             names_one = name.endswith(("_file", "_root", "_data", "_list", "_encoder")) or name in (
                 "bert_config",
@@ -76,12 +76,12 @@ def test_variables_and_home_are_filled_in_everywhere(tmp_path, monkeypatch):
             "schedular": {"epochs": 1},
         },
     )
-    config = read_config(str(path), TABLES["Pretrain.py"])
+    config = read_config(str(path), TASKS["Pretrain"])
     local, others = config["train_file"][:3], config["train_file"][3:]
     assert local == ["/sets/all/a.json", "/home/me/b.json", "/sets/c.json"]
     assert others == ["s3://d.tar", "pipe:cat $X/{0..9}.tar"]
     overrides = ["train_file=[{path: '{0..9}.tar', weight: 1}, {path: [~/b.json, 'pipe:x'], weight: 2}]"]
-    assert read_config(str(path), TABLES["Pretrain.py"], overrides)["train_file"] == [
+    assert read_config(str(path), TASKS["Pretrain"], overrides)["train_file"] == [
         {"path": "/sets/all/{0..9}.tar", "weight": 1},
         {"path": ["/home/me/b.json", "pipe:x"], "weight": 2},
     ]
@@ -89,13 +89,13 @@ def test_variables_and_home_are_filled_in_everywhere(tmp_path, monkeypatch):
     assert config["image_tokenizer"]["path"] == "/home/me/codes/encoder.pkl"
     assert config["image_encoder"] == "/sets/vit.pth" and config["bert_config"] == "/home/me/bert.json"
     assert config["text_encoder"] == "./bert"  # a folder; "bert" would be looked up on the hub
-    rooted = read_config(str(path), TABLES["Pretrain.py"], ["image_root=pictures"])
+    rooted = read_config(str(path), TASKS["Pretrain"], ["image_root=pictures"])
     assert rooted["image_root"] == "/sets/all/pictures"
 
 
 def test_the_copy_beside_the_results_means_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source, table = str(ROOT / "configs" / "VQA.yaml"), TABLES["VQA.py"]
+    source, table = str(ROOT / "configs" / "VQA.yaml"), TASKS["VQA"]
     config = read_config(source, table, ["data_root=sets", "vg_root=''"])
     assert config["train_file"][0] == f"{tmp_path}/sets/data/vqa_train.json"
     save_config(config, str(tmp_path))
@@ -131,8 +131,7 @@ def moved(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
 
 def config_of(moved: tuple, name: str) -> dict:
     root, configs = moved
-    table = next(table for names, table in TABLES.items() if f"{name}.py" in names.split(", "))
-    return read_config(str(write_config(root.parent / f"{name}.yaml", configs[name])), table)
+    return read_config(str(write_config(root.parent / f"{name}.yaml", configs[name])), TASKS[name])
 
 
 def assert_found(entries, expected: int | None = None) -> None:
@@ -201,7 +200,7 @@ def test_an_image_root_goes_before_the_data_root_and_an_absolute_path_before_bot
         ([], tmp_path / "root" / "lists"),
     ):
         file = "lists/train.json" if flags else f"{tmp_path}/root/lists/train.json"
-        path, table = str(ROOT / "configs" / "Pretrain.yaml"), TABLES["Pretrain.py"]
+        path, table = str(ROOT / "configs" / "Pretrain.yaml"), TASKS["Pretrain"]
         config = read_config(path, table, [*flags, f"train_file={file}"])
         found = read_pairs(config["train_file"], config["image_root"])
         assert [entry["images"] for entry in found] == [[f"{folder}/a.jpg"], ["/abs/b.jpg"]]

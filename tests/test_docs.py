@@ -210,7 +210,7 @@ def test_flags_and_keys_in_the_text_exist(page):
     known = OTHERS_FLAGS | {
         flag for file in SOURCES for flag in re.findall(r'"(--[\w-]+)"', file.read_text())
     }
-    keys = {row.split("`")[1] for table in config.TABLES.values() for row in config.describe(table)}
+    keys = {row.split("`")[1] for table in config.TASKS.values() for row in config.describe(table)}
     keys |= {"base"} | {".".join(key.split(".")[:i]) for key in keys for i in range(1, key.count(".") + 2)}
     leaves = {key.split(".")[-1] for key in keys}
     for span in spans(page):

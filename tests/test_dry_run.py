@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import VE
-from config import TABLES, read_config
+from config import TASKS, read_config
 from dry_run import (
     CLS,
     bounds_of_pairs,
@@ -44,7 +44,6 @@ from training import set_checkpointing
 from utils import UserError, world_size
 
 SCRIPTS = ("Pretrain", "Retrieval", "Grounding", "VQA", "Pretrain_NLVR", "NLVR", "VE")
-TABLE_OF = {script: table for scripts, table in TABLES.items() for script in scripts.split(", ")}
 FILES = {"train_file": "not_there.json", "test_file": "not_there.json", "val_file": "not_there.json"}
 PRESETS = sorted((ROOT / "configs" / "single_gpu").glob("*.yaml"))
 
@@ -69,9 +68,7 @@ def tiny_config(script: str, folder: Path, **changes) -> Path:
     }
     path = folder / f"{script}.yaml"
     with path.open("w") as file:
-        YAML(typ="safe", pure=True).dump(
-            {k: v for k, v in given.items() if k in TABLE_OF[f"{script}.py"]}, file
-        )
+        YAML(typ="safe", pure=True).dump({k: v for k, v in given.items() if k in TASKS[script]}, file)
     return path
 
 
@@ -165,7 +162,7 @@ def test_a_pair_that_both_directions_want_is_counted_once(num_images, num_texts,
 
 
 def test_the_arithmetic_of_an_evaluation_is_what_it_computes(tmp_path):
-    config = read_config(str(tiny_config("Retrieval", tmp_path)), TABLE_OF["zero_shot_retrieval.py"])
+    config = read_config(str(tiny_config("Retrieval", tmp_path)), TASKS["zero_shot_retrieval"])
     parts = retrieval_parts(config, 7, torch.device("cpu"))
     make_model = partial(SIMLARetrieval.from_config, config, twins=False)
     found = estimate_evaluation(make_model, parts, "fp32", torch.device("cpu"))
@@ -218,7 +215,7 @@ def middle_size(folder: Path, **changes) -> Path:
 @pytest.mark.parametrize("again", [False, True])
 def test_the_estimate_is_what_torch_allocates(again, tmp_path):
     """By the profiler's account of a forward and a backward pass."""
-    config = read_config(str(middle_size(tmp_path, checkpoint_activations=again)), TABLE_OF["VE.py"])
+    config = read_config(str(middle_size(tmp_path, checkpoint_activations=again)), TASKS["VE"])
     batch = random_batch(config)
     batch = {**batch, "image": batch["image"].float(), "code_view": batch["code_view"].float()}
     device = torch.device("cpu")
@@ -265,10 +262,8 @@ def script_of(preset: Path) -> str:
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_loads_and_keeps_the_published_number_of_samples_in_a_step(preset):
-    script, config = script_of(preset), read_config(str(preset), TABLE_OF[f"{script_of(preset)}.py"])
-    published = read_config(
-        str(preset.parents[1] / f"{preset.stem.rsplit('_', 1)[0]}.yaml"), TABLE_OF[f"{script}.py"]
-    )
+    script, config = script_of(preset), read_config(str(preset), TASKS[script_of(preset)])
+    published = read_config(str(preset.parents[1] / f"{preset.stem.rsplit('_', 1)[0]}.yaml"), TASKS[script])
     key = "batch_size" if script == "Pretrain" else "batch_size_train"
     per_step = config[key] * config["grad_accumulation_steps"]
     assert per_step == 8 * published[key]  # of 8 GPUs
@@ -285,7 +280,7 @@ def test_a_preset_loads_and_keeps_the_published_number_of_samples_in_a_step(pres
 def test_the_model_of_a_preset_is_built(script):
     module = importlib.import_module(script)
     preset = next(path for path in PRESETS if script_of(path) == script)
-    config = read_config(str(preset), TABLE_OF[f"{script}.py"])
+    config = read_config(str(preset), TASKS[script])
     names = {name for name in vars(module) if name.startswith("SIMLA")}
     (model,) = (getattr(module, name) for name in names)
     make = partial(model.from_config, cls_id=CLS) if script == "Pretrain" else model.from_config
@@ -296,7 +291,7 @@ def test_the_model_of_a_preset_is_built(script):
 @pytest.mark.parametrize("name", ["VE_12gb", "VE_24gb"])
 def test_the_figure_of_a_preset_is_what_the_estimate_says_today(name):
     preset = ROOT / "configs" / "single_gpu" / f"{name}.yaml"
-    config = read_config(str(preset), TABLE_OF["VE.py"])
+    config = read_config(str(preset), TASKS["VE"])
     batch = random_batch(config)
     batch["image"] = batch["image"].float()
     build = lambda: [VE.SIMLAVE.from_config(config)]  # noqa: E731

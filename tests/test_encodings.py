@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-from config import PRETRAIN, read_config, save_config
+from config import PRETRAIN, read_config
 from dataset.annotations import TEXT, read_annotations
 from dataset.json_list import read_json
 from dataset.prepare.common import read_source
 from dataset.tables import read_json_lines
 from launch import run_script
 from models.bert import BertConfig
+from run_record import save_config
 from utils import UserError
 
 MARK = "\ufeff"

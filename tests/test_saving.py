@@ -20,11 +20,11 @@ from tiny import ROOT, full_disk, make_tiny, run
 import dataset.vqa
 import saving
 import zero_shot_retrieval
-from config import save_config
 from dataset.check.images import _append_to_cache
 from launch import make_output_folder
 from NLVR import OfficialScores
 from plots import import_pyplot, save_figure
+from run_record import save_config
 from saving import (
     Saver,
     atomic_write,

@@ -30,11 +30,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import make_tiny
 
+from config import weighted
 from dataset import shard_index, shard_stream
 from dataset.items import MAX_TRIES
 from dataset.loaders import EpochSampler, train_loader
 from dataset.masking import BlockMask
-from dataset.mixture import Mixture, shares, weighted
+from dataset.mixture import Mixture, shares
 from dataset.prepare import shards as prepare_shards
 from dataset.prepare.__main__ import main
 from dataset.prepare.shards import fill_of, write_shard

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, Key
+from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, Key, weighted
 from dataset.annotations import NUMBER_OR_TEXT, TEXTS, Mapped, checked_late, item_of
 from dataset.grounding import GroundingEvalData, read_expressions, read_located_expressions
 from dataset.identity import by_path_and_id
-from dataset.mixture import weighted
 from dataset.nlvr import read_nlvr
 from dataset.pretrain import read_pairs, read_set
 from dataset.retrieval import CaptionedImages, read_captioned_images, read_train_pairs
