@@ -1,14 +1,15 @@
-"""What a run will take, before it is started: all that it builds, two steps of it on random input, figures.
+"""`--dry_run` of every script: what its run would take, found out on random input of the configured shapes.
 
-`--dry_run` of every task script reads the config, and of its data only how long the training files are, where
-they are there; it writes nothing but the index of large ones, which the run would write. `--dry_run estimate`
-computes nothing: what a GPU would need.
+It reads the config, and of the data only how long the training files are, where they are there; it writes
+nothing but the index of large ones, which the run would write. `--dry_run estimate` computes nothing: it says
+what a GPU would need.
 """
 
 import argparse
 import datetime
 import os
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -18,14 +19,13 @@ from dataset.annotations import read_annotations
 from dataset.loaders import check_enough
 from dataset.pretrain import read_sets
 from dataset.retrieval import RetrievalEvalData
-from dataset.text import mask_tokens
-from dataset.transforms import normalise, unit_range
-from memory import Build, Estimate, Evaluation, estimate_evaluation, estimate_step
+from dataset.transforms import normalise
+from memory import Estimate, estimate
 from models.bert import BertConfig
 from models.dvae import STRIDE, untrained_image_tokenizer
 from models.rerank import SIZES, make_groups, score_group
 from models.retrieval import SIMLARetrieval
-from training import Losses, Training, target_weight
+from training import Losses, Training, set_checkpointing, target_weight
 from utils import (
     PRECISIONS,
     UserError,
@@ -45,6 +45,7 @@ CLS, MASK, FIRST_WORD = 1, 2, 3  # of the random texts; 0 is padding
 LONG_TEXT = 40  # tokens where no max_tokens cuts: 30 words, some of several word pieces
 BYTES_OF_A_PAIR = 10  # on the device, of every image with every text: see models/rerank.py
 NUM_ANSWERS, ANSWER_TOKENS = 4, 6  # different ones to a VQA question; of the longest, with [CLS] and end mark
+BEGIN = "dry run: random weights and input of the configured shapes, no output"
 
 # ---- training ----
 
@@ -58,40 +59,47 @@ def dry_run(
     epoch_step: str,
     num_images: int = 1,
 ) -> dict[str, float]:
-    """Says, and returns, what the run of this config would need: parameters, arithmetic, memory, time.
+    """Log parameters, arithmetic, memory, speed and length of the training of this config; return no scores.
 
     make_model(config): with random weights; epoch_step: see `fit`; num_images: of a sample. An image
     tokenizer of the config comes last among what `losses` takes. Raises UserError with --evaluate.
     """
     if args.evaluate:
         raise UserError("--dry_run tries a training; leave out --evaluate, or use zero_shot_retrieval.py")
-    log.info("dry run: random weights and input of the configured shapes, no output")
-
-    def build() -> list[nn.Module]:
-        settings = config.get("image_tokenizer")
-        return [make_model(config)] + ([untrained_image_tokenizer(settings)] if settings else [])
-
-    accumulation, batch = config["grad_accumulation_steps"], random_batch(config, num_images)
-    batch_size, is_real = len(batch["text_ids"]), args.dry_run == "steps"
-    planned = device if is_real else torch.device("cuda")
-    found = {}
+    log.info(BEGIN)
+    batch, seconds = random_batch(config, num_images), None
     if is_main():  # the others would find the same
-        pixels = {"image": normalise(batch["image"]), "code_view": unit_range(batch["code_view"])}
-        keeps_gradients = accumulation > 1 or world_size() > 1
-        inputs = build, losses, {**batch, **pixels}, config, target_weight(config)
-        found = report_estimate(estimate_step(*inputs, planned, keeps_gradients), batch_size, planned)
-    per_step = batch_size * accumulation * world_size()
-    if is_real:
-        found |= take_steps(build, losses, [batch] * accumulation, config, args, device, epoch_step)
-        found["samples_per_second"] = per_step / found["seconds_per_step"]
-        report_steps(found, per_step, device)
+        needs = estimate_training(make_model, losses, batch, config)
+        report_estimate(needs, f"{needs.flops / len(batch['text_ids']) / 1e9:,.4g} GFLOP a sample")
+    accumulation = config["grad_accumulation_steps"]
+    if args.dry_run == "steps":
+        seconds = take_steps(make_model, losses, [batch] * accumulation, config, args, device, epoch_step)
     if is_main():
-        found |= report_length(config, per_step, found.get("seconds_per_step"))
-    return found
+        report_length(config, len(batch["text_ids"]) * accumulation * world_size(), seconds)
+    return {}
+
+
+def build(make_model: Callable[[dict], nn.Module], config: dict) -> list[nn.Module]:
+    """Return the model in training mode and, where the config has one, the image tokenizer."""
+    model, settings = make_model(config).train(), config.get("image_tokenizer")
+    set_checkpointing(model, config["checkpoint_activations"])
+    return [model] + ([untrained_image_tokenizer(settings)] if settings else [])
+
+
+def estimate_training(
+    make_model: Callable[[dict], nn.Module], losses: Losses, batch: dict[str, Tensor], config: dict
+) -> Estimate:
+    """Return what a forward and a backward pass on the batch need."""
+
+    def loss(model: nn.Module, *others: nn.Module) -> Tensor:
+        inputs = {name: v.float() if v.dtype == torch.uint8 else v.clone() for name, v in batch.items()}
+        return sum(losses(model, inputs, target_weight(config), *others).values())
+
+    return estimate(lambda: build(make_model, config), loss, config["precision"])
 
 
 def random_batch(config: dict, num_images: int = 1) -> dict[str, Tensor]:
-    """Every field that the losses of any task take, of full length: B samples of the training config.
+    """Return all fields that the losses of any task take, of full length: B samples of the training config.
 
     image (num_images * B, 3, R, R) and code_view (B, 3, r, r) uint8, as the loaders have them; one of two
     labels, an identity of its own for every image; the rest as `PretrainCollate` and `AnswerCollate` say.
@@ -100,7 +108,6 @@ def random_batch(config: dict, num_images: int = 1) -> dict[str, Tensor]:
     batch_size = config.get("batch_size") or config["batch_size_train"]
     bert, resolution = BertConfig.read(config["bert_config"]), config["image_res"]
     grid = resolution // config["vit"]["patch_size"]
-    num_tokens = min(config.get("max_tokens", LONG_TEXT), bert.max_position_embeddings)
 
     def texts(rows: int, length: int) -> tuple[Tensor, Tensor]:
         ids = torch.randint(FIRST_WORD, bert.vocab_size, (rows, length), generator=rng)
@@ -110,19 +117,10 @@ def random_batch(config: dict, num_images: int = 1) -> dict[str, Tensor]:
     def pixels(rows: int, size: int) -> Tensor:
         return torch.randint(256, (rows, 3, size, size), generator=rng, dtype=torch.uint8)
 
+    num_tokens = min(config.get("max_tokens", LONG_TEXT), bert.max_position_embeddings)
     text_ids, text_mask = texts(batch_size, num_tokens)
-    mlm_ids, mlm_labels = mask_tokens(
-        text_ids,
-        pad_id=0,
-        cls_id=CLS,
-        mask_id=MASK,
-        vocab_size=bert.vocab_size,
-        probability=config.get("mlm_probability", 0.0),
-        generator=rng,
-    )
-    num_hidden = min(config.get("num_masking_patches", 0), grid**2)
-    hidden = torch.rand(batch_size, grid**2, generator=rng).topk(num_hidden).indices
-    patch_mask = torch.zeros(batch_size, grid**2, dtype=torch.bool).scatter(1, hidden, True)
+    is_masked = torch.rand(text_ids.shape, generator=rng) < config.get("mlm_probability", 0.0)
+    patch_mask = torch.arange(grid**2).repeat(batch_size, 1) < config.get("num_masking_patches", 0)
     answer_ids, answer_mask = texts(NUM_ANSWERS * batch_size, ANSWER_TOKENS)
     return {
         "image": pixels(num_images * batch_size, resolution),
@@ -131,9 +129,9 @@ def random_batch(config: dict, num_images: int = 1) -> dict[str, Tensor]:
         "idx": torch.arange(batch_size),
         "label": torch.arange(batch_size) % 2,
         "code_view": pixels(batch_size, STRIDE * grid),
-        "mlm_ids": mlm_ids,
-        "mlm_labels": mlm_labels,
-        "mlm_indices": true_indices(mlm_labels != -100),
+        "mlm_ids": text_ids.masked_fill(is_masked, MASK),
+        "mlm_labels": text_ids.masked_fill(~is_masked, -100),
+        "mlm_indices": true_indices(is_masked),
         "patch_mask": patch_mask,
         "mim_indices": true_indices(patch_mask),
         "answer_ids": answer_ids,
@@ -145,35 +143,26 @@ def random_batch(config: dict, num_images: int = 1) -> dict[str, Tensor]:
 
 
 def take_steps(
-    build: Build,
+    make_model: Callable[[dict], nn.Module],
     losses: Losses,
     batches: list[dict],
     config: dict,
     args: argparse.Namespace,
     device: torch.device,
     epoch_step: str,
-) -> dict[str, float]:
-    """Two steps as the run takes them; the second one is timed, since the first one sets much up. Of several
-    ranks the slowest and the fullest count.
+) -> float:
+    """Take two steps as the run does; log memory and speed, of several ranks the fullest and slowest; return
+    the seconds of the second step, since the first one sets much up.
     """
     reset_peak(device)
-    before = peak_bytes(device)
     torch.manual_seed(args.seed)
-    model, *others = build()
+    model, *others = build(make_model, config)
     others = [module.to(device).eval() for module in others]
     nowhere = argparse.Namespace(**{**vars(args), "output_dir": os.devnull})  # of another run nothing goes
     loader = SimpleNamespace(batch_size=len(batches[0]["text_ids"]))
-    training = Training(
-        model,
-        loader,
-        lambda *inputs: losses(*inputs, *others),
-        config,
-        nowhere,
-        device,
-        epoch_step,
-        keep_epochs=True,
-    )
-    model.train()
+    losses_of_all = lambda *inputs: losses(*inputs, *others)  # noqa: E731
+    rest = config, nowhere, device, epoch_step
+    training = Training(model, loader, losses_of_all, *rest, keep_epochs=True)
     training.count_anew()
 
     def step() -> None:
@@ -181,61 +170,53 @@ def take_steps(
         training.one_step([dict(batch) for batch in batches], target_weight(config))
         training.schedule.after_step(0, 0)
 
-    seconds = [clock(step, device)[0] for _ in range(2)]
+    seconds = max(all_gather_objects([clock(step, device)[0] for _ in range(2)][1]))
     if not training.read_check():
         log.info("the second step's loss or gradient was not finite; on random input that need not mean much")
-    found = {"seconds_per_step": seconds[1], "peak_bytes": peak_bytes(device), "bytes_before": before}
-    return {name: max(all_gather_objects(value)) for name, value in found.items()}
+    num_samples = loader.batch_size * len(batches) * world_size()
+    report_measured(
+        device,
+        f"{seconds:.3f} s for a step of {num_samples} samples on {world_size()} rank(s), "
+        f"{num_samples / seconds:.3g} samples a second",
+    )
+    return seconds
 
 
-def report_estimate(estimate: Estimate, batch_size: int, device: torch.device) -> dict[str, float]:
+def report_estimate(estimate: Estimate, arithmetic: str) -> None:
     log.info(
         f"parameters        {estimate.trainable:,} trained, {estimate.parameters:,} with momentum twins\n"
-        f"arithmetic        {estimate.flops / batch_size / 1e9:,.4g} GFLOP a sample\n"
-        f"memory, estimated {mebibytes(estimate.peak)} on {device.type}, of it {mebibytes(estimate.weights)} "
-        f"weights and queues, {mebibytes(estimate.optimizer)} the optimiser's, {mebibytes(estimate.step)} "
+        f"arithmetic        {arithmetic}\n"
+        f"memory, estimated {mebibytes(estimate.peak)} on cuda, of it {mebibytes(estimate.weights)} weights "
+        f"and queues, {mebibytes(estimate.optimizer)} the optimiser's, {mebibytes(estimate.step)} "
         "gradients and activations"
     )
-    return {
-        "trainable": estimate.trainable,
-        "parameters": estimate.parameters,
-        "flops_per_sample": estimate.flops / batch_size,
-        "estimated_bytes": estimate.peak,
-    }
 
 
-def report_steps(found: dict[str, float], per_step: int, device: torch.device) -> None:
-    own = "" if device.type == "cuda" else f", of it {mebibytes(found['bytes_before'])} before the model"
-    log.info(
-        f"memory, measured  {mebibytes(found['peak_bytes'])}{own}\n"
-        f"speed             {found['seconds_per_step']:.3f} s for a step of {per_step} samples on "
-        f"{world_size()} rank(s), {found['samples_per_second']:.3g} samples a second"
-    )
+def report_measured(device: torch.device, speed: str) -> None:
+    """On a GPU the most that torch had allocated, on a CPU the most that the process held."""
+    peak = max(all_gather_objects(peak_bytes(device)))
+    log.info(f"memory, measured  {mebibytes(peak)} on {device.type}\nspeed             {speed}")
 
 
-def report_length(config: dict, per_step: int, seconds_per_step: float | None) -> dict[str, int]:
-    """Of the whole run, where the training files are there."""
+def report_length(config: dict, per_step: int, seconds_per_step: float | None) -> None:
+    """Log the length of the whole run, where the training files are there."""
     try:
         num_samples, origin = samples_of_an_epoch(config)
-    except UserError as error:
-        log.info(f"whole run         cannot be told without the training files: {error}")
-        return {}
-    try:
         check_enough(num_samples, config.get("batch_size") or config["batch_size_train"], config)
     except UserError as error:
-        log.info(f"whole run         would not begin: {error}")
-        return {"num_samples": num_samples, "num_steps": 0}
-    num_steps = num_samples // per_step * config["schedular"]["epochs"]
+        log.info(f"whole run         cannot be told: {error}")
+        return
+    epochs = config["schedular"]["epochs"]
+    num_steps = num_samples // per_step * epochs
     time = "" if seconds_per_step is None else f", {duration(num_steps * seconds_per_step)}"
     log.info(
-        f"whole run         {num_samples:,} samples{origin}, {config['schedular']['epochs']} epochs, "
-        f"{num_steps:,} steps{time} without reading images, evaluations and saving"
+        f"whole run         {num_samples:,} samples{origin}, {epochs} epochs, {num_steps:,} steps{time} "
+        "without reading images, evaluations and saving"
     )
-    return {"num_samples": num_samples, "num_steps": num_steps}
 
 
 def samples_of_an_epoch(config: dict) -> tuple[int, str]:
-    """How many, and in words of how many they are taken, where that is not of as many.
+    """Return how many samples an epoch has, and in words of how many they are taken if of more or fewer.
 
     Raises UserError where the training files cannot be read.
     """
@@ -258,9 +239,6 @@ def duration(seconds: float) -> str:
 # ---- evaluation ----
 
 
-Parts = dict[str, tuple[int, Callable[[], Tensor]]]  # name -> how many units of work, and what does them
-
-
 def dry_run_retrieval(
     make_model: Callable[[], SIMLARetrieval],
     config: dict,
@@ -268,129 +246,85 @@ def dry_run_retrieval(
     num_tokens: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Says, and returns, what the retrieval evaluation of this config would need: parameters, arithmetic,
-    memory, and by the clock images, texts and pairs a second.
+    """Log parameters, arithmetic, memory, speed and length of this config's evaluation; return no scores.
 
     make_model(): with random weights; num_tokens: of every text.
     """
-    log.info("dry run: random weights and input of the configured shapes, no output")
-    is_real = args.dry_run == "steps"
-    planned = device if is_real else torch.device("cuda")
-    found = {}
+    log.info(BEGIN)
+    needs = {}  # of an image, a text, a pair: FLOPs or seconds
     if is_main():  # the others would find the same
-        parts = retrieval_parts(config, num_tokens, planned)
-        estimate = estimate_evaluation(make_model, parts, config["precision"], planned)
-        found = report_evaluation_estimate(estimate, planned)
-    if is_real:
-        parts = retrieval_parts(config, num_tokens, device)
-        found |= clock_parts(make_model, parts, config["precision"], device)
+        fullest, needs = estimate_retrieval(make_model, config, num_tokens)
+        gigaflops = {name: f"{flops / 1e9:,.4g} GFLOP" for name, flops in needs.items()}
+        report_estimate(fullest, "{images} an image, {texts} a text, {pairs} a pair".format(**gigaflops))
+    if args.dry_run == "steps":
+        reset_peak(device)
+        model = make_model().to(device).eval()
+        with torch.inference_mode(), autocast(device, config["precision"]):
+            for name, (num, work) in retrieval_work(config, num_tokens, device).items():
+                second = [clock(partial(work, model), device)[0] for _ in range(2)][1]
+                needs[name] = max(all_gather_objects(second)) / num
+        rates = {name: f"{1 / seconds:.3g} {name}" for name, seconds in needs.items()}
+        report_measured(device, "{images}, {texts}, {pairs} a second and rank".format(**rates))
     if is_main():
-        found |= report_whole_evaluation(found, config, is_real)
-    return found
+        report_whole_evaluation(needs, config, args.dry_run == "steps")
+    return {}
 
 
-def retrieval_parts(config: dict, num_tokens: int, device: torch.device) -> Callable[[SIMLARetrieval], Parts]:
-    """Returns what makes of a model the parts of its evaluation on the device: a batch of images, one of
-    texts, and a group of images as `rerank` forms them, each with `k_test` texts of full length.
+def estimate_retrieval(
+    make_model: Callable[[], SIMLARetrieval], config: dict, num_tokens: int
+) -> tuple[Estimate, dict[str, float]]:
+    """Return what the work that needs most memory needs, and the FLOPs of an image, a text and a pair."""
+    found, flops = [], {}
+    for name, (num, work) in retrieval_work(config, num_tokens, torch.device("cpu"), "cuda").items():
+        found.append(estimate(lambda: [make_model().eval()], work, config["precision"], is_training=False))
+        flops[name] = found[-1].flops / num
+    return max(found, key=lambda needs: needs.peak), flops
+
+
+def retrieval_work(
+    config: dict, num_tokens: int, device: torch.device, kind: str = ""
+) -> dict[str, tuple[int, Callable[[SIMLARetrieval], object]]]:
+    """Return by name how many units of work there are, and what does them with a model on the device: a batch
+    of images, one of texts, a group of images with `k_test` texts each as `rerank` forms it for that kind of
+    device.
     """
     size, k_test = config["batch_size_test"], config["k_test"]
     batch = random_batch({**config, "batch_size": size, "max_tokens": num_tokens})
     rows = torch.arange(max(size, k_test)) % size
-    num_tokens_of_image = (config["image_res"] // config["vit"]["patch_size"]) ** 2 + 1
-    num_images, tokens_to_a_call = SIZES.get(device.type, SIZES["cuda"])
-    lengths = torch.full((k_test,), batch["text_ids"].shape[1])
+    ids, mask = (batch[name][rows].to(device) for name in ("text_ids", "text_mask"))
+    num_images, tokens_to_a_call = SIZES.get(kind or device.type, SIZES["cuda"])
     wanted = torch.ones(num_images, k_test, dtype=torch.bool)
-    sizes = num_images, num_tokens_of_image, config["vision_width"]
-    states = torch.zeros(sizes, dtype=PRECISIONS[config["precision"]])  # on the host, as in the evaluation
-    (group,) = make_groups(wanted, lengths, num_images, tokens_to_a_call)
-
-    def parts(model: SIMLARetrieval) -> Parts:
-        ids, mask = (batch[name][rows].to(device) for name in ("text_ids", "text_mask"))
-        scores = torch.zeros(wanted.numel() + 1, device=device)
-
-        def pairs() -> Tensor:
-            score_group(model, group, states, ids, mask, scores)
-            return scores
-
-        return {
-            "images": (size, lambda: model.encode_image(normalise(batch["image"].to(device)))[0]),
-            "texts": (size, lambda: model.encode_text(ids[:size], mask[:size])),
-            "pairs": (wanted.numel(), pairs),
-        }
-
-    return parts
-
-
-def clock_parts(
-    make_model: Callable[[], SIMLARetrieval],
-    parts: Callable[[SIMLARetrieval], Parts],
-    precision: str,
-    device: torch.device,
-) -> dict[str, float]:
-    """Units a second of every part, each done twice and the second time timed, and the peak of memory; of
-    several ranks the slowest and the fullest count.
-    """
-    reset_peak(device)
-    model = make_model().to(device).eval()
-    with torch.inference_mode(), autocast(device, precision):
-        rates = {name: num / clock_second(part, device) for name, (num, part) in parts(model).items()}
-    found = {name: min(all_gather_objects(rate)) for name, rate in rates.items()}
-    found["peak_bytes"] = max(all_gather_objects(peak_bytes(device)))
-    log.info(
-        f"memory, measured  {mebibytes(found['peak_bytes'])}\n"
-        f"speed of a rank   {found['images']:.3g} images, {found['texts']:.3g} texts, {found['pairs']:.3g} "
-        "pairs a second"
-    )
-    return found
-
-
-def clock_second(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the second call."""
-    return [clock(function, device)[0] for _ in range(2)][1]
-
-
-def report_evaluation_estimate(estimate: Evaluation, device: torch.device) -> dict[str, float]:
-    gigaflops = {name: flops / 1e9 for name, flops in estimate.flops.items()}
-    log.info(
-        f"parameters        {estimate.parameters:,}\n"
-        f"arithmetic        {gigaflops['images']:,.4g} GFLOP an image, {gigaflops['texts']:,.4g} a text, "
-        f"{gigaflops['pairs']:,.4g} a pair\n"
-        f"memory, estimated {mebibytes(estimate.peak)} on {device.type}, of it {mebibytes(estimate.weights)} "
-        "weights"
-    )
+    scores = torch.zeros(wanted.numel() + 1, device=device)
+    num_image_tokens = (config["image_res"] // config["vit"]["patch_size"]) ** 2 + 1
+    shape = num_images, num_image_tokens, config["vision_width"]
+    states = torch.zeros(shape, dtype=PRECISIONS[config["precision"]])  # on the host, as in the evaluation
+    (group,) = make_groups(wanted, torch.full((k_test,), ids.shape[1]), num_images, tokens_to_a_call)
     return {
-        "parameters": estimate.parameters,
-        "estimated_bytes": estimate.peak,
-        "flops": estimate.flops,
+        "images": (size, lambda model: model.encode_image(normalise(batch["image"].to(device)))),
+        "texts": (size, lambda model: model.encode_text(ids[:size], mask[:size])),
+        "pairs": (wanted.numel(), lambda model: score_group(model, group, states, ids, mask, scores)),
     }
 
 
-def report_whole_evaluation(found: dict, config: dict, is_real: bool) -> dict[str, float]:
-    """Of the whole evaluation, where the test file is there."""
+def report_whole_evaluation(needs: dict[str, float], config: dict, is_time: bool) -> None:
+    """Log what the whole evaluation takes, where the test file is there."""
     try:  # no image is opened
         data = RetrievalEvalData(config["test_file"], {**config, "skip_unreadable": False})
     except UserError as error:
-        log.info(f"whole evaluation  cannot be told without the test file: {error}")
-        return {}
-    num_images, num_texts = len(data), len(data.texts)
-    fewest, most = bounds_of_pairs(num_images, num_texts, config["k_test"])
-    num = {"images": num_images, "texts": num_texts, "pairs": most}
-    needs = f"{sum(num[name] * found['flops'][name] for name in num) / 1e12:,.4g} TFLOP"
-    if is_real:
-        needs = duration(sum(num[name] / found[name] for name in num) / world_size())
-    pairs = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        log.info(f"whole evaluation  cannot be told: {error}")
+        return
+    images, texts = len(data), len(data.texts)
+    pairs = most_pairs(images, texts, config["k_test"])
+    total = images * needs["images"] + texts * needs["texts"] + pairs * needs["pairs"]
+    takes = duration(total / world_size()) if is_time else f"{total / 1e12:,.4g} TFLOP"
     log.info(
-        f"whole evaluation  {num_images:,} images, {num_texts:,} texts, {pairs} pairs: {needs}"
-        f"{' at most' * (fewest < most)} without reading images; the matrix of all pairs takes some "
-        f"{mebibytes(BYTES_OF_A_PAIR * num_images * num_texts)} more"
+        f"whole evaluation  {images:,} images, {texts:,} texts, at most {pairs:,} pairs: "
+        f"{takes} without reading images; "
+        f"the matrix of all pairs takes some {mebibytes(BYTES_OF_A_PAIR * images * texts)} more"
     )
-    return {"num_images": num_images, "num_texts": num_texts, "fewest_pairs": fewest, "most_pairs": most}
 
 
-def bounds_of_pairs(num_images: int, num_texts: int, k_test: int) -> tuple[int, int]:
-    """The fewest and the most pairs that two stages score, each once: those that the images want and those
-    that the texts want may be the same or others.
-    """
-    for_images = num_images * min(k_test, num_texts)
-    for_texts = num_texts * min(k_test, num_images)
-    return max(for_images, for_texts), min(for_images + for_texts, num_images * num_texts)
+def most_pairs(num_images: int, num_texts: int, k_test: int) -> int:
+    """Return the most pairs that two stages score, each once: fewer where images and texts want the same."""
+    wanted = num_images * min(k_test, num_texts) + num_texts * min(k_test, num_images)
+    return min(wanted, num_images * num_texts)
