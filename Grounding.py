@@ -10,7 +10,7 @@ Expected the paper's RefCOCO+ val / testA / testB 58.1 / 67.4 / 47.5 (val_d, tes
 """
 
 if __name__ == "__main__":
-    from before_imports import prepare
+    from simla.engine.before_imports import prepare
 
     prepare()
 
@@ -18,23 +18,30 @@ import argparse
 
 import torch
 
-from checkpoint import load_weights
-from config import GROUNDING, check_batch, parse
-from dataset.grounding import GroundingEvalData, Target, grounding_loader
-from dataset.items import Collate
-from dataset.loaders import stop_at_unreadable, test_loader
-from dataset.text import build_tokenizer, check_vocabulary
-from dry_run import dry_run
-from engine import fit, record_evaluation
-from launch import run_script, script_arguments, start
-from metrics import box_iou, choose_box, grounding_accuracy, grounding_chance, heat_box, resize_heat
-from models.gradcam import MODES, check_block, default_block, grad_cam
-from models.initial import starting_weights
-from models.retrieval import SIMLARetrieval
 from Retrieval import losses
-from saving import save_result
-from training import to_device
-from utils import UserError, all_gather_objects, check_scores, log, with_progress
+from simla.checkpoint.initial import starting_weights
+from simla.checkpoint.load import load_weights
+from simla.configs.reader import check_batch, parse
+from simla.configs.schema import GROUNDING
+from simla.dataset.grounding import GroundingEvalData, Target, grounding_loader
+from simla.dataset.items import Collate
+from simla.dataset.loaders import stop_at_unreadable, test_loader, to_device
+from simla.dataset.text import build_tokenizer, check_vocabulary
+from simla.engine.dry_run import dry_run
+from simla.engine.fit import fit
+from simla.engine.launch import run_script, script_arguments, start
+from simla.engine.results import record_evaluation, save_result
+from simla.evaluation.grounding import (
+    box_iou,
+    choose_box,
+    grounding_accuracy,
+    grounding_chance,
+    heat_box,
+    resize_heat,
+)
+from simla.models.gradcam import MODES, check_block, default_block, grad_cam
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import UserError, all_gather_objects, check_scores, log, with_progress
 
 
 def choice(heat: torch.Tensor, target: Target) -> dict:

@@ -41,13 +41,13 @@ help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 demo: $(call READY,demo)
-	$(PY) demo.py
+	$(PY) -m simla.demo.pretrain
 
 demo-all: $(call READY,demo)
-	$(PY) demo_all.py
+	$(PY) -m simla.demo.all_tasks
 
 app: $(call READY,app)
-	$(PY) app.py --checkpoint $(CHECKPOINT)
+	$(PY) -m simla.web --checkpoint $(CHECKPOINT)
 
 browser: $(call READY,test)
 	$(PY) tests/browser.py

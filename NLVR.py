@@ -10,7 +10,7 @@ Expected the paper's accuracy: dev 79.8, test-P 79.5
 """
 
 if __name__ == "__main__":
-    from before_imports import prepare
+    from simla.engine.before_imports import prepare
 
     prepare()
 
@@ -20,16 +20,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from config import NLVR, parse
-from dataset.nlvr import CLASSES, official_identifiers, read_nlvr
-from dataset.text import build_tokenizer, check_vocabulary
-from dry_run import dry_run
-from launch import run_script, script_arguments, start
-from metrics import consistency
-from models.initial import starting_weights
-from models.nlvr import SIMLANLVR
-from saving import atomic_write, result_path
-from utils import is_main, log
+from simla.checkpoint.initial import starting_weights
+from simla.configs.reader import parse
+from simla.configs.schema import NLVR
+from simla.dataset.nlvr import CLASSES, official_identifiers, read_nlvr
+from simla.dataset.text import build_tokenizer, check_vocabulary
+from simla.engine.dry_run import dry_run
+from simla.engine.launch import run_script, script_arguments, start
+from simla.engine.results import result_path
+from simla.evaluation.classification import consistency
+from simla.models.nlvr import SIMLANLVR
+from simla.utils import atomic_write, is_main, log
 from VE import SPLITS, losses, report, train_and_evaluate
 
 
@@ -91,7 +92,7 @@ def main(args: argparse.Namespace, config: dict) -> dict:
         if f"{split}_consistency" not in scores:
             log.info(
                 f"{config[f'{split}_file']}: no consistency, and no file of predictions; for them every "
-                "entry needs an 'identifier' of its own like dev-850-0-0: python -m dataset.prepare nlvr2"
+                "entry needs an 'identifier' of its own like dev-850-0-0: python -m simla.dataset.prepare nlvr2"
             )
     return scores
 

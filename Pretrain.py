@@ -8,7 +8,7 @@ Expected 30 epochs on the 4 M images of the paper: about 7 days on 8 A100 as pub
 """
 
 if __name__ == "__main__":
-    from before_imports import prepare
+    from simla.engine.before_imports import prepare
 
     prepare()
 
@@ -19,17 +19,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import PRETRAIN, check_batch, parse
-from dataset.mixture import Mixture
-from dataset.pretrain import code_views, pretrain_loader, read_sets
-from dataset.text import build_tokenizer, check_vocabulary
-from dry_run import CLS, dry_run
-from engine import fit
-from launch import run_script, script_arguments, start
-from models.dvae import STRIDE, build_image_tokenizer, fit_kmeans_codebook
-from models.initial import starting_weights
-from models.pretrain import SIMLA, PretrainBatch
-from utils import UserError, barrier, is_main, log
+from simla.checkpoint.image_tokenizers import build_image_tokenizer, fit_kmeans_codebook
+from simla.checkpoint.initial import starting_weights
+from simla.configs.reader import check_batch, parse
+from simla.configs.schema import PRETRAIN
+from simla.dataset.mixture import Mixture
+from simla.dataset.pretrain import code_views, pretrain_loader, read_sets
+from simla.dataset.text import build_tokenizer, check_vocabulary
+from simla.engine.dry_run import CLS, dry_run
+from simla.engine.fit import fit
+from simla.engine.launch import run_script, script_arguments, start
+from simla.models.dvae import STRIDE
+from simla.models.pretrain import SIMLA, PretrainBatch
+from simla.utils import UserError, barrier, is_main, log
 
 
 def losses(model: nn.Module, batch: dict, alpha: float, image_tokenizer: nn.Module) -> dict[str, Tensor]:

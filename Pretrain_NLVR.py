@@ -7,7 +7,7 @@ Expected one epoch; NLVR.py starts from its checkpoint_00.pth
 """
 
 if __name__ == "__main__":
-    from before_imports import prepare
+    from simla.engine.before_imports import prepare
 
     prepare()
 
@@ -16,16 +16,17 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from config import PRETRAIN_NLVR, check_batch, parse
-from dataset.items import finetune_loader
-from dataset.pretrain import read_pairs
-from dataset.text import build_tokenizer, check_vocabulary
-from dry_run import dry_run
-from engine import fit
-from launch import run_script, script_arguments, start
-from models.initial import starting_weights
-from models.pretrain_nlvr import SIMLAPretrainNLVR
-from utils import UserError, log
+from simla.checkpoint.initial import starting_weights
+from simla.configs.reader import check_batch, parse
+from simla.configs.schema import PRETRAIN_NLVR
+from simla.dataset.items import finetune_loader
+from simla.dataset.pretrain import read_pairs
+from simla.dataset.text import build_tokenizer, check_vocabulary
+from simla.engine.dry_run import dry_run
+from simla.engine.fit import fit
+from simla.engine.launch import run_script, script_arguments, start
+from simla.models.pretrain_nlvr import SIMLAPretrainNLVR
+from simla.utils import UserError, log
 
 
 def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ Expected the paper's TR@1 / IR@1: COCO test (5,000 images, k_test 256) 75.8 / 57
 """
 
 if __name__ == "__main__":
-    from before_imports import prepare
+    from simla.engine.before_imports import prepare
 
     prepare()
 
@@ -19,16 +19,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from config import RETRIEVAL, check_batch, parse
-from dataset.retrieval import RetrievalEvalData, retrieval_loader
-from dataset.text import build_tokenizer, check_vocabulary
-from dry_run import dry_run
-from engine import fit, record_evaluation
-from launch import add_flag, run_script, script_arguments, start
-from models.initial import starting_weights
-from models.retrieval import RetrievalBatch, SIMLARetrieval
-from saving import result_path
-from utils import UserError, log
+from simla.checkpoint.initial import starting_weights
+from simla.configs.reader import check_batch, parse
+from simla.configs.schema import RETRIEVAL
+from simla.dataset.retrieval import RetrievalEvalData, retrieval_loader
+from simla.dataset.text import build_tokenizer, check_vocabulary
+from simla.engine.dry_run import dry_run
+from simla.engine.fit import fit
+from simla.engine.launch import add_flag, run_script, script_arguments, start
+from simla.engine.results import record_evaluation, result_path
+from simla.models.retrieval import RetrievalBatch, SIMLARetrieval
+from simla.utils import UserError, log
 from zero_shot_retrieval import evaluate, report
 
 

@@ -8,7 +8,7 @@ Expected the paper's accuracy: val 79.6, test 80.2
 """
 
 if __name__ == "__main__":
-    from before_imports import prepare
+    from simla.engine.before_imports import prepare
 
     prepare()
 
@@ -19,18 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from config import VE, parse
-from dataset.items import evaluation_loader, finetune_loader
-from dataset.text import build_tokenizer, check_vocabulary
-from dataset.ve import CLASSES, read_ve
-from dry_run import dry_run
-from engine import evaluate_classes, fit, record_evaluation
-from launch import run_script, script_arguments, start
-from metrics import accuracy, confusion_counts, confusion_table, majority_accuracy
-from models.initial import starting_weights
-from models.ve import SIMLAVE
-from saving import save_result
-from utils import log
+from simla.checkpoint.initial import starting_weights
+from simla.configs.reader import parse
+from simla.configs.schema import VE
+from simla.dataset.items import evaluation_loader, finetune_loader
+from simla.dataset.loaders import stop_at_unreadable, to_device
+from simla.dataset.text import build_tokenizer, check_vocabulary
+from simla.dataset.ve import CLASSES, read_ve
+from simla.engine.dry_run import dry_run
+from simla.engine.fit import fit
+from simla.engine.launch import run_script, script_arguments, start
+from simla.engine.results import record_evaluation, save_result
+from simla.evaluation.classification import accuracy, confusion_counts, confusion_table, majority_accuracy
+from simla.models.ve import SIMLAVE
+from simla.utils import all_gather_objects, autocast, check_scores, log, with_progress
 
 SPLITS = ("val", "test")
 ScoreEntries = Callable[[str, Sequence[dict], Tensor], dict[str, float]]
@@ -165,6 +167,28 @@ def main(args: argparse.Namespace, config: dict) -> dict:
 def parse_and_run() -> None:
     parser = script_arguments(__doc__, "configs/VE.yaml", "output/VE")
     main(*parse(parser, VE))
+
+
+@torch.no_grad()
+def evaluate_classes(
+    model: nn.Module, loader: DataLoader, config: dict, device: torch.device, header: str
+) -> Tensor:
+    """Return the true and the predicted class of every entry that the ranks' loaders share, in order.
+
+    (N, 2) on the CPU, the same on all ranks; VE and NLVR share it. Raises UserError for a score that is not
+    finite.
+    """
+    model.eval()
+    rows: list[tuple[int, int, int]] = []
+    for batch in with_progress(stop_at_unreadable(loader), len(loader), header, config["log_steps"]):
+        batch = to_device(batch, device)
+        with autocast(device, config["precision"]):
+            logits = model.predict(batch["image"], batch["text_ids"], batch["text_mask"])
+        predicted = check_scores(logits, "scores of classes", config["precision"]).argmax(-1)
+        columns = batch["index"], batch["label"], predicted
+        rows += zip(*(column.tolist() for column in columns), strict=True)
+    gathered = sorted(row for part in all_gather_objects(rows) for row in part)
+    return torch.tensor(gathered)[:, 1:]
 
 
 if __name__ == "__main__":

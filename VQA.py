@@ -11,7 +11,7 @@ Expected the paper's VQA v2 test-dev / test-std 74.5 / 74.8, by the server, whic
 """
 
 if __name__ == "__main__":
-    from before_imports import prepare
+    from simla.engine.before_imports import prepare
 
     prepare()
 
@@ -20,21 +20,21 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from config import VQA, parse
-from dataset.items import Collate
-from dataset.loaders import stop_at_unreadable, test_loader
-from dataset.text import build_tokenizer, check_vocabulary
-from dataset.vqa import AnswerList, VQAEvalData, eos_token, read_answer_list, vqa_loader
-from dry_run import dry_run
-from engine import fit, record_evaluation
-from launch import run_script, script_arguments, start
-from models.answer_tree import AnswerTree
-from models.initial import starting_weights
-from models.vqa import SIMLAVQA, VQABatch
-from saving import save_result
-from training import to_device
-from utils import UserError, all_gather_objects, autocast, check_scores, log, with_progress
-from vqa_accuracy import answer_scores, best_constant, mean_by_label
+from simla.checkpoint.initial import starting_weights
+from simla.configs.reader import parse
+from simla.configs.schema import VQA
+from simla.dataset.items import Collate
+from simla.dataset.loaders import stop_at_unreadable, test_loader, to_device
+from simla.dataset.text import build_tokenizer, check_vocabulary
+from simla.dataset.vqa import AnswerList, VQAEvalData, eos_token, read_answer_list, vqa_loader
+from simla.engine.dry_run import dry_run
+from simla.engine.fit import fit
+from simla.engine.launch import run_script, script_arguments, start
+from simla.engine.results import record_evaluation, save_result
+from simla.evaluation.vqa import answer_scores, best_constant, mean_by_label
+from simla.models.answer_tree import AnswerTree
+from simla.models.vqa import SIMLAVQA, VQABatch
+from simla.utils import UserError, all_gather_objects, autocast, check_scores, log, with_progress
 
 
 def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:

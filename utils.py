@@ -12,14 +12,21 @@ import math
 import os
 import re
 import resource
+import signal
 import socket
 import stat
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import IO, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -180,7 +187,7 @@ CONTENTS = {
     rb"\xfd7zXZ": "compressed by xz; unpack it with `unxz`",
     rb"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it with `unzstd`",
     rb"PK\x03\x04": "a zip archive; unpack it and name the file in it",
-    rb"PAR1": "a Parquet table; convert it with `python -m dataset.prepare table`",
+    rb"PAR1": "a Parquet table; convert it with `python -m simla.dataset.prepare table`",
     rb"ARROW1|\xff{4}.{2}\0\0": "an Arrow table; write it as Parquet and convert that with `python -m "
     "dataset.prepare table`",
     rb"(?s:.{257})ustar": "a tar file; shards are named .tar and belong into train_file of Pretrain.py",
@@ -365,63 +372,6 @@ def peak_bytes(device: torch.device) -> int:
 # ---- log ----
 
 
-class MetricLog:
-    """Running means of named values, sums of those named num_...; they stay tensors until they are read."""
-
-    def __init__(self):
-        self.sums: dict[str, Tensor | float] = {}
-        self.counts: dict[str, Tensor | int] = {}  # of the additions that count
-
-    def add(self, values: dict[str, Tensor | float], counted: Tensor | None = None) -> None:
-        """counted: bool scalar on the values' device, false where they do not count; None = they do."""
-        number = 1 if counted is None else counted.long()
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                value = value.detach().double()
-                value = value if counted is None else torch.where(counted, value, 0.0)
-            elif counted is not None:
-                value = counted.double() * value
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + number
-
-    def means(self) -> dict[str, float | None]:
-        """Means over this rank's additions; None where no addition counted."""
-        return self._means([self.state_dict()])
-
-    def state_dict(self) -> dict:
-        return {
-            "sums": {name: float(total) for name, total in self.sums.items()},
-            "counts": {name: int(count) for name, count in self.counts.items()},
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.sums, self.counts = dict(state["sums"]), self._counts(state)
-
-    def merge(self, state: dict) -> None:
-        """Adds the sums of another rank."""
-        for name, count in self._counts(state).items():
-            self.sums[name] = self.sums.get(name, 0.0) + state["sums"][name]
-            self.counts[name] = self.counts.get(name, 0) + count
-
-    def global_means(self) -> dict[str, float | None]:
-        """Means over the additions of all ranks, weighted by their number; None where none counted."""
-        return self._means(all_gather_objects(self.state_dict()))
-
-    @staticmethod
-    def _counts(state: dict) -> dict[str, int]:
-        """Checkpoints of older versions have one number for all names."""
-        return dict(state["counts"] if "counts" in state else dict.fromkeys(state["sums"], state["count"]))
-
-    @staticmethod
-    def _means(states: list[dict]) -> dict[str, float | None]:
-        means = {}
-        for name in dict.fromkeys(name for state in states for name in state["sums"]):
-            count = sum(state["counts"].get(name, 0) for state in states)
-            total = sum(state["sums"].get(name, 0.0) for state in states)
-            means[name] = int(total) if name.startswith("num_") else total / count if count else None
-        return means
-
-
 def with_progress(
     items: Iterable,
     total: int,
@@ -461,3 +411,136 @@ def append_line(path: Path, line: str) -> None:
             file.write(line + "\n")
     except OSError as error:
         log.error(f"{path}: a line could not be written ({error.strerror})")
+
+
+@contextmanager
+def atomic_write(path: str | Path, text: bool = False) -> Iterator[IO]:
+    """A new file that takes the place of `path` in one step, once it is complete and on the disk; it takes
+    bytes, or with `text` text, which becomes UTF-8.
+
+    On failure the file that was there stays. Raises UserError when writing fails (disk full, no permission).
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("x", encoding="utf-8") if text else temporary.open("xb") as file:
+            yield file
+        with temporary.open("rb") as file:  # by name: some writers put a file of their own in its place
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):  # torch's writer hides the system's error in its own
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise UserError(
+                f"{path} could not be written ({cause}); an earlier file of that name is unchanged. Free "
+                "some space or choose another folder"
+            ) from error
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    """A name of its own: other processes, of other hosts too, may be writing the same file."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def import_pyplot():
+    """matplotlib.pyplot, drawing to files; UserError where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("pictures need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["text.parse_math"] = False  # a text or a file's name may have dollars
+    return plt
+
+
+def check_picture_name(out: str | Path) -> None:
+    """UserError where matplotlib is not installed or could not write a picture of that name."""
+    import_pyplot()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    endings = FigureCanvasAgg.get_supported_filetypes()
+    if Path(out).suffix[1:].lower() not in endings:
+        raise UserError(f"{out}: the name of a picture ends in one of .{', .'.join(endings)}")
+
+
+def save_figure(figure, out: str | Path | BinaryIO, dpi: int, **settings) -> None:
+    """Write a picture of the kind that the name's ending says, or, without a name, PNG."""
+    if not isinstance(out, str | Path):
+        figure.savefig(out, dpi=dpi, **settings)
+        return
+    check_picture_name(out)
+    with atomic_write(out) as file:
+        figure.savefig(file, dpi=dpi, format=Path(out).suffix[1:].lower(), **settings)
+
+
+def code_revision() -> str:
+    """The git revision of this code, "-dirty" where files differ from it; "unknown" outside a clone."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        where = Path(__file__).parent
+        done = subprocess.run(command, cwd=where, capture_output=True, encoding="utf-8", check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """auto, cpu, cuda or cuda:N, the GPU made the current one. Raises UserError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        local_rank = (
+            0 if num_gpus == 1 and "SLURM_LOCALID" in os.environ else local_rank
+        )  # one GPU bound per task
+        index = local_rank if device.index is None else device.index
+        if index >= num_gpus:
+            raise UserError(
+                f"device {name}: GPU {index} asked for, {num_gpus} found; use device cpu or start fewer "
+                "processes"
+            )
+        torch.cuda.set_device(index)
+        device = torch.device("cuda", index)
+    return device
+
+
+def make_output_folder(folder: str | Path, flag: str = "--output_dir") -> Path:
+    """Creates the folder that `flag` names and proves that a file can be written there; UserError if not."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".write_test_"):  # several hosts may come at once
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from error
+    return path
+
+
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the scheduler's, Ctrl-C, SLURM's --signal=USR1@120
+
+
+def _numbers(names: tuple[str, ...]) -> list[int]:
+    """Of the signals that this system has."""
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]

@@ -8,7 +8,7 @@ Expected Flickr30k test, k_test 128 (the paper's numbers): TR@1 86.2, IR@1 69.5 
 """
 
 if __name__ == "__main__":
-    from before_imports import prepare
+    from simla.engine.before_imports import prepare
 
     prepare()
 
@@ -19,22 +19,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import RETRIEVAL, parse
-from dataset.items import Collate
-from dataset.loaders import stop_at_unreadable, test_loader
-from dataset.retrieval import RetrievalEvalData
-from dataset.text import build_tokenizer, check_vocabulary, tokenize
-from dry_run import dry_run_retrieval
-from engine import record_evaluation
-from launch import run_script, script_arguments, start
-from metrics import retrieval_chance, retrieval_recall
-from models.initial import starting_weights
-from models.rerank import rerank
-from models.retrieval import SIMLARetrieval
-from saving import atomic_write, result_path, save_result
-from training import to_device
-from utils import (
+from simla.checkpoint.initial import starting_weights
+from simla.configs.reader import parse
+from simla.configs.schema import RETRIEVAL
+from simla.dataset.items import Collate
+from simla.dataset.loaders import stop_at_unreadable, test_loader, to_device
+from simla.dataset.retrieval import MAX_TEXT_TOKENS, RetrievalEvalData
+from simla.dataset.text import build_tokenizer, check_vocabulary, tokenize
+from simla.engine.dry_run import dry_run_retrieval
+from simla.engine.launch import run_script, script_arguments, start
+from simla.engine.results import record_evaluation, result_path, save_result
+from simla.evaluation.rerank import rerank
+from simla.evaluation.retrieval import retrieval_chance, retrieval_recall
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import (
     PRECISIONS,
+    atomic_write,
     autocast,
     check_scores,
     gather_in_order,
@@ -44,8 +44,6 @@ from utils import (
     with_progress,
     world_size,
 )
-
-MAX_TEXT_TOKENS = 30
 
 
 @torch.no_grad()

@@ -24,12 +24,13 @@ sys.path.insert(0, str(ROOT))
 import torch
 from measure import last_line
 
-from checkpoint import resume
-from config import PRETRAIN, read_config
-from models.pretrain import SIMLA
-from optim import create_optimizer
-from saving import Saver, check_undamaged
-from scheduler import create_scheduler
+from simla.checkpoint.save import Saver, check_undamaged
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN
+from simla.engine.resume import resume
+from simla.models.pretrain import SIMLA
+from simla.optim import create_optimizer
+from simla.scheduler import create_scheduler
 
 OURS, PUBLISHED = "checkpoint_00.pth", "published.pth"
 TINY = [

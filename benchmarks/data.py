@@ -29,14 +29,13 @@ from torch import Tensor
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
-from dataset.loaders import train_loader
-from dataset.masking import BlockMask
-from dataset.mixture import Mixture
-from dataset.pretrain import PretrainData
-from dataset.randaugment import RandAugment
-from dataset.text import names_side
-from dataset.transforms import MEAN, STD, ItemRandom, PretrainTransform
-from training import to_device
+from simla.dataset.loaders import to_device, train_loader
+from simla.dataset.masking import BlockMask
+from simla.dataset.mixture import Mixture
+from simla.dataset.pretrain import PretrainData
+from simla.dataset.randaugment import RandAugment
+from simla.dataset.text import names_side
+from simla.dataset.transforms import MEAN, STD, ItemRandom, PretrainTransform
 
 SIZES = {(640, 480): 24, (2000, 1500): 12}  # width, height -> number of pictures
 IMAGE_RES, CODE_RES, GRID, MIN_SCALE = 256, 128, 16, 0.2

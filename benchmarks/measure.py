@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from run_record import versions
+from simla.engine.run_record import versions
 
 # Dense peak of the matrix units in FLOP/s (data sheets); fp32 is without TF32, as torch computes by default.
 PEAK = {

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.bert import BertModel, KeysValues, padding_mask
-from models.pretrain import SIMLA
-from models.retrieval import SIMLARetrieval
+from simla.models.bert import BertModel, KeysValues, padding_mask
+from simla.models.pretrain import SIMLA
+from simla.models.retrieval import SIMLARetrieval
 
 
 class ProjectedAnew:

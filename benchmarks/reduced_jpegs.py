@@ -17,7 +17,15 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from dataset.transforms import ItemRandom, JpegFile, TrainTransform, crops, load_image, open_image, reduction
+from simla.dataset.transforms import (
+    ItemRandom,
+    JpegFile,
+    TrainTransform,
+    crops,
+    load_image,
+    open_image,
+    reduction,
+)
 
 
 def main() -> None:

@@ -33,11 +33,12 @@ from measure import (
 )
 from torch import Tensor
 
-from config import RETRIEVAL, read_config
-from models.bert import BertModel, padding_mask
-from models.rerank import SIZES, candidate_pairs, make_groups, rerank, score_group
-from models.retrieval import SIMLARetrieval
-from utils import PRECISIONS, autocast, clock, peak_bytes, reset_peak
+from simla.configs.reader import read_config
+from simla.configs.schema import RETRIEVAL
+from simla.evaluation.rerank import SIZES, candidate_pairs, make_groups, rerank, score_group
+from simla.models.bert import BertModel, padding_mask
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import PRECISIONS, autocast, clock, peak_bytes, reset_peak
 
 # images, texts, k, mean tokens of a text with [CLS], images of ours and queries of each direction measured
 SHAPES = {

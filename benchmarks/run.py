@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run_record import code_revision
+from simla.utils import code_revision
 
 HERE = ROOT / "benchmarks"
 COMMANDS = {  # name in results.json -> arguments

@@ -23,11 +23,12 @@ import torch
 from measure import TINY, arguments, last_line, row
 from train_step import inputs
 
-from config import PRETRAIN, read_config
-from models.pretrain import SIMLA
-from optim import create_optimizer
-from training import distribute
-from utils import free_port
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN
+from simla.engine.data_parallel import distribute
+from simla.models.pretrain import SIMLA
+from simla.optim import create_optimizer
+from simla.utils import free_port
 
 BATCH, WARM_UP = 32, 3
 CPU = torch.device("cpu")

@@ -32,15 +32,16 @@ from measure import (
 from plain import PlainRetrieval, PlainSIMLA
 from torch.profiler import ProfilerActivity, profile
 
-from config import PRETRAIN, RETRIEVAL, read_config
-from models.align import Draws
-from models.bert import BertConfig
-from models.dvae import DalleEncoder
-from models.pretrain import SIMLA, PretrainBatch
-from models.retrieval import RetrievalBatch, SIMLARetrieval
-from optim import create_optimizer
-from training import compile_layers, set_checkpointing
-from utils import autocast, clock, peak_bytes, set_precision, true_indices
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN, RETRIEVAL
+from simla.engine.data_parallel import compile_layers, set_checkpointing
+from simla.models.align import Draws
+from simla.models.bert import BertConfig
+from simla.models.dvae import DalleEncoder
+from simla.models.pretrain import SIMLA, PretrainBatch
+from simla.models.retrieval import RetrievalBatch, SIMLARetrieval
+from simla.optim import create_optimizer
+from simla.utils import autocast, clock, peak_bytes, set_precision, true_indices
 
 TOKENS, WORDS_MASKED, PATCHES_MASKED = 25, 4, 75
 FIGURES = "seconds", "cpu_seconds", "peak_bytes"

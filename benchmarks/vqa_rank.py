@@ -30,10 +30,11 @@ from measure import (
 )
 from torch import Tensor
 
-from config import VQA, read_config
-from models.answer_tree import AnswerTree
-from models.vqa import SIMLAVQA, question_states
-from utils import autocast, clock, peak_bytes, reset_peak
+from simla.configs.reader import read_config
+from simla.configs.schema import VQA
+from simla.models.answer_tree import AnswerTree
+from simla.models.vqa import SIMLAVQA, question_states
+from simla.utils import autocast, clock, peak_bytes, reset_peak
 
 CLS, SEP = 101, 102
 SHARE_OF_LENGTHS = [0.6, 0.26, 0.08, 0.04, 0.01, 0.01]  # one to six word pieces

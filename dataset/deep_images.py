@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from utils import log
+from simla.utils import log
 
 # TIFF's tags and their values.
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT, S_MIN_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE = 258, 262, 339, 340, 341

@@ -1,24 +1,20 @@
 """Referring expressions: images for training, and for evaluation boxes, those of RefCOCO+ or your own."""
 
-import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import numpy as np
-
-from dataset.annotations import TEXT, Annotations, Mapped, item_of, read_annotations
-from dataset.identity import by_path
-from dataset.items import EvalItems, finetune_loader, leave_out_unreadable
-from dataset.json_list import read_json
-from dataset.retrieval import WithIdentities
-from dataset.tables import by_id, checked, look_up
-from dataset.transforms import BadImage, image_size
-from metrics import has_area
-from safe_load import allowed_function, todays_name
-from utils import UserError, other_file
+from simla.dataset.identity import by_path
+from simla.dataset.items import EvalItems, finetune_loader, leave_out_unreadable
+from simla.dataset.readers.annotations import TEXT, Annotations, Mapped, item_of, read_annotations
+from simla.dataset.readers.json_list import read_json
+from simla.dataset.readers.plain_pickle import read_plain_pickle
+from simla.dataset.readers.tables import by_id, checked, look_up
+from simla.dataset.retrieval import WithIdentities
+from simla.dataset.transforms import BadImage, image_size
+from simla.evaluation.grounding import Box
+from simla.utils import UserError
 
 FIELDS = {"image": TEXT, "text": TEXT}
 SPLITS = ("val", "testA", "testB")  # of evaluation, RefCOCO+'s
@@ -235,65 +231,9 @@ def _is_number(value: object) -> bool:
 # ---- pickles of plain values ----
 
 
-PLAIN_MODULES = ("builtins", "collections", "_codecs", "numpy", "numpy.core.multiarray")
+MAX_PIXEL, MIN_SIDE = 1e9, 1e-9  # of a box: within them its area is neither infinite nor 0
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Sets, ordered dicts, bytes and numpy's numbers are named by a pickle; any other name is refused."""
-
-    def __init__(self, file: BinaryIO, path: Path):
-        super().__init__(file, encoding="bytes")  # Python 2's str, of which `_plain` makes text
-        self.path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        function = allowed_function(module, name)
-        if function is None or todays_name(module, name)[0] not in PLAIN_MODULES:
-            raise UserError(
-                f"{self.path}: its pickle asks for {module}.{name}, but a list of references is made of "
-                "plain values; nothing of the file was run. Get the file from a source you trust"
-            )
-        return function
-
-
-def read_plain_pickle(path: Path) -> Any:
-    """Return the numbers, texts, lists, sets and dicts of a pickle of Python 2 or 3; it runs nothing of it.
-
-    Bytes are text here, as in Python 2, and numpy's numbers are plain ones. Raises UserError when the
-    file is missing, damaged or holds anything else.
-    """
-    try:
-        with path.open("rb") as file:
-            return _plain(_PlainUnpickler(file, path).load())
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; check refcoco_data") from error
-    except Exception as error:  # a damaged pickle can fail in any way
-        what = other_file(path)
-        if what and "pickle" not in what:
-            raise UserError(f"{path} is {what}") from error
-        raise UserError(
-            f"{path} is not a complete pickle ({type(error).__name__}: {error}); copy or download it again"
-        ) from error
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, bytes | bytearray):
-        return _decoded(bytes(value))
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            return kind(map(_plain, value))
-    return value
-
-
-@cache  # keys and splits come again and again: one copy of each is kept in memory
-def _decoded(text: bytes) -> str:
-    """Return the text; it is UTF-8 unless it cannot be, then Latin-1, which has a letter for every byte."""
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError:
-        return text.decode("latin-1")
+def has_area(box: Box) -> bool:
+    """Whether the numbers are [x, y, width, height, ...] in pixels with width and height above 0."""
+    return len(box) >= 4 and all(abs(side) <= MAX_PIXEL for side in box[:4]) and min(box[2:4]) >= MIN_SIDE

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.annotations import Annotations
+from simla.dataset.readers.annotations import Annotations
 
 NO_ID = 0
 

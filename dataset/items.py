@@ -11,10 +11,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from dataset.loaders import test_loader, train_loader
-from dataset.text import clean_caption, names_side, tokenize
-from dataset.transforms import BadImage, EvalTransform, ItemRandom, TrainTransform, load_image, open_image
-from utils import UserError, all_gather_objects, log, with_progress
+from simla.dataset.loaders import test_loader, train_loader
+from simla.dataset.text import clean_caption, names_side, tokenize
+from simla.dataset.transforms import (
+    BadImage,
+    EvalTransform,
+    ItemRandom,
+    TrainTransform,
+    load_image,
+    open_image,
+)
+from simla.utils import UserError, all_gather_objects, log, with_progress
 
 MAX_TRIES = 50
 

@@ -2,9 +2,13 @@
 does not depend on the worker or rank that reads it.
 """
 
+import ctypes
 import math
 import multiprocessing.queues
 import os
+import re
+import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -13,9 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dataset.mixture import Mixture
-from faults import start_helper_process
-from utils import UserError, rank, world_size
+from simla.dataset.mixture import Mixture
+from simla.dataset.transforms import normalise, unit_range
+from simla.utils import (
+    STOP_SIGNALS,
+    UserError,
+    _numbers,
+    rank,
+    world_size,
+)
 
 
 class EpochSampler(Sampler):
@@ -218,3 +228,48 @@ def stop_at_unreadable(batches: Iterable[dict]) -> Iterator[dict]:
         if "unreadable" in batch:
             raise UserError(batch["unreadable"])
         yield batch
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch on the device, where the bytes of its images become the floats that models take."""
+    moved = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+    moved["image"] = normalise(moved["image"])
+    if "code_view" in moved:
+        moved["code_view"] = unit_range(moved["code_view"])
+    return moved
+
+
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal to get when the parent ends
+
+
+def start_helper_process() -> None:
+    """For a loader's worker: Ctrl-C and schedulers signal every process, but the main one decides what
+    follows; and it must not outlive a killed one, whose connections to other ranks it holds open too.
+    """
+    for number in _numbers(STOP_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# What torch says where batches do not come, in any process and thread.
+NO_BATCH = re.compile(
+    r"DataLoader timed out|DataLoader worker \(pid|ancdata|Too many open files|"
+    r"shared memory (object|file|\()|</torch_"
+)
+
+
+def loader_problem(error: Exception) -> str:
+    """Return a sentence where the error is that a loader's processes ended or gave no batch, else ""."""
+    if not isinstance(error, RuntimeError | OSError) or not NO_BATCH.search(str(error)):
+        return ""
+    what = str(error).strip().splitlines()[-1]
+    return (
+        f"the data-loading processes give no batches ({what}). Usual causes: shared memory is full (see "
+        "`df -h /dev/shm`; a container has little without --shm-size or --ipc=host), too few open files are "
+        "allowed (`ulimit -n`), the system ended a process for want of memory, or the disk does not answer. "
+        "Fewer num_workers need less of all; batch_timeout_minutes is how long a batch is waited for"
+    )

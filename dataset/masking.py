@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 
-from utils import UserError
+from simla.utils import UserError
 
 
 class BlockMask:

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable
 
-from dataset.annotations import ANY, TEXT, Mapped, item_of, read_annotations
-from utils import UserError
+from simla.dataset.readers.annotations import ANY, TEXT, Mapped, item_of, read_annotations
+from simla.utils import UserError
 
 CLASSES = ("False", "True")  # the label's number
 IDENTIFIER = re.compile(r"[^-,\s]+(-[^-,\s]+){3}")  # split, set of images, pair in the set, sentence

@@ -5,7 +5,7 @@ import zlib
 
 from PIL import PngImagePlugin
 
-from dataset.deep_images import PNG_SIGNATURE
+from simla.dataset.deep_images import PNG_SIGNATURE
 
 TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # nothing of them is read but, of short ones, the orientation
 

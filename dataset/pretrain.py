@@ -7,16 +7,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from config import weighted
-from dataset.annotations import TEXT, TEXTS, Mapped, item_of, read_annotations
-from dataset.items import Collate, TrainItems
-from dataset.loaders import train_loader
-from dataset.masking import BlockMask
-from dataset.mixture import Mixture
-from dataset.shard_stream import count_samples
-from dataset.shards import Shards, expand_names, is_shards
-from dataset.text import mask_tokens
-from dataset.transforms import (
+from simla.configs.reader import weighted
+from simla.dataset.items import Collate, TrainItems
+from simla.dataset.loaders import train_loader
+from simla.dataset.masking import BlockMask
+from simla.dataset.mixture import Mixture
+from simla.dataset.readers.annotations import TEXT, TEXTS, Mapped, item_of, read_annotations
+from simla.dataset.readers.shard_stream import count_samples
+from simla.dataset.readers.shards import Shards, expand_names, is_shards
+from simla.dataset.text import mask_tokens
+from simla.dataset.transforms import (
     BadImage,
     ItemRandom,
     PretrainTransform,
@@ -26,7 +26,7 @@ from dataset.transforms import (
     to_tensor,
     unit_range,
 )
-from utils import UserError, is_url, true_indices
+from simla.utils import UserError, is_url, true_indices
 
 
 class PretrainData(TrainItems):

@@ -6,11 +6,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from dataset.annotations import ANY, TEXT, TEXTS, Annotations, Mapped, item_of, read_annotations
-from dataset.identity import by_path, by_path_and_id, first_equal, hash_of
-from dataset.items import EvalItems, finetune_loader, leave_out_unreadable
-from dataset.text import clean_caption
-from utils import log
+from simla.dataset.identity import by_path, by_path_and_id, first_equal, hash_of
+from simla.dataset.items import EvalItems, finetune_loader, leave_out_unreadable
+from simla.dataset.readers.annotations import ANY, TEXT, TEXTS, Annotations, Mapped, item_of, read_annotations
+from simla.dataset.text import clean_caption
+from simla.utils import (
+    log,
+)
 
 
 class WithIdentities(Sequence):
@@ -114,3 +116,6 @@ class RetrievalEvalData(EvalItems):
 
 def _without_text(entry: dict) -> dict:
     return {"images": entry["images"], "text": "", "where": entry["where"]}
+
+
+MAX_TEXT_TOKENS = 30

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from utils import UserError, hub_answer, log, printable
+from simla.utils import UserError, hub_answer, log, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,28 +82,6 @@ def _words_after_a_mark(file: Path) -> dict[str, dict[str, int]]:
         return {}
     with file.open(encoding="utf-8-sig") as lines:
         return {"vocab": {line.rstrip("\n"): number for number, line in enumerate(lines)}}
-
-
-def tokenizer_text(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The whole tokenizer as JSON: its vocabulary, lower-casing and rules; `tokenizer_from_text` reads it."""
-    return tokenizer.backend_tokenizer.to_str()
-
-
-def tokenizer_from_text(text: str, source: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer that a checkpoint keeps; UserError naming `source` where it is none."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        backend = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exceptions
-        raise UserError(
-            f"{source}: its tokenizer is damaged ({error}); name one, text_encoder=..."
-        ) from error
-    names = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    tokenizer.model_max_length = int(1e9)  # as above
-    return tokenizer
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from dataset.deep_images import WrongRange, eight_bits, value_range
-from dataset.png_texts import without_long_texts
-from dataset.randaugment import RandAugment
-from utils import CONTENT_BYTES, PICTURE, file_status, first_line, other_content
+from simla.dataset.deep_images import WrongRange, eight_bits, value_range
+from simla.dataset.png_texts import without_long_texts
+from simla.dataset.randaugment import RandAugment
+from simla.utils import CONTENT_BYTES, PICTURE, file_status, first_line, other_content
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

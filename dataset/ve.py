@@ -1,7 +1,7 @@
 """An image and a sentence that it entails, contradicts or leaves open (SNLI-VE)."""
 
-from dataset.annotations import TEXT, Mapped, item_of, read_annotations
-from utils import UserError
+from simla.dataset.readers.annotations import TEXT, Mapped, item_of, read_annotations
+from simla.utils import UserError
 
 CLASSES = ("contradiction", "neutral", "entailment")  # in the published order: the label's number
 

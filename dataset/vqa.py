@@ -1,15 +1,13 @@
 """Questions about images, with what several people answered: training, evaluation, the list of answers.
 
-python -m dataset.vqa answers --train data/vqa_train.json data/vqa_val.json --out data/answer_list.json
+python -m simla.dataset.prepare answers --train data/vqa_train.json data/vqa_val.json --out data/answer_list.json
 """
 
 if __name__ == "__main__":
-    from before_imports import prepare
+    from simla.engine.before_imports import prepare
 
     prepare()
 
-import argparse
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,15 +19,15 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from dataset.annotations import NUMBER_OR_TEXT, TEXT, TEXTS, Mapped, item_of, read_annotations
-from dataset.items import Collate, EvalItems, finetune_items, leave_out_unreadable
-from dataset.json_list import read_json
-from dataset.loaders import train_loader
-from dataset.text import clean_question, tokenize
-from launch import run_script
-from saving import atomic_write
-from utils import UserError, fill_in, log, printable, true_indices
-from vqa_accuracy import most_common_answer, normalize_answer
+from simla.dataset.items import Collate, EvalItems, finetune_items, leave_out_unreadable
+from simla.dataset.loaders import train_loader
+from simla.dataset.prepare.answers import main
+from simla.dataset.readers.annotations import NUMBER_OR_TEXT, TEXT, TEXTS, Mapped, item_of, read_annotations
+from simla.dataset.readers.json_list import read_json
+from simla.dataset.text import clean_question, tokenize
+from simla.engine.launch import run_script
+from simla.evaluation.vqa import most_common_answer, normalize_answer
+from simla.utils import UserError, log, printable, true_indices
 
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # data set of an entry -> config key
@@ -201,7 +199,7 @@ def make_answer_list(texts: list, name: str, tokenizer, eos: str, position_limit
 def _refuse_answer(name: str, found: str) -> NoReturn:
     raise UserError(
         f"{name} must be a JSON list of answers, each a text, found {found[:100]}; make one "
-        "with python -m dataset.vqa answers"
+        "with python -m simla.dataset.prepare answers"
     )
 
 
@@ -238,35 +236,6 @@ def covered_share(listed: Iterable[str], annotations: Sequence[Sequence[str]]) -
     """Of the questions, how many have their most common answer in the list, 0 to 1."""
     known = set(map(normalize_answer, listed))
     return sum(most_common_answer(given) in known for given in annotations) / len(annotations)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m dataset.vqa", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
-    rule = " ".join(frequent_answers.__doc__.split("\n\n")[1].split())
-    answers = commands.add_parser("answers", help="write the list of answers to rank", description=rule)
-    answers.add_argument(
-        "--train", nargs="+", action="extend", required=True, help="VQA annotation files with answers"
-    )
-    answers.add_argument("--out", required=True, help="the JSON list")
-    limit = answers.add_mutually_exclusive_group()
-    limit.add_argument(
-        "--num", type=int, default=NUM_ANSWERS, help="length of the list (default: %(default)s)"
-    )
-    limit.add_argument("--min_count", type=int, help="all answers counted so often, instead of --num")
-    args = parser.parse_args()
-    entries = read_annotations(args.train, {**FIELDS, "answer": TEXTS})
-    annotations = list(map(given_answers, entries))
-    by_count = args.min_count is not None
-    listed = frequent_answers(annotations, None if by_count else args.num, args.min_count if by_count else 1)
-    if not listed:
-        raise UserError(f"no answer in {', '.join(args.train)} is counted {args.min_count} times")
-    with atomic_write(fill_in(args.out), text=True) as file:
-        json.dump(listed, file)
-    share = covered_share(listed, annotations)
-    print(
-        f"{args.out}: {len(listed)} answers, the most common one of {share:.1%} of {len(entries)} questions"
-    )
 
 
 if __name__ == "__main__":

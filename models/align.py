@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import losses
-from models.bert import CrossStates
-from models.momentum import MomentumModel, advance, enqueue, new_queue
-from utils import all_gather_rows
+from simla.models import losses
+from simla.models.bert import CrossStates
+from simla.models.momentum import MomentumModel, advance, enqueue, new_queue
+from simla.utils import all_gather_rows
 
 
 class Encoded(NamedTuple):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils import UserError
+from simla.utils import UserError
 
 LEAST = {"pad_token_id": 0, "max_position_embeddings": 2}  # [CLS] and a word; of other sizes 1
 BELOW = {"num_hidden_layers": 1001}  # a float 1, another size 2**31

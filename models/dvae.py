@@ -19,15 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import weights_in
-from safe_load import Inert, safe_load
-from saving import atomic_write
-from utils import UserError, check_weight, hub_answer
+from simla.checkpoint.safe_load import safe_load
+from simla.utils import UserError, atomic_write, check_weight
 
-DALLE_URL = "https://cdn.openai.com/dall-e/encoder.pkl"
 STRIDE = 8  # pixels of a code view for each code, along one side
-FLAVA_NAME = "facebook/flava-image-codebook"
-OTHERWISE = "or train without a download: image_tokenizer.kind: kmeans"
 
 
 # ---- DALL-E ----
@@ -99,74 +94,6 @@ class DalleEncoder(nn.Module):
     def forward(self, code_view: Tensor) -> Tensor:
         """(B, 3, R, R) in [0, 1] -> (B, (R/8)^2) int64."""
         return self.logits(code_view).argmax(1).flatten(1)
-
-
-def _dalle_from_state(state: dict[str, Tensor], source: str) -> DalleEncoder:
-    """The encoder of whatever size the weights have. Raises UserError when they are not such an encoder's."""
-    # FLAVA's names: image_codebook.blocks.group_1.group.block_1.res_path.path.conv_1.weight
-    flava = {"image_codebook.": "", ".group.": ".", ".path.": ".", ".weight": ".w", ".bias": ".b"}
-    for old, new in flava.items():
-        state = {name.replace(old, new): value for name, value in state.items()}
-    state = {name: value for name, value in state.items() if name.startswith("blocks.")}
-    try:
-        model = DalleEncoder(
-            n_hid=state["blocks.input.w"].shape[0],
-            vocab_size=state["blocks.output.conv.w"].shape[0],
-            n_blk_per_group=len({name.split(".")[2] for name in state if name.startswith("blocks.group_1.")}),
-            groups=len({name.split(".")[1] for name in state if name.startswith("blocks.group_")}),
-        )
-        for name, value in state.items():
-            check_weight(value, name, source)
-        model.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        raise _no_encoder(source, error) from error
-    return model.to(memory_format=torch.channels_last)  # as half-precision convolutions want it
-
-
-def _no_encoder(source: str, cause: Exception) -> UserError:
-    return UserError(
-        f"{source} does not hold DALL-E's image encoder ({str(cause)[:200]}); get {DALLE_URL}, {OTHERWISE}"
-    )
-
-
-def _module_state(module: Inert, prefix: str = "") -> dict[str, Tensor]:
-    """The state dict of a whole pickled module."""
-    state = {prefix + name: value for name, value in module.state.get("_parameters", {}).items()}
-    for name, child in module.state.get("_modules", {}).items():
-        state |= _module_state(child, f"{prefix}{name}.")
-    return state
-
-
-def load_dalle(path: str | Path) -> DalleEncoder:
-    """From OpenAI's encoder.pkl (a whole module; nothing of it is run), a state dict or .safetensors.
-
-    Raises UserError when the file is missing or holds something else.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"image_tokenizer.path: there is no {path}; put {DALLE_URL} there, {OTHERWISE}")
-    content = safe_load(path)
-    try:
-        state = _module_state(content) if isinstance(content, Inert) else weights_in(content, str(path))
-    except UserError as error:
-        raise _no_encoder(str(path), error) from error
-    return _dalle_from_state(state, str(path))
-
-
-def load_flava(name_or_folder: str | Path = FLAVA_NAME) -> DalleEncoder:
-    """From a FlavaImageCodebook of transformers, on the hub or in a folder. Raises UserError without one."""
-    from transformers import FlavaImageCodebook  # slow to import, and only this tokenizer needs it
-
-    where = "" if Path(name_or_folder).exists() else f" nor is it {hub_answer()}"
-    try:
-        codebook, report = FlavaImageCodebook.from_pretrained(name_or_folder, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"image_tokenizer.path: {name_or_folder} is no folder with FLAVA's image codebook{where}; get "
-            f"{FLAVA_NAME} from the Hugging Face hub, {OTHERWISE}"
-        ) from error
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{name_or_folder} does not hold FLAVA's image codebook: {missing[0]} is missing")
-    return _dalle_from_state(codebook.state_dict(), str(name_or_folder))
 
 
 # ---- k-means ----
@@ -257,41 +184,4 @@ class KMeansCodebook(nn.Module):
         return codebook
 
 
-def fit_kmeans_codebook(
-    path: str | Path, code_views: Iterable[Tensor], vocab_size: int, **fit_options: int
-) -> KMeansCodebook:
-    """Fits a codebook on the views and saves it as `path` (.safetensors); options: `KMeansCodebook.fit`."""
-    codebook = KMeansCodebook(vocab_size).fit(code_views, **fit_options)
-    codebook.save(path)
-    return codebook
-
-
 # ---- by config ----
-
-
-def untrained_image_tokenizer(config: dict) -> DalleEncoder | KMeansCodebook:
-    """Of the kind and vocabulary that the config section names, at full size, with random weights or none."""
-    kind = KMeansCodebook if config["kind"] == "kmeans" else DalleEncoder
-    return kind(vocab_size=config["vocab_size"])
-
-
-def build_image_tokenizer(config: dict) -> DalleEncoder | KMeansCodebook:
-    """The tokenizer of the config section {kind: dalle, flava or kmeans, path, vocab_size}.
-
-    Raises UserError when the kind is unknown, a file is missing, or its vocabulary is not `vocab_size`.
-    """
-    kind, path = config["kind"], config.get("path")
-    if kind == "dalle":
-        tokenizer = load_dalle(path or "encoder.pkl")
-    elif kind == "flava":
-        tokenizer = load_flava(path or FLAVA_NAME)
-    elif kind == "kmeans":
-        if not path or not Path(path).is_file():
-            raise UserError(f"image_tokenizer.path: no k-means codebook {path}; pre-training fits it")
-        tokenizer = KMeansCodebook.load(path)
-    else:
-        raise UserError(f"image_tokenizer.kind is dalle, flava or kmeans, not {kind!r}")
-    if config.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
-        has = f"{path or kind} has {tokenizer.vocab_size} codes"
-        raise UserError(f"image_tokenizer.vocab_size is {config['vocab_size']}, but {has}")
-    return tokenizer

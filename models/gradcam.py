@@ -8,11 +8,11 @@ tokens incl. [CLS], H heads, (h, w) the image encoder's grid of patches.
 import torch
 from torch import Tensor, nn
 
-from models.align import unit_features
-from models.bert import padding_mask
-from models.retrieval import SIMLARetrieval
-from models.vit import attention_map, read
-from utils import UserError
+from simla.models.align import unit_features
+from simla.models.bert import padding_mask
+from simla.models.retrieval import SIMLARetrieval
+from simla.models.vit import attention_map, read
+from simla.utils import UserError
 
 MODES = ("itm", "itc")
 

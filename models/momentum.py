@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from utils import UserError
+from simla.utils import UserError
 
 
 def make_twin(module: nn.Module, twin: nn.Module) -> nn.Module:

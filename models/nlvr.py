@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from models.bert import BertModel, CrossStates
-from models.ve import SIMLAVE
+from simla.models.bert import BertModel, CrossStates
+from simla.models.ve import SIMLAVE
 
 
 class SIMLANLVR(SIMLAVE):

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models import losses
-from models.align import AlignmentModel, Draws, Encoded
-from models.bert import BertConfig, BertForMaskedLM, CrossStates
-from models.momentum import make_twin
-from models.vit import VisionTransformer, vit_sizes
-from utils import UserError
+from simla.models import losses
+from simla.models.align import AlignmentModel, Draws, Encoded
+from simla.models.bert import BertConfig, BertForMaskedLM, CrossStates
+from simla.models.momentum import make_twin
+from simla.models.vit import VisionTransformer, vit_sizes
+from simla.utils import UserError
 
 
 class PretrainBatch(NamedTuple):

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import losses
-from models.align import unit_features
-from models.bert import BertConfig, BertModel
-from models.momentum import MomentumModel
-from models.vit import VisionTransformer, vit_sizes
+from simla.models import losses
+from simla.models.align import unit_features
+from simla.models.bert import BertConfig, BertModel
+from simla.models.momentum import MomentumModel
+from simla.models.vit import VisionTransformer, vit_sizes
 
 NEGATIVES_TEMP = 0.07  # fixed, whatever the pre-trained `temp` is
 NEITHER = 2  # the label; 0 and 1 are the slot of the matching image

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models import losses
-from models.align import AlignmentModel, Draws
-from models.bert import BertConfig, BertModel, CrossStates
-from models.momentum import make_twin
-from models.vit import VisionTransformer, vit_sizes
+from simla.models import losses
+from simla.models.align import AlignmentModel, Draws
+from simla.models.bert import BertConfig, BertModel, CrossStates
+from simla.models.momentum import make_twin
+from simla.models.vit import VisionTransformer, vit_sizes
 
 
 class RetrievalBatch(NamedTuple):

@@ -6,10 +6,10 @@ B batch, N image tokens, T text tokens, D width, C classes.
 import torch
 from torch import Tensor, nn
 
-from models.bert import BertConfig, BertModel, CrossStates
-from models.losses import distilled_cross_entropy
-from models.momentum import MomentumModel, make_twin
-from models.vit import VisionTransformer, vit_sizes
+from simla.models.bert import BertConfig, BertModel, CrossStates
+from simla.models.losses import distilled_cross_entropy
+from simla.models.momentum import MomentumModel, make_twin
+from simla.models.vit import VisionTransformer, vit_sizes
 
 
 class SIMLAVE(MomentumModel):

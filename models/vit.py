@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils import UserError
+from simla.utils import UserError
 
 
 def vit_sizes(config: dict) -> dict:

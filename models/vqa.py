@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models import losses
-from models.answer_tree import AnswerTree
-from models.bert import BertConfig, BertForMaskedLM, BertModel, CrossStates
-from models.momentum import MomentumModel, make_twin
-from models.vit import VisionTransformer, vit_sizes
+from simla.models import losses
+from simla.models.answer_tree import AnswerTree
+from simla.models.bert import BertConfig, BertForMaskedLM, BertModel, CrossStates
+from simla.models.momentum import MomentumModel, make_twin
+from simla.models.vit import VisionTransformer, vit_sizes
 
 
 class VQABatch(NamedTuple):

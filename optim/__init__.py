@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils import UserError, first_line
+from simla.utils import UserError, first_line
 
 FUSED = ("adam", "adamw", "sgd")  # torch has them as one kernel, on GPUs and CPUs
 

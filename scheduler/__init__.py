@@ -3,7 +3,7 @@
 from timm.scheduler import CosineLRScheduler
 from torch.optim import Optimizer
 
-from utils import UserError
+from simla.utils import UserError
 
 
 class WarmupCosine:

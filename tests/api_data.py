@@ -8,11 +8,11 @@ import torch
 from tiny import MODEL, make_tiny
 from torch import nn
 
-from checkpoint_tools import TASKS
-from config import read_config
-from dataset.text import build_tokenizer
-from models.initial import starting_weights
-from saving import save_checkpoint
+from simla.checkpoint.initial import starting_weights
+from simla.checkpoint.save import save_checkpoint
+from simla.checkpoint.tasks import TASKS
+from simla.configs.reader import read_config
+from simla.dataset.text import build_tokenizer
 
 TASK_OF = {"pretrain": "Pretrain", "retrieval": "Retrieval", "vqa": "VQA", "ve": "VE", "nlvr": "NLVR"}
 

@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tests/fault
 
 from tiny import ROOT, make_tiny
 
-from saving import load_checkpoint, run_checkpoints
-from training import STEPS_LOG
-from utils import LOG, free_port
+from simla.checkpoint.save import load_checkpoint, run_checkpoints
+from simla.engine.training import STEPS_LOG
+from simla.utils import LOG, free_port
 
 NUM_RANKS = 2
 STEPS = 12  # an epoch: 48 samples, 2 a rank

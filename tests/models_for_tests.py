@@ -3,11 +3,11 @@
 import torch
 from goldens_io import golden, golden_image
 
-from models.align import Draws
-from models.bert import BertConfig
-from models.pretrain import SIMLA, PretrainBatch
-from models.retrieval import RetrievalBatch
-from utils import true_indices
+from simla.models.align import Draws
+from simla.models.bert import BertConfig
+from simla.models.pretrain import SIMLA, PretrainBatch
+from simla.models.retrieval import RetrievalBatch
+from simla.utils import true_indices
 
 RELEASED = {"mlm_distill_over_sequence": True, "psl_padding": True}
 

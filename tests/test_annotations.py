@@ -21,13 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset import json_list
-from dataset.annotations import ANY, TEXT, TEXTS, Annotations, Mapped, item_of, read_annotations
-from dataset.items import Collate, TrainItems
-from dataset.json_list import HEADER_BYTES, RECORD, JsonList
-from dataset.loaders import EpochSampler, stop_at_unreadable, train_loader
-from dataset.retrieval import WithIdentities
-from utils import UserError
+from simla.dataset.items import Collate, TrainItems
+from simla.dataset.loaders import EpochSampler, stop_at_unreadable, train_loader
+from simla.dataset.readers import json_list
+from simla.dataset.readers.annotations import ANY, TEXT, TEXTS, Annotations, Mapped, item_of, read_annotations
+from simla.dataset.readers.json_list import HEADER_BYTES, RECORD, JsonList
+from simla.dataset.retrieval import WithIdentities
+from simla.utils import UserError
 
 FIELDS = {"image": TEXT, "caption": TEXTS}
 
@@ -144,7 +144,10 @@ def test_whatever_json_loads_refuses_is_refused(scratch, entries, data, block_by
         (b'{"a": 1} {"a": 2}', "Expecting the end of the line, line 1, byte 8, entry 0"),
         (b'{"a": 1},\n{"a": 2}', "Expecting the end of the line, line 1, byte 8, entry 0"),
         (b'{"a": 1}\n{"a": 2', "Expecting ',' delimiter, line 2, byte 16, entry 1"),
-        (b"image,caption\na.jpg,a duck", "a table (CSV, TSV) is converted by `python -m dataset.prepare"),
+        (
+            b"image,caption\na.jpg,a duck",
+            "a table (CSV, TSV) is converted by `python -m simla.dataset.prepare",
+        ),
         (b'[{"a": "\xff"}]', "byte 8 is not UTF-8"),
     ],
 )
@@ -224,7 +227,9 @@ def test_a_table_of_parquet_or_arrow_is_called_what_it_is(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     table = arrow.table({"image": ["a.jpg"]})
     parquet.write_table(table, path)
-    with pytest.raises(UserError, match=r"it is a Parquet table; convert it with `python -m dataset.prepare"):
+    with pytest.raises(
+        UserError, match=r"it is a Parquet table; convert it with `python -m simla.dataset.prepare"
+    ):
         read(path)
     for make in (arrow.ipc.new_file, arrow.ipc.new_stream):
         with path.open("wb") as file, make(file, table.schema) as writer:

@@ -21,25 +21,26 @@ import simla
 import VE
 import VQA
 import zero_shot_retrieval
-from checkpoint_tools import TASKS, export
-from config import RETRIEVAL, VIT, Key, check_values
-from dataset.grounding import GroundingEvalData
-from dataset.items import evaluation_loader
-from dataset.nlvr import read_nlvr
-from dataset.retrieval import RetrievalEvalData
-from dataset.text import check_vocabulary, tokenize
-from dataset.transforms import EvalTransform, load_image, normalise
-from dataset.ve import read_ve
-from dataset.vqa import VQAEvalData, read_answer_list
-from inference.heat import EVERYWHERE, grounding
-from inference.loading import fill_in_what_is_missing, text_encoder_sizes
-from launch import pick_device
-from models.bert import BertConfig
-from models.gradcam import grad_cam
-from models.rerank import NOT_SCORED
-from models.retrieval import SIMLARetrieval
-from training import to_device
-from utils import UserError
+from simla.checkpoint.__main__ import export
+from simla.checkpoint.tasks import TASKS
+from simla.configs.reader import check_values
+from simla.configs.schema import RETRIEVAL, VIT, Key
+from simla.dataset.grounding import GroundingEvalData
+from simla.dataset.items import evaluation_loader
+from simla.dataset.loaders import to_device
+from simla.dataset.nlvr import read_nlvr
+from simla.dataset.retrieval import RetrievalEvalData
+from simla.dataset.text import check_vocabulary, tokenize
+from simla.dataset.transforms import EvalTransform, load_image, normalise
+from simla.dataset.ve import read_ve
+from simla.dataset.vqa import VQAEvalData, read_answer_list
+from simla.evaluation.rerank import NOT_SCORED
+from simla.heat import EVERYWHERE, grounding
+from simla.loading import fill_in_what_is_missing, text_encoder_sizes
+from simla.models.bert import BertConfig
+from simla.models.gradcam import grad_cam
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import UserError, pick_device
 
 CPU = torch.device("cpu")
 
@@ -103,7 +104,7 @@ def test_features_matching_and_search_are_those_of_zero_shot_retrieval(tiny, mod
 def test_pairs_in_small_batches_are_the_same(monkeypatch, models, images):
     texts = ["a cup", "two dogs on a beach", "a red car"]
     whole = models["retrieval"].match(images, texts)
-    monkeypatch.setattr("inference.model.PAIRS_AT_A_TIME", 3)
+    monkeypatch.setattr("simla.model.PAIRS_AT_A_TIME", 3)
     torch.testing.assert_close(models["retrieval"].match(images, texts), whole)
 
 
@@ -489,7 +490,7 @@ def test_paths_of_a_config_are_found_from_any_folder(tiny, images, monkeypatch, 
     torch.save(content, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"bert\.json cannot be read"):
         simla.load(tmp_path / "c.pth", "cpu")
-    monkeypatch.setattr("inference.loading.ROOT", tmp_path)
+    monkeypatch.setattr("simla.loading.ROOT", tmp_path)
     assert simla.load(tmp_path / "c.pth", "cpu").kind == "retrieval"
 
 

@@ -13,14 +13,15 @@ from huggingface_hub import constants
 
 import Grounding
 import simla
-from dataset import transforms
-from dataset.grounding import GroundingEvalData
-from dataset.text import build_tokenizer, tokenizer_text
-from inference.answers import check_no_file
-from inference.index import check_made_by
-from metrics import heat_box
-from saving import save_checkpoint
-from utils import UserError
+from simla.answers import check_no_file
+from simla.checkpoint.save import save_checkpoint
+from simla.checkpoint.tokenizer import tokenizer_text
+from simla.dataset import transforms
+from simla.dataset.grounding import GroundingEvalData
+from simla.dataset.text import build_tokenizer
+from simla.evaluation.grounding import heat_box
+from simla.index import check_made_by
+from simla.utils import UserError
 
 CPU = torch.device("cpu")
 NAMES = "retrieval", "pretrain", "vqa", "ve", "nlvr"
@@ -289,8 +290,8 @@ def test_a_config_of_another_build_is_refused(tiny, section, key, value):
     ):
         simla.load(tiny.checkpoints["ve"], "cpu", config=config)
     with pytest.raises(UserError, match=rf"{section}\.{key} {value}, not"):  # the scripts likewise
-        from models.initial import starting_weights
-        from models.ve import SIMLAVE
+        from simla.checkpoint.initial import starting_weights
+        from simla.models.ve import SIMLAVE
 
         starting_weights(SIMLAVE.from_config(config), config, "VE", str(tiny.checkpoints["ve"]))
 

@@ -17,9 +17,9 @@ from PIL import Image
 from tiny import ROOT
 
 import simla
-from inference.command_line import VARIABLE, main
-from plots import plot_gallery, plot_word_maps
-from utils import UserError
+from simla.__main__ import VARIABLE, main
+from simla.plots import plot_gallery, plot_word_maps
+from simla.utils import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -188,7 +188,7 @@ def test_names_and_queries_may_have_dollars_and_bytes_that_are_no_text(images, a
     ],
 )
 def test_where_nothing_can_be_written_nothing_is_loaded(ask, monkeypatch, arguments, message):
-    monkeypatch.setattr("inference.command_line.load", pytest.fail)
+    monkeypatch.setattr("simla.__main__.load", pytest.fail)
     with pytest.raises(UserError, match=message):
         ask("retrieval", *arguments)
 

@@ -19,10 +19,10 @@ from PIL import Image, ImageFile
 from tiny import ROOT
 
 import simla
-from inference import folders
-from inference.folders import list_images
-from inference.index import build_index
-from utils import UserError
+from simla import folders
+from simla.folders import list_images
+from simla.index import build_index
+from simla.utils import UserError
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,15 @@ from PIL import Image
 from playwright.sync_api import expect
 from tiny import ROOT
 
-import app
-import inference.page as page_module
 import simla
-from dataset.transforms import load_image
-from inference.inputs import log_texts
-from inference.page import DRAWN_SIDE, NUM_EXAMPLES, build_page, demo_examples, describing
-from inference.uploads import (
+from simla.dataset.transforms import load_image
+from simla.inputs import log_texts
+from simla.plots import plot_word_maps
+from simla.utils import UserError, free_port
+from simla.web import __main__ as app
+from simla.web import page as page_module
+from simla.web.page import DRAWN_SIDE, NUM_EXAMPLES, build_page, demo_examples, describing
+from simla.web.uploads import (
     MAX_FILES,
     MAX_LETTERS,
     MAX_PIXELS,
@@ -48,8 +50,6 @@ from inference.uploads import (
     checked_image,
     told_to_sender,
 )
-from plots import plot_word_maps
-from utils import UserError, free_port
 
 START_SECONDS, END_SECONDS = 180, 30
 expect.set_options(timeout=30_000)
@@ -439,7 +439,7 @@ def test_a_jpeg_of_too_many_scans(site, tmp_path):
 
 def test_what_is_said_of_texts_reaches_the_sender_once(monkeypatch):
     said = []
-    monkeypatch.setattr("inference.uploads.gr.Warning", said.append)
+    monkeypatch.setattr("simla.web.uploads.gr.Warning", said.append)
 
     def answer(text: str) -> None:
         for number in (0, 0, 1):

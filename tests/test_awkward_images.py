@@ -26,13 +26,14 @@ import Pretrain
 import VE
 import VQA
 import zero_shot_retrieval
-from config import RETRIEVAL, read_config
-from dataset import transforms
-from dataset.items import TrainItems
-from dataset.retrieval import RetrievalEvalData
-from dataset.transforms import BadImage, JpegFile, TrainTransform, View, crops, load_image, open_image
-from launch import run_script
-from utils import UserError
+from simla.configs.reader import read_config
+from simla.configs.schema import RETRIEVAL
+from simla.dataset import transforms
+from simla.dataset.items import TrainItems
+from simla.dataset.retrieval import RetrievalEvalData
+from simla.dataset.transforms import BadImage, JpegFile, TrainTransform, View, crops, load_image, open_image
+from simla.engine.launch import run_script
+from simla.utils import UserError
 
 FOLDER = Path(__file__).parent / "awkward"
 NOT_READ = {

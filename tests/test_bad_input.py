@@ -18,15 +18,16 @@ import Pretrain
 import Pretrain_NLVR
 import Retrieval
 import zero_shot_retrieval
-from config import PRETRAIN, TASKS, read_config
-from dataset.annotations import TEXT, TEXTS, read_annotations
-from dataset.loaders import train_loader
-from dataset.pretrain import pretrain_loader, read_sets
-from dataset.text import build_tokenizer
-from launch import script_arguments, start
-from models.dvae import KMeansCodebook
-from training import BadImages
-from utils import UserError
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN, TASKS
+from simla.dataset.loaders import train_loader
+from simla.dataset.pretrain import pretrain_loader, read_sets
+from simla.dataset.readers.annotations import TEXT, TEXTS, read_annotations
+from simla.dataset.text import build_tokenizer
+from simla.engine.bad_images import BadImages
+from simla.engine.launch import script_arguments, start
+from simla.models.dvae import KMeansCodebook
+from simla.utils import UserError
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,19 @@ import pytest
 from PIL import Image
 from tiny import demo_config
 
-from config import read_config, task_of
-from dataset.annotations import TEXT, checked_late, read_annotations
-from dataset.check import images, texts
-from dataset.check.__main__ import main
-from dataset.check.images import CACHE, RECORD, check_image, ends_whole, look_hash
-from dataset.check.similar import MAX_DISTANCE, near_pairs
-from dataset.check.tasks import TASKS, open_sources
-from dataset.check.texts import Shared, WordPieces, path_key, read_texts
-from dataset.check.workers import Workers
-from dataset.demo import make_demo
-from dataset.retrieval import read_train_pairs
-from dataset.text import build_tokenizer, clean_caption
-from utils import UserError
+from simla.configs.reader import read_config, task_of
+from simla.dataset.check import images, texts
+from simla.dataset.check.__main__ import main
+from simla.dataset.check.images import CACHE, RECORD, check_image, ends_whole, look_hash
+from simla.dataset.check.similar import MAX_DISTANCE, near_pairs
+from simla.dataset.check.tasks import TASKS, open_sources
+from simla.dataset.check.texts import Shared, WordPieces, path_key, read_texts
+from simla.dataset.check.workers import Workers
+from simla.dataset.readers.annotations import TEXT, checked_late, read_annotations
+from simla.dataset.retrieval import read_train_pairs
+from simla.dataset.text import build_tokenizer, clean_caption
+from simla.demo.data import make_demo
+from simla.utils import UserError
 
 DEMO_CONFIGS = sorted(set(Path("configs/demo").glob("*.yaml")) - {Path("configs/demo/common.yaml")})
 

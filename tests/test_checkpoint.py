@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from tiny import full_disk
 from torch import nn
 
-from checkpoint import ROWS, check_same_build, interpolate_pos_embed, load_weights, map_state, resume
-from optim import create_optimizer
-from saving import load_checkpoint, save_checkpoint
-from scheduler import create_scheduler
-from utils import UserError
+from simla.checkpoint.key_maps import ROWS
+from simla.checkpoint.load import check_same_build, interpolate_pos_embed, load_weights, map_state
+from simla.checkpoint.save import load_checkpoint, save_checkpoint
+from simla.engine.resume import resume
+from simla.optim import create_optimizer
+from simla.scheduler import create_scheduler
+from simla.utils import UserError
 
 LOADINGS = sorted(path.stem for path in FOLDER.glob("loading_*_from_*.json"))
 REFUSED = ("loading_NLVR_from_pretrain", "loading_NLVR_from_pretrain_same_res")

@@ -1,4 +1,4 @@
-"""`python checkpoint.py export` and `inspect`, on files of every task."""
+"""`python -m simla.checkpoint export` and `inspect`, on files of every task."""
 
 import json
 import os
@@ -18,18 +18,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import MODEL, ROOT, make_tiny
 
-import checkpoint_tools
 import Pretrain
 import simla
 import zero_shot_retrieval
-from checkpoint import QUEUES, ROWS, TWIN, load_weights
-from checkpoint_tools import TASKS, export, inspect, read_shapes
-from config import read_config
-from dataset.text import build_tokenizer, tokenizer_text
-from models.bert import BertConfig
-from models.initial import starting_weights
-from saving import load_checkpoint, save_checkpoint
-from utils import UserError
+from simla.checkpoint import __main__ as checkpoint_tools
+from simla.checkpoint.__main__ import export, inspect, read_shapes
+from simla.checkpoint.initial import starting_weights
+from simla.checkpoint.key_maps import QUEUES, ROWS, TWIN
+from simla.checkpoint.load import load_weights
+from simla.checkpoint.save import load_checkpoint, save_checkpoint
+from simla.checkpoint.tasks import TASKS
+from simla.checkpoint.tokenizer import tokenizer_text
+from simla.configs.reader import read_config
+from simla.dataset.text import build_tokenizer
+from simla.models.bert import BertConfig
+from simla.utils import UserError
 
 REQUIRED = {
     "optimizer": {"lr": 1e-4},

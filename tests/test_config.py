@@ -12,29 +12,19 @@ import pytest
 import torch
 from tiny import ROOT, make_tiny
 
-import checkpoint_tools
 import Pretrain
-import utils
-from config import (
-    EMPTY,
-    NUMBER,
-    TASKS,
-    Key,
-    add_overrides,
-    check_values,
-    parse,
-    read_config,
-    task_name,
-    task_of,
-)
-from dataset.check.__main__ import main as check_main
-from dataset.check.tasks import TASKS as CHECKED
-from dataset.text import build_tokenizer
-from launch import script_arguments
-from models.dvae import load_flava
-from models.initial import load_bert, load_vit
-from scheduler import WarmupCosine
-from utils import UserError
+from simla import utils
+from simla.checkpoint import __main__ as checkpoint_tools
+from simla.checkpoint.image_tokenizers import load_flava
+from simla.checkpoint.initial import load_bert, load_vit
+from simla.configs.reader import add_overrides, check_values, parse, read_config, task_name, task_of
+from simla.configs.schema import EMPTY, NUMBER, TASKS, Key
+from simla.dataset.check.__main__ import main as check_main
+from simla.dataset.check.tasks import TASKS as CHECKED
+from simla.dataset.text import build_tokenizer
+from simla.engine.launch import script_arguments
+from simla.scheduler import WarmupCosine
+from simla.utils import UserError
 
 SHIPPED = {task: next((ROOT / "configs" / "demo").glob(f"{task}.yaml"), None) for task in TASKS}
 SHIPPED["Pretrain_NLVR"] = ROOT / "configs" / "demo" / "NLVR_Pretrain.yaml"
@@ -393,7 +383,9 @@ def test_a_second_overrides_adds_to_the_first_in_every_parser(monkeypatch):
         sys, "argv", ["checkpoint.py", "inspect", "x", "--task", "VE.py", "--config", "c", *flags]
     )
     checkpoint_tools.main()
-    monkeypatch.setattr("dataset.check.__main__.check", lambda args: found.append(args.overrides) or False)
+    monkeypatch.setattr(
+        "simla.dataset.check.__main__.check", lambda args: found.append(args.overrides) or False
+    )
     check_main(["--config", "c", *flags])
     assert found == [["a=1", "b=2", "c=3"]] * 2
 
@@ -448,7 +440,7 @@ def test_min_lr_is_the_rate_of_the_epoch_after_the_last():
 def test_a_warm_up_longer_than_epoch_0_is_said(tmp_path, caplog, monkeypatch):
     tiny = make_tiny(tmp_path)
     monkeypatch.setattr(
-        "training.Training.one_step", lambda *_: (_ for _ in ()).throw(UserError("stop here"))
+        "simla.engine.training.Training.one_step", lambda *_: (_ for _ in ()).throw(UserError("stop here"))
     )
     for warm_up, is_long in ((5, False), (6, True)):  # of 24 samples, 4 a step
         caplog.clear()

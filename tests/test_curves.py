@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 from ruamel.yaml import YAML
 
-import chance
-import curves
-from chance import ChanceCheck, chance_levels
-from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, read_config
-from curves import panels, plot_curves, read_records, read_run
-from utils import UserError
+from simla.configs.reader import read_config
+from simla.configs.schema import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA
+from simla.engine import chance, curves
+from simla.engine.chance import ChanceCheck, chance_levels
+from simla.engine.curves import panels, plot_curves, read_records, read_run
+from simla.utils import UserError
 
 DEMO = {
     "Pretrain": PRETRAIN,
@@ -144,7 +144,7 @@ def test_the_log_of_every_task(name, tmp_path, monkeypatch):
     if name in ("NLVR", "VE"):
         assert titles == {"acc": ["val_acc", "test_acc"]}
     monkeypatch.setattr(sys, "argv", ["curves.py", str(folder), "-o", str(tmp_path / "c.png")])
-    with mock.patch("curves.draw_level", wraps=curves.draw_level) as levels:
+    with mock.patch("simla.engine.curves.draw_level", wraps=curves.draw_level) as levels:
         curves.main()
     assert has_lines(tmp_path / "c.png", curves.COLOURS[0])
     drawn = [(call.args[1], call.args[2]) for call in levels.call_args_list]
@@ -157,7 +157,7 @@ def test_runs_are_overlaid_in_colours_of_their_own(tmp_path):
     lower = [{name: v if name in ("step", "epoch") else 0.8 * v for name, v in s.items()} for s in steps]
     one = write_run(tmp_path / "one", config, steps, epochs)
     two = write_run(tmp_path / "two", {**config, "queue_size": 640}, lower, [])
-    with mock.patch("curves.draw_level", wraps=curves.draw_level) as levels:
+    with mock.patch("simla.engine.curves.draw_level", wraps=curves.draw_level) as levels:
         plot_curves([one, two], tmp_path / "c.png")
     drawn = [call.args[2] for call in levels.call_args_list]  # of ITA alone they have different levels
     assert drawn == [*curves.COLOURS[:2], *[curves.GREY] * 4]

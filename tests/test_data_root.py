@@ -9,16 +9,17 @@ from test_exact_resume import make_tasks
 from test_ve_nlvr_scripts import write_config
 from tiny import ROOT
 
-import config as config_module
-from config import DATA, OTHER, TASKS, read_config, task_of
-from dataset.grounding import GroundingEvalData, grounding_loader
-from dataset.nlvr import read_nlvr
-from dataset.pretrain import code_views, pretrain_loader, read_pairs, read_sets
-from dataset.retrieval import RetrievalEvalData, retrieval_loader
-from dataset.text import build_tokenizer
-from dataset.ve import read_ve
-from dataset.vqa import VQAEvalData, read_answer_list, vqa_loader
-from run_record import save_config
+from simla.configs import reader as config_module
+from simla.configs.reader import read_config, task_of
+from simla.configs.schema import DATA, OTHER, TASKS
+from simla.dataset.grounding import GroundingEvalData, grounding_loader
+from simla.dataset.nlvr import read_nlvr
+from simla.dataset.pretrain import code_views, pretrain_loader, read_pairs, read_sets
+from simla.dataset.retrieval import RetrievalEvalData, retrieval_loader
+from simla.dataset.text import build_tokenizer
+from simla.dataset.ve import read_ve
+from simla.dataset.vqa import VQAEvalData, read_answer_list, vqa_loader
+from simla.engine.run_record import save_config
 
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "common")
 

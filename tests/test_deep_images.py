@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.deep_images import _named_dark
-from dataset.transforms import BadImage, load_image, open_image
-from inference.inputs import read_image
+from simla.dataset.deep_images import _named_dark
+from simla.dataset.transforms import BadImage, load_image, open_image
+from simla.inputs import read_image
 
 SHADES = np.arange(48 * 48).reshape(48, 48) % 256  # all 256 of them
 BITS_PER_SAMPLE, PHOTOMETRIC, SMALLEST, LARGEST = 258, 262, 340, 341

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 from tiny import make_tiny
 
-import dataset.demo
-import demo
-import plots
 import Pretrain
 import zero_shot_retrieval
-from config import read_yaml
-from utils import UserError
+from simla import plots
+from simla.configs.reader import read_yaml
+from simla.demo import data as demo
+from simla.demo import pretrain as demo
+from simla.utils import UserError
 
 
 @pytest.fixture

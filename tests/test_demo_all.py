@@ -10,11 +10,11 @@ from PIL import Image
 from ruamel.yaml import YAML
 from tiny import MODEL, demo_config, make_tiny
 
-import demo
-import demo_all
-import plots
-from config import read_yaml
-from utils import UserError
+from simla import plots
+from simla.configs.reader import read_yaml
+from simla.demo import all_tasks as demo_all
+from simla.demo import pretrain as demo
+from simla.utils import UserError
 
 TASKS = ["zero_shot_retrieval", "retrieval", "grounding", "vqa", "nlvr", "ve"]
 COLUMNS = {"metric", "chance", "before", "after", "n", "seconds"}

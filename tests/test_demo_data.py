@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import demo, demo_scenes
-from dataset.demo_scenes import BACKGROUNDS, KINDS, draw_scene, held_out_pairs
+from simla.demo import data as demo
+from simla.demo import scenes as demo_scenes
+from simla.demo.scenes import BACKGROUNDS, KINDS, draw_scene, held_out_pairs
 
 COUNTS = {"train": 40, "val": 10, "test": 10}
 SIDE = 96

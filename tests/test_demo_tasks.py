@@ -8,14 +8,16 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from dataset import demo, demo_scenes, demo_tasks
-from dataset.annotations import TEXT, read_annotations
-from dataset.demo_scenes import BACKGROUNDS, KINDS
-from dataset.grounding import read_targets
-from dataset.nlvr import read_nlvr
-from dataset.ve import read_ve
-from dataset.vqa import read_answer_list
-from vqa_accuracy import most_common_answer, normalize_answer
+from simla.dataset.grounding import read_targets
+from simla.dataset.nlvr import read_nlvr
+from simla.dataset.readers.annotations import TEXT, read_annotations
+from simla.dataset.ve import read_ve
+from simla.dataset.vqa import read_answer_list
+from simla.demo import data as demo
+from simla.demo import scenes as demo_scenes
+from simla.demo import tasks as demo_tasks
+from simla.demo.scenes import BACKGROUNDS, KINDS
+from simla.evaluation.vqa import most_common_answer, normalize_answer
 
 COUNTS = {"train": 40, "val": 12, "test": 12}
 SINGULAR = {**{kind: kind for kind in KINDS}, **{kind.plural: name for name, kind in KINDS.items()}}
@@ -189,7 +191,7 @@ def test_splits_use_their_own_images_and_every_one_exists(folder):
 
 
 def test_every_word_is_one_token(folder):
-    from dataset.text import build_tokenizer
+    from simla.dataset.text import build_tokenizer
 
     tokenizer, texts = build_tokenizer(str(folder / "bert")), set()
     for path in folder.glob("*_*.json"):

@@ -16,8 +16,8 @@ import torch.distributed.run
 from ruamel.yaml import YAML
 from tiny import ROOT
 
-import config
-import launch
+from simla.configs import reader as config
+from simla.engine import launch
 
 PAGES = sorted(
     path
@@ -198,7 +198,7 @@ def test_a_command_with_a_wrong_flag_or_key_is_found(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         check_script(["VE.py", "--confg", "configs/VE.yaml"])
     with pytest.raises(SystemExit):
-        check_script(["-m", "dataset.prepare", "coco", "--roots", "data"])
+        check_script(["-m", "simla.dataset.prepare", "coco", "--roots", "data"])
     with pytest.raises(config.UserError, match="unknown key batch_sise"):
         check_script(["VE.py", "--overrides", "batch_sise=3"])
     with pytest.raises(config.UserError, match=r"configs/none\.yaml"):

@@ -27,8 +27,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import VE
-from config import TASKS, read_config
-from dry_run import (
+from simla.configs.reader import read_config
+from simla.configs.schema import TASKS
+from simla.engine.data_parallel import set_checkpointing
+from simla.engine.dry_run import (
     CLS,
     estimate_retrieval,
     estimate_training,
@@ -38,12 +40,11 @@ from dry_run import (
     retrieval_work,
     samples_of_an_epoch,
 )
-from memory import estimate
-from models.pretrain import SIMLA
-from models.rerank import candidate_pairs
-from models.retrieval import SIMLARetrieval
-from training import set_checkpointing
-from utils import UserError, world_size
+from simla.engine.memory import estimate
+from simla.evaluation.rerank import candidate_pairs
+from simla.models.pretrain import SIMLA
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import UserError, world_size
 
 SCRIPTS = ("Pretrain", "Retrieval", "Grounding", "VQA", "Pretrain_NLVR", "NLVR", "VE")
 FILES = {"train_file": "not_there.json", "test_file": "not_there.json", "val_file": "not_there.json"}

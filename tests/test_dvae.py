@@ -9,15 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
-from models.dvae import (
-    DalleEncoder,
-    KMeansCodebook,
+from simla.checkpoint.image_tokenizers import (
     build_image_tokenizer,
     fit_kmeans_codebook,
     load_dalle,
     load_flava,
 )
-from utils import UserError
+from simla.models.dvae import DalleEncoder, KMeansCodebook
+from simla.utils import UserError
 
 SMALL = {"n_hid": 64, "vocab_size": 512}
 

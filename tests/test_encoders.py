@@ -11,9 +11,9 @@ from transformers import BertConfig as HubConfig
 from transformers import BertForMaskedLM as HubBertForMaskedLM
 from transformers import BertModel as HubBertModel
 
-from models.bert import BertConfig, BertForMaskedLM, BertModel
-from models.vit import VisionTransformer
-from utils import UserError
+from simla.models.bert import BertConfig, BertForMaskedLM, BertModel
+from simla.models.vit import VisionTransformer
+from simla.utils import UserError
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

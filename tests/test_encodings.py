@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-from config import PRETRAIN, read_config
-from dataset.annotations import TEXT, read_annotations
-from dataset.json_list import read_json
-from dataset.prepare.common import read_source
-from dataset.tables import read_json_lines
-from launch import run_script
-from models.bert import BertConfig
-from run_record import save_config
-from utils import UserError
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN
+from simla.dataset.prepare.common import read_source
+from simla.dataset.readers.annotations import TEXT, read_annotations
+from simla.dataset.readers.json_list import read_json
+from simla.dataset.readers.tables import read_json_lines
+from simla.engine.launch import run_script
+from simla.engine.run_record import save_config
+from simla.models.bert import BertConfig
+from simla.utils import UserError
 
 MARK = "\ufeff"
 

@@ -31,15 +31,15 @@ import NLVR
 import Pretrain
 import Pretrain_NLVR
 import Retrieval
-import training
 import VE
 import VQA
 import zero_shot_retrieval
-from dataset.prepare.__main__ import main as prepare
-from dataset.text import build_tokenizer
-from faults import RESUMABLE
-from launch import run_script
-from saving import Saver, load_checkpoint
+from simla.checkpoint.save import Saver, load_checkpoint
+from simla.dataset.prepare.__main__ import main as prepare
+from simla.dataset.text import build_tokenizer
+from simla.engine import training
+from simla.engine.exit import RESUMABLE
+from simla.engine.launch import run_script
 
 SCRIPTS = {
     module.__name__: module for module in (Pretrain, Retrieval, Grounding, VQA, Pretrain_NLVR, NLVR, VE)

@@ -23,13 +23,15 @@ import warm
 from fault_test import different, differing_values, fault_test
 from tiny import ROOT, make_tiny, run
 
-import faults
 import Pretrain
-from dataset import loaders
-from faults import RESUMABLE, StopSignals, loader_problem
-from launch import _find_what_to_resume, run_script, script_arguments
-from saving import load_checkpoint, save_checkpoint
-from utils import LOG, UserError
+from simla.checkpoint.save import load_checkpoint, save_checkpoint
+from simla.dataset import loaders
+from simla.dataset.loaders import loader_problem
+from simla.engine import signals as faults
+from simla.engine.exit import RESUMABLE
+from simla.engine.launch import _find_what_to_resume, run_script, script_arguments
+from simla.engine.signals import StopSignals
+from simla.utils import LOG, UserError
 
 LOST, HANGS = 10, 100  # seconds: others end within LOST of a lost rank; a hanging step takes HANGS
 SETTINGS = ("save_every_steps=1", "keep_last=99")  # 2 epochs: on 2 ranks 3 steps each, on 1 rank 6

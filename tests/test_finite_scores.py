@@ -19,13 +19,16 @@ import simla
 import VE
 import VQA
 import zero_shot_retrieval
-from checkpoint import ROWS
-from checkpoint_tools import TASKS, export
-from models.dvae import DalleEncoder, KMeansCodebook, load_dalle
-from models.initial import load_bert, load_vit, starting_weights
-from models.retrieval import SIMLARetrieval
-from saving import save_checkpoint, save_result
-from utils import UserError, append_log, is_finite
+from simla.checkpoint.__main__ import export
+from simla.checkpoint.image_tokenizers import load_dalle
+from simla.checkpoint.initial import load_bert, load_vit, starting_weights
+from simla.checkpoint.key_maps import ROWS
+from simla.checkpoint.save import save_checkpoint
+from simla.checkpoint.tasks import TASKS
+from simla.engine.results import save_result
+from simla.models.dvae import DalleEncoder, KMeansCodebook
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import UserError, append_log, is_finite
 
 NAN, INF = float("nan"), float("inf")
 
@@ -99,7 +102,7 @@ def test_initial_weights_are_looked_at_too(tmp_path):
         tensor.data[0, 0] = NAN
     bert.save_pretrained(tmp_path / "bert")
     torch.save({"model": vit.state_dict()}, tmp_path / "vit.pth")
-    from models.bert import BertConfig
+    from simla.models.bert import BertConfig
 
     model = SIMLARetrieval(vit_sizes, BertConfig(**sizes, vocab_size=40, max_position_embeddings=16), 8, 12)
     with pytest.raises(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from models_for_tests import shake, tiny_texts, vit_sizes
 from PIL import Image
 
-from dataset.grounding import is_box
-from metrics import (
+from simla.dataset.grounding import is_box
+from simla.evaluation.grounding import (
     HEAT_THRESHOLD,
     box_iou,
     box_score,
@@ -24,11 +24,11 @@ from metrics import (
     heat_box,
     resize_heat,
 )
-from models.bert import BertConfig
-from models.gradcam import check_block, default_block, grad_cam
-from models.retrieval import SIMLARetrieval
-from plots import plot_heat_maps
-from utils import UserError
+from simla.models.bert import BertConfig
+from simla.models.gradcam import check_block, default_block, grad_cam
+from simla.models.retrieval import SIMLARetrieval
+from simla.plots import plot_heat_maps
+from simla.utils import UserError
 
 # ---- recorded numbers ----
 

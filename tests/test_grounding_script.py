@@ -21,15 +21,17 @@ from ruamel.yaml import YAML
 from tiny import MODEL, ROOT, make_tiny, run
 
 import Grounding
-from config import GROUNDING, read_config
-from dataset.check.__main__ import main as check
-from dataset.grounding import GroundingEvalData, grounding_loader, read_plain_pickle
-from dataset.text import build_tokenizer
-from dataset.transforms import BadImage, View, crops, image_size, load_image, to_tensor
-from faults import leave_together
-from models.retrieval import SIMLARetrieval
-from training import to_device
-from utils import UserError
+from simla.configs.reader import read_config
+from simla.configs.schema import GROUNDING
+from simla.dataset.check.__main__ import main as check
+from simla.dataset.grounding import GroundingEvalData, grounding_loader
+from simla.dataset.loaders import to_device
+from simla.dataset.readers.plain_pickle import read_plain_pickle
+from simla.dataset.text import build_tokenizer
+from simla.dataset.transforms import BadImage, View, crops, image_size, load_image, to_tensor
+from simla.engine.peers import leave_together
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import UserError
 
 ENTRY = {"image": "images/val/00000.jpg", "text": "a cup", "ref_id": 1}
 
@@ -634,7 +636,7 @@ def test_configs_load_and_the_published_one_is_published(tiny):
         assert {key: published[section][key] for key in recorded[section]} == recorded[section]
     assert (published["image_res"], published["warm_up"]) == (384, recorded["warm_up_key"])
     demo = read_config("configs/demo/Grounding.yaml", GROUNDING)
-    from config import PRETRAIN
+    from simla.configs.schema import PRETRAIN
 
     pretrained = read_config("configs/demo/Pretrain.yaml", PRETRAIN)
     for key in ("image_res", "vision_width", "vit", "bert_config", "embed_dim", "queue_size"):

@@ -12,22 +12,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import demo_config
 
-from config import GROUNDING, RETRIEVAL, read_config
-from dataset.annotations import read_annotations
-from dataset.check.__main__ import main as check
-from dataset.demo import make_demo
-from dataset.grounding import grounding_loader
-from dataset.identity import by_path, by_path_and_id, resolved
-from dataset.retrieval import (
+from simla.configs.reader import read_config
+from simla.configs.schema import GROUNDING, RETRIEVAL
+from simla.dataset.check.__main__ import main as check
+from simla.dataset.grounding import grounding_loader
+from simla.dataset.identity import by_path, by_path_and_id, resolved
+from simla.dataset.readers.annotations import read_annotations
+from simla.dataset.retrieval import (
     RetrievalEvalData,
     WithIdentities,
     read_captioned_images,
     read_train_pairs,
     retrieval_loader,
 )
-from dataset.text import build_tokenizer
-from metrics import retrieval_recall
-from utils import UserError
+from simla.dataset.text import build_tokenizer
+from simla.demo.data import make_demo
+from simla.evaluation.retrieval import retrieval_recall
+from simla.utils import UserError
 
 EVALUATION = {"image_root": "", "image_res": 32, "skip_unreadable": False}
 NAN = float("nan")

@@ -9,9 +9,9 @@ from models_for_tests import golden_pretrain_model
 from transformers import BertConfig as HubConfig
 from transformers import BertForMaskedLM as HubBert
 
-from models.initial import load_bert, load_initial_weights, load_vit
-from models.retrieval import SIMLARetrieval
-from utils import UserError
+from simla.checkpoint.initial import load_bert, load_initial_weights, load_vit
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import UserError
 
 SIZES = {
     "vocab_size": 160,
@@ -119,7 +119,7 @@ def test_retrieval_model_takes_both_too(bert_folder, deit_file):
     from goldens_io import golden
     from models_for_tests import vit_sizes
 
-    from models.bert import BertConfig
+    from simla.models.bert import BertConfig
 
     config = golden("retrieval_structure")["config"]
     model = SIMLARetrieval(vit_sizes(config), BertConfig.read(config["bert"]), 16, 32)

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-import launch
-from launch import _launched_as, _say_while_waiting, script_arguments
-from utils import UserError
+from simla.engine import launch
+from simla.engine.launch import _launched_as, _say_while_waiting, script_arguments
+from simla.utils import UserError
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import losses
+from simla.models import losses
 
 CLOSE = {"rel": 1e-4, "abs": 1e-5}
 quickly = settings(deadline=None, derandomize=True, max_examples=40)

@@ -9,8 +9,8 @@ from goldens_io import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset.masking import BlockMask
-from utils import UserError
+from simla.dataset.masking import BlockMask
+from simla.utils import UserError
 
 every_grid = st.tuples(st.integers(1, 24), st.integers(1, 24))
 

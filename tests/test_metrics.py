@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics import pessimistic_ranks, recall_at, retrieval_chance, retrieval_recall
-from utils import UserError
+from simla.evaluation.retrieval import pessimistic_ranks, recall_at, retrieval_chance, retrieval_recall
+from simla.utils import UserError
 
 KEYS = ["txt_r1", "txt_r5", "txt_r10", "txt_r_mean", "img_r1", "img_r5", "img_r10", "img_r_mean", "r_mean"]
 

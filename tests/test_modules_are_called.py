@@ -22,13 +22,13 @@ from test_vqa_model import tiny_batch as tiny_questions
 from test_vqa_model import tiny_model as tiny_vqa_model
 from torch import Tensor, nn
 
-from models.bert import AddNorm, Attention, BertModel, Intermediate, Layer, PredictionTransform
-from models.momentum import MomentumModel
-from models.retrieval import SIMLARetrieval
-from models.vit import Block, VisionTransformer
-from models.vqa import VQABatch
-from training import set_checkpointing
-from utils import UserError
+from simla.engine.data_parallel import set_checkpointing
+from simla.models.bert import AddNorm, Attention, BertModel, Intermediate, Layer, PredictionTransform
+from simla.models.momentum import MomentumModel
+from simla.models.retrieval import SIMLARetrieval
+from simla.models.vit import Block, VisionTransformer
+from simla.models.vqa import VQABatch
+from simla.utils import UserError
 
 TASKS = ("Pretrain", "Retrieval", "VQA", "VE", "NLVR", "Pretrain_NLVR")
 NOT_COMPUTED = {  # by any loss of the task

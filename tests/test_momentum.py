@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from models_for_tests import TINY_BERT, losses_of, shake, tiny_batch, tiny_pretrain_model
 from torch import nn
 
-from models.bert import BertForMaskedLM
-from models.momentum import advance, enqueue, make_twin, new_queue, update_twins
+from simla.models.bert import BertForMaskedLM
+from simla.models.momentum import advance, enqueue, make_twin, new_queue, update_twins
 
 
 def test_a_new_queue_holds_unit_vectors():

@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny import make_tiny
 
-import curves
 import Pretrain
-from faults import FiniteCheck, gradient_norm
-from launch import script_arguments
-from models.momentum import enqueue
-from utils import MetricLog, UserError
+from simla.engine import curves
+from simla.engine.finite import FiniteCheck, gradient_norm
+from simla.engine.launch import script_arguments
+from simla.engine.metric_log import MetricLog
+from simla.models.momentum import enqueue
+from simla.utils import UserError
 
 NAN, INF = float("nan"), float("inf")
 

@@ -3,8 +3,8 @@ import torch
 from goldens_io import golden
 from torch import nn
 
-from optim import create_optimizer, param_groups
-from utils import UserError
+from simla.optim import create_optimizer, param_groups
+from simla.utils import UserError
 
 
 def golden_parameters(task):

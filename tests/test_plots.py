@@ -10,13 +10,15 @@ from PIL import Image
 from ruamel.yaml import YAML
 from tiny import make_tiny
 
-import plots
-from config import PRETRAIN, read_config
-from dataset.text import build_tokenizer
-from models.pretrain import SIMLA
-from plots import plot_gallery, plot_keywords, plot_word_maps
-from saving import save_checkpoint
-from utils import UserError
+from simla import plots
+from simla.checkpoint.save import save_checkpoint
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN
+from simla.dataset.text import build_tokenizer
+from simla.demo.keywords import plot_keywords
+from simla.models.pretrain import SIMLA
+from simla.plots import plot_gallery, plot_word_maps
+from simla.utils import UserError
 
 
 def test_gallery_frames_the_right_picture_in_green(tmp_path):

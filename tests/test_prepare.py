@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dataset.annotations import ANY, TEXT, read_annotations
-from dataset.prepare import CONVERTERS, common
-from dataset.prepare.__main__ import main
-from dataset.pretrain import read_pairs
-from utils import UserError
+from simla.dataset.prepare import CONVERTERS, common
+from simla.dataset.prepare.__main__ import main
+from simla.dataset.pretrain import read_pairs
+from simla.dataset.readers.annotations import ANY, TEXT, read_annotations
+from simla.utils import UserError
 
 RETRIEVAL = {
     "train": {"image": TEXT, "caption": TEXT, "image_id": ANY},
@@ -281,7 +281,7 @@ def test_each_name_shows_what_it_needs(capsys, module):
     for name in names:
         with pytest.raises(SystemExit, match="0"):
             main([name, "--help"])
-        assert import_module(f"dataset.prepare.{module}").__doc__.strip() in capsys.readouterr().out
+        assert import_module(f"simla.dataset.prepare.{module}").__doc__.strip() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ from PIL import Image
 from pyarrow import parquet
 from test_prepare import RETRIEVAL, karpathy_image, load, numbers, prepare, put
 
-from dataset.annotations import read_annotations
-from dataset.prepare import common
-from dataset.pretrain import read_pairs, read_sets
-from dataset.transforms import load_image
-from utils import UserError
+from simla.dataset.prepare import common
+from simla.dataset.pretrain import read_pairs, read_sets
+from simla.dataset.readers.annotations import read_annotations
+from simla.dataset.transforms import load_image
+from simla.utils import UserError
 
 
 def pairs(path: Path, root: Path) -> list[tuple[str, str]]:

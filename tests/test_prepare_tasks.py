@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from config import GROUNDING, NLVR, VE, VQA, read_config
-from dataset.annotations import TEXT, read_annotations
-from dataset.grounding import GroundingEvalData
-from dataset.nlvr import official_identifiers, read_nlvr
-from dataset.prepare.__main__ import main
-from dataset.prepare.nlvr2 import sentences
-from dataset.prepare.vqa import vqa_entries
-from dataset.ve import read_ve
-from dataset.vqa import VQAEvalData, given_answers, read_questions
-from metrics import consistency
-from utils import UserError
+from simla.configs.reader import read_config
+from simla.configs.schema import GROUNDING, NLVR, VE, VQA
+from simla.dataset.grounding import GroundingEvalData
+from simla.dataset.nlvr import official_identifiers, read_nlvr
+from simla.dataset.prepare.__main__ import main
+from simla.dataset.prepare.nlvr2 import sentences
+from simla.dataset.prepare.vqa import vqa_entries
+from simla.dataset.readers.annotations import TEXT, read_annotations
+from simla.dataset.ve import read_ve
+from simla.dataset.vqa import VQAEvalData, given_answers, read_questions
+from simla.evaluation.classification import consistency
+from simla.utils import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EXCERPTS = Path(__file__).parent / "excerpts"

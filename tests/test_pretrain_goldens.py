@@ -8,8 +8,8 @@ from goldens_io import digest, fill_model, golden
 from models_for_tests import golden_pretrain_model, losses_of, pretrain_inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.align import Draws
-from optim import create_optimizer
+from simla.models.align import Draws
+from simla.optim import create_optimizer
 
 LOSS_KEYS = {"ita": "loss_ita", "itm": "loss_itm", "mlm": "loss_mlm", "mim": "loss_mim", "pseudo": "loss_psl"}
 
@@ -124,7 +124,7 @@ def test_momentum_twins_move_once_before_use(model):
 
 def test_recorded_negative_weights_and_keywords(model, monkeypatch):
     """The weights handed to the draw and the keywords chosen are the recorded ones, not only the losses."""
-    from models import losses as loss_functions
+    from simla.models import losses as loss_functions
 
     step = golden("pretrain_step")
     recorded = step["alphas"]["0.4"]["draws"]

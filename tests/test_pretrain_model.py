@@ -21,11 +21,12 @@ from models_for_tests import (
 from transformers import BertConfig as HubConfig
 from transformers import BertForMaskedLM as HubBertForMaskedLM
 
-from config import PRETRAIN, RETRIEVAL, read_config
-from models.align import Draws
-from models.pretrain import SIMLA
-from models.retrieval import SIMLARetrieval
-from utils import UserError
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN, RETRIEVAL
+from simla.models.align import Draws
+from simla.models.pretrain import SIMLA
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import UserError
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["loss_ita", "loss_itm", "loss_mlm", "loss_mim", "loss_psl"]

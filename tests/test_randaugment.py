@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from dataset.randaugment import FULL_STRENGTH, OPERATIONS, RandAugment, op_argument
+from simla.dataset.randaugment import FULL_STRENGTH, OPERATIONS, RandAugment, op_argument
 
 OURS = dict(OPERATIONS)
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from config import reference
+from simla.configs.schema import reference
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

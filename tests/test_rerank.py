@@ -8,13 +8,14 @@ from models_for_tests import TINY_BERT, TINY_VIT, shake, tiny_texts
 from tiny import make_tiny
 
 import zero_shot_retrieval
-from config import RETRIEVAL, read_config
-from dataset.retrieval import RetrievalEvalData
-from dataset.text import build_tokenizer
-from dataset.transforms import normalise
-from models.rerank import NOT_SCORED, make_groups, rerank
-from models.retrieval import SIMLARetrieval
-from utils import autocast
+from simla.configs.reader import read_config
+from simla.configs.schema import RETRIEVAL
+from simla.dataset.retrieval import RetrievalEvalData
+from simla.dataset.text import build_tokenizer
+from simla.dataset.transforms import normalise
+from simla.evaluation.rerank import NOT_SCORED, make_groups, rerank
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import autocast
 
 CPU = torch.device("cpu")
 

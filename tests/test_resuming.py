@@ -23,18 +23,17 @@ import warm
 from test_ve_nlvr_scripts import make_task_files
 from tiny import ROOT
 
-import launch
-import run_record
 import VE
 import zero_shot_retrieval
-from dataset.loaders import data_account, data_difference
-from dataset.mixture import Mixture
-from dataset.prepare.__main__ import main as prepare
-from dataset.pretrain import read_sets
-from run_record import LOCK, hold_folder, holds_training, release_folder
-from saving import BEST, epoch_name, load_checkpoint, step_name
-from training import Training
-from utils import UserError
+from simla.checkpoint.save import BEST, epoch_name, load_checkpoint, step_name
+from simla.dataset.loaders import data_account, data_difference
+from simla.dataset.mixture import Mixture
+from simla.dataset.prepare.__main__ import main as prepare
+from simla.dataset.pretrain import read_sets
+from simla.engine import launch, run_record
+from simla.engine.run_record import LOCK, hold_folder, holds_training, release_folder
+from simla.engine.training import Training
+from simla.utils import UserError
 
 if __name__ == "__main__":
     hold_folder(sys.argv[1])

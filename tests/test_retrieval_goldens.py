@@ -10,13 +10,13 @@ from models_for_tests import losses_of, vit_sizes
 from test_pretrain_goldens import check_grads, check_params_after, check_queues
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metrics import retrieval_recall
-from models import losses
-from models.align import Draws
-from models.bert import BertConfig
-from models.rerank import NOT_SCORED, candidate_pairs, rerank
-from models.retrieval import SIMLARetrieval
-from optim import create_optimizer
+from simla.evaluation.rerank import NOT_SCORED, candidate_pairs, rerank
+from simla.evaluation.retrieval import retrieval_recall
+from simla.models import losses
+from simla.models.align import Draws
+from simla.models.bert import BertConfig
+from simla.models.retrieval import SIMLARetrieval
+from simla.optim import create_optimizer
 
 
 def golden_retrieval_model(**switches) -> SIMLARetrieval:

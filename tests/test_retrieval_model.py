@@ -12,14 +12,15 @@ from ruamel.yaml import YAML
 from tiny import make_tiny, run
 
 import Retrieval
-import saving
-from config import RETRIEVAL, read_config
-from models import losses
-from models.align import Draws
-from models.initial import starting_weights
-from models.retrieval import SIMLARetrieval
-from training import Training
-from utils import UserError
+from simla.checkpoint import save as saving
+from simla.checkpoint.initial import starting_weights
+from simla.configs.reader import read_config
+from simla.configs.schema import RETRIEVAL
+from simla.engine.training import Training
+from simla.models import losses
+from simla.models.align import Draws
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import UserError
 
 IDS = torch.tensor([4, 7, 4, 4])
 

@@ -12,11 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 from tiny import full_disk, make_tiny
 
-import chance
 import Pretrain
-from config import PRETRAIN, read_config
-from run_log import RunLog, check_wandb
-from utils import UserError
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN
+from simla.engine import chance
+from simla.engine.run_log import RunLog, check_wandb
+from simla.utils import UserError
 
 FIGURES = ("loss_ita", "loss_itm", "loss_mlm", "loss_mim", "loss_psl", "lr")
 

@@ -13,11 +13,13 @@ from tiny import make_tiny, run
 
 import Pretrain
 import zero_shot_retrieval
-from config import PRETRAIN, read_config
-from curves import read_run
-from launch import run_script
-from models.bert import BertConfig
-from run_record import RunRecord, code_revision, config_hash, previous_run
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN
+from simla.engine.curves import read_run
+from simla.engine.launch import run_script
+from simla.engine.run_record import RunRecord, config_hash, previous_run
+from simla.models.bert import BertConfig
+from simla.utils import code_revision
 
 
 @pytest.fixture(scope="module")

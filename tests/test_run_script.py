@@ -12,7 +12,7 @@ import pytest
 import warm
 from tiny import ROOT
 
-from launch import run_script
+from simla.engine.launch import run_script
 
 SCRIPT = f"""
 import sys
@@ -109,7 +109,6 @@ def test_before_the_imports(tmp_path):
 
 def test_a_program_that_imports_ours_keeps_its_own_ctrl_c():
     """As does pytest."""
-    import simla  # noqa: F401
 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from safe_load import Inert, safe_load, to_plain
-from utils import UserError
+from simla.checkpoint.safe_load import Inert, safe_load, to_plain
+from simla.utils import UserError
 
 FORMATS = pytest.mark.parametrize("is_zip", [True, False])
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)

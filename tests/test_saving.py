@@ -17,25 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ROOT, full_disk, make_tiny, run
 
-import dataset.vqa
-import saving
 import zero_shot_retrieval
-from dataset.check.images import _append_to_cache
-from launch import make_output_folder
 from NLVR import OfficialScores
-from plots import import_pyplot, save_figure
-from run_record import save_config
-from saving import (
-    Saver,
-    atomic_write,
-    check_undamaged,
-    epoch_name,
-    load_checkpoint,
-    newest_good,
-    save_result,
-    step_name,
-)
-from utils import UserError
+from simla.checkpoint import save as saving
+from simla.checkpoint.save import Saver, check_undamaged, epoch_name, load_checkpoint, newest_good, step_name
+from simla.dataset.check.images import _append_to_cache
+from simla.engine.results import save_result
+from simla.engine.run_record import save_config
+from simla.utils import UserError, atomic_write, import_pyplot, make_output_folder, save_figure
 
 
 def state(run="a", fill=0.0, **more):

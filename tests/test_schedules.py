@@ -3,9 +3,10 @@ import torch
 from goldens_io import golden
 from torch import nn
 
-from config import TASKS, read_config
-from scheduler import create_scheduler
-from utils import UserError
+from simla.configs.reader import read_config
+from simla.configs.schema import TASKS
+from simla.scheduler import create_scheduler
+from simla.utils import UserError
 
 CONFIGS = [key for key in golden("schedules") if key != "meta"]
 LENGTHS = [(name, key) for name in CONFIGS for key in golden("schedules")[name] if key.startswith("iter")]

@@ -13,10 +13,11 @@ from timm.scheduler import CosineLRScheduler
 from tiny import ROOT, make_tiny, run
 
 import Pretrain
-from config import PRETRAIN, read_config
-from launch import script_arguments
-from models.pretrain import SIMLA
-from utils import free_port
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN
+from simla.engine.launch import script_arguments
+from simla.models.pretrain import SIMLA
+from simla.utils import free_port
 
 
 @pytest.fixture(scope="module")

@@ -30,20 +30,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import make_tiny
 
-from config import weighted
-from dataset import shard_index, shard_stream
-from dataset.items import MAX_TRIES
-from dataset.loaders import EpochSampler, train_loader
-from dataset.masking import BlockMask
-from dataset.mixture import Mixture, shares
-from dataset.prepare import shards as prepare_shards
-from dataset.prepare.__main__ import main
-from dataset.prepare.shards import fill_of, write_shard
-from dataset.pretrain import PretrainData, code_views, read_pairs, read_sets
-from dataset.shards import KEPT_OPEN, Shards, expand_names
-from dataset.transforms import BadImage, PretrainTransform
-from training import BadImages
-from utils import UserError
+from simla.configs.reader import weighted
+from simla.dataset.items import MAX_TRIES
+from simla.dataset.loaders import EpochSampler, train_loader
+from simla.dataset.masking import BlockMask
+from simla.dataset.mixture import Mixture, shares
+from simla.dataset.prepare import shards as prepare_shards
+from simla.dataset.prepare.__main__ import main
+from simla.dataset.prepare.shards import fill_of, write_shard
+from simla.dataset.pretrain import PretrainData, code_views, read_pairs, read_sets
+from simla.dataset.readers import shard_index, shard_stream
+from simla.dataset.readers.shards import KEPT_OPEN, Shards, expand_names
+from simla.dataset.transforms import BadImage, PretrainTransform
+from simla.engine.bad_images import BadImages
+from simla.utils import UserError
 
 
 @pytest.fixture(autouse=True)

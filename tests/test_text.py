@@ -10,9 +10,16 @@ from goldens_io import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset import text as text_module
-from dataset.text import build_tokenizer, clean_caption, clean_question, mask_tokens, names_side, tokenize
-from utils import UserError
+from simla.dataset import text as text_module
+from simla.dataset.text import (
+    build_tokenizer,
+    clean_caption,
+    clean_question,
+    mask_tokens,
+    names_side,
+    tokenize,
+)
+from simla.utils import UserError
 
 WORDS = [
     "[PAD]",

@@ -16,13 +16,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import Pretrain
-import training
-from models.align import Draws
-from models.bert import Layer
-from models.retrieval import SIMLARetrieval
-from models.vqa import VQABatch
-from training import Training
-from utils import UserError, autocast, set_precision, true_indices
+from simla.engine import training
+from simla.engine.training import Training
+from simla.models.align import Draws
+from simla.models.bert import Layer
+from simla.models.retrieval import SIMLARetrieval
+from simla.models.vqa import VQABatch
+from simla.utils import UserError, autocast, set_precision, true_indices
 
 CPU = torch.device("cpu")
 WAITS = {  # what makes the host wait for a device's result, or a result's shape

@@ -18,10 +18,11 @@ from PIL import ExifTags, Image, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 from torchvision import transforms as tv
 
-from dataset.check.causes import Cause
-from dataset.check.images import check_image
-from dataset.prepare.shards import _image_file
-from dataset.transforms import (
+from simla.dataset.check.causes import Cause
+from simla.dataset.check.images import check_image
+from simla.dataset.loaders import to_device
+from simla.dataset.prepare.shards import _image_file
+from simla.dataset.transforms import (
     MEAN,
     STD,
     BadImage,
@@ -41,7 +42,6 @@ from dataset.transforms import (
     to_tensor,
     unit_range,
 )
-from training import to_device
 
 
 def photo(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:

@@ -15,10 +15,10 @@ from models_for_tests import tiny_pretrain_model
 from test_pretrain_goldens import check_digest, check_losses, check_queues
 from test_retrieval_goldens import check_retrieval_losses
 
-from dataset.loaders import EpochSampler, check_enough
-from models.rerank import NOT_SCORED
-from training import distribute
-from utils import UserError
+from simla.dataset.loaders import EpochSampler, check_enough
+from simla.engine.data_parallel import distribute
+from simla.evaluation.rerank import NOT_SCORED
+from simla.utils import UserError
 
 WORKER = Path(__file__).parent / "two_rank_worker.py"
 QUEUES = ("image_queue", "text_queue", "queue_ptr")
@@ -216,7 +216,7 @@ def test_any_number_of_ranks_shares_an_epoch(num_ranks, batch_size, more, seed, 
 
 def test_fewer_samples_than_a_global_batch_are_refused():
     with (
-        mock.patch("dataset.loaders.world_size", lambda: 4),
+        mock.patch("simla.dataset.loaders.world_size", lambda: 4),
         pytest.raises(UserError, match=r"15 training samples .* of 16 \(batch_size 4 x 4 rank"),
     ):
         check_enough(15, 4, {"batch_size": 4, "grad_accumulation_steps": 1})

@@ -9,13 +9,13 @@ from models_for_tests import vit_sizes
 from test_pretrain_goldens import check_grads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from checkpoint import load_weights
-from models import losses
-from models.bert import BertConfig
-from models.nlvr import SIMLANLVR
-from models.pretrain_nlvr import PairDraws, SIMLAPretrainNLVR, make_pairs
-from models.ve import SIMLAVE
-from optim import param_groups
+from simla.checkpoint.load import load_weights
+from simla.models import losses
+from simla.models.bert import BertConfig
+from simla.models.nlvr import SIMLANLVR
+from simla.models.pretrain_nlvr import PairDraws, SIMLAPretrainNLVR, make_pairs
+from simla.models.ve import SIMLAVE
+from simla.optim import param_groups
 
 MODELS = {"ve": SIMLAVE, "nlvr": SIMLANLVR, "pretrain_nlvr": SIMLAPretrainNLVR}
 CLASSIFIERS = ("ve", "nlvr")

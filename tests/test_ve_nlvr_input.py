@@ -14,15 +14,16 @@ from test_ve_nlvr_scripts import make_task_files, records_of, write_config
 import NLVR
 import Pretrain_NLVR
 import VE
-from config import NLVR as NLVR_TABLE
-from config import PRETRAIN_NLVR, read_config
-from dataset.items import evaluation_loader, finetune_loader
-from dataset.nlvr import read_nlvr
-from dataset.pretrain import read_pairs
-from dataset.text import build_tokenizer
-from dataset.transforms import EvalTransform
-from dataset.ve import read_ve
-from utils import UserError
+from simla.configs.reader import read_config
+from simla.configs.schema import NLVR as NLVR_TABLE
+from simla.configs.schema import PRETRAIN_NLVR
+from simla.dataset.items import evaluation_loader, finetune_loader
+from simla.dataset.nlvr import read_nlvr
+from simla.dataset.pretrain import read_pairs
+from simla.dataset.text import build_tokenizer
+from simla.dataset.transforms import EvalTransform
+from simla.dataset.ve import read_ve
+from simla.utils import UserError
 
 
 @pytest.fixture(scope="module")

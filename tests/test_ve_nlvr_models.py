@@ -13,15 +13,16 @@ from test_initial import SIZES, bert_folder, deit_file  # noqa: F401 (fixtures)
 from torch import nn
 from transformers import BertForMaskedLM as HubBert
 
-from config import NLVR, PRETRAIN_NLVR, VE, read_config
-from metrics import accuracy, confusion_counts, confusion_table, majority_accuracy
-from models.bert import BertConfig, BertModel, padding_mask
-from models.initial import load_initial_weights, starting_weights
-from models.losses import negative_weights
-from models.nlvr import SIMLANLVR
-from models.pretrain_nlvr import NEITHER, PairDraws, SIMLAPretrainNLVR, draw_pairs, make_pairs
-from models.ve import SIMLAVE
-from utils import UserError
+from simla.checkpoint.initial import load_initial_weights, starting_weights
+from simla.configs.reader import read_config
+from simla.configs.schema import NLVR, PRETRAIN_NLVR, VE
+from simla.evaluation.classification import accuracy, confusion_counts, confusion_table, majority_accuracy
+from simla.models.bert import BertConfig, BertModel, padding_mask
+from simla.models.losses import negative_weights
+from simla.models.nlvr import SIMLANLVR
+from simla.models.pretrain_nlvr import NEITHER, PairDraws, SIMLAPretrainNLVR, draw_pairs, make_pairs
+from simla.models.ve import SIMLAVE
+from simla.utils import UserError
 
 CLASSIFIERS = {"VE": SIMLAVE, "NLVR": SIMLANLVR}
 MODELS = {**CLASSIFIERS, "Pretrain_NLVR": SIMLAPretrainNLVR}

@@ -20,7 +20,7 @@ import NLVR
 import Pretrain
 import Pretrain_NLVR
 import VE
-from faults import leave_together
+from simla.engine.peers import leave_together
 
 TRAINING = {"optimizer": {"lr": 1e-3}, "schedular": {"epochs": 2, "warmup_epochs": 2, "warmup_step_size": 1}}
 NUM_ENTRIES = {"train": 16, "val": 2, "test": 7}  # of 3 ranks one has nothing of `val` to do

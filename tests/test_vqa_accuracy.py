@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset.vqa import frequent_answers
-from vqa_accuracy import (
+from simla.dataset.vqa import frequent_answers
+from simla.evaluation.vqa import (
     CONTRACTIONS,
     answer_scores,
     best_constant,

@@ -24,14 +24,14 @@ from test_losses import CLOSE, cross_entropy, generator, log_softmax, mixed, one
 from test_pretrain_goldens import check_grads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from checkpoint import load_weights
-from models import losses
-from models.answer_tree import AnswerTree
-from models.bert import BertConfig
-from models.initial import load_initial_weights
-from models.vqa import SIMLAVQA, VQABatch, extend_beams, question_states
-from saving import save_checkpoint
-from utils import UserError, autocast, true_indices
+from simla.checkpoint.initial import load_initial_weights
+from simla.checkpoint.load import load_weights
+from simla.checkpoint.save import save_checkpoint
+from simla.models import losses
+from simla.models.answer_tree import AnswerTree
+from simla.models.bert import BertConfig
+from simla.models.vqa import SIMLAVQA, VQABatch, extend_beams, question_states
+from simla.utils import UserError, autocast, true_indices
 
 # ---- recorded numbers ----
 

@@ -20,17 +20,18 @@ from ruamel.yaml import YAML
 from tiny import MODEL, ROOT, make_tiny, run
 
 import VQA
-from config import PRETRAIN, read_config
-from config import VQA as TABLE
-from dataset import vqa as vqa_data
-from dataset.items import Collate
-from dataset.text import build_tokenizer, clean_question
-from dataset.vqa import VQAEvalData, read_answer_list, vqa_loader
-from faults import leave_together
-from models.vqa import SIMLAVQA
-from plots import plot_answers
-from utils import UserError
-from vqa_accuracy import answer_scores, best_constant, mean_by_label
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN
+from simla.configs.schema import VQA as TABLE
+from simla.dataset import vqa as vqa_data
+from simla.dataset.items import Collate
+from simla.dataset.text import build_tokenizer, clean_question
+from simla.dataset.vqa import VQAEvalData, read_answer_list, vqa_loader
+from simla.engine.peers import leave_together
+from simla.evaluation.vqa import answer_scores, best_constant, mean_by_label
+from simla.models.vqa import SIMLAVQA
+from simla.plots import plot_answers
+from simla.utils import UserError
 
 PLACE = "what is the place?"
 ENTRY = {"dataset": "vqa", "image": "a.jpg", "question": PLACE, "question_id": 1, "answer": ["beach"]}
@@ -206,7 +207,7 @@ def test_a_val_file_needs_answers_but_no_question_ids(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ([], ["an empty list", "python -m dataset.vqa answers"]),
+        ([], ["an empty list", "python -m simla.dataset.prepare answers"]),
         ({"yes": 1}, ["must hold a JSON list, found dict"]),
         (["yes", 2], ["each a text, found 2"]),
         (["yes", " "], ["each a text, found ' '"]),

@@ -12,9 +12,9 @@ from pathlib import Path
 import warm
 from ruamel.yaml import YAML
 
-from config import read_yaml
-from dataset.demo import make_demo
-from utils import free_port
+from simla.configs.reader import read_yaml
+from simla.demo.data import make_demo
+from simla.utils import free_port
 
 ROOT = Path(__file__).parent.parent
 MODEL = {

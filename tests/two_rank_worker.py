@@ -25,14 +25,15 @@ from models_for_tests import (
 from test_retrieval_goldens import golden_retrieval_model, step_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dataset.loaders import EpochSampler
-from faults import leave_together
-from launch import start
-from models.align import Draws
-from models.rerank import rerank
-from models.retrieval import SIMLARetrieval
-from training import distribute
-from utils import MetricLog, all_gather_rows, all_gather_shares, gather_in_order, rank, world_size
+from simla.dataset.loaders import EpochSampler
+from simla.engine.data_parallel import distribute
+from simla.engine.launch import start
+from simla.engine.metric_log import MetricLog
+from simla.engine.peers import leave_together
+from simla.evaluation.rerank import rerank
+from simla.models.align import Draws
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import all_gather_rows, all_gather_shares, gather_in_order, rank, world_size
 from zero_shot_retrieval import encode_texts
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def pretrain_step() -> dict:
     fill_model(model, golden("pretrain_structure")["aliases"])
     seen = {"before": buffers(model)}
     spoil_buffers_unless_rank_0(model)
-    with mock.patch("training.DistributedDataParallel", lambda model, *_, **__: model):
+    with mock.patch("simla.engine.training.DistributedDataParallel", lambda model, *_, **__: model):
         distribute(model, CPU)  # not every version of torch's wrapper would make them equal
     seen["after, torch's wrapper aside"] = buffers(model)
     spoil_buffers_unless_rank_0(model)

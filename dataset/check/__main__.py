@@ -1,7 +1,7 @@
 """Looks through the annotation files and images of a task's config before a run.
 
-python -m dataset.check --config configs/Pretrain.yaml --output_dir output/check
-python -m dataset.check --config configs/VQA.yaml --full --fix data/fixed
+python -m simla.dataset.check --config configs/Pretrain.yaml --output_dir output/check
+python -m simla.dataset.check --config configs/VQA.yaml --full --fix data/fixed
 
 Finds wrong entries, empty and cut texts, images that are missing, truncated, damaged, tiny or the same as
 others, and training images that an evaluation split shows; measures how long reading an epoch takes.
@@ -14,7 +14,7 @@ problems found, 2 the check could not be made (flags, config, tokenizer, output 
 """
 
 if __name__ == "__main__":
-    from before_imports import prepare
+    from simla.engine.before_imports import prepare
 
     prepare()
 
@@ -23,18 +23,18 @@ import logging
 import os
 import sys
 
-from config import add_overrides, read_config, task_name, task_of
-from dataset.check.findings import Findings, measure_reading
-from dataset.check.fix import write_fixed
-from dataset.check.images import read_images
-from dataset.check.report import Report
-from dataset.check.tasks import TASKS, open_sources
-from dataset.check.texts import Shared, read_texts
-from dataset.check.workers import Workers
-from dataset.text import build_tokenizer
-from launch import make_output_folder, run_script
-from models.bert import BertConfig
-from utils import UserError, log, num_cores, printable
+from simla.configs.reader import add_overrides, read_config, task_name, task_of
+from simla.dataset.check.findings import Findings, measure_reading
+from simla.dataset.check.fix import write_fixed
+from simla.dataset.check.images import read_images
+from simla.dataset.check.report import Report
+from simla.dataset.check.tasks import TASKS, open_sources
+from simla.dataset.check.texts import Shared, read_texts
+from simla.dataset.check.workers import Workers
+from simla.dataset.text import build_tokenizer
+from simla.engine.launch import run_script
+from simla.models.bert import BertConfig
+from simla.utils import UserError, log, make_output_folder, num_cores, printable
 
 
 def check(args: argparse.Namespace) -> bool:
@@ -90,7 +90,7 @@ def check(args: argparse.Namespace) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(
-        "python -m dataset.check",
+        "python -m simla.dataset.check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -9,15 +9,15 @@ import cv2
 import numpy as np
 import torch
 
-from dataset.check.causes import NAMES, NO_PIXELS, PROBLEMS, Cause
-from dataset.check.images import Images, explain
-from dataset.check.similar import Similar
-from dataset.check.tasks import Source
-from dataset.check.texts import Shared, Texts, WordPieces, text_lengths
-from dataset.items import TrainItems
-from dataset.shard_index import Picture
-from dataset.transforms import BadImage, TrainTransform
-from utils import UserError
+from simla.dataset.check.causes import NAMES, NO_PIXELS, PROBLEMS, Cause
+from simla.dataset.check.images import Images, explain
+from simla.dataset.check.similar import Similar
+from simla.dataset.check.tasks import Source
+from simla.dataset.check.texts import Shared, Texts, WordPieces, text_lengths
+from simla.dataset.items import TrainItems
+from simla.dataset.readers.shard_index import Picture
+from simla.dataset.transforms import BadImage, TrainTransform
+from simla.utils import UserError
 
 MAX_LISTED = 200  # of each cause and file
 SECONDS_OF_READING = 2.0  # to measure how fast training data is read

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.annotations import Annotations, Mapped
-from dataset.check.causes import NAMES, PROBLEMS
-from dataset.check.findings import Findings
-from launch import make_output_folder
-from saving import atomic_write
-from utils import UserError, log, with_progress
+from simla.dataset.check.causes import NAMES, PROBLEMS
+from simla.dataset.check.findings import Findings
+from simla.dataset.readers.annotations import Annotations, Mapped
+from simla.utils import UserError, atomic_write, log, make_output_folder, with_progress
 
 
 def write_fixed(findings: Findings, folder: str) -> dict:

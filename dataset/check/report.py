@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.check.causes import NAMES, PROBLEMS, Cause
-from dataset.check.findings import MAX_LISTED, Findings, Found
-from dataset.check.images import show
-from dataset.shard_index import Picture
-from dataset.transforms import BadImage
-from saving import atomic_write
-from utils import UserError
+from simla.dataset.check.causes import NAMES, PROBLEMS, Cause
+from simla.dataset.check.findings import MAX_LISTED, Findings, Found
+from simla.dataset.check.images import show
+from simla.dataset.readers.shard_index import Picture
+from simla.dataset.transforms import BadImage
+from simla.utils import UserError, atomic_write
 
 NUM_SAMPLES = 12  # of each split on the page
 NUM_SHOWN = 12  # of each cause and file on the page

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from dataset.check.causes import Cause
-from dataset.check.images import Images
+from simla.dataset.check.causes import Cause
+from simla.dataset.check.images import Images
 
 MAX_DISTANCE = 3  # bits of 64 in which the hashes of pictures that look alike may differ
 BAND_BITS = 16  # of four bands of the hash one is equal wherever at most MAX_DISTANCE bits differ

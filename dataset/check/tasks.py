@@ -5,24 +5,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from config import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, Key, weighted
-from dataset.annotations import NUMBER_OR_TEXT, TEXTS, Mapped, checked_late, item_of
-from dataset.grounding import GroundingEvalData, read_expressions, read_located_expressions
-from dataset.identity import by_path_and_id
-from dataset.nlvr import read_nlvr
-from dataset.pretrain import read_pairs, read_set
-from dataset.retrieval import CaptionedImages, read_captioned_images, read_train_pairs
-from dataset.shards import Shards, is_shards
-from dataset.text import clean_caption, clean_question
-from dataset.ve import read_ve
-from dataset.vqa import (
+from simla.configs.reader import weighted
+from simla.configs.schema import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, Key
+from simla.dataset.grounding import GroundingEvalData, read_expressions, read_located_expressions
+from simla.dataset.identity import by_path_and_id
+from simla.dataset.nlvr import read_nlvr
+from simla.dataset.pretrain import read_pairs, read_set
+from simla.dataset.readers.annotations import NUMBER_OR_TEXT, TEXTS, Mapped, checked_late, item_of
+from simla.dataset.readers.shards import Shards, is_shards
+from simla.dataset.retrieval import CaptionedImages, read_captioned_images, read_train_pairs
+from simla.dataset.text import clean_caption, clean_question
+from simla.dataset.ve import read_ve
+from simla.dataset.vqa import (
     MAX_WORDS_IN_EVALUATION,
     MAX_WORDS_IN_TRAINING,
     VQAEvalData,
     read_answer_list,
     read_questions,
 )
-from utils import UserError, fill_in, is_url
+from simla.utils import UserError, fill_in, is_url
 
 Said = tuple[list[str], list[str]]  # problems, notes
 NOTHING: Said = ([], [])

@@ -7,13 +7,13 @@ from functools import lru_cache
 import numpy as np
 from tokenizers import Tokenizer
 
-from dataset.check.causes import Cause
-from dataset.check.tasks import Source
-from dataset.check.workers import Workers
-from dataset.identity import hash_of
-from dataset.shard_index import Picture
-from dataset.transforms import BadImage
-from utils import UserError, with_progress
+from simla.dataset.check.causes import Cause
+from simla.dataset.check.tasks import Source
+from simla.dataset.check.workers import Workers
+from simla.dataset.identity import hash_of
+from simla.dataset.readers.shard_index import Picture
+from simla.dataset.transforms import BadImage
+from simla.utils import UserError, with_progress
 
 ENTRIES_PER_JOB = 20_000
 MAX_LENGTH = 1024  # of the histogram; longer texts count as this long

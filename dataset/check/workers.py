@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import torch
 
-from utils import UserError
+from simla.utils import UserError
 
 _shared: Any = None
 

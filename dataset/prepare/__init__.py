@@ -1,6 +1,6 @@
 """Converters from official downloads, as they lie on the disk once unpacked, to annotation files.
 
-`python -m dataset.prepare` lists them. Each is a module here with
+`python -m simla.dataset.prepare` lists them. Each is a module here with
 
     prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None
     add_options(parser: argparse.ArgumentParser) -> None        where it has flags of its own

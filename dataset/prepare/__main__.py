@@ -1,14 +1,14 @@
 """Makes annotation files of official downloads.
 
-    python -m dataset.prepare                                  lists the names
-    python -m dataset.prepare coco --help                      what it needs and what it writes
-    python -m dataset.prepare coco --root data --out data      does it
+    python -m simla.dataset.prepare                                  lists the names
+    python -m simla.dataset.prepare coco --help                      what it needs and what it writes
+    python -m simla.dataset.prepare coco --root data --out data      does it
 
 The files are written anew by every run, and replace the old ones only when they are complete.
 """
 
 if __name__ == "__main__":
-    from before_imports import prepare
+    from simla.engine.before_imports import prepare
 
     prepare()
 
@@ -18,10 +18,10 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from dataset.prepare import CONVERTERS
-from dataset.prepare.common import Report
-from launch import make_output_folder, run_script
-from utils import fill_in, printable
+from simla.dataset.prepare import CONVERTERS
+from simla.dataset.prepare.common import Report
+from simla.engine.launch import run_script
+from simla.utils import fill_in, make_output_folder, printable
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     width = max(map(len, CONVERTERS))
     listed = "\n".join(f"  {name:{width}}  {about}" for name, (_, about) in CONVERTERS.items())
     parser = argparse.ArgumentParser(
-        "python -m dataset.prepare",
+        "python -m simla.dataset.prepare",
         description=__doc__,
         epilog=f"names:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.name is None:
         parser.print_help()
         return
-    converter = import_module(f"dataset.prepare.{CONVERTERS[chosen.name][0]}")
+    converter = import_module(f"simla.dataset.prepare.{CONVERTERS[chosen.name][0]}")
     options = _options(chosen.name, converter, rest)
     report = Report(chosen.name)
     try:
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _options(name: str, converter: ModuleType, arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        f"python -m dataset.prepare {name}",
+        f"python -m simla.dataset.prepare {name}",
         description=converter.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

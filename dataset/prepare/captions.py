@@ -5,7 +5,7 @@ import re
 from ast import literal_eval
 from unicodedata import category
 
-from dataset.text import CLEANED
+from simla.dataset.text import CLEANED
 
 STRING = re.compile(r"""[uU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 # As Python prints a list of strings, or numpy, without commas, an array of them.

@@ -16,7 +16,7 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from dataset.prepare.common import (
+from simla.dataset.prepare.common import (
     Images,
     Report,
     add_relative,
@@ -25,7 +25,7 @@ from dataset.prepare.common import (
     read_source,
     write_annotations,
 )
-from dataset.prepare.karpathy import (
+from simla.dataset.prepare.karpathy import (
     PAGE,
     SOURCE,
     Picture,
@@ -35,7 +35,7 @@ from dataset.prepare.karpathy import (
     read_karpathy,
     write_retrieval,
 )
-from dataset.tables import by_id, checked, look_up, value_of
+from simla.dataset.readers.tables import by_id, checked, look_up, value_of
 
 OFFICIAL = {  # --split -> split -> images, captions
     "karpathy": {"train": (113_287, 566_747), "val": (5_000, 25_010), "test": (5_000, 25_010)},

@@ -9,9 +9,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
 
-from dataset.prepare.captions import is_missing, kind_of, values_of
-from saving import atomic_write
-from utils import UserError, log, other_file
+from simla.dataset.prepare.captions import is_missing, kind_of, values_of
+from simla.utils import UserError, atomic_write, log, other_file
 
 NUM_EXAMPLES = 3  # shown of all that is left out for one cause
 NUM_CAUSES = 30  # shown one by one, the most frequent ones

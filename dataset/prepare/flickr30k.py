@@ -10,16 +10,9 @@ names them; image paths are relative to the images' folder, the config's image_r
 import argparse
 from pathlib import Path
 
-from dataset.prepare.common import Images, Report, find_all
-from dataset.prepare.karpathy import (
-    PAGE,
-    SOURCE,
-    count_splits,
-    present,
-    read_karpathy,
-    write_retrieval,
-)
-from dataset.tables import checked
+from simla.dataset.prepare.common import Images, Report, find_all
+from simla.dataset.prepare.karpathy import PAGE, SOURCE, count_splits, present, read_karpathy, write_retrieval
+from simla.dataset.readers.tables import checked
 
 IMAGE_FOLDERS = ["flickr30k-images", "flickr30k/flickr30k-images", "flickr30k/images", "flickr30k_images"]
 OFFICIAL = {"train": (29_000, 145_000), "val": (1_014, 5_070), "test": (1_000, 5_000)}

@@ -26,7 +26,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dataset.prepare.common import (
+from simla.dataset.prepare.common import (
     Report,
     add_relative,
     captions_in,
@@ -36,9 +36,8 @@ from dataset.prepare.common import (
     prefix,
     write_annotations,
 )
-from dataset.prepare.shards import caption_file, write_statistics, write_tar
-from launch import make_output_folder
-from utils import UserError, first_line, with_progress
+from simla.dataset.prepare.shards import caption_file, write_statistics, write_tar
+from simla.utils import UserError, first_line, make_output_folder, with_progress
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile

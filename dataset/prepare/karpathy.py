@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.prepare.common import Images, Report, captions_in, read_source, write_annotations
-from dataset.tables import checked, value_of
-from utils import UserError
+from simla.dataset.prepare.common import Images, Report, captions_in, read_source, write_annotations
+from simla.dataset.readers.tables import checked, value_of
+from simla.utils import UserError
 
 SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}  # Karpathy's -> ours
 SOURCE = 'the split of "Deep Visual-Semantic Alignments ..." (Karpathy, Fei-Fei, CVPR 2015)'

@@ -17,9 +17,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset.prepare.common import Images, Report, find_all, write_annotations
-from dataset.tables import checked, read_json_lines
-from utils import UserError
+from simla.dataset.prepare.common import Images, Report, find_all, write_annotations
+from simla.dataset.readers.tables import checked, read_json_lines
+from simla.utils import UserError
 
 SOURCE = "github.com/lil-lab/nlvr (nlvr2/data; the images on request from its authors)"
 SPLITS = {  # split -> file, official number of sentences

@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from dataset.grounding import is_box, read_plain_pickle
-from dataset.prepare.captions import is_readable
-from dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
-from dataset.tables import by_id, checked, look_up
-from saving import atomic_write
-from utils import UserError
+from simla.dataset.grounding import is_box
+from simla.dataset.prepare.captions import is_readable
+from simla.dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
+from simla.dataset.readers.plain_pickle import read_plain_pickle
+from simla.dataset.readers.tables import by_id, checked, look_up
+from simla.utils import UserError, atomic_write
 
 SOURCE = "github.com/lichengunc/refer (expressions) and cocodataset.org (2014 Train images)"
 IMAGE_FOLDER = "train2014"  # all images of the three data sets are from it

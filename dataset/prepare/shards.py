@@ -21,11 +21,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataset.prepare.common import Report
-from dataset.pretrain import read_pairs
-from dataset.transforms import BadImage, load_image, open_content
-from saving import atomic_write
-from utils import UserError, fill_in, num_cores, with_progress
+from simla.dataset.prepare.common import Report
+from simla.dataset.pretrain import read_pairs
+from simla.dataset.transforms import BadImage, load_image, open_content
+from simla.utils import UserError, atomic_write, fill_in, num_cores, with_progress
 
 ROOT = "folder that relative image paths are relative to; by default the annotation file's"
 KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}

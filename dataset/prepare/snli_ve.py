@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset.prepare.common import Images, Report, find_all, write_annotations
-from dataset.prepare.flickr30k import IMAGE_FOLDERS
-from dataset.tables import checked, read_json_lines
-from dataset.ve import CLASSES
-from utils import UserError
+from simla.dataset.prepare.common import Images, Report, find_all, write_annotations
+from simla.dataset.prepare.flickr30k import IMAGE_FOLDERS
+from simla.dataset.readers.tables import checked, read_json_lines
+from simla.dataset.ve import CLASSES
+from simla.utils import UserError
 
 SOURCE = "github.com/necla-ml/SNLI-VE (sentences) and Flickr30k's authors (images)"
 SPLITS = {  # official numbers of contradictions, neutral sentences and entailments

@@ -1,6 +1,6 @@
 """Your own images with texts, from a table: files for pre-training or retrieval.
 
-    python -m dataset.prepare table --root photos --out data --table captions.csv --name mine
+    python -m simla.dataset.prepare table --root photos --out data --table captions.csv --name mine
 
 Needs below --root the table or tables (.csv, .tsv, .jsonl or .parquet, with column names; the last needs
 `pip install pyarrow`) and the images, whose paths in the table are absolute or relative to --images.
@@ -21,11 +21,18 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from dataset.prepare.captions import is_missing
-from dataset.prepare.common import Report, add_relative, in_parallel, pairs, values_in, write_annotations
-from dataset.prepare.img2dataset import read_parquet
-from dataset.tables import read_json_lines, read_lines
-from utils import UserError, other_file
+from simla.dataset.prepare.captions import is_missing
+from simla.dataset.prepare.common import (
+    Report,
+    add_relative,
+    in_parallel,
+    pairs,
+    values_in,
+    write_annotations,
+)
+from simla.dataset.prepare.img2dataset import read_parquet
+from simla.dataset.readers.tables import read_json_lines, read_lines
+from simla.utils import UserError, other_file
 
 IMAGE_NAMES = ["image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "file", "img"]
 CAPTION_NAMES = ["caption", "captions", "text", "texts", "title", "sentence", "description"]

@@ -28,7 +28,7 @@ from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
 
-from dataset.prepare.common import (
+from simla.dataset.prepare.common import (
     Images,
     Report,
     add_relative,
@@ -38,9 +38,9 @@ from dataset.prepare.common import (
     read_source,
     write_annotations,
 )
-from dataset.prepare.img2dataset import AlreadyShards, is_output, write_output
-from dataset.tables import checked, read_lines
-from utils import UserError
+from simla.dataset.prepare.img2dataset import AlreadyShards, is_output, write_output
+from simla.dataset.readers.tables import checked, read_lines
+from simla.utils import UserError
 
 NAMINGS = ["{row}_{crc32}", "{crc32}", "{md5}"]  # each with .jpg, too
 FIELDS: dict[str, Callable[[int, str], int | str]] = {  # of the number of a line and its URL

@@ -20,8 +20,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from dataset.json_list import JsonList
-from dataset.prepare.common import (
+from simla.dataset.prepare.common import (
     Images,
     Report,
     add_relative,
@@ -32,9 +31,10 @@ from dataset.prepare.common import (
     read_source,
     write_annotations,
 )
-from dataset.prepare.karpathy import PAGE, SPLITS
-from dataset.tables import by_id, checked, value_of
-from utils import UserError
+from simla.dataset.prepare.karpathy import PAGE, SPLITS
+from simla.dataset.readers.json_list import JsonList
+from simla.dataset.readers.tables import by_id, checked, value_of
+from simla.utils import UserError
 
 SITE = "visualgenome.org (region descriptions and image meta data 1.2, images part 1 and 2)"
 NUM_IMAGES = 108_077

@@ -29,13 +29,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from sys import intern
 
-from dataset.json_list import JsonList
-from dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
-from dataset.prepare.visual_genome import image_name, number_of_image
-from dataset.tables import by_id, checked, look_up
-from dataset.vqa import NUM_ANSWERS, covered_share, frequent_answers
-from utils import UserError
-from vqa_accuracy import most_common_answer, normalize_answer
+from simla.dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
+from simla.dataset.prepare.visual_genome import image_name, number_of_image
+from simla.dataset.readers.json_list import JsonList
+from simla.dataset.readers.tables import by_id, checked, look_up
+from simla.dataset.vqa import NUM_ANSWERS, covered_share, frequent_answers
+from simla.evaluation.vqa import most_common_answer, normalize_answer
+from simla.utils import UserError
 
 SOURCE = "visualqa.org (VQA v2), cocodataset.org (images) and visualgenome.org (version 1.2)"
 FOLDERS = {"train": "train2014", "val": "val2014", "test": "test2015"}

@@ -1,0 +1,176 @@
+"""Initial weights: DeiT for the image encoder through timm, BERT for the text encoder through
+transformers.
+"""
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from simla.checkpoint.key_maps import BERT_DECODER, BERT_TWO_IMAGES, Row
+from simla.checkpoint.load import interpolate_pos_embed, load_weights, tokenizer_in, weights_in
+from simla.checkpoint.safe_load import safe_load, what_it_is
+from simla.checkpoint.tokenizer import tokenizer_from_text, tokenizer_text
+from simla.models.bert import BertForMaskedLM
+from simla.models.vit import VisionTransformer
+from simla.utils import UserError, check_weight, first_line, hub_answer, log
+
+OFFLINE_REMEDY = (
+    "Give a local file or folder, start from --checkpoint, or set `init: scratch` in the config to train "
+    "from random weights on purpose"
+)
+
+
+def starting_weights(
+    model: nn.Module,
+    config: dict,
+    task: str,
+    checkpoint: str,
+    resume: bool = False,
+    tokenizer=None,
+    copy_twins: bool = True,
+) -> str:
+    """Fills the model with what a task starts from, and says what that was: the checkpoint's weights, by the
+    task's key map, or, without one, the initial ones. Before a resume nothing is loaded.
+
+    tokenizer: what texts are read with here; a checkpoint that was trained with another vocabulary is warned
+    of. copy_twins: momentum twins that the checkpoint lacks start as copies of what was loaded, not as built.
+    """
+    if checkpoint and tokenizer is not None:
+        warn_of_another_vocabulary(tokenizer, checkpoint, config["text_encoder"])
+    if resume:
+        return f"resuming {checkpoint}"
+    if checkpoint:
+        report = load_weights(model, checkpoint, task, config)
+        if hasattr(model, "idx_queue"):  # another data set numbers its images anew
+            model.idx_queue.fill_(-100)
+        if copy_twins:
+            in_file = {name.split("_m.")[0] for name in report.loaded if "_m." in name}
+            model.copy_twins([name for name in model.twin_names if name not in in_file])
+        return str(report)
+    load_initial_weights(model, config)
+    return "no --checkpoint: the weights before any training"
+
+
+def warn_of_another_vocabulary(tokenizer, checkpoint: str, text_encoder: str) -> None:
+    """Logs it where the tokenizer that the checkpoint keeps numbers words otherwise than `tokenizer` does,
+    which is of `text_encoder`: the weights would read other words. Nothing where the file keeps none.
+    """
+    stored = tokenizer_in(safe_load(checkpoint))
+    if stored is None or stored == tokenizer_text(tokenizer):
+        return
+    theirs, ours = tokenizer_from_text(stored, checkpoint).get_vocab(), tokenizer.get_vocab()
+    others = sorted(word for word, number in theirs.items() if ours.get(word) != number)
+    others += sorted(ours.keys() - theirs.keys())
+    if others:
+        log.warning(
+            f"{checkpoint} was trained with another vocabulary, of {len(theirs)} words, than text_encoder "
+            f"{text_encoder!r} has, of {len(ours)}: {len(others)} words have another number or are in one of "
+            f"them alone, such as {', '.join(others[:3])}. The weights take them for other words: name the "
+            "text_encoder of that training"
+        )
+
+
+def load_initial_weights(model: nn.Module, config: dict) -> None:
+    """Fills both encoders, and VQA's decoder, as config `init` says and copies them to the momentum twins.
+
+    Raises UserError where the weights cannot be had: they are never left random unless `init: scratch` asks
+    for it.
+    """
+    if config["init"] == "scratch":
+        log.info("init: scratch - everything starts from random weights")
+        return
+    load_vit(model.visual_encoder, config["image_encoder"])
+    two_images = getattr(model.text_encoder, "two_images", False)
+    load_bert(model.text_encoder, config["text_encoder"], BERT_TWO_IMAGES if two_images else None)
+    if hasattr(model, "text_decoder"):
+        load_bert(model.text_decoder, config.get("text_decoder") or config["text_encoder"], BERT_DECODER)
+    model.copy_twins()
+
+
+def load_vit(encoder: VisionTransformer, name: str) -> None:
+    """timm weights by model name (downloaded) or from a local .pth/.safetensors file of a timm ViT, positions
+    interpolated to this encoder's grid."""
+    is_file = Path(name).is_file()
+    where = "" if is_file else f" {hub_answer()}"
+    try:
+        if is_file:
+            content = safe_load(name)
+            if isinstance(content, dict):  # of timm's own training, which averages weights
+                content = content.get("state_dict_ema") or content.get("model_ema") or content
+            state = weights_in(content, name)
+        else:
+            state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except UserError:
+        raise
+    except Exception as error:  # network, cache and hub errors have a dozen types
+        raise UserError(
+            f"image_encoder {name!r}: timm cannot get these weights{where} ({type(error).__name__}: "
+            f"{first_line(error)}). {OFFLINE_REMEDY}"
+        ) from error
+    if "pos_embed" not in state:
+        raise UserError(f"image_encoder {name!r} is no Vision Transformer: it has no pos_embed")
+    state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], encoder.patch_embed.num_patches)
+    _copy(
+        encoder,
+        state,
+        f"image_encoder {name!r}",
+        missing={"mask_token"},
+        unexpected=("head.",),
+    )
+
+
+def load_bert(encoder: nn.Module, name: str, row: Row | None = None) -> None:
+    """BERT weights by hub name or folder, under other names where `row` says so; cross-attention, which BERT
+    lacks, stays random (normal, std 0.02).
+    """
+    from transformers import BertForMaskedLM as HubBert
+
+    what = f"{'text_decoder' if row is BERT_DECODER else 'text_encoder'} {name!r}"
+    where = "" if Path(name).exists() else f" {hub_answer()}"
+    try:
+        source, report = HubBert.from_pretrained(name, output_loading_info=True)
+    except Exception as error:  # as above
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        for file in (*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")):
+            if found := what_it_is(file):  # such as a Git-LFS pointer of a cloned repository
+                cause = f"{file} is {found}"
+        raise UserError(
+            f"{what}: transformers cannot get these weights{where} ({cause}). {OFFLINE_REMEDY}"
+        ) from error
+    absent = set(report["missing_keys"])  # transformers fills these with random numbers
+    state = {key: value for key, value in source.state_dict().items() if key not in absent}
+    if not isinstance(encoder, BertForMaskedLM):
+        state = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
+    if row is not None:
+        names = {key: row.name_in_file(key, source.config.num_hidden_layers) for key in encoder.state_dict()}
+        state = {key: state[name] for key, name in names.items() if name in state}
+    new = {key for key in encoder.state_dict() if "crossattention" in key or key.endswith("position_ids")}
+    new |= {"cls.predictions.decoder.bias"}  # tied to cls.predictions.bias; not every version saves it
+    unexpected = (
+        "bert.embeddings.token_type",
+        "embeddings.token_type",
+        "bert.pooler",
+        "pooler",
+        "cls.seq_relationship",
+    )
+    _copy(encoder, state, what, new, unexpected)
+
+
+def _copy(
+    encoder: nn.Module, state: dict[str, torch.Tensor], what: str, missing: set, unexpected: tuple
+) -> None:
+    own = encoder.state_dict()
+    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    wrong += [key for key in own if key not in state and key not in missing]
+    wrong += [key for key in state if key not in own and not key.startswith(unexpected)]
+    if wrong:
+        raise UserError(
+            f"{what} does not fit the sizes in the config: {len(wrong)} tensors are missing, unexpected or "
+            f"of another shape, such as {', '.join(wrong[:4])}"
+        )
+    used = {key: value for key, value in state.items() if key in own}
+    for key, value in used.items():
+        check_weight(value, key, what)
+    encoder.load_state_dict(used, strict=False)

@@ -1,0 +1,119 @@
+"""Which parameters of one task's file start which parameters of another task's model: tables of names."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def _upper_half(layer: int, num_layers: int) -> int:
+    """The VQA decoder starts from the upper half of the text encoder's layers."""
+    return num_layers // 2 + layer
+
+
+def _upper_half_twice(layer: int, num_layers: int) -> int:
+    """The two-image encoder has each layer of the upper half twice in a row, one per image."""
+    return layer if layer < num_layers // 2 else num_layers // 2 + (layer - num_layers // 2) // 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a task reads a kind of checkpoint; all names are prefixes.
+
+    `renames`: (model prefix, prefix in the file, rule for the layer number or None), the first that fits.
+    `fresh`: model entries that may be absent from the file and stay as built.
+    `unused`: entries of the file that this task has no place for.
+    """
+
+    renames: tuple[tuple[str, str, Callable[[int, int], int] | None], ...] = ()
+    fresh: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    interpolate: bool = True
+    may_lack_twins: bool = True  # and queues: all of them, as exported files do; not some
+
+    def name_in_file(self, name: str, num_layers: int) -> str:
+        for prefix, source, layer_rule in self.renames:
+            if name.startswith(prefix):
+                name = source + name.removeprefix(prefix)
+                number = re.search(r"(?<=\.layer\.)\d+", name)
+                if layer_rule and number:
+                    layer = layer_rule(int(number[0]), num_layers)
+                    name = f"{name[: number.start()]}{layer}{name[number.end() :]}"
+                return name
+        return name
+
+
+BERT = (("text_encoder.", "text_encoder.bert.", None), ("text_encoder_m.", "text_encoder_m.bert.", None))
+
+
+DECODER = (
+    ("text_decoder.", "text_encoder.", _upper_half),
+    ("text_decoder_m.", "text_encoder_m.", _upper_half),
+)
+
+
+BERT_DECODER = Row((("bert.", "bert.", _upper_half),))  # the decoder from plain BERT weights
+
+
+BERT_TWO_IMAGES = Row((("", "", _upper_half_twice),))  # the two-image encoder from plain BERT weights
+
+
+MIM = ("mim_head", "concept_head", "visual_encoder.mask_token", "visual_encoder_m.mask_token")
+
+
+MLM = ("text_encoder.cls.", "text_encoder_m.cls.")
+
+
+QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
+
+
+PROJECTIONS = ("temp", "vision_proj", "text_proj")
+
+
+TWINS = ("visual_encoder_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.")
+
+
+RETRIEVAL_FROM_PRETRAIN = Row(BERT, fresh=("idx_queue",), unused=MIM + MLM)
+
+
+ROWS: dict[tuple[str, str], Row] = {
+    ("Pretrain", "pretrain"): Row(),
+    ("Retrieval", "pretrain"): RETRIEVAL_FROM_PRETRAIN,
+    ("Retrieval", "retrieval"): Row(),
+    ("Grounding", "pretrain"): RETRIEVAL_FROM_PRETRAIN,
+    ("Grounding", "retrieval"): Row(),
+    # Evaluation only: a model built without momentum twins and queues will do.
+    ("zero_shot_retrieval", "pretrain"): Row(BERT, fresh=("idx_queue",), unused=MIM + MLM + TWINS + QUEUES),
+    ("zero_shot_retrieval", "retrieval"): Row(fresh=("idx_queue",), unused=TWINS + QUEUES),
+    ("VQA", "pretrain"): Row(BERT + DECODER, unused=(*MIM, *QUEUES, *PROJECTIONS, "itm_head")),
+    ("VQA", "vqa"): Row(),
+    ("VE", "pretrain"): Row(
+        BERT, fresh=("cls_head",), unused=(*MIM, *MLM, *QUEUES, *PROJECTIONS, "itm_head")
+    ),
+    ("VE", "ve"): Row(),
+    ("Pretrain_NLVR", "pretrain"): Row(
+        (("text_encoder.", "text_encoder.bert.", _upper_half_twice),),
+        fresh=("ta_head", "text_encoder.embeddings.token_type_embeddings"),
+        unused=(*MIM, *MLM, *QUEUES, *TWINS, "itm_head"),
+    ),
+    ("Pretrain_NLVR", "pretrain_nlvr"): Row(),
+    ("NLVR", "pretrain_nlvr"): Row(
+        fresh=("cls_head", "visual_encoder_m.", "text_encoder_m."), unused=(*PROJECTIONS, "ta_head")
+    ),
+    ("NLVR", "nlvr"): Row(),
+}
+
+
+KINDS = (  # the first whose marker begins a name of the checkpoint
+    ("vqa", "text_decoder."),
+    ("pretrain_nlvr", "ta_head."),
+    ("nlvr", "text_encoder.embeddings.token_type_embeddings."),
+    ("ve", "cls_head."),
+    ("pretrain", "concept_head."),
+    ("retrieval", "itm_head."),
+)
+
+
+RESUME = Row(interpolate=False, may_lack_twins=False)
+
+
+TWIN = re.compile(r"[a-z_]+_m\.")

@@ -1,0 +1,31 @@
+"""The tokenizer as text, as checkpoints keep it."""
+
+from typing import TYPE_CHECKING
+
+from simla.utils import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from simla.dataset.text import SPECIAL_TOKENS
+
+
+def tokenizer_text(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The whole tokenizer as JSON: its vocabulary, lower-casing and rules; `tokenizer_from_text` reads it."""
+    return tokenizer.backend_tokenizer.to_str()
+
+
+def tokenizer_from_text(text: str, source: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer that a checkpoint keeps; UserError naming `source` where it is none."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        backend = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exceptions
+        raise UserError(
+            f"{source}: its tokenizer is damaged ({error}); name one, text_encoder=..."
+        ) from error
+    names = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.model_max_length = int(1e9)  # as above
+    return tokenizer

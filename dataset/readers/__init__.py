@@ -1,0 +1,1 @@
+"""Large annotation files and shards, read entry by entry."""

@@ -1,0 +1,147 @@
+"""Reads annotation files, JSON lists or lines of entries: checked field by field, image paths absolute."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+from simla.dataset.readers.json_list import JsonList
+from simla.utils import UserError, fill_in
+
+TEXT = (str,)
+TEXTS = (str, list)
+NUMBER = (int,)
+NUMBER_OR_TEXT = (int, str)
+ANY = (object,)
+
+_checks_late: ContextVar[bool] = ContextVar("_checks_late", default=False)
+
+
+@contextmanager
+def checked_late() -> Iterator[None]:
+    """Files that are opened in here may hold wrong entries: one raises its UserError when it is asked for."""
+    token = _checks_late.set(True)
+    try:
+        yield
+    finally:
+        _checks_late.reset(token)
+
+
+class Annotations(Sequence):
+    """The entries of several files, as `read_annotations` says; each is made when it is asked for, and only
+    then checked where `late_check` is given."""
+
+    def __init__(
+        self,
+        lists: list[JsonList],
+        roots: list[Path],
+        has_images: bool,
+        suffix: str,
+        late_check: Callable[[object, str], None] | None = None,
+    ):
+        self.lists, self.roots, self.has_images, self.suffix = lists, roots, has_images, suffix
+        self.late_check = late_check
+        self.ends = list(accumulate(map(len, lists)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> dict:
+        index = range(len(self))[index]
+        place = bisect_right(self.ends, index)
+        entries, root = self.lists[place], self.roots[place]
+        number = index - self.ends[place] + len(entries)
+        entry, where = entries[number], f"{entries.path}: entry {number}"
+        if self.late_check is not None:
+            self.late_check(entry, where)
+        images = entry["images"] if self.has_images else [entry["image"]]
+        images = [str(root / (image + self.suffix)) for image in images]
+        return {**entry, "images": images, "where": where}
+
+
+class Mapped(Sequence):
+    """function(entry) of all entries, called when one is asked for; picklable where the function is."""
+
+    def __init__(self, entries: Sequence, function: Callable[[dict], dict]):
+        self.entries, self.function = entries, function
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.function(self.entries[index])
+
+
+def item_of(entry: dict, text: str) -> dict:
+    """What every task takes of an entry; its text is the field of that name."""
+    return {"images": entry["images"], "text": entry[text], "where": entry["where"]}
+
+
+def read_annotations(
+    files: str | list[str],
+    fields: dict[str, tuple],
+    image_root: str = "",
+    suffix: str = "",
+    check: Callable[[dict, str], None] | None = None,
+) -> Annotations:
+    """The entries of all files; `images` lists the absolute paths of the field `image` (or `images`),
+    `suffix` added, and `where` says which entry of which file it is.
+
+    fields: name -> accepted types, all required; check(entry, where), a function of a module, may refuse an
+    entry for other reasons. An image path may be absolute, relative to `image_root`, or, where that is empty,
+    relative to the annotation file. Raises UserError, naming file and entry, for a missing, truncated or
+    empty file and for an entry that lacks a field or has one of another type.
+    """
+
+    check_entry, is_late = partial(_check_entry, fields=fields, check=check), _checks_late.get()
+    paths = [Path(fill_in(name)) for name in ([files] if isinstance(files, str) else files)]
+    name = ", ".join(f"{field}: {'|'.join(kind.__name__ for kind in fields[field])}" for field in fields)
+    name += f", {check.__module__}.{check.__qualname__}" if check else ""
+    lists = [JsonList(path, _accept, "") if is_late else JsonList(path, check_entry, name) for path in paths]
+    if not any(map(len, lists)):
+        raise UserError(
+            f"no entries in {files}; an annotation file is a JSON list (or lines) of {_example(fields)}"
+        )
+    roots = [(Path(fill_in(image_root)) if image_root else path.parent).absolute() for path in paths]
+    return Annotations(lists, roots, "images" in fields, suffix, check_entry if is_late else None)
+
+
+def _accept(_entry: object, _where: str) -> None:
+    """Any entry."""
+
+
+def _check_entry(
+    entry: object, where: str, fields: dict[str, tuple], check: Callable[[dict, str], None] | None
+) -> None:
+    _check_fields(entry, fields, where)
+    if check is not None:
+        check(entry, where)
+
+
+def _check_fields(entry: object, fields: dict[str, tuple], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} must be an object {_example(fields)}, found {entry!r}"[:500])
+    for field, types in fields.items():
+        if field not in entry:
+            raise UserError(
+                f"{where} has no {field!r}; found {', '.join(entry) or 'nothing'}, not {_example(fields)}"
+            )
+        value = entry[field]
+        if types == ANY:
+            continue
+        if not isinstance(value, types) or value == [] or (isinstance(value, list) and not _all_text(value)):
+            wanted = {TEXT: "text", TEXTS: "text or a non-empty list of texts", NUMBER: "a whole number"}
+            wanted |= {NUMBER_OR_TEXT: "a whole number or text"}
+            wanted = wanted.get(types, "a non-empty list of texts")
+            raise UserError(f"{where}: {field!r} must be {wanted}, found {value!r}"[:500])
+
+
+def _all_text(values: list) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _example(fields: dict[str, tuple]) -> str:
+    return "{" + ", ".join(f'"{field}": ...' for field in fields) + "}"

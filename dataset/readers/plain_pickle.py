@@ -1,0 +1,74 @@
+"""Pickles of plain values, read without running anything that they ask for."""
+
+import pickle
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from simla.checkpoint.safe_load import allowed_function, todays_name
+from simla.utils import UserError, other_file
+
+PLAIN_MODULES = ("builtins", "collections", "_codecs", "numpy", "numpy.core.multiarray")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Sets, ordered dicts, bytes and numpy's numbers are named by a pickle; any other name is refused."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        super().__init__(file, encoding="bytes")  # Python 2's str, of which `_plain` makes text
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        function = allowed_function(module, name)
+        if function is None or todays_name(module, name)[0] not in PLAIN_MODULES:
+            raise UserError(
+                f"{self.path}: its pickle asks for {module}.{name}, but a list of references is made of "
+                "plain values; nothing of the file was run. Get the file from a source you trust"
+            )
+        return function
+
+
+def read_plain_pickle(path: Path) -> Any:
+    """Return the numbers, texts, lists, sets and dicts of a pickle of Python 2 or 3; it runs nothing of it.
+
+    Bytes are text here, as in Python 2, and numpy's numbers are plain ones. Raises UserError when the
+    file is missing, damaged or holds anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            return _plain(_PlainUnpickler(file, path).load())
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; check refcoco_data") from error
+    except Exception as error:  # a damaged pickle can fail in any way
+        what = other_file(path)
+        if what and "pickle" not in what:
+            raise UserError(f"{path} is {what}") from error
+        raise UserError(
+            f"{path} is not a complete pickle ({type(error).__name__}: {error}); copy or download it again"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bytes | bytearray):
+        return _decoded(bytes(value))
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return kind(map(_plain, value))
+    return value
+
+
+@cache  # keys and splits come again and again: one copy of each is kept in memory
+def _decoded(text: bytes) -> str:
+    """Return the text; it is UTF-8 unless it cannot be, then Latin-1, which has a letter for every byte."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return text.decode("latin-1")

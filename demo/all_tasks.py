@@ -1,0 +1,178 @@
+"""The whole chain on the embedded scenes: pre-training and every downstream task; a table and pictures.
+
+make demo-all        (or: python -m simla.demo.all_tasks [--output_dir output/demo-all])
+
+A second call goes on: finished stages are read from their stage.json, an interrupted one continues at its
+newest checkpoint. Each task is scored on the test split before its training (from the checkpoint it starts
+with, a fresh head where it has one) and after it. As in demo.py, packages are imported where they are needed.
+"""
+
+if __name__ == "__main__":
+    from simla.engine.before_imports import prepare
+
+    prepare()
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+from simla.demo.pretrain import (
+    DATA,
+    PRETRAINING,
+    Stage,
+    gallery,
+    make_data,
+    read_retrieval,
+    run,
+    run_stage,
+    spread,
+)
+
+FULL_SCORE = 100  # percent
+
+
+def read_grounding(result: dict) -> dict:
+    """Both test splits together; chance is any object of the picture, chosen without reading."""
+    splits = {split: result["splits"][f"{split}_d"] for split in ("testA", "testB")}
+    total = sum(split["n"] for split in splits.values())
+    value = sum(split["accuracy"] * split["n"] for split in splits.values()) / total
+    chance = sum(blind_guess("grounding", "by_object", name) * splits[name]["n"] for name in splits) / total
+    return {"metric": "boxes right on testA and testB (%)", "value": value, "chance": chance, "n": total}
+
+
+def blind_guess(task: str, rule: str, split: str = "test") -> float:
+    """What is right without picture and text taken together, by the data set's own statistics."""
+    return json.loads((DATA / "manifest.json").read_bytes())["tasks"][task]["chance"][split][rule]
+
+
+def read_vqa(result: dict) -> dict:
+    """Chance is training's most frequent answer to the question's type."""
+    chance = blind_guess("vqa", "by_question_type")
+    return {"metric": "VQA accuracy (%)", "value": result["accuracy"], "chance": chance, "n": result["n"]}
+
+
+def read_classes(result: dict, task: str) -> dict:
+    """Chance is the most frequent class, or training's most frequent one for the very sentence if better."""
+    test = result["test"]
+    chance = max(test["most_frequent_class"], blind_guess(task, "by_sentence"))
+    return {"metric": "accuracy (%)", "value": test["acc"], "chance": chance, "n": test["n"]}
+
+
+GROUNDING_FLAGS = ("--gradcam_mode", "itc", "--block_num", "3")
+STAGES = (
+    PRETRAINING,
+    Stage("retrieval", "Retrieval.py", "Retrieval.yaml", "pretrain", "retrieval", read_retrieval),
+    Stage(
+        "grounding",
+        "Grounding.py",
+        "Grounding.yaml",
+        "pretrain",
+        "grounding",
+        read_grounding,
+        flags=GROUNDING_FLAGS,
+    ),
+    Stage("vqa", "VQA.py", "VQA.yaml", "pretrain", "vqa_accuracy", read_vqa),
+    Stage("nlvr_pretrain", "Pretrain_NLVR.py", "NLVR_Pretrain.yaml", "pretrain"),
+    Stage("nlvr", "NLVR.py", "NLVR.yaml", "nlvr_pretrain", "nlvr", partial(read_classes, task="nlvr")),
+    Stage("ve", "VE.py", "VE.yaml", "pretrain", "ve", partial(read_classes, task="ve")),
+)
+
+
+def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
+    """Where the fine-tuned model looks for every so-manieth test expression, and the box it chooses."""
+    from simla.checkpoint.load import load_weights
+    from simla.configs.reader import read_config
+    from simla.configs.schema import GROUNDING
+    from simla.dataset.grounding import GroundingEvalData
+    from simla.dataset.items import Collate
+    from simla.dataset.text import build_tokenizer
+    from simla.dataset.transforms import normalise
+    from simla.evaluation.grounding import RIGHT_IOU
+    from simla.models.gradcam import grad_cam
+    from simla.models.retrieval import SIMLARetrieval
+    from simla.plots import plot_heat_maps
+
+    config = read_config(str(folder / "config.yaml"), GROUNDING)
+    data, tokenizer = GroundingEvalData(config), build_tokenizer(config["text_encoder"])
+    model = SIMLARetrieval.from_config(config)
+    load_weights(model, json.loads((folder / "stage.json").read_bytes())["checkpoint"], "Grounding")
+    choices = json.loads((folder / "after" / "result" / "grounding.json").read_bytes())["choices"]
+    shown = spread([i for i, target in enumerate(data.targets) if target.split != "val"], num_pictures)
+    batch = Collate(tokenizer, model.text_encoder.config.max_position_embeddings)([data[i] for i in shown])
+    mode, block = GROUNDING_FLAGS[1], int(GROUNDING_FLAGS[3])
+    inputs = normalise(batch["image"]), batch["text_ids"], batch["text_mask"]
+    heats = grad_cam(model.eval(), mode, block, *inputs)
+    plot_heat_maps(
+        [data.entries[i]["images"][0] for i in shown],
+        batch["text"],
+        list(heats),
+        [data.targets[i].box for i in shown],
+        [choices[i]["box"] for i in shown],
+        [choices[i]["iou"] >= RIGHT_IOU for i in shown],
+        folder / "heat_maps.png",
+    )
+
+
+def draw_answers(folder: Path, num_pictures: int = 12) -> None:
+    """The fine-tuned model's answers to every so-manieth test question."""
+    from simla.evaluation.vqa import answer_scores
+    from simla.plots import plot_answers
+
+    questions = json.loads((DATA / "vqa_test.json").read_bytes())
+    given = json.loads((folder / "after" / "result" / "vqa_top_answers.json").read_bytes())
+    shown = spread(range(len(questions)), num_pictures)
+    answers = [given[i]["answers"][0] for i in shown]
+    annotated = [questions[i]["answer"] for i in shown]
+    plot_answers(
+        [str(DATA / questions[i]["image"]) for i in shown],
+        [questions[i]["question"] for i in shown],
+        answers,
+        [score > FULL_SCORE - 1 for score in answer_scores(answers, annotated)],
+        [max(answers, key=answers.count) for answers in annotated],
+        folder / "answers.png",
+    )
+
+
+def table(summary: dict) -> str:
+    rows = [f"{'':22}{'chance':>8}{'before':>8}{'after':>8}{'n':>7}{'seconds':>9}  metric"]
+    for name, row in summary.items():
+        numbers = "".join(f"{row[key]:8.1f}" for key in ("chance", "before", "after"))
+        rows.append(f"{name:22}{numbers}{row['n']:7}{row['seconds']:9}  {row['metric']}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", default="output/demo-all", type=Path)
+    parser.add_argument("--seed", default="42")
+    args = parser.parse_args()
+    out = args.output_dir
+
+    from simla.engine.curves import plot_curves
+    from simla.utils import atomic_write, import_pyplot
+
+    import_pyplot()  # what the end needs is missing at the start or not at all
+    make_data()
+    summary, seconds, checkpoints = {}, 0, {"": ""}
+    for stage in STAGES:
+        codebook, start = out / "codebook.safetensors", checkpoints[stage.start]
+        record = run_stage(stage, out / stage.name, args.seed, codebook, start)
+        checkpoints[stage.name] = record["checkpoint"]
+        seconds += record["seconds"]
+        if stage.result:
+            columns = ("metric", "chance", "before", "after", "n", "seconds")
+            summary[stage.key or stage.name] = {column: record[column] for column in columns}
+    with atomic_write(out / "summary.json", text=True) as file:
+        json.dump(summary, file, indent=1)
+    plot_curves([out / "pretrain"], out / "pretrain" / "losses.png")
+    gallery(out / "retrieval")
+    draw_heat_maps(out / "grounding")
+    draw_answers(out / "vqa")
+    print(f"\n{table(summary)}\n\n{seconds} s in all; {out}/summary.json")
+    for picture in sorted(out.glob("*/*.png")):
+        print(picture)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,116 @@
+"""The words that PSL's momentum encoder attends to in captions, as a picture."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from simla.dataset.loaders import stop_at_unreadable
+from simla.utils import import_pyplot, save_figure
+
+
+def plot_keywords(
+    files: list[str],
+    words: list[list[str]],
+    attention: Tensor,
+    votes: Tensor,
+    chosen: Tensor,
+    out: str | Path,
+) -> None:
+    """A row for each image-caption pair: the image, and beside it, for every word piece, how much the
+    momentum encoder's [CLS] attends to it (mean and range over the heads) and in how many heads it is among
+    the first; the pieces that PSL chose as keywords in green.
+
+    files (B); words (B) lists of their word pieces, [CLS] first; attention (B, H, T) the [CLS] row; votes
+    (B, T); chosen (B, T) bool: see `SIMLA.keywords`. [CLS] itself is never a target.
+    """
+    from simla.dataset.transforms import load_image
+
+    plt = import_pyplot()
+    rows, longest = len(files), max(map(len, words))
+    figure, axes = plt.subplots(
+        rows,
+        2,
+        figsize=(2.8 + 0.55 * longest, 2.3 * rows),
+        width_ratios=[2.3, 0.55 * longest],
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, (file, pieces) in enumerate(zip(files, words, strict=True)):
+        picture, bars = axes[row]
+        picture.imshow(load_image(file))
+        picture.axis("off")
+        heads, places = attention[row, :, : len(pieces)].float().cpu(), range(len(pieces))
+        means = heads.mean(0)
+        reach = torch.stack([means - heads.amin(0), heads.amax(0) - means])
+        colours = ["#1a9641" if chosen[row, i] else "#b8c4cf" for i in places]
+        bars.bar(places, means, yerr=reach, color=colours, ecolor="#777777", error_kw={"linewidth": 0.8})
+        for i in places:
+            at = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 8}
+            bars.annotate(f"{votes[row, i]}", (i, 1.0), **at)
+        bars.set_xticks(places, pieces, rotation=35, ha="right", fontsize=9)
+        for label, colour in zip(bars.get_xticklabels(), colours, strict=True):
+            label.set(color="#1a9641", fontweight="bold") if colour == "#1a9641" else None
+        bars.set_xlim(-0.6, longest - 0.4)
+        bars.spines[["top", "right"]].set_visible(False)
+    axes[0, 1].set_title(
+        f"attention of [CLS], mean and range of {attention.shape[1]} heads; number: votes of the heads; "
+        "green: keyword",
+        fontsize=9,
+        pad=14,
+    )
+    save_figure(figure, out, 110)
+    plt.close(figure)
+
+
+def draw_keywords(checkpoint: str | Path, config: dict, entries: Sequence[dict], out: str | Path) -> None:
+    """`plot_keywords` of a pre-training checkpoint. config: resolved, of Pretrain.py; entries: as of
+    `read_pairs`; of several captions the first.
+
+    Raises UserError for a checkpoint of another model and an image that cannot be read.
+    """
+    from simla.checkpoint.load import load_weights
+    from simla.dataset.items import Collate, EvalItems
+    from simla.dataset.text import build_tokenizer, clean_caption
+    from simla.dataset.transforms import normalise
+    from simla.models.pretrain import SIMLA
+
+    tokenizer = build_tokenizer(config["text_encoder"])
+    model = SIMLA.from_config(config, tokenizer.cls_token_id)
+    load_weights(model, checkpoint, "Pretrain", config)
+    collate = Collate(tokenizer, model.text_encoder.bert.config.max_position_embeddings, config["max_tokens"])
+
+    def clean_first(texts: str | list[str]) -> str:
+        return clean_caption(texts if isinstance(texts, str) else texts[0])
+
+    items = EvalItems(entries, config["image_res"], clean_first)
+    (batch,) = stop_at_unreadable([collate([items[i] for i in range(len(entries))])])
+    ids, mask = batch["text_ids"], batch["text_mask"]
+    found = model.eval().keywords(normalise(batch["image"]), ids, mask)
+    words = [
+        tokenizer.convert_ids_to_tokens(row[:length].tolist())
+        for row, length in zip(ids, mask.sum(1).tolist(), strict=True)
+    ]
+    plot_keywords([entry["images"][0] for entry in entries], words, *found, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    keywords = commands.add_parser("keywords", help="what PSL's momentum encoder attends to in captions")
+    keywords.add_argument("checkpoint", help="of Pretrain.py")
+    keywords.add_argument("--config", help="default: config.yaml beside the checkpoint")
+    keywords.add_argument("--file", help="annotation file; default: the config's train_file")
+    keywords.add_argument("--num", type=int, default=4, help="pairs, evenly spread (default: %(default)s)")
+    keywords.add_argument("-o", "--out", default="keywords.png")
+    args = parser.parse_args()
+    from simla.configs.reader import read_config
+    from simla.configs.schema import PRETRAIN
+    from simla.dataset.pretrain import read_pairs
+
+    config = read_config(args.config or str(Path(args.checkpoint).with_name("config.yaml")), PRETRAIN)
+    pairs = read_pairs(args.file or config["train_file"])
+    num = min(args.num, len(pairs))
+    draw_keywords(args.checkpoint, config, [pairs[i * len(pairs) // num] for i in range(num)], args.out)

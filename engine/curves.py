@@ -1,0 +1,221 @@
+"""Curves of training runs: losses beside their chance levels, learning rate, scores after every epoch.
+
+python -m simla.engine.curves output/A output/B -o curves.png    several output folders of one task are overlaid
+"""
+
+if __name__ == "__main__":
+    from simla.engine.before_imports import prepare
+
+    prepare()
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from simla.engine.chance import chance_levels
+from simla.engine.launch import run_script
+from simla.engine.run_record import STEPS_LOG
+from simla.utils import LOG, UserError, import_pyplot, log, save_figure
+
+COLOURS = ("#0b5fa5", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444")
+LINE_STYLES = {"val": "-", "test": "--", "testA": "--", "testB": ":"}  # of the split that a score is of
+GREY = "#8a8a8a"
+MAX_COLUMNS = 6
+
+
+class Run(NamedTuple):
+    """steps: records of train_steps.jsonl; epochs: of log.txt, oldest first; levels: loss -> chance level."""
+
+    steps: list[dict]
+    epochs: list[dict]
+    levels: dict[str, float]
+
+
+def read_records(path: Path, order: str) -> list[dict]:
+    """The JSON objects of a log, their values as numbers where they are ("0.1" in published logs), null as
+    None; [] where there is no such file. A record that starts over, at an `order` reached before, replaces
+    what came after: so does an output folder used again.
+
+    Raises UserError for a line that is not a JSON object; the last one may be cut short, as by a kill.
+    """
+    if not path.is_file():
+        return []
+    records, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = {name: _number(value) for name, value in json.loads(line).items()}
+        except (ValueError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r}") from error
+        if order in record:  # an evaluation without training has no epoch
+            while records and records[-1][order] >= record[order]:
+                records.pop()
+            records.append(record)
+    return records
+
+
+def _number(value: object) -> object:
+    try:
+        return float(value)
+    except (TypeError, ValueError):  # lists: confusion matrices
+        return value
+
+
+def read_run(folder: str | Path) -> Run:
+    """Raises UserError for a folder without a log or with a broken one."""
+    folder = Path(folder)
+    steps, epochs = read_records(folder / STEPS_LOG, "step"), read_records(folder / LOG, "epoch")
+    if not steps and not epochs:
+        raise UserError(f"{folder} holds no steps yet: expected {STEPS_LOG} or {LOG} of a training run there")
+    return Run(steps, epochs, read_levels(folder / "config.yaml"))
+
+
+def read_levels(config: Path) -> dict[str, float]:
+    if not config.is_file():
+        log.info(f"no {config}: no chance levels")
+        return {}
+    try:
+        return chance_levels(YAML(typ="safe", pure=True).load(config.read_bytes()))
+    except (YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{config} is not the resolved config that a run writes ({error!r})") from error
+
+
+def panels(runs: list[Run]) -> tuple[list[str], dict[str, list[str]]]:
+    """Names of the losses and of whatever else was logged in training, in the order of the log; and scores:
+    those that differ by their split alone share a panel, title -> names.
+    """
+    logged, scores = {}, {}
+    for run in runs:
+        for record in run.steps[:1]:
+            logged |= dict.fromkeys(name for name in record if name not in ("step", "epoch"))
+        for record in run.epochs:
+            for name, value in record.items():
+                if not isinstance(value, float | None) or name == "epoch":
+                    continue
+                if not name.startswith("train_"):
+                    names = scores.setdefault(split_and_metric(name)[1], [])
+                    names += [name] * (name not in names)
+                elif not name.startswith("train_bad_") or value:  # a panel for bad images where there are any
+                    logged[name.removeprefix("train_")] = None
+    return list(logged), scores
+
+
+def split_and_metric(score: str) -> tuple[str, str]:
+    split, _, metric = score.partition("_")
+    return (split, metric) if split in LINE_STYLES else ("", score)
+
+
+def plot_curves(folders: list[str | Path], out: str | Path) -> None:
+    """A panel for each loss, the learning rate and each kind of score; the runs of the output folders in
+    colours of their own, chance levels dashed (grey where all runs share them).
+
+    The x axis has steps, or epochs where a run left only log.txt; scores are over epochs. Raises UserError
+    for a folder without a log or with a broken one.
+    """
+    runs = [read_run(folder) for folder in folders]
+    plt = import_pyplot()
+    logged, scores = panels(runs)
+    num_panels = len(logged) + len(scores)
+    rows = math.ceil(num_panels / MAX_COLUMNS)
+    columns = math.ceil(num_panels / rows)
+    size = (3.2 * columns, 2.9 * rows + 0.3)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    by_step = all(run.steps for run in runs)
+    for axis, name in zip(axes.flat, logged, strict=False):
+        draw_logged(axis, name, runs, by_step)
+    for axis, (title, names) in zip(axes.flat[len(logged) :], scores.items(), strict=False):
+        draw_scores(axis, title, names, runs)
+    for axis in axes.flat[num_panels:]:
+        axis.axis("off")
+    if len(runs) > 1:
+        lines = [plt.Line2D([], [], color=colour(number)) for number in range(len(runs))]
+        names = [str(folder) for folder in folders]
+        letters = max(map(len, names)) + 6  # with the line before them; 12 take an inch
+        num_columns = min(len(runs), max(1, int(12 * size[0] / letters)))
+        figure.legend(lines, names, loc="outside lower center", ncols=num_columns, frameon=False)
+    save_figure(figure, out, 130, bbox_inches="tight")  # a name may be wider than the panels
+    plt.close(figure)
+
+
+def colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def draw_logged(axis, name: str, runs: list[Run], by_step: bool) -> None:
+    """Means of a loss or the learning rate: of train_steps.jsonl, else of whole epochs from log.txt."""
+    in_steps = by_step and any(name in record for run in runs for record in run.steps)
+    for number, run in enumerate(runs):
+        key, order = (name, "step") if in_steps else (f"train_{name}", "epoch")
+        _draw(axis, run.steps if in_steps else run.epochs, order, key, color=colour(number))
+    levels = [run.levels.get(name) for run in runs]
+    for level in dict.fromkeys(level for level in levels if level is not None):
+        shared = levels.count(level) == len(levels)
+        draw_level(axis, level, GREY if shared else colour(levels.index(level)))
+    axis.set_title(name.removeprefix("loss_").upper() if name.startswith("loss_") else name)
+    axis.set_xlabel("step" if in_steps else "epoch")
+    if name.startswith("loss"):
+        axis.set_ylabel("nats")
+    if name == "lr":
+        axis.ticklabel_format(axis="y", scilimits=(0, 0))
+
+
+def draw_level(axis, level: float, colour: str) -> None:
+    axis.axhline(level, color=colour, linestyle="--", linewidth=1)
+    axis.annotate(
+        f"chance {level:.2f}",
+        (1, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(-3, 3),
+        textcoords="offset points",
+        ha="right",
+        color=colour,
+        fontsize=8,
+    )
+
+
+def draw_scores(axis, title: str, names: list[str], runs: list[Run]) -> None:
+    for name in names:
+        split = split_and_metric(name)[0]
+        for number, run in enumerate(runs):
+            style = {"color": colour(number), "linestyle": LINE_STYLES.get(split, "-"), "marker": "."}
+            _draw(axis, run.epochs, "epoch", name, **style)
+    if len(names) > 1:  # colours say which run it is: with several, splits have none
+        shared = {"color": colour(0) if len(runs) == 1 else "black"}
+        splits = [split_and_metric(name)[0] for name in names]
+        lines = [axis.plot([], [], LINE_STYLES.get(split, "-"), **shared)[0] for split in splits]
+        axis.legend(lines, splits, frameon=False, fontsize=8)
+    axis.set_title(title)
+    axis.set_xlabel("epoch")
+
+
+def _draw(axis, records: list[dict], order: str, name: str, **style) -> None:
+    """A line through the values, broken where there is none: a loss is null where no step was finite."""
+    having = [record for record in records if name in record]
+    values = [math.nan if record[name] is None else record[name] for record in having]
+    axis.plot([record[order] for record in having], values, **style)
+    there = np.isfinite([math.nan, *values, math.nan])
+    alone = np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:])
+    if len(alone) and "marker" not in style:  # a line of one point is none
+        axis.plot([having[i][order] for i in alone], [values[i] for i in alone], ".", **style)
+    axis.margins(y=0.15)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", help="output folders of training runs of one task")
+    parser.add_argument("-o", "--out", default="curves.png")
+    args = parser.parse_args()
+    plot_curves(args.folders, args.out)
+
+
+if __name__ == "__main__":
+    run_script(main)

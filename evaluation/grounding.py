@@ -1,0 +1,88 @@
+"""Scores of grounding as pure functions: boxes from heat maps, and the share that is right."""
+
+from collections.abc import Iterable, Sequence
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Left, top, width, height in pixels; what follows, such as a detector's score, is unused.
+Box = Sequence[float]
+
+
+RIGHT_IOU = 0.5  # grounding: a box with at least this overlap is right
+
+
+HEAT_THRESHOLD = 0.2  # of a heat map's maximum: the object is what is above, as in CAM (Zhou et al. 2016)
+
+
+def resize_heat(heat: Tensor, height: int, width: int) -> Tensor:
+    """A heat map (h, w) at the size of the image, bicubic -> (height, width)"""
+    resized = F.interpolate(heat[None, None], (height, width), mode="bicubic", align_corners=False)
+    return resized[0, 0]
+
+
+def box_iou(a: Box, b: Box) -> float:
+    """Intersection over union as the published evaluation has it: boxes end at the pixels x + w - 1 and y + h
+    - 1, and an overlap of a single row or column of pixels, or less, counts as none.
+    """
+    left, top = max(a[0], b[0]), max(a[1], b[1])
+    right = min(a[0] + a[2], b[0] + b[2]) - 1
+    bottom = min(a[1] + a[3], b[1] + b[3]) - 1
+    overlap = (right - left + 1) * (bottom - top + 1) if left < right and top < bottom else 0
+    return overlap / (a[2] * a[3] + b[2] * b[3] - overlap)
+
+
+def box_score(heat: Tensor, box: Box) -> float:
+    """Heat inside the box / sqrt(area): heat (H, W), rows int(y) to int(y + h), columns int(x) to int(x + w),
+    ends excluded, what lies outside the image left out.
+    """
+    left, top, width, height = box[:4]
+    rows = slice(max(int(top), 0), max(int(top + height), 0))
+    columns = slice(max(int(left), 0), max(int(left + width), 0))
+    return heat[rows, columns].sum(dtype=torch.float64).item() / (width * height) ** 0.5
+
+
+def choose_box(heat: Tensor, boxes: Iterable[Box]) -> list[float] | None:
+    """The first of the boxes with the largest score above 0, [x, y, w, h]; None where none scores above 0 (an
+    empty or undefined heat map, or no boxes at all).
+    """
+    chosen, largest = None, 0.0
+    for box in boxes:
+        score = box_score(heat, box)
+        if score > largest:
+            chosen, largest = list(box[:4]), score
+    return chosen
+
+
+def heat_box(heat: Tensor) -> list[float] | None:
+    """A box without a detector: round the largest connected region (diagonals connect, most pixels, the first
+    of equals) of those pixels of heat (H, W) that have at least HEAT_THRESHOLD of its maximum.
+
+    None where the maximum is not above 0.
+    """
+    maximum = heat.max()
+    if not maximum > 0:
+        return None
+    hot = (heat >= HEAT_THRESHOLD * maximum).numpy().astype(np.uint8)
+    _, _, stats, _ = cv2.connectedComponentsWithStats(hot, connectivity=8)
+    regions = stats[1:]  # the first is everything else
+    return regions[regions[:, cv2.CC_STAT_AREA].argmax(), :4].astype(float).tolist()
+
+
+def grounding_accuracy(splits: list[str], ious: list[float]) -> dict[str, float]:
+    """Percentage of expressions whose chosen box has an IoU of at least RIGHT_IOU, for each split there is.
+
+    splits, ious (n): of each expression, IoU 0 where no box was chosen.
+    """
+    right = {split: [] for split in splits}
+    for split, iou in zip(splits, ious, strict=True):
+        right[split].append(iou >= RIGHT_IOU)
+    return {split: 100.0 * sum(own) / len(own) for split, own in right.items()}
+
+
+def grounding_chance(true_box: Box, boxes: Sequence[Box]) -> float:
+    """The probability that an even choice among the boxes is right; 0 where there are none."""
+    return sum(box_iou(true_box, box) >= RIGHT_IOU for box in boxes) / max(len(boxes), 1)

@@ -1,0 +1,309 @@
+"""The command `simla`: every method of `Simla` on files, for people or, with --json, for other programs."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from simla.evaluation.grounding import choose_box
+from simla.folders import describe as describe_passed_over
+from simla.index import Index
+from simla.inputs import read_image
+from simla.loading import load
+from simla.model import MAX_TEXT_TOKENS, Simla, kept_index
+from simla.models.gradcam import MODES
+from simla.plots import plot_gallery, plot_word_maps
+from simla.utils import UserError, atomic_write, check_picture_name
+
+VARIABLE = "SIMLA_CHECKPOINT"
+EPILOG = f"""examples:
+  export {VARIABLE}=output/Pretrain/checkpoint_29.pth
+  simla match photo.jpg "a dog on a sofa" "a cat on a sofa"
+  simla search photos/ "two dogs in the snow" -o gallery.png --index photos.index
+  simla ground photo.jpg "the dog on the left" -o map.png
+  simla answer photo.jpg "what is the dog doing?" --answers answer_list.json --checkpoint vqa.pth
+
+Without the package installed: python -m simla ..."""
+
+
+# ---- one function for each command: what --json prints ----
+
+
+def match(model: Simla, args: argparse.Namespace) -> dict:
+    values = getattr(model, args.command)(args.image, args.text, args.max_tokens)
+    name = {"match": "probability", "similarity": "cosine"}[args.command]
+    return {
+        "image": args.image,
+        "results": _rows(("text", name), zip(args.text, values.tolist(), strict=True)),
+    }
+
+
+def encode(model: Simla, args: argparse.Namespace) -> dict:
+    if args.texts:
+        features = model.encode_text(args.inputs, args.max_tokens)
+    else:
+        features = model.encode_image(args.inputs)
+    with atomic_write(args.out) as file:
+        np.save(file, features.numpy())
+    return {"inputs": args.inputs, "file": args.out, "shape": list(features.shape)}
+
+
+def ground(model: Simla, args: argparse.Namespace) -> dict:
+    proposals = _read_boxes(args.boxes) if args.boxes else None
+    found = model.ground(args.image, args.text, proposals, args.mode, args.block, args.max_tokens)
+    result = {"image": args.image, "text": found.text, "width": found.width, "height": found.height}
+    result |= {"box": found.box, "boxes": _rows(("box", "score"), found.ranked)}
+    result |= {"heat": found.heat.tolist(), "words": _rows(("word", "heat"), found.words)}
+    if args.out:
+        best = choose_box(found.at_image_size(), [box for box, _ in found.ranked])
+        boxes = [("heat alone", found.box), ("best proposal", best)]
+        shown = [(label, box) for label, box in boxes if box is not None]
+        plot_word_maps(read_image(args.image), found.text, found.heat, found.words, shown, args.out)
+        result["file"] = args.out
+    return result
+
+
+def index(model: Simla, args: argparse.Namespace) -> dict:
+    index = model.index(args.folder, args.index, args.update, args.everything)
+    return {"folder": args.folder, **_contents(index), "file": args.index}
+
+
+def _contents(index: Index) -> dict:
+    return {"num_images": len(index), "unreadable": index.unreadable, "passed_over": index.passed_over}
+
+
+def search(model: Simla, args: argparse.Namespace) -> dict:
+    if args.index:
+        index = kept_index(model, args.folder, args.index, args.everything)
+    else:
+        index = model.index(args.folder, everything=args.everything)
+    found = model.search(index, args.query, args.top, args.candidates, args.max_tokens)
+    results = [
+        {"query": query, "hits": [hit._asdict() for hit in hits]}
+        for query, hits in zip(args.query, found, strict=True)
+    ]
+    result = {"folder": args.folder, **_contents(index), "results": results}
+    if args.out:
+        files = [[hit.file for hit in hits] for hits in found]
+        notes = [[f"{_name(hit.file)}\n{hit.score:.2f}" for hit in hits] for hits in found]
+        title = f"Top {args.top} of {len(index)} images in {_name(args.folder)}"
+        plot_gallery(args.query, files, None, args.out, title, notes)
+        result["file"] = args.out
+    return result
+
+
+def answer(model: Simla, args: argparse.Namespace) -> dict:
+    answers = args.answers
+    if answers is not None and not os.path.isfile(answers):  # noqa: PTH113  is False for a name too long
+        answers = [part.strip() for part in answers.split(",")]
+    found = model.answer(args.image, args.question, answers, args.top)
+    results = _rows(("answer", "probability"), found)
+    return {"image": args.image, "question": args.question, "results": results}
+
+
+def keywords(model: Simla, args: argparse.Namespace) -> dict:
+    results = _rows(("word", "probability"), model.keywords(args.image, args.top, args.words))
+    return {"image": args.image, "results": results}
+
+
+def entails(model: Simla, args: argparse.Namespace) -> dict:
+    found = sorted(model.entails(args.image, args.sentence).items(), key=lambda pair: -pair[1])
+    return {"image": args.image, "sentence": args.sentence, "results": _rows(("class", "probability"), found)}
+
+
+def compare(model: Simla, args: argparse.Namespace) -> dict:
+    found = model.compare(args.first, args.second, args.statement)
+    images = {"first": args.first, "second": args.second, "statement": args.statement}
+    return {**images, "results": _rows(("statement", "probability"), [(args.statement, found)])}
+
+
+def _rows(names: tuple[str, str], pairs) -> list[dict]:
+    return [
+        {
+            name: value.tolist() if hasattr(value, "tolist") else value
+            for name, value in zip(names, pair, strict=True)
+        }
+        for pair in pairs
+    ]
+
+
+def _name(path: str) -> str:
+    """A file's or folder's own name, for a picture; bytes in it that are no text, escaped."""
+    return Path(path).absolute().name.encode(errors="backslashreplace").decode()
+
+
+def _read_boxes(text: str) -> list:
+    """A JSON list, or the file that holds one."""
+    try:
+        is_file = os.path.isfile(text)  # noqa: PTH113  is False for a name too long
+        return json.loads(Path(text).read_bytes() if is_file else text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"--boxes {text[:200]}: expected a JSON list [[x, y, width, height], ...] or its file"
+        ) from error
+
+
+# ---- what people see ----
+
+
+def describe(result: dict) -> str:
+    """The result in lines, numbers first."""
+    lines = []
+    if "heat" in result:
+        box = result["box"] or "none, as nothing is hot, or nearly everything"
+        lines.append(f"box from the heat alone [x, y, width, height]: {box}")
+        lines += [f"{row['score']:10.4g}  {row['box']}" for row in result["boxes"]]
+    for row in result.get("results", []):
+        if "hits" in row:
+            lines.append(row["query"])
+            lines += [f"{hit['score']:10.4f}{hit['similarity']:10.4f}  {hit['file']}" for hit in row["hits"]]
+        else:
+            name, value = row.values()
+            lines.append(f"{value:10.4f}  {name}")
+    if "num_images" in result and "results" not in result:
+        lines.append(f"{result['num_images']} images")
+    if "passed_over" in result:
+        lines += filter(None, [describe_passed_over(result["passed_over"])])
+    if "shape" in result:
+        lines.append(f"{result['shape'][0]} rows of {result['shape'][1]}")
+    return "\n".join([*lines, *([f"written: {result['file']}"] if "file" in result else [])])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    options = shared.add_argument_group("model")
+    options.add_argument(
+        "--checkpoint",
+        default=os.environ.get(VARIABLE),
+        help=f"the file; else the variable {VARIABLE} names it",
+    )
+    options.add_argument("--config", help="the task's YAML file, where the checkpoint holds no config")
+    options.add_argument("--text_encoder", help="tokenizer: hub name or folder; replaces the config's")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    options.add_argument("--dtype", default="fp32", help="fp32, tf32, bf16 or fp16 (default: %(default)s)")
+    shared.add_argument("--json", action="store_true", help="print one JSON object")
+
+    parser = argparse.ArgumentParser(
+        "simla",
+        description="Ask a trained SIMLA checkpoint about images.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function, help: str, *positionals: str, many: str = "") -> argparse.ArgumentParser:
+        own = commands.add_parser(name, parents=[shared], help=help, description=help[0].upper() + help[1:])
+        own.set_defaults(function=function)
+        for positional in positionals:
+            own.add_argument(positional)
+        if many:
+            own.add_argument(many, nargs="+")
+        return own
+
+    def add_max_tokens(*parsers: argparse.ArgumentParser) -> None:
+        for own in parsers:
+            own.add_argument(
+                "--max_tokens",
+                type=_count,
+                default=MAX_TEXT_TOKENS,
+                help="tokens of a text that are read, and at most 30 words (default: %(default)s)",
+            )
+
+    add_max_tokens(
+        command(
+            "match", match, "probability that a text describes an image, read jointly", "image", many="text"
+        ),
+        command("similarity", match, "cosine of the features of image and text", "image", many="text"),
+    )
+    own = command("ground", ground, "where an image shows a text and each of its words", "image", "text")
+    add_max_tokens(own)
+    own.add_argument("-o", "--out", help="picture of the heat maps")
+    own.add_argument("--boxes", help="proposals to rank: JSON list of [x, y, width, height], or its file")
+    own.add_argument("--mode", default="itm", choices=MODES, help="which score is explained (default: itm)")
+    own.add_argument(
+        "--block", type=int, help="layer whose attention is used, from 0 (default: two thirds up)"
+    )
+
+    def add_everything(own: argparse.ArgumentParser) -> None:
+        own.add_argument(
+            "--everything", action="store_true", help="hidden folders, thumbnails and waste, too"
+        )
+
+    own = command("search", search, "the images of a folder that match a text best", "folder", many="query")
+    add_max_tokens(own)
+    own.add_argument("-o", "--out", help="picture of the images found")
+    own.add_argument("--index", help="folder that keeps what was computed of the images; made when missing")
+    own.add_argument("--top", type=_count, default=5, help="images for each query (default: %(default)s)")
+    own.add_argument(
+        "--candidates",
+        type=_count,
+        help="images that are read jointly, on which the first hits depend (default: the config's k_test, or "
+        "--top if more)",
+    )
+    add_everything(own)
+    own = command("index", index, "keep what `search --index` needs of a folder of images", "folder", "index")
+    own.add_argument(
+        "--update",
+        action="store_true",
+        help="of an index that is there, encode new and changed images alone, and drop those that are gone",
+    )
+    add_everything(own)
+    own = command("answer", answer, "answers to a question about an image", "image", "question")
+    own.add_argument(
+        "--answers", help="answers to rank: JSON file, or a list with commas; else they are written"
+    )
+    own.add_argument("--top", type=_count, default=5, help="answers (default: %(default)s)")
+    own = command(
+        "keywords", keywords, "the words that an image calls up (pre-training checkpoints)", "image"
+    )
+    own.add_argument("--top", type=_count, default=5, help="words (default: %(default)s)")
+    own.add_argument(
+        "--words", nargs="+", action="extend", help="words to choose from (default: all but function words)"
+    )
+    command(
+        "entails", entails, "does the image entail, contradict or leave open a sentence?", "image", "sentence"
+    )
+    command(
+        "compare",
+        compare,
+        "probability that a statement is true of two images",
+        "first",
+        "second",
+        "statement",
+    )
+    own = command("encode", encode, "unit-length features of images, or of texts, as .npy", many="inputs")
+    add_max_tokens(own)
+    own.add_argument("-o", "--out", required=True, help="file to write, (N, E) float32")
+    own.add_argument("--texts", action="store_true", help="the inputs are texts, not image files")
+    return parser
+
+
+def _check_out(out: str, is_picture: bool) -> None:
+    """UserError, before anything is computed, where the result could not be written."""
+    if not Path(out).absolute().parent.is_dir():
+        raise UserError(f"-o {out}: there is no folder {Path(out).parent}; create it, or name another")
+    if is_picture:
+        check_picture_name(out)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
+    return int(text)
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    if not args.checkpoint:
+        raise UserError(f"no checkpoint: give --checkpoint FILE, or set {VARIABLE}")
+    if out := getattr(args, "out", None):
+        _check_out(out, is_picture=args.command != "encode")
+    model = load(args.checkpoint, args.device, args.dtype, args.config, args.text_encoder)
+    result = args.function(model, args)
+    print(json.dumps(result, allow_nan=False) if args.json else describe(result))

@@ -1,0 +1,127 @@
+"""Where a model looks for a text and for each of its words, and the boxes that follow.
+
+B pairs of image and text, T text tokens, (h, w) the image encoder's grid of patches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from simla.dataset.grounding import has_area
+from simla.dataset.text import tokenize
+from simla.evaluation.grounding import box_score, heat_box, resize_heat
+from simla.models.gradcam import grad_cam, itm_token_maps
+from simla.models.retrieval import SIMLARetrieval
+from simla.utils import UserError
+
+EVERYWHERE = 0.9  # of the image: a box that large says of no place that the model looks there
+
+
+@dataclass(frozen=True, eq=False)
+class Grounding:
+    """text: as far as the model reads it; heat (h, w): its map, not negative; words: (word, its map), in
+    order; height, width: of the image in pixels; box: [x, y, width, height] in pixels, round the largest
+    region that is hot, None where nothing is, or nearly everything (EVERYWHERE); ranked: (box, score) of the
+    proposals, best first.
+    """
+
+    text: str
+    heat: Tensor
+    words: list[tuple[str, Tensor]]
+    height: int
+    width: int
+    box: list[float] | None
+    ranked: list[tuple[list[float], float]]
+
+    def at_image_size(self, heat: Tensor | None = None) -> Tensor:
+        """A map (h, w), by default that of the whole text, over the image's pixels -> (height, width)"""
+        return resize_heat(self.heat if heat is None else heat, self.height, self.width)
+
+
+def text_words(tokenizer, text: str, num_tokens: int) -> tuple[str, list[tuple[str, list[int]]]]:
+    """The text as far as its first `num_tokens` tokens go, its words there, and the places of their tokens,
+    [CLS] being place 0.
+    """
+    encoded = tokenizer(text)
+    numbers = encoded.word_ids(0)
+    end = len(text) if len(numbers) == num_tokens else encoded.token_to_chars(num_tokens - 1).end
+    words: dict[int, list[int]] = {}
+    for place, number in enumerate(numbers[:num_tokens]):
+        if number is not None:
+            words.setdefault(number, []).append(place)
+    spans = [encoded.word_to_chars(number) for number in words]
+    pieces = [text[span.start : min(span.end, end)] for span in spans]
+    return text[:end], list(zip(pieces, words.values(), strict=True))
+
+
+def heat_maps(
+    model: SIMLARetrieval,
+    tokenizer,
+    mode: str,
+    block: int,
+    image: Tensor,
+    texts: Sequence[str],
+    max_tokens: int,
+) -> list[tuple[str, Tensor, list[tuple[str, Tensor]]]]:
+    """Every text as far as `max_tokens` go, its map and those of its words, each (h, w) on the CPU.
+
+    image (B, 3, R, R), B texts. itm: a word's map is what its tokens add to that of the text. itc, which has
+    one map for a whole text: the word's map is that of the word alone.
+    """
+    limit = model.text_encoder.config.max_position_embeddings
+    inputs = tokenize(tokenizer, texts, max_tokens, position_limit=limit)
+    text_ids, text_mask = (part.to(image.device) for part in inputs)
+    lengths = text_mask.sum(1).tolist()
+    read = [text_words(tokenizer, text, length) for text, length in zip(texts, lengths, strict=True)]
+    if mode == "itm":
+        grid = model.visual_encoder.patch_embed.grid_size
+        maps = itm_token_maps(model, block, image, text_ids, text_mask).unflatten(2, grid).float().cpu()
+        found = []
+        for row, length, (text, words) in zip(maps, lengths, read, strict=True):
+            by_word = [(word, row[places].sum(0) / length) for word, places in words]
+            found.append((text, row[:length].mean(0), by_word))
+        return found
+    wholes = grad_cam(model, mode, block, image, text_ids, text_mask).float().cpu()
+    found = []
+    for number, (text, words) in enumerate(read):
+        inputs = tokenize(tokenizer, [word for word, _ in words], position_limit=limit)
+        ids, mask = (part.to(image.device) for part in inputs)
+        rows = image[number : number + 1].expand(len(words), -1, -1, -1)
+        maps = grad_cam(model, mode, block, rows, ids, mask).float().cpu()
+        by_word = [(word, heat) for (word, _), heat in zip(words, maps, strict=True)]
+        found.append((text, wholes[number], by_word))
+    return found
+
+
+def check_boxes(boxes: object, name: str) -> list[list[float]]:
+    """Proposals as [x, y, width, height] each; UserError for what is none."""
+    try:
+        rows = [[float(value) for value in list(box)[:4]] for box in boxes]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{name} must be a list of [x, y, width, height] in pixels, found {boxes!r}"[:500]
+        ) from error
+    for row in rows:
+        if not has_area(row):
+            raise UserError(
+                f"{name}: {row} is no [x, y, width, height] in pixels with width and height above 0"
+            )
+    return rows
+
+
+def grounding(
+    text: str,
+    heat: Tensor,
+    words: list[tuple[str, Tensor]],
+    height: int,
+    width: int,
+    boxes: list[list[float]],
+) -> Grounding:
+    """Adds to the maps what they say of boxes, by the rules of Grounding.py."""
+    full = resize_heat(heat, height, width)
+    box = heat_box(full)
+    if box is not None and box[2] * box[3] >= EVERYWHERE * height * width:
+        box = None
+    ranked = sorted(((box, box_score(full, box)) for box in boxes), key=lambda pair: -pair[1])
+    return Grounding(text, heat, words, height, width, box, ranked)

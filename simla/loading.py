@@ -1,0 +1,223 @@
+"""From a checkpoint file to a model that answers: its kind, its config, its tokenizer."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simla.checkpoint.load import config_in, kind_of, load_weights, metadata_in, tokenizer_in, weights_in
+from simla.checkpoint.safe_load import safe_load
+from simla.checkpoint.tasks import LOADED_AS, TASKS
+from simla.checkpoint.tokenizer import tokenizer_from_text
+from simla.configs.reader import check_values, read_yaml
+from simla.configs.schema import CONTRAST, ENCODERS, Key
+from simla.dataset.text import build_tokenizer, check_vocabulary
+from simla.model import Simla
+from simla.models.bert import BertConfig
+from simla.utils import PRECISIONS, UserError, check_weight, log, own_surroundings, pick_device
+
+ROOT = Path(__file__).parent.parent  # relative paths of a config start here, where the scripts are run
+MAY_CHANGE = (
+    "image_res",
+    "k_test",
+    "batch_size_test",
+    "eos",
+    "num_beams",
+    "max_answer_tokens",
+    "text_encoder",
+)
+USED_KEYS = {*ENCODERS, *CONTRAST, "vit_mask_token", "decoder_layers", "batch_size_test", "k_test", "eos"}
+USED_KEYS |= {"num_beams", "max_answer_tokens"}
+
+
+def load(
+    checkpoint: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "fp32",
+    config: str | Path | Mapping | None = None,
+    text_encoder: str | None = None,
+) -> Simla:
+    """The model of a checkpoint of any task, ours or published, .pth or .safetensors, ready to be asked.
+
+    device: auto (a GPU where there is one), cpu, cuda or cuda:N; dtype: what the encoders compute in, fp32,
+    tf32, bf16 or fp16, or the torch dtype; config: a task's YAML file or mapping, for a file that holds none,
+    or to change how images are read or how many candidates there are, which is logged; text_encoder: hub name
+    or folder of the tokenizer, instead of the one in the file or, where there is none, the config's. Raises
+    UserError for a file that is damaged, no SIMLA checkpoint, of pretrain_nlvr, has weights that are not
+    finite, or does not fit its config, and where a given config builds the encoders otherwise than the
+    file's.
+
+    On a GPU every call also decides whether torch multiplies float32 in tf32, for the whole process.
+    """
+    precision = _precision(dtype)
+    chosen = pick_device(str(device))
+    with own_surroundings(chosen):
+        return _load(checkpoint, chosen, precision, config, text_encoder)
+
+
+def _load(
+    checkpoint: str | Path,
+    device: torch.device,
+    precision: str,
+    config: str | Path | Mapping | None,
+    text_encoder: str | None,
+) -> Simla:
+    source = str(checkpoint)
+    content = safe_load(checkpoint)
+    state = weights_in(content, source)
+    kind = kind_of(state, source, metadata_in(content))
+    if kind not in LOADED_AS:
+        raise UserError(
+            f"{source} is a {kind} checkpoint, half-way to NLVR2, which answers nothing itself; load what "
+            "NLVR.py made of it"
+        )
+    task = LOADED_AS[kind]
+    table, build = TASKS[task]
+    if config is None:
+        values, where = _stored_config(content, source)
+        values = fill_in_what_is_missing(values, table, state, kind, source)
+    else:
+        values, where = _given_config(config)
+    settings = model_config(values, table, where)
+    settings["text_encoder"] = text_encoder or settings["text_encoder"]
+    settings["vit_mask_token"] = kind != "pretrain" and "visual_encoder.mask_token" in state
+    if (stored := tokenizer_in(content)) and not text_encoder:
+        tokenizer = tokenizer_from_text(stored, source)
+    else:
+        tokenizer = build_tokenizer(settings["text_encoder"])
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        model = build(settings).float()  # torch's default dtype may be another
+        concepts = _concept_head(state, source) if kind == "pretrain" else None
+    check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
+    load_weights(model, checkpoint, task, None if config is None else settings)
+    if config is not None:
+        _say_changes(settings, content, table, source)
+    for name in model.twin_names:  # only training asks them
+        delattr(model, f"{name}_m")
+    return Simla(model, tokenizer, settings, kind, source, device, precision, concepts)
+
+
+def _say_changes(settings: dict, content: dict, table: dict[str, Key], source: str) -> None:
+    """Logs what a given config changes that a user may mean to: how much is read, shown and chosen."""
+    stored = config_in(content, source)
+    theirs = {name: _found(stored.get(name, table[name].default)) for name in MAY_CHANGE if name in table}
+    changed = {name: value for name, value in theirs.items() if stored and settings[name] != value}
+    if changed:
+        listed = ", ".join(f"{name} {settings[name]} instead of {value}" for name, value in changed.items())
+        log.warning(f"{source}: the config given changes {listed}")
+
+
+def _precision(dtype: str | torch.dtype) -> str:
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    name = names.get(dtype, dtype)
+    if name not in PRECISIONS:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(PRECISIONS)}, or the torch dtype")
+    return name
+
+
+def _stored_config(content: dict, source: str) -> tuple[dict, str]:
+    """The config in the checkpoint, and how to call it in messages."""
+    stored = config_in(content, source)
+    if not stored:
+        raise UserError(
+            f"{source} holds no config, which says how large the model is and how images are read; give that "
+            "of its training, config='configs/...yaml'"
+        )
+    return stored, f"in {source}"
+
+
+def fill_in_what_is_missing(
+    values: dict, table: dict[str, Key], state: Mapping[str, Tensor], kind: str, source: str
+) -> dict:
+    """The stored config; what it names of another machine, and this one lacks, is taken from the shapes of
+    the weights and the published sizes, and said.
+    """
+    values, default = {**values}, {name: table[name].default for name in ("bert_config", "text_encoder")}
+    path, name = (values.get(key, default[key]) for key in default)
+    if isinstance(path, str) and not Path(_found(path)).exists():
+        values["bert_config"] = sizes = text_encoder_sizes(state, kind, source, path)
+        log.warning(
+            f"{source}: bert_config {path} is not here; the text encoder has the sizes of its weights, "
+            f"{sizes['num_hidden_layers']} layers of width {sizes['hidden_size']}, with the published "
+            f"{sizes['num_attention_heads']} heads"
+        )
+    words = _text_encoder_shapes(state).get("embeddings.word_embeddings.weight", (0,))
+    is_gone = isinstance(name, str) and Path(name).is_absolute() and not Path(name).exists()
+    if is_gone and words[0] == BertConfig.vocab_size:
+        values["text_encoder"] = default["text_encoder"]
+        log.warning(f"{source}: text_encoder {name} is not here; {default['text_encoder']} is used")
+    return values
+
+
+def _text_encoder_shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Of the entries of the text encoder, by their names inside it."""
+    of_text = (name for name in state if name.startswith("text_encoder."))
+    return {name.removeprefix("text_encoder.").removeprefix("bert."): state[name].shape for name in of_text}
+
+
+def text_encoder_sizes(state: Mapping[str, Tensor], kind: str, source: str, path: str) -> dict:
+    """The sizes of the text encoder that the weights show, and of those that they do not, the published ones.
+
+    Raises UserError where the width is not the published one: the shapes do not say how many heads share it.
+    """
+    shapes, layer = _text_encoder_shapes(state), "encoder.layer.0"
+    num_layers = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layer.")})
+    try:
+        vocab_size, width = shapes["embeddings.word_embeddings.weight"]
+        shown = {
+            "vocab_size": vocab_size,
+            "hidden_size": width,
+            # Two images are read by an encoder that has the layers of the upper half twice.
+            "num_hidden_layers": num_layers * 2 // 3 if kind == "nlvr" else num_layers,
+            "intermediate_size": shapes[f"{layer}.intermediate.dense.weight"][0],
+            "max_position_embeddings": shapes["embeddings.position_embeddings.weight"][0],
+            "encoder_width": shapes[f"{layer}.crossattention.self.key.weight"][1],
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{source} has no text encoder of SIMLA's: {error} is missing") from error
+    if width != BertConfig.hidden_size:
+        raise UserError(
+            f"{source}: bert_config {path} cannot be read, and the weights, {width} wide, do not say how "
+            "many attention heads share that width; put the file there, or give config='...yaml' that has it"
+        )
+    return {**asdict(BertConfig()), **shown}
+
+
+def _given_config(config: str | Path | Mapping) -> tuple[dict, str]:
+    if isinstance(config, Mapping):
+        return dict(config), "given"
+    return read_yaml(config), str(config)
+
+
+def model_config(values: dict, table: dict[str, Key], where: str) -> dict:
+    """What model and scoring need of a task's config, checked, defaults filled in; training, data, and keys
+    that other versions have, are passed over. Raises UserError for what is missing or of a wrong type.
+    """
+    used = {name: key for name, key in table.items() if name in USED_KEYS}
+    known = {name: value for name, value in values.items() if name in used}
+    released = {"released_code": table["released_code"]}  # changes no score: the paper's, whatever is stored
+    config = check_values(known, used | released, where)
+    for name in ("bert_config", "text_encoder"):
+        config[name] = _found(config[name])
+    return config
+
+
+def _found(path: str | dict) -> str | dict:
+    """A relative path as it is, or, where nothing is there, from the folder of the scripts."""
+    if isinstance(path, str) and not Path(path).exists() and (ROOT / path).exists():
+        return str(ROOT / path)
+    return path
+
+
+def _concept_head(state: Mapping[str, Tensor], source: str) -> nn.Linear | None:
+    """The head that names an image's keywords, where the file has it."""
+    if "concept_head.weight" not in state:
+        return None
+    vocab_size, embed_dim = state["concept_head.weight"].shape
+    head = nn.Linear(embed_dim, vocab_size, dtype=torch.float32)
+    for name in ("weight", "bias"):
+        check_weight(state[f"concept_head.{name}"], f"concept_head.{name}", source)
+    head.load_state_dict({name: state[f"concept_head.{name}"] for name in ("weight", "bias")})
+    return head

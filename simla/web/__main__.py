@@ -1,0 +1,187 @@
+"""A web page on which people ask trained checkpoints about their own images.
+
+python -m simla.web --checkpoint output/demo/checkpoint_04.pth
+python -m simla.web --checkpoint retrieval.pth vqa.pth nlvr.pth --images photos/ --index photos.index
+
+Only this machine sees it, at http://127.0.0.1:7860, unless --host says otherwise.
+"""
+
+if __name__ == "__main__":
+    from simla.engine.before_imports import prepare
+
+    prepare()
+
+import argparse
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from simla.engine.launch import run_script
+from simla.index import Index
+from simla.loading import ROOT, load
+from simla.model import MAX_TEXT_TOKENS, Simla, kept_index
+from simla.utils import UserError, log
+
+LOCAL = "127.0.0.1"
+DEMO = ROOT / "data" / "demo"
+
+
+def load_models(args: argparse.Namespace) -> dict[str, Simla]:
+    """kind -> model. UserError for two checkpoints of a kind, of which the page could ask one."""
+    configs = args.config or [None] * len(args.checkpoint)
+    if len(configs) != len(args.checkpoint):
+        raise UserError(
+            f"{len(configs)} --config for {len(args.checkpoint)} --checkpoint: give one for each, or none"
+        )
+    models = {}
+    for file, config in zip(args.checkpoint, configs, strict=True):
+        log.info(f"loading {file}")
+        model = load(file, args.device, args.dtype, config, args.text_encoder)
+        if other := models.get(model.kind):
+            raise UserError(
+                f"{other.source} and {file} are both {model.kind} checkpoints; leave one of them out"
+            )
+        models[model.kind] = model
+    return models
+
+
+def searched_images(
+    model: Simla | None, images: str | Path | None, folder: str | None, default: Path
+) -> Index | None:
+    """The images of the search tab: those of --images, or of the default where it exists."""
+    if model is None and (images or folder):
+        raise UserError("--images and --index need a checkpoint of Pretrain.py or Retrieval.py, which search")
+    if folder and not images:
+        raise UserError("--index keeps what is computed of --images, which is missing")
+    if images is None and default.is_dir() and any(default.iterdir()):
+        images = default
+    if model is None or images is None:
+        return None
+    return kept_index(model, images, folder) if folder else model.index(images)
+
+
+def serve(page, examples: dict[str, list[list]], host: str, port: int) -> None:
+    """Starts the page in threads of this process. UserError where the address cannot be used."""
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    from simla.web.uploads import MAX_UPLOAD, FetchNothing
+
+    cells = [cell for rows in examples.values() for row in rows for cell in row]
+    name = f"[{host}]" if ":" in host else host  # as Gradio writes addresses of IPv6
+    # Gradio asks the page whether it is up, which a proxy could not tell.
+    around = ",".join(
+        filter(None, [os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), LOCAL, "localhost"])
+    )
+    os.environ["no_proxy"] = f"{around},{host}"
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass  # Gradio would not say why it cannot listen
+        page.launch(
+            server_name=name,
+            server_port=port,
+            max_file_size=MAX_UPLOAD,
+            allowed_paths=[cell for cell in cells if Path(cell).is_absolute()],  # and nothing else
+            theme=gr.themes.Default(
+                font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+            ),
+            app_kwargs={"middleware": [Middleware(FetchNothing)]},
+            footer_links=["api", "gradio"],
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        cause = error.strerror or error
+        raise UserError(
+            f"port {port} of {host} cannot be used ({cause}); choose another --port or --host"
+        ) from error
+
+
+def port_number(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def token_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a number from 2 on, got {text!r}")
+    return int(text)
+
+
+def is_local(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("app.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--checkpoint", nargs="+", action="extend", required=True, help="files of any tasks, one of each kind"
+    )
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        help="a YAML file for each checkpoint, where they hold no config",
+    )
+    parser.add_argument(
+        "--images", help="folder that the search tab looks through (default: the demo's test scenes)"
+    )
+    parser.add_argument("--index", help="folder that keeps what was computed of --images; made when missing")
+    parser.add_argument(
+        "--demo_data", default=DEMO, help="the demo's data set, for examples (default: data/demo)"
+    )
+    parser.add_argument(
+        "--host", default=LOCAL, help="address to listen on; 0.0.0.0: all (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=port_number, default=7860, help="(default: %(default)s)")
+    parser.add_argument(
+        "--max_tokens",
+        type=token_count,
+        default=MAX_TEXT_TOKENS,
+        help="tokens of a description that are read, and at most 30 words (default: %(default)s)",
+    )
+    parser.add_argument("--text_encoder", help="tokenizer: hub name or folder; replaces the configs'")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--dtype", default="fp32", help="fp32, tf32, bf16 or fp16 (default: %(default)s)")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    log.setLevel(logging.INFO)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise UserError("the web page needs Gradio: pip install -r requirements-app.txt") from error
+    from simla.web.page import build_page, demo_examples, describing
+
+    models = load_models(args)
+    scenes = Path(args.demo_data, "images", "test")
+    index = searched_images(describing(models), args.images, args.index, scenes)
+    examples = demo_examples(Path(args.demo_data))
+    if not is_local(args.host):
+        log.warning(f"--host {args.host}: whoever reaches this machine can use the page, without a password")
+    # For uploads; Gradio's own folder is shared by all its pages and all users of the machine.
+    with tempfile.TemporaryDirectory(prefix="simla_page_", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = build_page(models, index, examples, args.max_tokens)
+        serve(page, examples, args.host, args.port)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        log.info(f"open {page.local_url} in a browser; Ctrl-C ends the page")
+        page.block_thread()
+
+
+if __name__ == "__main__":
+    run_script(main)
