@@ -92,7 +92,8 @@ def main(args: argparse.Namespace, config: dict) -> dict:
         if f"{split}_consistency" not in scores:
             log.info(
                 f"{config[f'{split}_file']}: no consistency, and no file of predictions; for them every "
-                "entry needs an 'identifier' of its own like dev-850-0-0: python -m simla.dataset.prepare nlvr2"
+                "entry needs an 'identifier' of its own like dev-850-0-0: python -m simla.dataset.prepare "
+                "nlvr2"
             )
     return scores
 

@@ -4,7 +4,6 @@ Every helper works without a process group, as one process of one.
 """
 
 import contextlib
-import datetime
 import errno
 import json
 import logging
@@ -23,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -388,7 +387,7 @@ def with_progress(
         yield item
         if done % log_steps == 0 or done == total:
             seconds = (time.monotonic() - begin) / (done - num_done)
-            eta = datetime.timedelta(seconds=int(seconds * (total - done)))
+            eta = timedelta(seconds=int(seconds * (total - done)))
             memory = (
                 f"  max mem {torch.cuda.max_memory_allocated() >> 20} MiB"
                 if torch.cuda.is_available()
@@ -493,7 +492,7 @@ def code_revision() -> str:
     """The git revision of this code, "-dirty" where files differ from it; "unknown" outside a clone."""
     try:
         command = ["git", "describe", "--always", "--dirty"]
-        where = Path(__file__).parent
+        where = Path(__file__).resolve().parent
         done = subprocess.run(command, cwd=where, capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -541,6 +540,6 @@ def make_output_folder(folder: str | Path, flag: str = "--output_dir") -> Path:
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the scheduler's, Ctrl-C, SLURM's --signal=USR1@120
 
 
-def _numbers(names: tuple[str, ...]) -> list[int]:
-    """Of the signals that this system has."""
+def signal_numbers(names: tuple[str, ...]) -> list[int]:
+    """Return the numbers of those signals that this system has."""
     return [getattr(signal, name) for name in names if hasattr(signal, name)]

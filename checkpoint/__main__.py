@@ -1,4 +1,12 @@
-"""`python -m simla.checkpoint export` and `inspect`: weights alone as safetensors; what a checkpoint file holds."""
+"""Writes weights alone as safetensors; says what a checkpoint file holds.
+
+python -m simla.checkpoint export | inspect
+"""
+
+if __name__ == "__main__":
+    from simla.engine.before_imports import prepare
+
+    prepare()
 
 import argparse
 import io
@@ -21,6 +29,7 @@ from simla.checkpoint.save import check_undamaged
 from simla.checkpoint.tasks import TASKS
 from simla.checkpoint.tokenizer import tokenizer_from_text
 from simla.configs.reader import add_overrides, read_config, task_name
+from simla.engine.launch import run_script
 from simla.utils import UserError, atomic_write, check_weight, code_revision
 
 FORMAT = "1"
@@ -209,7 +218,9 @@ def inspect(path: str, task: str | None = None, config: str = "", overrides: lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="checkpoint.py", description="Export or inspect a checkpoint file.")
+    parser = argparse.ArgumentParser(
+        prog="python -m simla.checkpoint", description="Export or inspect a checkpoint file."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="weights alone, as safetensors")
     out.add_argument("source", help=".pth file, of this code or published")
@@ -244,3 +255,7 @@ def main() -> None:
         for name, value in weights_in(content, args.file).items():
             check_weight(value, name, args.file)
         print("all checksums match, all weights are finite")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from simla.checkpoint.load import weights_in
 from simla.checkpoint.safe_load import Inert, safe_load
 from simla.models.dvae import DalleEncoder, KMeansCodebook
-from simla.utils import UserError, check_weight, hub_answer
+from simla.utils import UserError, atomic_write, check_weight, hub_answer
 
 DALLE_URL = "https://cdn.openai.com/dall-e/encoder.pkl"
 
@@ -88,12 +89,32 @@ def load_flava(name_or_folder: str | Path = FLAVA_NAME) -> DalleEncoder:
     return _dalle_from_state(codebook.state_dict(), str(name_or_folder))
 
 
+def save_codebook(codebook: KMeansCodebook, path: str | Path) -> None:
+    """Raises UserError when the file cannot be written or is not named .safetensors."""
+    if Path(path).suffix != ".safetensors":
+        raise UserError(f"image_tokenizer.path: name the k-means codebook .safetensors, not {path}")
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save({"centres": codebook.centres.cpu().contiguous()}))
+
+
+def load_codebook(path: str | Path) -> KMeansCodebook:
+    """Return the codebook of a file that `save_codebook` wrote. Raises UserError for any other."""
+    content = safe_load(path)
+    centres = content["model"].get("centres") if Path(path).suffix == ".safetensors" else None
+    if centres is None or centres.ndim != 2:
+        raise UserError(f"{path} is not a k-means codebook; fit it again under another name")
+    check_weight(centres, "centres", str(path))
+    codebook = KMeansCodebook(len(centres), patch=round((centres.shape[1] / 3) ** 0.5))
+    codebook.centres.copy_(centres)
+    return codebook
+
+
 def fit_kmeans_codebook(
     path: str | Path, code_views: Iterable[Tensor], vocab_size: int, **fit_options: int
 ) -> KMeansCodebook:
     """Fits a codebook on the views and saves it as `path` (.safetensors); options: `KMeansCodebook.fit`."""
     codebook = KMeansCodebook(vocab_size).fit(code_views, **fit_options)
-    codebook.save(path)
+    save_codebook(codebook, path)
     return codebook
 
 
@@ -116,7 +137,7 @@ def build_image_tokenizer(config: dict) -> DalleEncoder | KMeansCodebook:
     elif kind == "kmeans":
         if not path or not Path(path).is_file():
             raise UserError(f"image_tokenizer.path: no k-means codebook {path}; pre-training fits it")
-        tokenizer = KMeansCodebook.load(path)
+        tokenizer = load_codebook(path)
     else:
         raise UserError(f"image_tokenizer.kind is dalle, flava or kmeans, not {kind!r}")
     if config.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:

@@ -1,14 +1,10 @@
-"""Checkpoints: reading published weights into any task's model, resuming; `saving` writes them.
+"""Published and own weights into any task's model; `save` writes checkpoints, `resume` goes on from one.
 
 A checkpoint is a plain dict {model, optimizer, lr_scheduler, config, epoch}; `model` has the published names.
-Which name of the file fills which name of the model is data: `ROWS`, one row per task and kind of checkpoint.
+Which name of the file fills which name of the model is data: `ROWS` in key_maps.py, one row per task and kind
+of checkpoint.
 Loading is strict with an account: what a row does not expect to be missing or left over stops the run.
 """
-
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
 
 import json
 import math
@@ -34,9 +30,6 @@ POSITION_IDS = "embeddings.position_ids"  # constants, which some versions of tr
 # Of how the encoders are built, what changes their output; the shapes of the weights show little of it.
 UNSEEN_OF_VIT = ("num_heads", "norm_eps", "patch_size", "qkv_bias")
 UNSEEN_OF_BERT = ("num_attention_heads", "layer_norm_eps", "pad_token_id")
-
-
-# ---- the tables ----
 
 
 # ---- loading ----
@@ -260,7 +253,7 @@ def check_same_build(config: Mapping, stored: Mapping, source: str) -> None:
     stored_vit = stored_vit if isinstance(stored_vit, dict) else {}
     sizes = sizes if isinstance(sizes, str | dict) else BERT_CONFIG
     theirs = {f"vit.{name}": stored_vit.get(name, value) for name, value in vit.items()}
-    beside_us = Path(__file__).parent / sizes if isinstance(sizes, str) else sizes
+    beside_us = Path(__file__).resolve().parents[1] / sizes if isinstance(sizes, str) else sizes
     if isinstance(sizes, str) and not Path(sizes).exists() and beside_us.exists():
         sizes = str(beside_us)
     if isinstance(sizes, str) and not Path(sizes).exists():
@@ -290,13 +283,3 @@ def load_weights(model: nn.Module, path: str | Path, task: str, config: Mapping 
     tensors, report = map_state(state, shapes_of(model), task, str(path), metadata_in(content))
     _copy_into(model, tensors, report)
     return report
-
-
-# ---- resuming ----
-
-
-if __name__ == "__main__":
-    from simla.checkpoint.__main__ import main
-    from simla.engine.launch import run_script
-
-    run_script(main)

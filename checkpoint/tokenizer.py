@@ -6,7 +6,6 @@ from simla.utils import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from simla.dataset.text import SPECIAL_TOKENS
 
 
 def tokenizer_text(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -25,7 +24,7 @@ def tokenizer_from_text(text: str, source: str) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"{source}: its tokenizer is damaged ({error}); name one, text_encoder=..."
         ) from error
-    names = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    tokenizer.model_max_length = int(1e9)  # as above
+    tokenizer.model_max_length = int(1e9)  # texts are cut by us, not by a warning of the library
     return tokenizer

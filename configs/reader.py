@@ -1,12 +1,4 @@
-"""Every key of a config, with its range and default; the reader, from YAML and overrides to a checked dict.
-
-`python -m simla.configs` prints the keys for the README.
-"""
-
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
+"""From a YAML file and overrides to a checked dict; the keys are in schema.py."""
 
 import argparse
 import copy
@@ -34,16 +26,10 @@ from simla.configs.schema import (
     Table,
     flat,
     is_finite,
-    reference,
     scripts_of,
 )
 from simla.models.bert import BertConfig
 from simla.utils import UserError, fill_in, is_url
-
-# ======== the keys ========
-
-
-# ======== the reader ========
 
 PUBLISHED = {  # keys of published configs: what they are called here; none: no script of the task reads them
     "batch_size": ("batch_size_train", "batch_size_test"),
@@ -477,9 +463,3 @@ def _notes_on_rates(config: dict, files: dict[str, str]) -> Iterator[str]:
         yield f"schedular.min_lr {schedule['min_lr']} {rises} rate will rise"
     if schedule["warmup_epochs"] and schedule["warmup_lr"] > rate:
         yield f"schedular.warmup_lr {schedule['warmup_lr']} {rises} warm-up goes down"
-
-
-if __name__ == "__main__":
-    from simla.engine.launch import run_script
-
-    run_script(lambda: print(reference()))

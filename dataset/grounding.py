@@ -13,7 +13,6 @@ from simla.dataset.readers.plain_pickle import read_plain_pickle
 from simla.dataset.readers.tables import by_id, checked, look_up
 from simla.dataset.retrieval import WithIdentities
 from simla.dataset.transforms import BadImage, image_size
-from simla.evaluation.grounding import Box
 from simla.utils import UserError
 
 FIELDS = {"image": TEXT, "text": TEXT}
@@ -234,6 +233,6 @@ def _is_number(value: object) -> bool:
 MAX_PIXEL, MIN_SIDE = 1e9, 1e-9  # of a box: within them its area is neither infinite nor 0
 
 
-def has_area(box: Box) -> bool:
+def has_area(box: list[float]) -> bool:
     """Whether the numbers are [x, y, width, height, ...] in pixels with width and height above 0."""
     return len(box) >= 4 and all(abs(side) <= MAX_PIXEL for side in box[:4]) and min(box[2:4]) >= MIN_SIDE

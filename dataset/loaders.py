@@ -22,8 +22,8 @@ from simla.dataset.transforms import normalise, unit_range
 from simla.utils import (
     STOP_SIGNALS,
     UserError,
-    _numbers,
     rank,
+    signal_numbers,
     world_size,
 )
 
@@ -249,7 +249,7 @@ def start_helper_process() -> None:
     """For a loader's worker: Ctrl-C and schedulers signal every process, but the main one decides what
     follows; and it must not outlive a killed one, whose connections to other ranks it holds open too.
     """
-    for number in _numbers(STOP_SIGNALS):
+    for number in signal_numbers(STOP_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,12 +1,4 @@
-"""Questions about images, with what several people answered: training, evaluation, the list of answers.
-
-python -m simla.dataset.prepare answers --train data/vqa_train.json data/vqa_val.json --out data/answer_list.json
-"""
-
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
+"""Questions about images, with what several people answered: training, evaluation, the list of answers."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -21,11 +13,9 @@ from torch import Tensor
 
 from simla.dataset.items import Collate, EvalItems, finetune_items, leave_out_unreadable
 from simla.dataset.loaders import train_loader
-from simla.dataset.prepare.answers import main
 from simla.dataset.readers.annotations import NUMBER_OR_TEXT, TEXT, TEXTS, Mapped, item_of, read_annotations
 from simla.dataset.readers.json_list import read_json
 from simla.dataset.text import clean_question, tokenize
-from simla.engine.launch import run_script
 from simla.evaluation.vqa import most_common_answer, normalize_answer
 from simla.utils import UserError, log, printable, true_indices
 
@@ -236,7 +226,3 @@ def covered_share(listed: Iterable[str], annotations: Sequence[Sequence[str]]) -
     """Of the questions, how many have their most common answer in the list, 0 to 1."""
     known = set(map(normalize_answer, listed))
     return sum(most_common_answer(given) in known for given in annotations) / len(annotations)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,4 +1,12 @@
-"""The words that PSL's momentum encoder attends to in captions, as a picture."""
+"""The words that PSL's momentum encoder attends to in captions, as a picture.
+
+python -m simla.demo.keywords output/demo/checkpoint_04.pth -o keywords.png
+"""
+
+if __name__ == "__main__":
+    from simla.engine.before_imports import prepare
+
+    prepare()
 
 import argparse
 from collections.abc import Sequence
@@ -8,6 +16,7 @@ import torch
 from torch import Tensor
 
 from simla.dataset.loaders import stop_at_unreadable
+from simla.engine.launch import run_script
 from simla.utils import import_pyplot, save_figure
 
 
@@ -98,13 +107,11 @@ def draw_keywords(checkpoint: str | Path, config: dict, entries: Sequence[dict],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
-    keywords = commands.add_parser("keywords", help="what PSL's momentum encoder attends to in captions")
-    keywords.add_argument("checkpoint", help="of Pretrain.py")
-    keywords.add_argument("--config", help="default: config.yaml beside the checkpoint")
-    keywords.add_argument("--file", help="annotation file; default: the config's train_file")
-    keywords.add_argument("--num", type=int, default=4, help="pairs, evenly spread (default: %(default)s)")
-    keywords.add_argument("-o", "--out", default="keywords.png")
+    parser.add_argument("checkpoint", help="of Pretrain.py")
+    parser.add_argument("--config", help="default: config.yaml beside the checkpoint")
+    parser.add_argument("--file", help="annotation file; default: the config's train_file")
+    parser.add_argument("--num", type=int, default=4, help="pairs, evenly spread (default: %(default)s)")
+    parser.add_argument("-o", "--out", default="keywords.png")
     args = parser.parse_args()
     from simla.configs.reader import read_config
     from simla.configs.schema import PRETRAIN
@@ -114,3 +121,7 @@ def main() -> None:
     pairs = read_pairs(args.file or config["train_file"])
     num = min(args.num, len(pairs))
     draw_keywords(args.checkpoint, config, [pairs[i * len(pairs) // num] for i in range(num)], args.out)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -30,11 +30,3 @@ def imported() -> None:
     """Make Ctrl-C a KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def simla() -> None:
-    """The installed command `simla`."""
-    prepare()
-    from simla import run
-
-    run()

@@ -1,6 +1,6 @@
 """Curves of training runs: losses beside their chance levels, learning rate, scores after every epoch.
 
-python -m simla.engine.curves output/A output/B -o curves.png    several output folders of one task are overlaid
+python -m simla.engine.curves output/A output/B -o curves.png    overlays runs of one task
 """
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from simla.checkpoint.save import Saver
 from simla.engine.run_record import RunRecord
-from simla.utils import STOP_SIGNALS, _numbers
+from simla.utils import STOP_SIGNALS, signal_numbers
 
 RESUMABLE = 75  # exit code of a run that was told to stop and can go on: EX_TEMPFAIL of sysexits.h
 
@@ -17,7 +17,7 @@ RESUMABLE = 75  # exit code of a run that was told to stop and can go on: EX_TEM
 def end_process(code: int, status: str, message: str = "") -> NoReturn:
     """Ends this process at once, when what is being written is on the disk and run.json says how it ended."""
     if threading.current_thread() is threading.main_thread():
-        for number in _numbers(STOP_SIGNALS):  # one that comes now would only cut this short
+        for number in signal_numbers(STOP_SIGNALS):  # one that comes now would only cut this short
             signal.signal(number, signal.SIG_IGN)
     Saver.wait()
     if RunRecord.current:

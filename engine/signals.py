@@ -15,7 +15,7 @@ from functools import cache
 
 from simla.engine.exit import end_stopped
 from simla.engine.peers import stop_others
-from simla.utils import STOP_SIGNALS, _numbers
+from simla.utils import STOP_SIGNALS, signal_numbers
 
 
 class Stopped(Exception):
@@ -50,7 +50,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self.previous, self.process, self.watcher = {}, os.getpid(), None
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            for number in _numbers(self.names):
+            for number in signal_numbers(self.names):
                 self.previous[number] = signal.signal(number, self._handle)
             _leave_out_children()
             self.arrivals, self.wakeup = socket.socketpair()
@@ -110,7 +110,9 @@ class StopSignals:
                 break
             if 0 in numbers:
                 return
-            names = [signal.Signals(number).name for number in numbers if number in _numbers(STOP_SIGNALS)]
+            names = [
+                signal.Signals(number).name for number in numbers if number in signal_numbers(STOP_SIGNALS)
+            ]
             if names and not first:
                 first, since = names[0], time.monotonic()
             elif names and time.monotonic() - since > self.REPEATED_AFTER:
@@ -125,9 +127,3 @@ class StopSignals:
 def _leave_out_children() -> None:
     """What a forked process is told, as a pool's when it ends, does not count as a signal to this one."""
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-
-
-# ---- several processes ----
-
-
-# ---- losses that are not finite ----

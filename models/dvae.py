@@ -12,15 +12,12 @@ Shapes: B batch, R resolution, V vocabulary, K centres, P values of a patch (3 *
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simla.checkpoint.safe_load import safe_load
-from simla.utils import UserError, atomic_write, check_weight
+from simla.utils import UserError
 
 STRIDE = 8  # pixels of a code view for each code, along one side
 
@@ -164,24 +161,3 @@ class KMeansCodebook(nn.Module):
             centres = sums / counts.clamp(min=1)[:, None]
         self.centres.copy_(centres)
         return self
-
-    def save(self, path: str | Path) -> None:
-        """Raises UserError when the file cannot be written or is not named .safetensors."""
-        if Path(path).suffix != ".safetensors":
-            raise UserError(f"image_tokenizer.path: name the k-means codebook .safetensors, not {path}")
-        with atomic_write(path) as file:
-            file.write(safetensors.torch.save({"centres": self.centres.cpu().contiguous()}))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "KMeansCodebook":
-        content = safe_load(path)
-        centres = content["model"].get("centres") if Path(path).suffix == ".safetensors" else None
-        if centres is None or centres.ndim != 2:
-            raise UserError(f"{path} is not a k-means codebook; fit it again under another name")
-        check_weight(centres, "centres", str(path))
-        codebook = cls(len(centres), patch=round((centres.shape[1] / 3) ** 0.5))
-        codebook.centres.copy_(centres)
-        return codebook
-
-
-# ---- by config ----

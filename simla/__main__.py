@@ -1,5 +1,10 @@
 """The command `simla`: every method of `Simla` on files, for people or, with --json, for other programs."""
 
+if __name__ == "__main__":
+    from simla.engine.before_imports import prepare
+
+    prepare()
+
 import argparse
 import json
 import logging
@@ -9,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from simla.engine.before_imports import prepare
+from simla.engine.launch import run_script
 from simla.evaluation.grounding import choose_box
 from simla.folders import describe as describe_passed_over
 from simla.index import Index
@@ -307,3 +314,13 @@ def main() -> None:
     model = load(args.checkpoint, args.device, args.dtype, args.config, args.text_encoder)
     result = args.function(model, args)
     print(json.dumps(result, allow_nan=False) if args.json else describe(result))
+
+
+def run() -> None:
+    """Run the command `simla` as it is installed."""
+    prepare()
+    run_script(main)
+
+
+if __name__ == "__main__":
+    run_script(main)

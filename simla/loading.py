@@ -18,7 +18,7 @@ from simla.model import Simla
 from simla.models.bert import BertConfig
 from simla.utils import PRECISIONS, UserError, check_weight, log, own_surroundings, pick_device
 
-ROOT = Path(__file__).parent.parent  # relative paths of a config start here, where the scripts are run
+ROOT = Path(__file__).resolve().parents[1]  # relative paths of a config start here, where the scripts are run
 MAY_CHANGE = (
     "image_res",
     "k_test",

@@ -1,12 +1,4 @@
-"""Pictures of results: retrieved images, heat maps, answers, keywords (curves of a run: curves.py).
-
-python -m simla.demo.keywords output/demo/checkpoint_04.pth -o keywords.png
-"""
-
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
+"""Pictures of results: retrieved images, heat maps, answers."""
 
 import math
 from pathlib import Path
@@ -15,8 +7,6 @@ from typing import BinaryIO
 from PIL import Image
 from torch import Tensor
 
-from simla.demo.keywords import main
-from simla.engine.launch import run_script
 from simla.evaluation.grounding import Box, resize_heat
 from simla.utils import import_pyplot, save_figure
 
@@ -209,7 +199,3 @@ def plot_answers(
     figure.tight_layout()
     save_figure(figure, out, 110)
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -341,5 +341,5 @@ def test_the_package_has_every_module_and_says_where_the_command_is():
         folder for folder in folders if folder.parts[0] not in ("tests", "benchmarks", "docs", ".venv")
     }
     assert listed["packages"] == sorted(".".join(folder.parts) for folder in folders)
-    assert project["project"]["scripts"] == {"simla": "before_imports:simla"} and callable(simla.run)
+    assert project["project"]["scripts"] == {"simla": "simla.__main__:run"}
     assert listed["dynamic"]["dependencies"] == {"file": "requirements.txt"}

@@ -86,13 +86,14 @@ def hear_ctrl_c() -> None:
 
 
 class Site:
-    """A running app.py. variables: of its environment, besides ours."""
+    """A running web page. variables: of its environment, besides ours."""
 
     def __init__(self, *flags: str, **variables: str):
         self.port, self.lines = free_port(), []
         command = [
             sys.executable,
-            ROOT / "app.py",
+            "-m",
+            "simla.web",
             "--port",
             str(self.port),
             "--device",
@@ -489,7 +490,7 @@ def test_nothing_is_fetched(site):
         assert "githubusercontent" not in json.dumps(json.load(answer))
 
 
-@pytest.mark.parametrize("file", ["/etc/passwd", ROOT / "app.py", "checkpoint"])
+@pytest.mark.parametrize("file", ["/etc/passwd", ROOT / "utils.py", "checkpoint"])
 def test_files_of_the_machine_stay_there(site, tiny, file):
     file = tiny.checkpoints["pretrain"] if file == "checkpoint" else file
     with pytest.raises(urllib.error.HTTPError, match="403"):
@@ -583,13 +584,13 @@ def test_the_retrieval_model_describes_before_the_pre_trained_one(models):
 )
 def test_flags_that_do_not_fit(tiny, monkeypatch, tmp_path, flags, message):
     words = [str(tiny.checkpoints.get(word, word)) for word in flags]
-    monkeypatch.setattr(sys, "argv", ["app.py", "--demo_data", str(tmp_path), "--checkpoint", *words])
+    monkeypatch.setattr(sys, "argv", ["simla.web", "--demo_data", str(tmp_path), "--checkpoint", *words])
     with pytest.raises(UserError, match=re.escape(message)):
         app.main()
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["app.py", "--checkpoint", "x.pth"])
+    monkeypatch.setattr(sys, "argv", ["simla.web", "--checkpoint", "x.pth"])
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"pip install -r requirements-app\.txt"):
         app.main()

@@ -18,6 +18,7 @@ import Pretrain
 import Pretrain_NLVR
 import Retrieval
 import zero_shot_retrieval
+from simla.checkpoint.image_tokenizers import save_codebook
 from simla.configs.reader import read_config
 from simla.configs.schema import PRETRAIN, TASKS
 from simla.dataset.loaders import train_loader
@@ -225,7 +226,7 @@ def test_nothing_readable_at_all_stops_with_a_file_name(monkeypatch, tiny, tmp_p
     flags += [f"train_file={tmp_path}/train.json", f"image_tokenizer.path={codebook}"]
     message = fails(monkeypatch, Pretrain, *flags)
     assert "none of the first 2000 training images could be read" in message and "bad7.jpg" in message
-    KMeansCodebook(16).save(codebook)  # with a codebook it is the training loop that notices
+    save_codebook(KMeansCodebook(16), codebook)  # with a codebook it is the training loop that notices
     message = fails(monkeypatch, Pretrain, *flags)
     assert "images drawn in a row could not be read" in message and "bad" in message
 
@@ -267,7 +268,7 @@ def test_a_verdict_needs_a_number_of_images():
 def test_too_many_bad_images_stop_the_run(monkeypatch, tiny, tmp_path):
     loader_with_bad_images(tiny, tmp_path, num_good=6, num_bad=6)
     codebook = tmp_path / "codebook.safetensors"
-    KMeansCodebook(16).save(codebook)
+    save_codebook(KMeansCodebook(16), codebook)
     flags = ["--config", tiny["Pretrain"], "--output_dir", tmp_path / "out", "--overrides"]
     flags += [f"train_file={tmp_path}/train.json", f"image_tokenizer.path={codebook}"]
     monkeypatch.setattr(BadImages, "CHECK_AFTER", 8)
@@ -295,7 +296,7 @@ def test_what_shards_hold_beside_samples_is_in_the_account_of_an_epoch(tiny, tmp
             member = tarfile.TarInfo(name)
             member.size = len(content) if name.endswith("jpg") else 3
             tar.addfile(member, io.BytesIO(content if name.endswith("jpg") else b"dog"))
-    KMeansCodebook(16).save(tmp_path / "codebook.safetensors")
+    save_codebook(KMeansCodebook(16), tmp_path / "codebook.safetensors")
     args = script_arguments("x", "", str(tmp_path / "out")).parse_args(["--device", "cpu"])
     values = [
         f"train_file={how.format(file)}",

@@ -327,7 +327,7 @@ def test_the_commands_end_with_one_sentence(tmp_path, monkeypatch, capsys):
     source = checkpoint_of("ve", tmp_path)
 
     def command(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["checkpoint.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["simla.checkpoint", *map(str, arguments)])
         checkpoint_tools.main()
 
     command("export", source, tmp_path / "out.safetensors", "--inference")
@@ -350,7 +350,7 @@ def test_the_commands_end_with_one_sentence(tmp_path, monkeypatch, capsys):
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
     source.write_bytes(content)
-    done = warm.run([sys.executable, "checkpoint.py", "inspect", source, "--check"], cwd=ROOT)
+    done = warm.run([sys.executable, "-m", "simla.checkpoint", "inspect", source, "--check"], cwd=ROOT)
     assert done.returncode == 1 and "ve.pth is damaged" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -380,7 +380,7 @@ def test_a_second_overrides_adds_to_the_first_in_every_parser(monkeypatch):
     found = []
     monkeypatch.setattr(checkpoint_tools, "inspect", lambda *arguments: found.append(arguments[-1]))
     monkeypatch.setattr(
-        sys, "argv", ["checkpoint.py", "inspect", "x", "--task", "VE.py", "--config", "c", *flags]
+        sys, "argv", ["simla.checkpoint", "inspect", "x", "--task", "VE.py", "--config", "c", *flags]
     )
     checkpoint_tools.main()
     monkeypatch.setattr(

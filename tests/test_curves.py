@@ -143,7 +143,7 @@ def test_the_log_of_every_task(name, tmp_path, monkeypatch):
     assert {name for names in titles.values() for name in names} == {*scores} - {"val_confusion"}
     if name in ("NLVR", "VE"):
         assert titles == {"acc": ["val_acc", "test_acc"]}
-    monkeypatch.setattr(sys, "argv", ["curves.py", str(folder), "-o", str(tmp_path / "c.png")])
+    monkeypatch.setattr(sys, "argv", ["simla.engine.curves", str(folder), "-o", str(tmp_path / "c.png")])
     with mock.patch("simla.engine.curves.draw_level", wraps=curves.draw_level) as levels:
         curves.main()
     assert has_lines(tmp_path / "c.png", curves.COLOURS[0])

@@ -13,7 +13,7 @@ import Pretrain
 import zero_shot_retrieval
 from simla import plots
 from simla.configs.reader import read_yaml
-from simla.demo import data as demo
+from simla.demo import data as demo_data
 from simla.demo import pretrain as demo
 from simla.utils import UserError
 
@@ -24,7 +24,7 @@ def tiny_demo(tmp_path, monkeypatch):
     paths = make_tiny(tmp_path)
     monkeypatch.setattr(demo, "CONFIGS", tmp_path)
     monkeypatch.setattr(demo, "DATA", paths["data"])
-    monkeypatch.setattr(dataset.demo, "make_demo", lambda data, workers: None)
+    monkeypatch.setattr(demo_data, "make_demo", lambda data, workers: None)
     started = []
 
     def launch(script, *arguments):
@@ -43,7 +43,7 @@ def test_demo(tiny_demo, tmp_path, monkeypatch, capsys):
     out.mkdir()
     (out / "train_steps.jsonl").write_text("left over from an earlier run\n")
     (out / "codebook.safetensors").write_text("left over, too")
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--output_dir", str(out)])
+    monkeypatch.setattr(sys, "argv", ["simla.demo.pretrain", "--output_dir", str(out)])
     monkeypatch.setattr(demo, "gallery", lambda out, gallery=demo.gallery: gallery(out, 3, 2))
     demo.main()
     assert [script for script, _ in started] == [
@@ -150,7 +150,7 @@ def test_an_interrupted_demo_goes_on(tiny_demo, tmp_path, monkeypatch, capsys):
 
     def call(*flags):
         started.clear()
-        monkeypatch.setattr(sys, "argv", ["demo.py", "--output_dir", str(out), *flags])
+        monkeypatch.setattr(sys, "argv", ["simla.demo.pretrain", "--output_dir", str(out), *flags])
         demo.main()
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

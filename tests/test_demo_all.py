@@ -69,7 +69,7 @@ def chain(tmp_path_factory):
                 "num_processes": lambda: 8,  # batches of 32 / 8
             }.items():
                 patch.setattr(demo, name, value)
-            patch.setattr(sys, "argv", ["demo_all.py", "--output_dir", str(folder / "out"), *flags])
+            patch.setattr(sys, "argv", ["simla.demo.all_tasks", "--output_dir", str(folder / "out"), *flags])
             demo_all.main()
         return started
 

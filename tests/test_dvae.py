@@ -12,6 +12,7 @@ from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 from simla.checkpoint.image_tokenizers import (
     build_image_tokenizer,
     fit_kmeans_codebook,
+    load_codebook,
     load_dalle,
     load_flava,
 )
@@ -221,4 +222,4 @@ def test_codebooks_are_saved_and_built_by_config(tmp_path):
         fitted.save(tmp_path / "codes.bin")
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not a k-means codebook"):
-        KMeansCodebook.load(tmp_path / "other.safetensors")
+        load_codebook(tmp_path / "other.safetensors")

@@ -20,13 +20,13 @@ import VE
 import VQA
 import zero_shot_retrieval
 from simla.checkpoint.__main__ import export
-from simla.checkpoint.image_tokenizers import load_dalle
+from simla.checkpoint.image_tokenizers import load_codebook, load_dalle
 from simla.checkpoint.initial import load_bert, load_vit, starting_weights
 from simla.checkpoint.key_maps import ROWS
 from simla.checkpoint.save import save_checkpoint
 from simla.checkpoint.tasks import TASKS
 from simla.engine.results import save_result
-from simla.models.dvae import DalleEncoder, KMeansCodebook
+from simla.models.dvae import DalleEncoder
 from simla.models.retrieval import SIMLARetrieval
 from simla.utils import UserError, append_log, is_finite
 
@@ -125,7 +125,7 @@ def test_image_tokenizers_are_looked_at_too(tmp_path):
     centres[0, 0] = NAN
     safetensors.torch.save_file({"centres": centres}, tmp_path / "codebook.safetensors")
     with pytest.raises(UserError, match=r"codebook\.safetensors: 1 of the 960 values of centres are NaN"):
-        KMeansCodebook.load(tmp_path / "codebook.safetensors")
+        load_codebook(tmp_path / "codebook.safetensors")
 
 
 def test_no_code_of_a_local_image_encoder_is_run(tmp_path):

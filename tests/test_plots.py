@@ -72,7 +72,7 @@ def test_keywords_of_a_checkpoint(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "checkpoint_00.pth", {"model": model.state_dict()})
     with (tmp_path / "config.yaml").open("w") as file:
         YAML(typ="safe", pure=True).dump(config, file)
-    command = ["plots.py", "keywords", str(tmp_path / "checkpoint_00.pth"), "-o", str(tmp_path / "k.png")]
+    command = ["simla.demo.keywords", str(tmp_path / "checkpoint_00.pth"), "-o", str(tmp_path / "k.png")]
     monkeypatch.setattr(sys, "argv", command)
     plots.main()
     assert np.asarray(Image.open(tmp_path / "k.png")).std() > 5

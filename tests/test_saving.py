@@ -22,6 +22,7 @@ from NLVR import OfficialScores
 from simla.checkpoint import save as saving
 from simla.checkpoint.save import Saver, check_undamaged, epoch_name, load_checkpoint, newest_good, step_name
 from simla.dataset.check.images import _append_to_cache
+from simla.dataset.prepare import answers
 from simla.engine.results import save_result
 from simla.engine.run_record import save_config
 from simla.utils import UserError, atomic_write, import_pyplot, make_output_folder, save_figure
@@ -347,10 +348,10 @@ def write_scores(out: Path) -> None:
 def write_answers(out: Path) -> None:
     entries = [{"dataset": "vqa", "answer": [f"answer {i}"] * 10} for i in range(9)]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dataset.vqa, "read_annotations", lambda *_: entries)
-        command = ["x", "answers", "--train", "a.json", "--out", str(out / "answers.json")]
+        patched.setattr(answers, "read_annotations", lambda *_: entries)
+        command = ["x", "--train", "a.json", "--out", str(out / "answers.json")]
         patched.setattr(sys, "argv", command)
-        dataset.vqa.main()
+        answers.main(command[1:])
 
 
 WRITERS = {

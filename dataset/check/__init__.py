@@ -1,1 +1,1 @@
-"""Looks for what is wrong with the annotation files and images of a config: `python -m simla.dataset.check`."""
+"""Looks for what is wrong with annotation files and images of a config: `python -m simla.dataset.check`."""

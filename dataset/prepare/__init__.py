@@ -6,7 +6,8 @@
     add_options(parser: argparse.ArgumentParser) -> None        where it has flags of its own
     ROOT: str                                       help for --root, where it can be left out
 
-whose docstring says what it needs, what it writes and by which rules; it is what `--help` shows.
+or, where it makes a single file, main(arguments: list[str]). Its docstring says what it needs, what it writes
+and by which rules; it is what `--help` shows.
 """
 
 CONVERTERS = {  # name -> (module of this package, what it makes)
@@ -22,6 +23,7 @@ CONVERTERS = {  # name -> (module of this package, what it makes)
     "refcoco+": ("refcoco", "RefCOCO+: grounding"),
     "refcocog": ("refcoco", "RefCOCOg: grounding"),
     "vqa": ("vqa", "VQA v2 and Visual Genome's questions"),
+    "answers": ("answers", "the list of answers that VQA ranks, from annotation files"),
     "nlvr2": ("nlvr2", "NLVR2"),
     "snli_ve": ("snli_ve", "SNLI-VE"),
     "shards": ("shards", "WebDataset shards of an annotation file and its images"),

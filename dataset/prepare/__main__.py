@@ -41,6 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.print_help()
         return
     converter = import_module(f"simla.dataset.prepare.{CONVERTERS[chosen.name][0]}")
+    if hasattr(converter, "main"):
+        converter.main(rest)
+        return
     options = _options(chosen.name, converter, rest)
     report = Report(chosen.name)
     try:

@@ -1,4 +1,7 @@
-"""The list of answers that VQA ranks, from annotation files with answers."""
+"""The list of answers that VQA ranks, from annotation files with answers.
+
+python -m simla.dataset.prepare answers --train data/vqa_train.json --out data/answer_list.json
+"""
 
 import argparse
 import json
@@ -8,11 +11,9 @@ from simla.dataset.vqa import FIELDS, NUM_ANSWERS, covered_share, frequent_answe
 from simla.utils import UserError, atomic_write, fill_in
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m dataset.vqa", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
+def main(arguments: list[str] | None = None) -> None:
     rule = " ".join(frequent_answers.__doc__.split("\n\n")[1].split())
-    answers = commands.add_parser("answers", help="write the list of answers to rank", description=rule)
+    answers = argparse.ArgumentParser("python -m simla.dataset.prepare answers", description=rule)
     answers.add_argument(
         "--train", nargs="+", action="extend", required=True, help="VQA annotation files with answers"
     )
@@ -22,7 +23,7 @@ def main() -> None:
         "--num", type=int, default=NUM_ANSWERS, help="length of the list (default: %(default)s)"
     )
     limit.add_argument("--min_count", type=int, help="all answers counted so often, instead of --num")
-    args = parser.parse_args()
+    args = answers.parse_args(arguments)
     entries = read_annotations(args.train, {**FIELDS, "answer": TEXTS})
     annotations = list(map(given_answers, entries))
     by_count = args.min_count is not None

@@ -123,7 +123,7 @@ def is_local(host: str) -> bool:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("app.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m simla.web", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--checkpoint", nargs="+", action="extend", required=True, help="files of any tasks, one of each kind"
     )

@@ -1,4 +1,4 @@
-"""The web page: a tab for each thing that trained models can be asked. `app.py` serves it.
+"""The web page: a tab for each thing that trained models can be asked. `python -m simla.web` serves it.
 
 One request is computed after the other.
 """
