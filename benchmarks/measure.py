@@ -3,10 +3,13 @@
 import argparse
 import json
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from simla.engine.run_record import versions
 
@@ -50,17 +53,13 @@ def utilization(flops_per_second: float, device: torch.device, precision: str) -
     return flops_per_second / peaks[0] if peaks else None
 
 
-def layer_flops(config, tokens: float, own: float, other: float) -> float:
-    """One BERT layer for `tokens` tokens that each see `own` tokens of their stream and `other` of the other
-    one, without projecting that one: config: BertConfig. A multiply-add counts two.
+def count_flops(function: Callable[[], object]) -> int:
+    """Return the FLOPs of what the function computes, a multiply-add counting two, attention as two matrix
+    products, since torch counts no other on a CPU.
     """
-    width, inner = config.hidden_size, config.intermediate_size
-    return 2 * tokens * (6 * width**2 + 2 * width * inner + 2 * width * (own + other))
-
-
-def projection_flops(config, tokens: float) -> float:
-    """Keys and values of `tokens` tokens of the other stream for one layer."""
-    return 4 * tokens * config.encoder_width * config.hidden_size
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def row(label: str, *values: object) -> None:

@@ -22,15 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
-from measure import (
-    TINY,
-    arguments,
-    last_line,
-    layer_flops,
-    projection_flops,
-    row,
-    utilization,
-)
+from measure import TINY, arguments, count_flops, last_line, row, utilization
 from torch import Tensor
 
 from simla.configs.reader import read_config
@@ -120,20 +112,6 @@ def our_scores(
     return scores[:-1], groups
 
 
-def our_flops(bert, groups: list, num_image_tokens: int) -> float:
-    """Padding included; the last layer has keys and values of all tokens, the rest of the first alone."""
-    flops, layers = 0.0, bert.num_hidden_layers
-    for group in groups:
-        num = len(group.images)
-        flops += layers * projection_flops(bert, num * num_image_tokens)
-        for first, end, longest in group.calls:
-            texts = num * (end - first)
-            flops += (layers - 1) * layer_flops(bert, texts * longest, longest, num_image_tokens)
-            flops += layer_flops(bert, texts, longest, num_image_tokens)
-            flops += 4 * texts * (longest - 1) * bert.hidden_size**2
-    return flops
-
-
 @torch.no_grad()
 def main() -> None:
     args = arguments(__doc__).parse_args()
@@ -147,7 +125,6 @@ def main() -> None:
     similarity = similarities(num_images, num_texts, device)
     ids, mask = (part.to(device) for part in random_texts(num_texts, mean, bert.vocab_size))
     states = random_states(num_images, model, precision, device)
-    num_tokens = states.shape[1]
     both = [direction.cpu() for direction in candidate_pairs(similarity, k)]
     asked, wanted = int(sum(direction.sum() for direction in both)), both[0] | both[1]
     pairs = int(wanted.sum())
@@ -157,6 +134,9 @@ def main() -> None:
     with autocast(device, precision):
         plain_queries(model, similarity, 2, states, ids, mask, 0)  # warm
         our_scores(model, own[:1], states, ids, mask)
+        plain_flops = count_flops(lambda: plain_queries(model, similarity, 2, states, ids, mask, 0)) / 4
+        few = own[: SIZES[device.type][0]]
+        flops = count_flops(lambda: our_scores(model, few, states, ids, mask)) / int(few.sum())
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         parts = torch.arange(len(own)).chunk(num_queries)
@@ -186,15 +166,9 @@ def main() -> None:
     difference = (ours - plain_values).abs().max().item()
     spread = plain_values.std().item()
     num_plain = num_queries * (min(k, num_texts) + min(k, num_images))
-    plain_flops = (
-        num_plain
-        * bert.num_hidden_layers
-        * (layer_flops(bert, MAX_TOKENS, MAX_TOKENS, num_tokens) + projection_flops(bert, num_tokens))
-    )
-    flops = our_flops(bert, groups, num_tokens)
     plain_whole, our_whole = plain_seconds / num_plain * asked, seconds / len(scores) * pairs
     ratio = plain_whole / our_whole
-    used = utilization(flops / seconds, device, precision)
+    used = utilization(flops * len(scores) / seconds, device, precision)
 
     print(f"{num_images} images, {num_texts} texts, k = {k}, {precision}")
     print(f"{asked} pairs asked for, {pairs} different; texts of {mask.sum(1).float().mean():.1f} tokens")
@@ -202,8 +176,8 @@ def main() -> None:
     row("pairs measured", num_plain, len(scores))
     row("seconds for them", plain_seconds, seconds)
     row("seconds per pair", plain_seconds / num_plain, seconds / len(scores), ratio * pairs / asked)
-    row("GFLOP per pair", plain_flops / num_plain / 1e9, flops / len(scores) / 1e9)
-    row("GFLOP/s", plain_flops / plain_seconds / 1e9, flops / seconds / 1e9)
+    row("GFLOP per pair", plain_flops / 1e9, flops / 1e9)
+    row("GFLOP/s", plain_flops * num_plain / plain_seconds / 1e9, flops * len(scores) / seconds / 1e9)
     row("pairs in all", asked, pairs, asked / pairs)
     row("seconds in all, scaled by pairs", plain_whole, our_whole, ratio)
     row(f"largest difference of {len(compared)} scores", difference)
@@ -232,8 +206,8 @@ def main() -> None:
         "scores_compared": len(compared),
         "max_abs_difference": difference,
         "scores_std": spread,
-        "flops": flops,
-        "plain_flops": plain_flops,
+        "flops_per_pair": flops,
+        "plain_flops_per_pair": plain_flops,
         "mfu": used,
         "peak_memory_bytes": peak,
     }

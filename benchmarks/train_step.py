@@ -20,21 +20,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from measure import (
-    TINY,
-    arguments,
-    last_line,
-    layer_flops,
-    projection_flops,
-    row,
-    utilization,
-)
+from measure import TINY, arguments, last_line, row, utilization
 from plain import PlainRetrieval, PlainSIMLA
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from simla.configs.reader import read_config
 from simla.configs.schema import PRETRAIN, RETRIEVAL
 from simla.engine.data_parallel import compile_layers, set_checkpointing
+from simla.engine.memory import estimate
 from simla.models.align import Draws
 from simla.models.bert import BertConfig
 from simla.models.dvae import DalleEncoder
@@ -60,65 +54,6 @@ def settings(args: argparse.Namespace) -> dict:
             ["image_tokenizer.vocab_size=64", "num_masking_patches=5"] if args.task == "pretrain" else []
         )
     return read_config(str(ROOT / path), table, overrides)
-
-
-# ---- arithmetic ----
-
-
-def flops(config: dict, task: str) -> dict[str, float]:
-    """Multiply-adds times two of one sample's step, by part; a backward pass costs twice its forward pass.
-
-    Of the image tokenizer, see `tokenizer_flops`. Normalisations, softmax and the optimiser are left out.
-    """
-    bert = BertConfig.read(config["bert_config"])
-    vit, width = config["vit"], config["vision_width"]
-    patches = (config["image_res"] // vit["patch_size"]) ** 2
-    image, layers = patches + 1, bert.num_hidden_layers
-    block = 2 * image * (4 * width**2 + 2 * vit["mlp_ratio"] * width**2 + 2 * image * width)
-    encode = vit["depth"] * block + 2 * patches * width * 3 * vit["patch_size"] ** 2
-    read = layers * layer_flops(bert, TOKENS, TOKENS, image)  # a text with an image
-    text = layers * (layer_flops(bert, TOKENS, TOKENS, 0) - 4 * TOKENS * bert.hidden_size**2)
-    keys = layers * projection_flops(bert, image)
-    if task == "retrieval":
-        return {
-            "image encoder": 3 * encode,
-            "image encoder, momentum": encode,
-            "texts": 3 * text,
-            "texts, momentum": text,
-            "texts with images": 3 * (3 * read + keys),
-        }
-    mim = layers * (layer_flops(bert, image, image, TOKENS) + projection_flops(bert, TOKENS))
-    words = 2 * bert.hidden_size * (bert.hidden_size + bert.vocab_size) * WORDS_MASKED
-    codes = 2 * bert.hidden_size * config["image_tokenizer"]["vocab_size"] * PATCHES_MASKED
-    concepts = 2 * config["embed_dim"] * bert.vocab_size
-    return {
-        "image encoder, whole and masked": 3 * 2 * encode,
-        "image encoder, momentum": 2 * encode,
-        "texts": 3 * text,
-        "texts, momentum": text,
-        "texts with images (ITM, MLM)": 3 * (4 * read + keys),
-        "texts with images, momentum (MLM, PSL)": 2 * (read + keys),
-        "images with texts (MIM)": 3 * mim,
-        "images with texts, momentum": mim,
-        "heads": 4 * (words + codes + concepts),
-    }
-
-
-def tokenizer_flops(tokenizer: DalleEncoder, size: int) -> float:
-    """Of one image, from the convolutions' shapes."""
-    total, handles = 0.0, []
-
-    def count(module, inputs, output) -> None:
-        nonlocal total
-        total += 2 * output[0].numel() * module.w[0].numel()
-
-    for module in tokenizer.modules():
-        if hasattr(module, "w"):
-            handles.append(module.register_forward_hook(count))
-    tokenizer.logits(torch.zeros(1, 3, size, size))
-    for handle in handles:
-        handle.remove()
-    return total
 
 
 # ---- one way, in a process of its own ----
@@ -155,28 +90,57 @@ def inputs(config: dict, task: str, batch: int, device: torch.device) -> dict:
     return {name: value.to(device) for name, value in found.items()}
 
 
+def build(args: argparse.Namespace, config: dict, device: torch.device) -> list[nn.Module]:
+    """Return the model that `args.measure` names and, in pre-training, the image tokenizer."""
+    model_class = TASKS[args.task][3 if args.measure == "plain" else 2]
+    extra = {"cls_id": 101} if args.task == "pretrain" else {}
+    model = model_class.from_config(config, **extra).to(device)
+    set_checkpointing(model, args.checkpoint_activations)
+    if args.task == "retrieval":
+        return [model]
+    tokenizer = DalleEncoder(*((8, 64) if args.scale == "tiny" else ())).to(device)
+    return [model, tokenizer.to(memory_format=torch.channels_last)]
+
+
+def losses_of(
+    args: argparse.Namespace,
+    batch: dict[str, Tensor],
+    model: nn.Module,
+    *tokenizer: nn.Module,
+    draws: Draws | None = None,
+) -> dict[str, Tensor]:
+    if tokenizer:
+        batch = {**batch, "visual_codes": tokenizer[0](batch["code_view"])}
+    fields = TASKS[args.task][4]
+    return model(fields(*(batch[name] for name in fields._fields)), 0.4, draws)
+
+
+def flops_of_sample(args: argparse.Namespace) -> float:
+    """Return the FLOPs of our step for one sample, counted without computing it."""
+    config, meta = settings(args), torch.device("meta")
+    batch = inputs(config, args.task, args.batch, torch.device("cpu"))
+    args = argparse.Namespace(**{**vars(args), "measure": "ours"})
+
+    def loss(*modules: nn.Module) -> Tensor:
+        return sum(losses_of(args, batch, *modules).values())
+
+    return estimate(lambda: build(args, config, meta), loss, args.precision).flops / args.batch
+
+
 def measure(args: argparse.Namespace) -> dict:
     """Seconds a step, peak memory, the first step's losses, where the time goes."""
     config, device = settings(args), torch.device(args.device)
     set_precision(device, args.precision)
     torch.manual_seed(0)
-    _, _, ours, plain, kind = TASKS[args.task]
-    extra = {"cls_id": 101} if args.task == "pretrain" else {}
-    model = (plain if args.measure == "plain" else ours).from_config(config, **extra).to(device)
+    model, *tokenizer = build(args, config, device)
     optimizer = create_optimizer(model, {"opt": "adamw", "lr": 1e-4, "weight_decay": 0.02})
-    set_checkpointing(model, args.checkpoint_activations)
-    tokenizer, batch = None, inputs(config, args.task, args.batch, device)
-    if args.task == "pretrain":
-        tokenizer = DalleEncoder(*((8, 64) if args.scale == "tiny" else ())).to(device)
-        tokenizer = tokenizer.to(memory_format=torch.channels_last)
+    batch = inputs(config, args.task, args.batch, device)
     others = torch.arange(args.batch, device=device).roll(1)
 
-    def step(draws: Draws | None = None) -> dict[str, torch.Tensor]:
+    def step(draws: Draws | None = None) -> dict[str, Tensor]:
         optimizer.zero_grad()
         with autocast(device, args.precision):
-            if tokenizer:
-                batch["visual_codes"] = tokenizer(batch["code_view"])
-            named = model(kind(*(batch[name] for name in kind._fields)), 0.4, draws)
+            named = losses_of(args, batch, model, *tokenizer, draws=draws)
         sum(named.values()).backward()
         optimizer.step()
         return named
@@ -196,10 +160,6 @@ def measure(args: argparse.Namespace) -> dict:
         "losses": losses,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-    if tokenizer:
-        view = batch["code_view"].shape[-1]
-        found["tokenizer_flops"] = tokenizer_flops(tokenizer.cpu(), view)
-        tokenizer.to(device)
     if args.profile:
         on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
         with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
@@ -231,11 +191,7 @@ def run(args: argparse.Namespace, way: str) -> dict:
 
 
 def report(args: argparse.Namespace, ways: dict[str, dict]) -> dict:
-    config, device = settings(args), torch.device(args.device)
-    parts = flops(config, args.task)
-    if "tokenizer_flops" in ways["ours"]:
-        parts["image tokenizer"] = ways["ours"]["tokenizer_flops"]
-    total = sum(parts.values())
+    device, flops = torch.device(args.device), flops_of_sample(args)
     print(f"\n{args.task}, {args.scale} size, batch {args.batch}, {args.precision}, {args.device}")
     row("", *ways)
     row("seconds a step", *(way["seconds"] for way in ways.values()))
@@ -254,20 +210,17 @@ def report(args: argparse.Namespace, ways: dict[str, dict]) -> dict:
         )
         print(f"{found['ratio']:.2f} times as fast, {found['memory_ratio']:.2f} of the memory; ", end="")
         print(f"losses differ by {found['loss_difference']:.1e} at most")
-    print(f"\n{'arithmetic of one sample':44}{'GFLOP':>14}{'share':>14}")
-    for name, value in parts.items():
-        print(f"{name:44}{value / 1e9:>14.1f}{value / total:>14.1%}")
-    rate = total * args.batch / ours["seconds"]
+    rate = flops * args.batch / ours["seconds"]
     used = utilization(rate, device, args.precision)
-    print(f"{'in all':44}{total / 1e9:>14.1f}; {rate / 1e12:.3f} TFLOP/s", end="")
+    print(f"{flops / 1e9:.1f} GFLOP a sample; {rate / 1e12:.3f} TFLOP/s", end="")
     print("" if used is None else f", {used:.1%} of the device's peak")
     for name, way in ways.items():
         if "profile" in way:
             print(f"\n{name}: the operators that take longest, by {way['profile_by']}")
             for one in way["profile"]:
                 print(f"{one['operator'][:60]:60}{one['share']:>8.1%}{one['calls']:>8} calls")
-    found |= {"samples_per_second": args.batch / ours["seconds"], "flops_per_sample": total, "mfu": used}
-    found |= {"flops_by_part": parts, "profiles": {name: way.get("profile") for name, way in ways.items()}}
+    found |= {"samples_per_second": args.batch / ours["seconds"], "flops_per_sample": flops, "mfu": used}
+    found |= {"profiles": {name: way.get("profile") for name, way in ways.items()}}
     found |= {key: getattr(args, key) for key in ("task", "scale", "batch", "precision", "compile")}
     return found | {"checkpoint_activations": args.checkpoint_activations}
 

@@ -19,15 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
-from measure import (
-    TINY,
-    arguments,
-    last_line,
-    layer_flops,
-    projection_flops,
-    row,
-    utilization,
-)
+from measure import TINY, arguments, count_flops, last_line, row, utilization
 from torch import Tensor
 
 from simla.configs.reader import read_config
@@ -88,14 +80,6 @@ def plain_ranking(
     return chosen.gather(1, order), scores.softmax(-1).float()
 
 
-def head_flops(bert, rows: float) -> float:
-    return 2 * rows * bert.hidden_size * (bert.hidden_size + bert.vocab_size)
-
-
-def decoder_flops(bert, rows: float, own: float) -> float:
-    return bert.num_hidden_layers * layer_flops(bert, rows, own, QUESTION_TOKENS)
-
-
 @torch.no_grad()
 def main() -> None:
     args = arguments(__doc__).parse_args()
@@ -127,6 +111,8 @@ def main() -> None:
     with autocast(device, precision):
         plain(torch.arange(1))  # warm
         ours(torch.arange(num_ours)[:8])
+        plain_flops = count_flops(lambda: plain(torch.arange(1)))
+        flops = count_flops(lambda: ours(torch.arange(num_ours)[:8])) / min(8, num_ours)
         for part in range(num_parts):  # in turn, as others may compute beside us
             took, found = clock(lambda p=part: plain(torch.arange(num_plain).chunk(num_parts)[p]), device)
             plain_seconds, by_plain = plain_seconds + took, [*by_plain, found]
@@ -145,14 +131,7 @@ def main() -> None:
     in_order = [s.gather(1, n.argsort(1)) for n, s in ((plain_numbers, plain_shares), (numbers, shares))]
     difference = (in_order[0] - in_order[1][:num_plain]).abs().max().item()
     num_tokens = answers.branches(numbers).num.sum().item()
-    later = num_tokens - num_ours  # [CLS] is read again, not predicted from
-    read = decoder_flops(bert, num_tokens, num_tokens / num_ours) + decoder_flops(bert, num_ours, 1)
-    flops = read + head_flops(bert, later + num_ours)
-    flops += num_ours * bert.num_hidden_layers * projection_flops(bert, QUESTION_TOKENS)
-    rows, width = num_plain * k, ids.shape[1] - 1
-    plain_flops = decoder_flops(bert, rows * width, width) + head_flops(bert, rows * width)
-    plain_flops += (rows + num_plain) * bert.num_hidden_layers * projection_flops(bert, QUESTION_TOKENS)
-    plain_flops += decoder_flops(bert, num_plain, 1) + head_flops(bert, num_plain)
+    width = ids.shape[1] - 1
     plain_each, each = plain_seconds / num_plain, seconds / num_ours
     ratio = plain_each / each
     whole = (plain_each + encoder_seconds) / (each + encoder_seconds)
@@ -162,8 +141,8 @@ def main() -> None:
     row("", "row by row", "ours", "ratio")
     row("questions measured", num_plain, num_ours)
     row("decoder tokens per question", k * width, num_tokens / num_ours, k * width * num_ours / num_tokens)
-    row("GFLOP per question", plain_flops / num_plain / 1e9, flops / num_ours / 1e9)
-    row("GFLOP/s", plain_flops / plain_seconds / 1e9, flops / seconds / 1e9)
+    row("GFLOP per question", plain_flops / 1e9, flops / 1e9)
+    row("GFLOP/s", plain_flops / plain_each / 1e9, flops / each / 1e9)
     row("seconds per question, ranking", plain_each, each, ratio)
     row("  with both encoders", plain_each + encoder_seconds, each + encoder_seconds, whole)
     row("seconds once, to build the tree", "", tree_seconds)
@@ -188,9 +167,9 @@ def main() -> None:
         "tokens_per_question": num_tokens / num_ours,
         "same_rank": same,
         "max_abs_difference": difference,
-        "flops": flops,
-        "plain_flops": plain_flops,
-        "mfu": utilization(flops / seconds, device, precision),
+        "flops_per_question": flops,
+        "plain_flops_per_question": plain_flops,
+        "mfu": utilization(flops / each, device, precision),
         "peak_memory_bytes": peak,
     }
     last_line(found, device)
