@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 
 def _upper_half(layer: int, num_layers: int) -> int:
-    """The VQA decoder starts from the upper half of the text encoder's layers."""
+    """Return the layer that the VQA decoder's starts from: those of the text encoder's upper half."""
     return num_layers // 2 + layer
 
 
 def _upper_half_twice(layer: int, num_layers: int) -> int:
-    """The two-image encoder has each layer of the upper half twice in a row, one per image."""
+    """Return the layer that the two-image encoder's starts from: it has each of the upper half twice in a
+    row, one per image.
+    """
     return layer if layer < num_layers // 2 else num_layers // 2 + (layer - num_layers // 2) // 2
 
 
@@ -43,38 +45,19 @@ class Row:
 
 
 BERT = (("text_encoder.", "text_encoder.bert.", None), ("text_encoder_m.", "text_encoder_m.bert.", None))
-
-
 DECODER = (
     ("text_decoder.", "text_encoder.", _upper_half),
     ("text_decoder_m.", "text_encoder_m.", _upper_half),
 )
-
-
 BERT_DECODER = Row((("bert.", "bert.", _upper_half),))  # the decoder from plain BERT weights
-
-
 BERT_TWO_IMAGES = Row((("", "", _upper_half_twice),))  # the two-image encoder from plain BERT weights
-
-
 MIM = ("mim_head", "concept_head", "visual_encoder.mask_token", "visual_encoder_m.mask_token")
-
-
 MLM = ("text_encoder.cls.", "text_encoder_m.cls.")
-
-
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
-
-
 PROJECTIONS = ("temp", "vision_proj", "text_proj")
-
-
 TWINS = ("visual_encoder_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.")
 
-
 RETRIEVAL_FROM_PRETRAIN = Row(BERT, fresh=("idx_queue",), unused=MIM + MLM)
-
-
 ROWS: dict[tuple[str, str], Row] = {
     ("Pretrain", "pretrain"): Row(),
     ("Retrieval", "pretrain"): RETRIEVAL_FROM_PRETRAIN,
@@ -101,8 +84,6 @@ ROWS: dict[tuple[str, str], Row] = {
     ),
     ("NLVR", "nlvr"): Row(),
 }
-
-
 KINDS = (  # the first whose marker begins a name of the checkpoint
     ("vqa", "text_decoder."),
     ("pretrain_nlvr", "ta_head."),
@@ -111,9 +92,5 @@ KINDS = (  # the first whose marker begins a name of the checkpoint
     ("pretrain", "concept_head."),
     ("retrieval", "itm_head."),
 )
-
-
 RESUME = Row(interpolate=False, may_lack_twins=False)
-
-
 TWIN = re.compile(r"[a-z_]+_m\.")

@@ -1,9 +1,9 @@
-"""Published and own weights into any task's model; `save` writes checkpoints, `resume` goes on from one.
+"""Loads published and own weights into any task's model.
 
 A checkpoint is a plain dict {model, optimizer, lr_scheduler, config, epoch}; `model` has the published names.
 Which name of the file fills which name of the model is data: `ROWS` in key_maps.py, one row per task and kind
-of checkpoint.
-Loading is strict with an account: what a row does not expect to be missing or left over stops the run.
+of checkpoint. Loading is strict with an account: what a row does not expect to be missing or left over stops
+the run.
 """
 
 import json
@@ -32,9 +32,6 @@ UNSEEN_OF_VIT = ("num_heads", "norm_eps", "patch_size", "qkv_bias")
 UNSEEN_OF_BERT = ("num_attention_heads", "layer_norm_eps", "pad_token_id")
 
 
-# ---- loading ----
-
-
 @dataclass
 class LoadReport:
     source: str
@@ -57,7 +54,8 @@ def _some(names: list[str], limit: int = 8) -> str:
 
 
 def interpolate_pos_embed(pos_embed: Tensor, grid: int | tuple[int, int]) -> Tensor:
-    """(1, 1 + n, D) to another grid, (1, 1 + M, D): bicubic over the square of patches, [CLS] as it is.
+    """Return (1, 1 + n, D) resized to another grid, (1, 1 + M, D): bicubic over the square of patches, [CLS]
+    as it is.
 
     `grid` is (rows, columns), or the number M of patches of a square. Raises UserError if n is no square.
     """
@@ -72,7 +70,7 @@ def interpolate_pos_embed(pos_embed: Tensor, grid: int | tuple[int, int]) -> Ten
 
 
 def _layers(names: Iterable[str], part: str = "") -> set[int]:
-    """The text encoder's layers that have `part`."""
+    """Return the numbers of the text encoder's layers that have `part`."""
     found = (re.match(rf"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.{part}", name) for name in names)
     return {int(match[1]) for match in found if match}
 
@@ -80,7 +78,7 @@ def _layers(names: Iterable[str], part: str = "") -> set[int]:
 def _match(
     state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], row: Row, source: str, kind: str
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """As `map_state`, with a given row."""
+    """Return what `map_state` does, with a given row."""
     num_layers = len(_layers(state))
     report = LoadReport(source, kind)
     no_twins = row.may_lack_twins and not any(map(TWIN.match, state))
@@ -117,7 +115,8 @@ def _match(
 
 
 def kind_of(state: Mapping[str, Tensor], source: str = "the checkpoint", metadata: dict | None = None) -> str:
-    """Which task's training wrote the checkpoint; UserError for ALBEF's and for what is none of ours.
+    """Return which task's training wrote the checkpoint. Raises UserError for ALBEF's and for what is
+    none of ours.
 
     metadata: those of an exported file, which say it; what the markers name may have been left out.
     """
@@ -135,7 +134,7 @@ def kind_of(state: Mapping[str, Tensor], source: str = "the checkpoint", metadat
 
 
 def row_of(task: str, kind: str, source: str = "the checkpoint") -> Row:
-    """How the task reads that kind; UserError where it cannot start from it."""
+    """Return how the task reads that kind. Raises UserError where it cannot start from it."""
     if (task, kind) not in ROWS:
         accepted = " or ".join(kind for row_task, kind in ROWS if row_task == task)
         raise UserError(f"{source} is a {kind} checkpoint; {task} starts from a {accepted} checkpoint")
@@ -149,7 +148,7 @@ def map_state(
     source: str = "the checkpoint",
     metadata: dict | None = None,
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensor of `state` for every name of `shapes` (the model's entries), and the account.
+    """Return the tensor of `state` for every name of `shapes` (the model's entries), and the account.
 
     A file with no momentum twins at all, or no queues, leaves those of the model as built. Raises UserError
     when the checkpoint is of a kind the task cannot start from, or does not fit its row.
@@ -158,18 +157,14 @@ def map_state(
     return _match(state, shapes, row_of(task, kind, source), source, kind)
 
 
-STATES = (
-    "model",
-    "state_dict",
-    "model_state_dict",
-    "module",
-)  # where files keep the weights, if not at their top
+STATES = ("model", "state_dict", "model_state_dict", "module")  # where files keep weights, if not at the top
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # no part of ours
 OUTER = re.compile(r"((?:[^.]+\.)*?)visual_encoder(?:_m)?\.")
 
 
 def weights_in(content: Any, source: str) -> dict[str, Tensor]:
-    """The model's entries of what a file holds, under the model's own names; UserError for what has none.
+    """Return the model's entries of what a file holds, under the model's own names. Raises UserError for what
+    has none.
 
     What wrappers put into names is taken off: anywhere `module.` of data-parallel training and `_orig_mod.`
     of torch.compile, in front what an outer module calls the model, as Lightning's `model.`.
@@ -198,8 +193,8 @@ def weights_in(content: Any, source: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _copy_into(model: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport) -> None:
-    """Fills the model piece by piece; UserError at the first tensor that is not finite, be it in the model's
-    dtype alone, or is no weights.
+    """Fills the model piece by piece. Raises UserError at the first tensor that is not finite, be it in the
+    model's dtype alone, or is no weights.
     """
     own = model.state_dict()
     for name, value in tensors.items():
@@ -239,8 +234,8 @@ def config_in(content: Mapping, source: str) -> dict:
 
 
 def check_same_build(config: Mapping, stored: Mapping, source: str) -> None:
-    """UserError, naming the keys, where the config in a file says otherwise than `config` of what no weight
-    shows.
+    """Raises UserError, naming the keys, where the config in a file says otherwise than `config` of what no
+    weight shows.
 
     With another number of heads all shapes fit, and every score is another. What `stored` leaves out, it
     means by default. A bert_config of its that is not on this machine is not compared, and that is logged.

@@ -220,7 +220,7 @@ OTHER_WEIGHTS = {  # how they begin, what they are and what to do
 
 
 def what_it_is(path: Path) -> str:
-    """What a file is that is no checkpoint, and what to do; "" where that cannot be told."""
+    """Return what a file is that is no checkpoint, and what to do; "" where that cannot be told."""
     with path.open("rb") as file:
         head = file.read(CONTENT_BYTES)
     if head.startswith(b"PK"):
@@ -264,7 +264,7 @@ def _what_the_zip_is(path: Path) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """An inert OmegaConf tree as dicts, lists and values; other inert objects become text."""
+    """Return an inert OmegaConf tree as dicts, lists and values; other inert objects become text."""
     if isinstance(value, Inert):
         state = value.state if isinstance(value.state, dict) else {}
         if type(value).__qualname__ == "argparse.Namespace":

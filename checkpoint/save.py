@@ -63,7 +63,7 @@ def _same_file(source: Path, path: Path) -> None:
 
 
 def _plain(value: Any, name: str, tensor: Callable[[Tensor], Tensor]) -> Any:
-    """The value in built-in types; a config's own kinds of numbers would not load without its package."""
+    """Return the value in built-in types; a config's own numbers would not load without its package."""
     if isinstance(value, Tensor):
         return tensor(value)
     if value is None or isinstance(value, np.ndarray):
@@ -91,7 +91,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The dict of `save_checkpoint`, memory-mapped on the CPU. Raises UserError if it is none."""
+    """Return the dict of `save_checkpoint`, memory-mapped on the CPU. Raises UserError if it is none."""
     checkpoint = safe_load(path)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is not a training checkpoint: it holds a {type(checkpoint).__name__}")

@@ -392,7 +392,7 @@ ON_A_SMALL_DISK = """
 import subprocess, sys
 from pathlib import Path
 import Pretrain
-from utils import UserError
+from simla.utils import UserError
 config, disk, out = sys.argv[1:4]
 mount = ["mount", "-t", "tmpfs", "tmpfs", disk, "-o"]
 subprocess.run([*mount, "size=4m"], check=True)
