@@ -45,7 +45,7 @@ from simla.utils import (
 
 CLS, MASK, FIRST_WORD = 1, 2, 3  # of the random texts; 0 is padding
 LONG_TEXT = 40  # tokens where no max_tokens cuts: 30 words, some of several word pieces
-BYTES_OF_A_PAIR = 10  # on the device, of every image with every text: see models/rerank.py
+BYTES_OF_A_PAIR = 10  # on the device, of every image with every text: see evaluation/rerank.py
 NUM_ANSWERS, ANSWER_TOKENS = 4, 6  # different ones to a VQA question; of the longest, with [CLS] and end mark
 BEGIN = "dry run: random weights and input of the configured shapes, no output"
 
@@ -163,8 +163,7 @@ def take_steps(
     nowhere = argparse.Namespace(**{**vars(args), "output_dir": os.devnull})  # of another run nothing goes
     loader = SimpleNamespace(batch_size=len(batches[0]["text_ids"]))
     losses_of_all = lambda *inputs: losses(*inputs, *others)  # noqa: E731
-    rest = config, nowhere, device, epoch_step
-    training = Training(model, loader, losses_of_all, *rest, keep_epochs=True)
+    training = Training(model, loader, losses_of_all, config, nowhere, device, epoch_step, keep_epochs=True)
     training.count_anew()
 
     def step() -> None:
@@ -195,7 +194,7 @@ def report_estimate(estimate: Estimate, arithmetic: str) -> None:
 
 
 def report_measured(device: torch.device, speed: str) -> None:
-    """On a GPU the most that torch had allocated, on a CPU the most that the process held."""
+    """Log the speed and the most memory that torch had allocated on a GPU, or that the process held."""
     peak = max(all_gather_objects(peak_bytes(device)))
     log.info(f"memory, measured  {mebibytes(peak)} on {device.type}\nspeed             {speed}")
 
@@ -206,7 +205,7 @@ def report_length(config: dict, per_step: int, seconds_per_step: float | None) -
         num_samples, origin = samples_of_an_epoch(config)
         check_enough(num_samples, config.get("batch_size") or config["batch_size_train"], config)
     except UserError as error:
-        log.info(f"whole run         cannot be told: {error}")
+        log.info(f"whole run         {error}")
         return
     epochs = config["schedular"]["epochs"]
     num_steps = num_samples // per_step * epochs
@@ -313,7 +312,7 @@ def report_whole_evaluation(needs: dict[str, float], config: dict, is_time: bool
     try:  # no image is opened
         data = RetrievalEvalData(config["test_file"], {**config, "skip_unreadable": False})
     except UserError as error:
-        log.info(f"whole evaluation  cannot be told: {error}")
+        log.info(f"whole evaluation  {error}")
         return
     images, texts = len(data), len(data.texts)
     pairs = most_pairs(images, texts, config["k_test"])
@@ -321,8 +320,8 @@ def report_whole_evaluation(needs: dict[str, float], config: dict, is_time: bool
     takes = duration(total / world_size()) if is_time else f"{total / 1e12:,.4g} TFLOP"
     log.info(
         f"whole evaluation  {images:,} images, {texts:,} texts, at most {pairs:,} pairs: "
-        f"{takes} without reading images; "
-        f"the matrix of all pairs takes some {mebibytes(BYTES_OF_A_PAIR * images * texts)} more"
+        f"{takes} without reading images; the matrix of all pairs takes some "
+        f"{mebibytes(BYTES_OF_A_PAIR * images * texts)} more"
     )
 
 
