@@ -381,4 +381,4 @@ def reference() -> str:
     for table in TASKS.values():
         sections[scripts_of(table)] = {name: key for name, key in table.items() if id(key) not in shared}
     head = ["", "| key | default | values | meaning |", "| --- | --- | --- | --- |"]
-    return "\n\n".join("\n".join([f"### {title}", *head, *describe(sections[title])]) for title in sections)
+    return "\n\n".join("\n".join([f"## {title}", *head, *describe(sections[title])]) for title in sections)

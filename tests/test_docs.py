@@ -244,3 +244,5 @@ def test_the_citation_names_the_paper():
         "Chandraker",
         "Fu",
     ]
+    bibtex = text_of(ROOT / "README.md").split("```bibtex")[1].split("```")[0]
+    assert paper["title"] in bibtex and all(author["family-names"] in bibtex for author in paper["authors"])
