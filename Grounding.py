@@ -4,7 +4,7 @@ Data     JSON lists of {"image": path, "text": expression} (`train_file`) and {"
          (`test_file`); in `refcoco_data` refcoco+/refs(unc).p and refcoco+/instances.json, the true boxes; in
          `det_file` {image_id: [[x, y, w, h, ...], ...]}, a detector's boxes to choose from. Of your own
          photos {"image", "text", "box": [x, y, w, h]} and maybe "split", without `refcoco_data`
-Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env Grounding.py \\
+Command  torchrun --nproc_per_node=8 Grounding.py \\
              --config configs/Grounding.yaml --checkpoint output/Pretrain/checkpoint_29.pth
 Expected the paper's RefCOCO+ val / testA / testB 58.1 / 67.4 / 47.5 (val_d, testA_d, testB_d: detector boxes)
 """

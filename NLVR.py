@@ -3,7 +3,7 @@
 Data     JSON lists of {"images": [path, path], "sentence": text, "label": "True" or "False"}: `train_file`,
          `val_file`, `test_file`; with NLVR2's "identifier" in the last two, consistency is told and
          result/nlvr_val_predictions.csv and nlvr_test_predictions.csv are written, as its script takes them
-Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env NLVR.py --config configs/NLVR.yaml \\
+Command  torchrun --nproc_per_node=8 NLVR.py --config configs/NLVR.yaml \\
              --checkpoint output/NLVR_Pretrain/checkpoint_00.pth
          after Pretrain_NLVR.py, from whose result it starts
 Expected the paper's accuracy: dev 79.8, test-P 79.5

@@ -2,7 +2,7 @@
 
 Data     JSON lists of {"image": path, "caption": text or list of texts}, or WebDataset shards: `train_file`
          in the config
-Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env Pretrain.py \\
+Command  torchrun --nproc_per_node=8 Pretrain.py \\
              --config configs/Pretrain.yaml --output_dir output/Pretrain
 Expected 30 epochs on the 4 M images of the paper: about 7 days on 8 A100 as published
 """

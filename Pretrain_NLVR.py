@@ -1,7 +1,7 @@
 """Pre-training for NLVR2 by text assignment: which of two images, if any, does the caption describe?
 
 Data     JSON lists of {"image": path, "caption": text or list of texts}, as for Pretrain.py: `train_file`
-Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env Pretrain_NLVR.py \\
+Command  torchrun --nproc_per_node=8 Pretrain_NLVR.py \\
              --config configs/NLVR_Pretrain.yaml --checkpoint output/Pretrain/checkpoint_29.pth
 Expected one epoch; NLVR.py starts from its checkpoint_00.pth
 """

@@ -2,7 +2,7 @@
 
 Data     JSON lists of {"image": path, "caption": text, "image_id": any} (`train_file`) and of
          {"image": path, "caption": [text, ...]}, or a row a caption (`val_file`, `test_file`)
-Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env Retrieval.py \\
+Command  torchrun --nproc_per_node=8 Retrieval.py \\
              --config configs/Retrieval_coco.yaml --checkpoint output/Pretrain/checkpoint_29.pth
 Expected the paper's TR@1 / IR@1: COCO test (5,000 images, k_test 256) 75.8 / 57.7, Flickr30k test (1,000
          images, k_test 128) 94.7 / 83.3

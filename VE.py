@@ -2,7 +2,7 @@
 
 Data     JSON lists of {"image": id without .jpg, "sentence": text, "label": "entailment", "neutral" or
          "contradiction"}: `train_file`, `val_file`, `test_file`
-Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env VE.py --config configs/VE.yaml \\
+Command  torchrun --nproc_per_node=8 VE.py --config configs/VE.yaml \\
              --checkpoint output/Pretrain/checkpoint_29.pth
 Expected the paper's accuracy: val 79.6, test 80.2
 """

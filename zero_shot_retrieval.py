@@ -1,7 +1,7 @@
 """Image-text retrieval with a checkpoint as it is: contrast picks candidates, matching re-ranks them.
 
 Data     JSON list of {"image": path, "caption": [text, ...]}, or a row a caption: `test_file` in the config
-Command  python -m torch.distributed.launch --nproc_per_node=8 --use_env zero_shot_retrieval.py --evaluate \\
+Command  torchrun --nproc_per_node=8 zero_shot_retrieval.py --evaluate \\
              --config configs/Retrieval_flickr.yaml --checkpoint output/Pretrain/checkpoint_29.pth
 Expected Flickr30k test, k_test 128 (the paper's numbers): TR@1 86.2, IR@1 69.5 from pre-training alone,
          91.9 / 78.1 from a checkpoint fine-tuned on COCO

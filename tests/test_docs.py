@@ -14,9 +14,11 @@ import pytest
 import torch.distributed.launch
 import torch.distributed.run
 from ruamel.yaml import YAML
+from test_house import tracked
 from tiny import ROOT
 
 from simla.configs import reader as config
+from simla.configs.schema import TASKS, describe
 from simla.engine import launch
 
 PAGES = sorted(
@@ -25,12 +27,7 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
     if not path.name.startswith(".")
 )
-SOURCES = [
-    *ROOT.glob("*.py"),
-    *ROOT.glob("dataset/**/*.py"),
-    *ROOT.glob("benchmarks/*.py"),
-    *ROOT.glob("tests/*.py"),
-]
+SOURCES = [ROOT / path for path in tracked() if path.suffix == ".py"]
 OTHERS_FLAGS = {  # of torchrun, SLURM, img2dataset and TensorBoard
     *("--nproc_per_node", "--master_port", "--max-restarts", "--use_env"),
     *("--signal", "--nodes", "--requeue", "--output_format", "--caption_col", "--logdir"),
@@ -102,17 +99,12 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_exist(page):
-    folder, ending = (
-        "(?:configs|docs|scripts|models|tests|benchmarks|dataset)",
-        "(?:yaml|json|md|png|sh|sbatch|py)",
-    )
-    pattern = rf"(?<![\w/])(?:{folder}/)+[\w/]+\.{ending}\b"
+    folder = "|".join({path.parts[0] for path in tracked() if len(path.parts) > 1})
+    pattern = rf"(?<![\w/])(?:(?:{folder})/)+[\w/]+\.(?:yaml|json|md|png|sh|sbatch|py)\b"
     for path in re.findall(pattern, text_of(page)):
         assert (ROOT / path).is_file() or (page.parent / path).is_file(), path
     for script in re.findall(r"`(\w+\.py)`", prose(page)):
-        assert any(
-            (ROOT / folder / script).is_file() for folder in ("", "benchmarks", "models", "dataset")
-        ), script
+        assert script in {path.name for path in SOURCES}, script
 
 
 def test_pages_are_reached_from_the_readme():
@@ -215,7 +207,7 @@ def test_flags_and_keys_in_the_text_exist(page):
     known = OTHERS_FLAGS | {
         flag for file in SOURCES for flag in re.findall(r'"(--[\w-]+)"', file.read_text())
     }
-    keys = {row.split("`")[1] for table in config.TASKS.values() for row in config.describe(table)}
+    keys = {row.split("`")[1] for table in TASKS.values() for row in describe(table)}
     keys |= {"base"} | {".".join(key.split(".")[:i]) for key in keys for i in range(1, key.count(".") + 2)}
     leaves = {key.split(".")[-1] for key in keys}
     for span in spans(page):

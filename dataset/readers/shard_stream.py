@@ -111,7 +111,7 @@ def count_samples(names: list[str]) -> list[int]:
     if (known := all_gather_objects(kept)[0]) is not None:
         return known
     own = names[rank() :: world_size()]
-    log.info(f"{len(names)} shards are being counted, once; see samples_per_epoch in the README")
+    log.info(f"{len(names)} shards are being counted, once; see docs/shards.md")
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         counts = list(with_progress(pool.map(_count, own), len(own), "Shards", 100))
     gathered, sizes = all_gather_objects(counts), [0] * len(names)
