@@ -8,7 +8,7 @@ A config is a YAML file for one script, such as `configs/VQA.yaml`. A file with 
 keys that it changes, as those of `configs/as_published/` and `configs/single_gpu/` do. Any value can be given
 on the command line, `--overrides batch_size=32 optimizer.lr=5e-5`, where `val_file=` means none.
 
-Unknown keys are errors that name the nearest valid one, other values than these are errors that say the range,
+Unknown keys are errors that name the nearest valid one, other values are errors that say the range,
 and what has no effect is refused. ALBEF's and SIMLA's published configs are read too: `batch_size` and
 `image_tokenizer_path` count under their names here, which is said.
 
