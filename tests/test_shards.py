@@ -118,7 +118,7 @@ def epoch_of(
     found = []
     for rank in range(num_ranks):
         with mock.patch.multiple(
-            "dataset.loaders", rank=lambda rank=rank: rank, world_size=lambda: num_ranks
+            "simla.dataset.loaders", rank=lambda rank=rank: rank, world_size=lambda: num_ranks
         ):
             sampler = train_loader(mixture, batch, 5, config, list, False, mixture).sampler
             sampler.set_epoch(epoch, first)

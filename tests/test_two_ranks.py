@@ -205,7 +205,7 @@ def test_any_number_of_ranks_shares_an_epoch(num_ranks, batch_size, more, seed, 
     shares = []
     for rank in range(num_ranks):
         with mock.patch.multiple(
-            "dataset.loaders", rank=lambda rank=rank: rank, world_size=lambda: num_ranks
+            "simla.dataset.loaders", rank=lambda rank=rank: rank, world_size=lambda: num_ranks
         ):
             sampler = EpochSampler(num_items, batch_size, seed)
             sampler.set_epoch(epoch)
