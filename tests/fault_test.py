@@ -28,7 +28,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import warm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tests/fault_test.py`
 
@@ -55,14 +54,14 @@ class Job:
     every rank into a session of its own, and no process outlives the `with` block.
     """
 
-    def __init__(self, out: Path, config: Path, overrides: list[str], resume: bool, popen: type):
+    def __init__(self, out: Path, config: Path, overrides: list[str], resume: bool):
         self.out, self.mark = out, f"SIMLA_FAULT_TEST={uuid.uuid4().hex}"
         name, value = self.mark.split("=")
         command = [sys.executable, "-m", "torch.distributed.launch", f"--nproc_per_node={NUM_RANKS}"]
         command += [f"--master_port={free_port()}", "--use_env", "Pretrain.py", "--device", "cpu"]
         command += ["--config", str(config), "--output_dir", str(out), *["--resume"] * resume]
         with (out / "output.txt").open("a") as output:
-            self.launcher = popen(
+            self.launcher = subprocess.Popen(
                 [*command, "--overrides", *overrides],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", name: value},
@@ -85,8 +84,8 @@ class Job:
         for folder in Path("/proc").iterdir():
             with suppress(OSError):  # one that has just ended, or another user's
                 if folder.name.isdecimal():
-                    process = int(folder.name)
-                    found += [process] * (wanted <= set(warm.environment(process)))
+                    environment = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+                    found += [int(folder.name)] * (wanted <= set(environment))
         return found
 
     def kill(self, rank: int | None = None) -> None:
@@ -237,12 +236,8 @@ def fault_test(
     num_kills: int,
     seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
-    popen: type = subprocess.Popen,
 ) -> dict:
-    """Runs it all and writes summary.json; returns that. The runs stay where they differ.
-
-    popen: subprocess's, or warm's, for a start that takes less than one.
-    """
+    """Runs it all and writes summary.json; returns that. The runs stay where they differ."""
     begin = time.monotonic()
     for name in ("data", "whole", "killed"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
@@ -255,7 +250,7 @@ def fault_test(
     hits, whole, killed = [], output_dir / "whole", output_dir / "killed"
 
     def start(out: Path) -> Job:
-        return Job(out, paths["Pretrain"], overrides, resume=bool(run_checkpoints(out)), popen=popen)
+        return Job(out, paths["Pretrain"], overrides, resume=bool(run_checkpoints(out)))
 
     try:
         say(f"a run of {num_epochs * STEPS} steps without kills")

@@ -6,17 +6,15 @@ import json
 import os
 import shutil
 import socket
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import warm
 from api_data import make_checkpoints
 from PIL import Image, ImageFile
-from tiny import ROOT
+from tiny import FORKS
 
 import simla
 from simla import folders
@@ -341,28 +339,20 @@ def test_states_that_are_not_of_their_features_are_not_ranked(model, photos, tmp
         model.search(model.open_index(tmp_path / "index"), "a cup", top=7)
 
 
-BUILDER = """
-import sys, time
-from inference.index import build_index
+def build_slowly(photos: Path, folder: Path, begun) -> None:
+    def encode(pixels):
+        begun.set()
+        time.sleep(600)
 
-def encode(pixels):
-    print("encoding", flush=True)
-    time.sleep(600)
-
-build_index(sys.argv[1], sys.argv[2], encode, (2, 4, 3), 32, 2, {"precision": "fp32"})
-"""
+    build_index(photos, folder, encode, (2, 4, 3), 32, 2, {"precision": "fp32"})
 
 
 def test_one_process_at_a_time_writes_an_index(model, photos, tmp_path):
-    (tmp_path / "builder.py").write_text(BUILDER, encoding="utf-8")
-    command = sys.executable, tmp_path / "builder.py", photos, tmp_path / "index"
-    with (tmp_path / "out").open("w") as out:
-        process = warm.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=out, stderr=out)
+    begun = FORKS.Event()
+    process = FORKS.Process(target=build_slowly, args=(photos, tmp_path / "index", begun))
+    process.start()
     try:
-        end = time.monotonic() + 120
-        while not (tmp_path / "out").read_text() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.02)
-        assert (tmp_path / "out").read_text() == "encoding\n"
+        assert begun.wait(120)
         for update in (False, True):
             with pytest.raises(UserError, match=r"another process is writing the index .*index; wait"):
                 model.index(photos, tmp_path / "index", update=update)
@@ -370,7 +360,7 @@ def test_one_process_at_a_time_writes_an_index(model, photos, tmp_path):
             model.open_index(tmp_path / "index")
     finally:
         process.kill()
-        process.wait(60)
+        process.join()
     index = model.index(photos, tmp_path / "index")  # what is left over of a dead process is no obstacle
     assert len(list((tmp_path / "index").iterdir())) == 4
     assert torch.equal(model.open_index(tmp_path / "index").features, index.features)

@@ -473,7 +473,7 @@ def test_the_user_sees_one_sentence_and_exit_code_1(tiny, tmp_path):
     done = run(
         "Pretrain.py",
         *("--config", tiny["Pretrain"], "--output_dir", tmp_path, "--overrides", "btch_size=3"),
-        cold=True,
+        launcher="python",
     )
     assert done.returncode == 1
     assert "did you mean batch_size?" in done.stderr and "Traceback" not in done.stderr
@@ -505,7 +505,7 @@ def test_one_failing_rank_ends_all(tiny, tmp_path):
     (tmp_path / "test.json").write_text(json.dumps(entries))
     flags = ["--config", tiny["Retrieval"], "--output_dir", tmp_path / "out"]
     overrides = ["--overrides", f"test_file={tmp_path}/test.json"]
-    done = run("zero_shot_retrieval.py", *flags, *overrides, num_processes=2, launcher="run")
+    done = run("zero_shot_retrieval.py", *flags, *overrides, num_processes=2)
     assert done.returncode != 0
     assert "error (rank 1): " in done.stderr and "bad.jpg: empty file" in done.stderr
     assert "in gather" not in done.stderr and "in all_gather" not in done.stderr

@@ -7,9 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-import warm
 from PIL import Image
-from tiny import ROOT
+from tiny import ROOT, run_forked
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,8 +23,7 @@ KEYS = {"ratio", "seconds", "mfu", "peak_memory_bytes", "max_abs_difference", "d
 
 @pytest.mark.parametrize("name", ["rerank", "vqa_rank"])
 def test_the_last_line_has_the_figures(name):
-    command = [sys.executable, f"benchmarks/{name}.py", "--scale", "tiny", "--device", "cpu"]
-    done = warm.run(command, cwd=ROOT, timeout=300)
+    done = run_forked(f"benchmarks/{name}.py", "--scale", "tiny", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() >= KEYS and found["benchmark"] == name

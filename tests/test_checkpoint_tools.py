@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import warm
 from fault_test import differing_values
 from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import MODEL, ROOT, make_tiny
+from tiny import MODEL, ROOT, make_tiny, run_forked
 
 import Pretrain
 import simla
@@ -350,7 +349,7 @@ def test_the_commands_end_with_one_sentence(tmp_path, monkeypatch, capsys):
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
     source.write_bytes(content)
-    done = warm.run([sys.executable, "-m", "simla.checkpoint", "inspect", source, "--check"], cwd=ROOT)
+    done = run_forked("checkpoint/__main__.py", "inspect", source, "--check")
     assert done.returncode == 1 and "ve.pth is damaged" in done.stderr and "Traceback" not in done.stderr
 
 

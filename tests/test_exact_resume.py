@@ -20,11 +20,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-import warm
 from ruamel.yaml import YAML
 from test_safe_load import omega
 from test_ve_nlvr_scripts import load, records_of, write_config
-from tiny import MODEL, ROOT, make_tiny
+from tiny import MODEL, make_tiny, run_forked
 
 import Grounding
 import NLVR
@@ -461,7 +460,7 @@ def tell(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork")
+    multiprocessing.set_start_method("fork", force=True)
     tell(Path(sys.argv[1]))
 
 
@@ -471,8 +470,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stories")
-    command = [sys.executable, __file__, folder]
-    done = warm.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=500)
+    done = run_forked(__file__, folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return folder
 

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import warm
 from fault_test import different, differing_values, fault_test
-from tiny import ROOT, make_tiny, run
+from tiny import ROOT, make_tiny, run, run_forked
 
 import Pretrain
 from simla.checkpoint.save import load_checkpoint, save_checkpoint
@@ -162,9 +161,7 @@ def folder(tmp_path_factory) -> Path:
     """All of RUNS."""
     folder = tmp_path_factory.mktemp("faults")
     make_tiny(folder)
-    command = [sys.executable, __file__, str(folder)]
-    environment = {name: value for name, value in os.environ.items() if "RANK" not in name}
-    done = warm.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, timeout=500)
+    done = run_forked(__file__, folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -190,7 +187,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 def test_kills_at_random_moments_lose_nothing(tmp_path):
-    summary = fault_test(tmp_path, num_kills=3, seed=1, popen=warm.Popen)
+    summary = fault_test(tmp_path, num_kills=3, seed=1)
     assert summary["identical"], summary["failure"]
     assert summary["kills"] == 3 and summary["kills_during_save"] >= 1
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
@@ -410,5 +407,5 @@ if __name__ == "__main__":
         train("killed once", this_rank)
     else:
         torch.set_num_threads(1)
-        multiprocessing.set_start_method("fork")
+        multiprocessing.set_start_method("fork", force=True)
         run_all(Path(sys.argv[1]))

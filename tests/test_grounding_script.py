@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import warm
 from PIL import ExifTags, Image
 from ruamel.yaml import YAML
-from tiny import MODEL, ROOT, make_tiny, run
+from tiny import MODEL, ROOT, make_tiny, run, run_forked
 
 import Grounding
 from simla.configs.reader import read_config
@@ -414,9 +413,7 @@ def test_every_rank_count_makes_the_same_choices(trained, tiny, tmp_path):
     out, _ = trained
     kept = json.loads((out / "result" / "grounding.json").read_text())
     checkpoint = out / "checkpoint_best.pth"
-    command = [sys.executable, __file__, tiny["config"], checkpoint, tmp_path]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = warm.run(command, env=environment, timeout=300)
+    done = run_forked(__file__, tiny["config"], checkpoint, tmp_path)
     assert done.returncode == 0, done.stderr
     for mode in ("itm", "itc"):
         results = []

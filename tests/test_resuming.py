@@ -1,7 +1,4 @@
-"""Going back, going on elsewhere, evaluating beside a training, two trainings in one folder, edited data.
-
-Run as a script (`test_resuming.py FOLDER`) this file is a training that holds the folder until it is killed.
-"""
+"""Going back, going on elsewhere, evaluating beside a training, two trainings in one folder, edited data."""
 
 import fcntl
 import json
@@ -19,9 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import warm
 from test_ve_nlvr_scripts import make_task_files
-from tiny import ROOT
+from tiny import FORKS
 
 import VE
 import zero_shot_retrieval
@@ -34,11 +30,6 @@ from simla.engine import launch, run_record
 from simla.engine.run_record import LOCK, hold_folder, holds_training, release_folder
 from simla.engine.training import Training
 from simla.utils import UserError
-
-if __name__ == "__main__":
-    hold_folder(sys.argv[1])
-    print("holds it", flush=True)
-    time.sleep(60)
 
 
 @pytest.fixture(scope="module")
@@ -233,21 +224,22 @@ def test_a_training_that_has_saved_nothing_yet_is_one_too(tmp_path):
 # ---- two trainings in one folder ----
 
 
+def hold(folder: str, held) -> None:
+    hold_folder(folder)
+    held.set()
+    time.sleep(60)
+
+
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds tmp_path."""
-    with (tmp_path / "printed.txt").open("w") as file:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        process = warm.Popen([sys.executable, __file__, tmp_path], env=environment, stdout=file, stderr=file)
-        deadline = time.monotonic() + 60
-        while "holds it" not in (tmp_path / "printed.txt").read_text():
-            assert process.poll() is None and time.monotonic() < deadline, (
-                tmp_path / "printed.txt"
-            ).read_text()
-            time.sleep(0.02)
-        yield process
-        process.kill()
-        process.wait()
+    held = FORKS.Event()
+    process = FORKS.Process(target=hold, args=(str(tmp_path), held))
+    process.start()
+    assert held.wait(60)
+    yield process
+    process.kill()
+    process.join()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """How commands end when their output has no reader or no room, or Ctrl-C comes early: one line or none."""
 
 import ast
-import os
 import re
 import signal
 import subprocess
@@ -9,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import warm
 from test_house import SCRIPTS, modules
-from tiny import ROOT
+from tiny import ROOT, fork_script
 
 from simla.engine.launch import run_script
 
@@ -29,6 +27,13 @@ def main():
     BODY
 run_script(main)
 """
+CLOSED = """
+import os, sys
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+os.close(reader)
+sys.stdout = open(1, "w", closefd=False)
+"""
 BIG = "'x' * 1_000_000"
 FULL = "error: the output could not be written (No space left on device)\n"
 
@@ -38,19 +43,11 @@ def ask(tmp_path: Path, body: str, stdout: str) -> tuple[int, str]:
     exit code, what stderr has.
     """
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.replace("BODY", body))
-    number, output = None, Path("/dev/full" if stdout == "full disk" else tmp_path / "out")
-    if stdout == "closed pipe":
-        reader, number = os.pipe()
-        os.close(reader)
-    with (
-        open(output if number is None else number, "w", encoding="utf-8") as output,  # noqa: PTH123
-        (tmp_path / "err").open("w+", encoding="utf-8") as errors,
-    ):
-        process = warm.Popen([sys.executable, str(script)], cwd=tmp_path, stdout=output, stderr=errors)
-        code = process.wait(60)
-        errors.seek(0)
-        return code, errors.read()
+    script.write_text(CLOSED * (stdout == "closed pipe") + SCRIPT.replace("BODY", body))
+    output = Path("/dev/full" if stdout == "full disk" else tmp_path / "out")
+    process = fork_script([script], output, tmp_path / "err")
+    process.join(60)
+    return process.exitcode, (tmp_path / "err").read_text("utf-8")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
@@ -73,9 +70,10 @@ def test_output_that_is_lost_is_one_line_or_none(tmp_path, body, stdout, code, m
 
 @pytest.mark.parametrize("stdout", ["closed pipe", "full disk"])
 def test_a_line_of_the_log_costs_the_line_not_the_run(tmp_path, stdout):
-    body = f"logging.basicConfig(stream=sys.stdout); logging.error({BIG}); Path('done').write_text('x')"
+    done = str(tmp_path / "done")
+    body = f"logging.basicConfig(stream=sys.stdout); logging.error({BIG}); Path({done!r}).touch()"
     _, errors = ask(tmp_path, body, stdout)
-    assert (tmp_path / "done").exists() and len(errors.splitlines()) <= 1
+    assert Path(done).exists() and len(errors.splitlines()) <= 1
 
 
 def test_another_broken_pipe_is_no_reader_that_left(tmp_path):

@@ -1,16 +1,13 @@
 """The task scripts run for real: every launch mode, outputs, resume, one rank against several."""
 
 import json
-import os
-import sys
 from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
-import warm
 from ruamel.yaml import YAML
 from timm.scheduler import CosineLRScheduler
-from tiny import ROOT, make_tiny, run
+from tiny import make_tiny, run, run_forked
 
 import Pretrain
 from simla.configs.reader import read_config
@@ -29,7 +26,9 @@ def tiny(tmp_path_factory):
 def pretrained(tiny, tmp_path_factory):
     """Two epochs on two ranks."""
     out = tmp_path_factory.mktemp("pretrained")
-    done = run("Pretrain.py", "--config", tiny["Pretrain"], "--output_dir", out, num_processes=2, cold=True)
+    done = run(
+        "Pretrain.py", "--config", tiny["Pretrain"], "--output_dir", out, num_processes=2, launcher="launch"
+    )
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -92,7 +91,7 @@ def test_resume_continues_at_the_next_epoch(pretrained, tiny, tmp_path):
         "--checkpoint",
         out / "checkpoint_00.pth",
     ]
-    resumed = run("Pretrain.py", *common, "--resume", "True", num_processes=2, launcher="run", cold=True)
+    resumed = run("Pretrain.py", *common, "--resume", "True", num_processes=2, launcher="run")
     assert resumed.returncode == 0, resumed.stderr
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [1]
     whole = torch.load(out / "checkpoint_01.pth", weights_only=True)
@@ -108,7 +107,7 @@ def test_every_rank_count_and_launch_mode_gives_the_same_retrieval_scores(pretra
     flags = ["--evaluate", "--config", tiny["Retrieval"], "--checkpoint", out / "checkpoint_01.pth"]
     flags += ["--overrides", "save_scores=true"]
     results = {}
-    for name, processes, launcher in (("plain", 0, ""), ("two", 2, "launch"), ("three", 3, "run")):
+    for name, processes, launcher in (("plain", 0, ""), ("two", 2, "launch"), ("three", 3, "")):
         folder = tmp_path / name
         done = run(
             "zero_shot_retrieval.py",
@@ -117,7 +116,6 @@ def test_every_rank_count_and_launch_mode_gives_the_same_retrieval_scores(pretra
             folder,
             num_processes=processes,
             launcher=launcher,
-            cold=name == "plain",
         )
         assert done.returncode == 0, done.stderr
         results[name] = json.loads((folder / "result" / "retrieval.json").read_text())
@@ -158,14 +156,13 @@ def test_k_test_above_the_number_of_candidates(pretrained, tiny, tmp_path):
 def test_slurm_variables(pretrained, tiny, tmp_path):
     """Two tasks as srun starts them: no launcher, only variables."""
     out, _ = pretrained
-    command = [sys.executable, "zero_shot_retrieval.py", "--evaluate", "--device", "cpu"]
+    command = ["zero_shot_retrieval.py", "--evaluate", "--device", "cpu"]
     command += ["--config", str(tiny["Retrieval"]), "--output_dir", str(tmp_path)]
     command += ["--checkpoint", str(out / "checkpoint_01.pth")]
-    shared = {**os.environ, "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = {"SLURM_NTASKS": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with ThreadPool(2) as pool:
         tasks = pool.map(
-            lambda i: warm.run(command, ROOT, {**shared, "SLURM_PROCID": i, "SLURM_LOCALID": i}, timeout=300),
-            "01",
+            lambda i: run_forked(*command, env={**shared, "SLURM_PROCID": i, "SLURM_LOCALID": i}), (0, 1)
         )
     assert [task.returncode for task in tasks] == [0, 0], [task.stderr for task in tasks]
     assert json.loads((tmp_path / "result" / "retrieval.json").read_text())["n"] == 7

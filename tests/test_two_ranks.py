@@ -1,19 +1,17 @@
 """Several real processes: the recorded two-rank step, and results that do not depend on their number."""
 
-import os
-import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-import warm
 from goldens_io import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import tiny_pretrain_model
 from test_pretrain_goldens import check_digest, check_losses, check_queues
 from test_retrieval_goldens import check_retrieval_losses
+from tiny import run_forked
 
 from simla.dataset.loaders import EpochSampler, check_enough
 from simla.engine.data_parallel import distribute
@@ -28,8 +26,7 @@ QUEUES = ("image_queue", "text_queue", "queue_ptr")
 def results(tmp_path_factory):
     """(number of ranks, rank) -> what that process saved"""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(WORKER.parents[1])}
-    done = warm.run([sys.executable, WORKER, folder], env=environment, timeout=300)
+    done = run_forked(WORKER, folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return {
         (num_ranks, rank): torch.load(folder / f"{num_ranks}_{rank}.pt")

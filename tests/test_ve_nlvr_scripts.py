@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import warm
 from ruamel.yaml import YAML
-from tiny import MODEL, ROOT, make_tiny, run
+from tiny import MODEL, make_tiny, run, run_forked
 
 import NLVR
 import Pretrain
@@ -128,8 +127,7 @@ if __name__ == "__main__":
 def runs(tmp_path_factory):
     """The folder with the outputs of every run, and what the runs printed."""
     folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, __file__, folder]
-    done = warm.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    done = run_forked(__file__, folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     printed = dict(part.partition("\n")[::2] for part in done.stdout.split("== ")[1:])
     return folder, printed

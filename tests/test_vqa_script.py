@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import warm
 from PIL import Image
 from ruamel.yaml import YAML
-from tiny import MODEL, ROOT, make_tiny, run
+from tiny import MODEL, ROOT, make_tiny, run, run_forked
 
 import VQA
 from simla.configs.reader import read_config
@@ -341,9 +340,7 @@ def test_top_answers_have_probabilities(trained, tiny):
 
 def test_every_rank_count_gives_the_same_answers(trained, tiny, tmp_path):
     out, _ = trained
-    command = [sys.executable, __file__, tiny["config"], out / "checkpoint_01.pth", tmp_path]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = warm.run(command, env=environment, timeout=300)
+    done = run_forked(__file__, tiny["config"], out / "checkpoint_01.pth", tmp_path)
     assert done.returncode == 0, done.stderr
     for inference in ("rank", "generate"):
         folders = [tmp_path / f"{inference}{num_ranks}" for num_ranks in (1, 2, 3)]
