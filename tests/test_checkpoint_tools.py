@@ -282,7 +282,8 @@ def test_inspect_does_not_read_the_weights(name, tmp_path):
     if name.endswith("safetensors"):
         export(str(tmp_path / "big.pth"), str(tmp_path / name))
     code = f"""
-import re, sys, checkpoint_tools
+import re, sys
+from simla.checkpoint import __main__ as checkpoint_tools
 resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
 checkpoint_tools.inspect({str(content)!r})
 before = resident()

@@ -93,7 +93,8 @@ def test_a_closed_output_is_said_before_anything_is_computed(monkeypatch, capsys
 def test_before_the_imports(tmp_path):
     """A closed stream's number goes to no file, and Ctrl-C leaves no traceback."""
     program = (
-        "from simla.engine import before_imports; import os, sys, time; before_imports.prepare(); null = os.stat(os.devnull);"
+        "from simla.engine import before_imports; import os, sys, time; before_imports.prepare();"
+        "null = os.stat(os.devnull);"
         "same = [os.path.samestat(os.fstat(n), null) for n in (1, 2)];"
         f"open({str(tmp_path / 'ready')!r}, 'w').write(str(same)); time.sleep(60)"
     )

@@ -57,7 +57,7 @@ def pretrain_step() -> dict:
     fill_model(model, golden("pretrain_structure")["aliases"])
     seen = {"before": buffers(model)}
     spoil_buffers_unless_rank_0(model)
-    with mock.patch("simla.engine.training.DistributedDataParallel", lambda model, *_, **__: model):
+    with mock.patch("simla.engine.data_parallel.DistributedDataParallel", lambda model, *_, **__: model):
         distribute(model, CPU)  # not every version of torch's wrapper would make them equal
     seen["after, torch's wrapper aside"] = buffers(model)
     spoil_buffers_unless_rank_0(model)
