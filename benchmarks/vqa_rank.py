@@ -25,7 +25,7 @@ from torch import Tensor
 from simla.configs.reader import read_config
 from simla.configs.schema import VQA
 from simla.models.answer_tree import AnswerTree
-from simla.models.vqa import SIMLAVQA, question_states
+from simla.models.vqa import SIMLAVQA
 from simla.utils import autocast, clock, peak_bytes, reset_peak
 
 CLS, SEP = 101, 102
@@ -104,8 +104,7 @@ def main() -> None:
         return tuple(map(torch.cat, zip(*ranked, strict=True)))
 
     def encode(image: Tensor, question_ids: Tensor) -> Tensor:
-        modules = model.visual_encoder, model.text_encoder
-        return question_states(*modules, image, question_ids, torch.ones_like(question_ids))
+        return model.question_states(image, question_ids, torch.ones_like(question_ids))
 
     plain_seconds, seconds, by_plain, by_ours = 0.0, 0.0, [], []
     with autocast(device, precision):

@@ -6,82 +6,66 @@ sees the beginnings of that beginning. K answers of up to L tokens; P beginnings
 answers each; n beginnings of the answers of one question.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Branches:
-    """The beginnings of the answers chosen for each question, from short to long, padded with any others.
+class Branches(NamedTuple):
+    """The beginnings of the answers chosen for each question, from short to long, padded with any others."""
 
-    ids, positions (B, n): their last tokens; seen (B, n, n): which of them each one sees; num (B,): without
-    the padding; places (B, k, L-1): which of them predicts the tokens of an answer after the first; 0 after
-    its end
+    ids: Tensor  # (B, n) the last token of each beginning
+    positions: Tensor  # (B, n) the position of that token
+    seen: Tensor  # (B, n, n) 1 = a beginning of that beginning, which its token sees
+    num: Tensor  # (B,) beginnings without the padding
+    predictors: (
+        Tensor  # (B, k, L-1) which of the n predicts the answer's tokens after the first; 0 after its end
+    )
+
+
+class AnswerTree(NamedTuple):
+    """Answers that all start with the same token, and their beginnings, numbered from short to long: 0 is the
+    first token alone.
     """
 
-    ids: Tensor
-    positions: Tensor
-    seen: Tensor
-    num: Tensor
-    places: Tensor
-
-
-@dataclass(frozen=True)
-class AnswerTree:
-    """ids, mask (K, L): the answers, all with the same first token; nodes (K, L-1): numbers of the beginnings
-    that predict the tokens after it, 0 after the end. Beginnings are numbered from short to long, 0 is the
-    first token alone: tokens, positions (P,): the last token of each and its place; path (P, L-1): its own
-    beginnings, the last of which is itself, as often as there is room.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    nodes: Tensor
-    tokens: Tensor
-    positions: Tensor
-    path: Tensor
+    ids: Tensor  # (K, L)
+    mask: Tensor  # (K, L)
+    nodes: Tensor  # (K, L-1) the beginnings that predict the tokens after the first; 0 after the end
+    tokens: Tensor  # (P,) the last token of each beginning
+    positions: Tensor  # (P,) the position of that token
+    paths: Tensor  # (P, L-1) the beginnings of each beginning, the last, itself, as often as there is room
 
     @classmethod
     def build(cls, ids: Tensor, mask: Tensor) -> "AnswerTree":
-        lengths = mask.sum(1).tolist()
+        lengths, width = mask.sum(1).tolist(), ids.shape[1] - 1
         answers = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True)]
-        found = {answer[:end] for answer in answers for end in range(1, len(answer))}
-        numbers = {
-            tokens: i for i, tokens in enumerate(sorted(found, key=lambda tokens: (len(tokens), tokens)))
-        }
+        beginnings = {answer[:end] for answer in answers for end in range(1, len(answer))}
+        beginnings = sorted(beginnings, key=lambda tokens: (len(tokens), tokens))
+        numbers = {tokens: i for i, tokens in enumerate(beginnings)}
 
-        def path(tokens: tuple[int, ...], padding: int | None = None) -> list[int]:
-            own = [numbers[tokens[:end]] for end in range(1, len(tokens) + 1)]
-            return own + [own[-1] if padding is None else padding] * (ids.shape[1] - 1 - len(own))
+        def path(tokens: tuple[int, ...], padding: int) -> list[int]:
+            numbered = [numbers[tokens[:end]] for end in range(1, len(tokens) + 1)]
+            return numbered + [padding] * (width - len(numbered))
 
-        return cls(
-            ids,
-            mask,
-            *map(
-                torch.tensor,
-                (
-                    [path(answer[:-1], padding=0) for answer in answers],
-                    [tokens[-1] for tokens in numbers],
-                    [len(tokens) - 1 for tokens in numbers],
-                    [path(tokens) for tokens in numbers],
-                ),
-            ),
-        )
+        nodes = torch.tensor([path(answer[:-1], padding=0) for answer in answers])
+        tokens = torch.tensor([tokens[-1] for tokens in beginnings])
+        positions = torch.tensor([len(tokens) - 1 for tokens in beginnings])
+        paths = torch.tensor([path(tokens, padding=numbers[tokens]) for tokens in beginnings])
+        return cls(ids, mask, nodes, tokens, positions, paths)
 
     def to(self, device: torch.device) -> "AnswerTree":
-        return AnswerTree(*(part.to(device) for part in vars(self).values()))
+        return AnswerTree(*(tensor.to(device) for tensor in self))
 
     def branches(self, chosen: Tensor) -> Branches:
-        """chosen (B, k): numbers of answers."""
+        """Return the beginnings of the chosen answers: their numbers (B, k)."""
         nodes = self.nodes[chosen]  # (B, k, L-1)
         used = torch.zeros(len(chosen), len(self.tokens), dtype=torch.bool, device=chosen.device)
         used.scatter_(1, nodes.flatten(1), True)
-        num, place = used.sum(1), (used.cumsum(1) - 1).clamp(min=0)  # (B,), (B, P)
+        num, column = used.sum(1), (used.cumsum(1) - 1).clamp(min=0)  # (B,), (B, P)
         order = used.byte().argsort(dim=1, descending=True, stable=True)[:, : int(num.max())]  # (B, n)
-        path = self.path[order]  # (B, n, L-1)
+        paths = self.paths[order]  # (B, n, L-1)
         seen = torch.zeros(*order.shape, order.shape[1], dtype=torch.float32, device=chosen.device)
-        seen.scatter_(2, place.gather(1, path.flatten(1)).view_as(path), 1.0)
-        places = place.gather(1, nodes.flatten(1)).view_as(nodes)
-        return Branches(self.tokens[order], self.positions[order], seen, num, places)
+        seen.scatter_(2, column.gather(1, paths.flatten(1)).view_as(paths), 1.0)
+        predictors = column.gather(1, nodes.flatten(1)).view_as(nodes)
+        return Branches(self.tokens[order], self.positions[order], seen, num, predictors)

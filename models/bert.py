@@ -3,12 +3,13 @@
     text          cross=None: cross-attention is skipped in every layer
     multimodal    cross=bert.project(image_embeds): used in every layer
     image input   inputs_embeds=image_embeds, cross=bert.project(text embeddings)
-    two images    BertModel(config, two_images=True), cross=bert.project_pair(image_embeds)
+    two images    BertModel(config, two_images=True), cross=bert.project(image_embeds), first images first
     decoder       causal=True, cross=bert.project(question states, question mask)
 
 Every layer is self-attention -> cross-attention -> feed-forward, post-norm as in BERT. Parameter names are
-the published ones. Shapes: B rows, T tokens of the own stream, S tokens of the other stream, D width, H
-heads, d = D / H.
+the published ones.
+
+B rows, T tokens, S tokens of the other stream, D width, H heads, d = D / H, V vocabulary.
 """
 
 import json
@@ -86,36 +87,36 @@ class BertConfig:
 
 
 class KeysValues(NamedTuple):
-    """What an attention reads. Its B query rows read B' streams: the one that `index` says, or B / B'
-    consecutive rows the same one.
+    """What the B rows of an attention's query read: B' rows, either those that `index` says, or each one the
+    same for B / B' consecutive rows.
     """
 
     keys: Tensor  # (B', H, S, d)
     values: Tensor  # (B', H, S, d)
     mask: Tensor | None = None  # additive, (B', 1, 1 or T, S)
-    index: Tensor | None = None  # (B,) of B'
+    index: Tensor | None = None  # (B,) numbers below B'
 
 
 class CrossStates(list[KeysValues]):
     """The other stream's keys and values for each layer: projected once, read by any number of passes."""
 
     def rows(self, index: Tensor) -> "CrossStates":
-        """Return the same keys and values for queries of len(index) rows, row i reading stream index[i]."""
+        """Return the same for queries of len(index) rows, of which row i reads row index[i]."""
         return CrossStates(layer._replace(index=index) for layer in self)
 
 
 def padding_mask(
     attention_mask: Tensor, score: float = PADDING_SCORE, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """attention_mask (B, S) with 1 = token, 0 = padding -> additive scores (B, 1, 1, S); (B, T, S), which
-    token sees which -> (B, 1, T, S).
+    """Return additive scores (B, 1, 1, S) of a mask (B, S) with 1 = token, 0 = padding, or (B, 1, T, S) of a
+    mask (B, T, S), which token sees which.
     """
     seen = attention_mask[:, None, None] if attention_mask.dim() == 2 else attention_mask[:, None]
     return (1.0 - seen.to(dtype)) * score
 
 
 def causal_mask(attention_mask: Tensor) -> Tensor:
-    """attention_mask (B, T) -> additive scores (B, 1, T, T): no token sees padding or a later token."""
+    """Return additive scores (B, 1, T, T) of a mask (B, T): no token sees padding or a later token."""
     length = attention_mask.shape[1]
     earlier = torch.ones(length, length, dtype=torch.float32, device=attention_mask.device).tril()
     return (1.0 - earlier * attention_mask[:, None, None, :]) * PADDING_SCORE
@@ -139,7 +140,9 @@ class Embeddings(nn.Module):
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """input_ids (B, T) or inputs_embeds (B, T, D); position_ids (B, T), None = 0 to T-1 -> (B, T, D)"""
+        """Return states (B, T, D) of input_ids (B, T) or inputs_embeds (B, T, D); position_ids (B, T), None =
+        0 to T-1.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         length, limit = inputs_embeds.shape[1], self.position_ids.shape[1]
@@ -194,25 +197,21 @@ class Attention(nn.Module):
         """Return the keys and values of states (B, S, kv_width)."""
         return KeysValues(self._heads(self.self.key(states)), self._heads(self.self.value(states)), mask)
 
-    def attention_map(self, hidden: Tensor, read: KeysValues) -> Tensor:
+    def attention_map(self, hidden: Tensor, other: KeysValues) -> Tensor:
         """Return the attention probabilities (B, H, T, S) of states (B, T, D), before dropout."""
         query = self._heads(self.self.query(hidden))
-        scores = query @ read.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
-        return (scores if read.mask is None else scores + read.mask).softmax(-1)
+        scores = query @ other.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+        return (scores if other.mask is None else scores + other.mask).softmax(-1)
 
-    def read(self, probabilities: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-        """Return the rest of `forward` after `attention_map`, without dropout on the map."""
-        return self.output((probabilities @ values).transpose(1, 2).reshape(hidden.shape), hidden)
-
-    def forward(self, hidden: Tensor, read: KeysValues) -> Tensor:
+    def forward(self, hidden: Tensor, other: KeysValues) -> Tensor:
         """Return the states (B, T, D) after they have read the others."""
-        keys, values, mask, index = read
+        keys, values, mask, index = other
         if index is not None:
             keys, values = keys.index_select(0, index), values.index_select(0, index)
             mask = None if mask is None else mask.index_select(0, index)
         if mask is not None:  # the lowest float32 would be -inf in half precision
             mask = mask.to(keys.dtype).clamp(min=torch.finfo(keys.dtype).min)
-        # Rows that share a stream are one long query to it: its keys and values are never repeated.
+        # Rows that read the same are one long query to it, so that keys and values are never repeated.
         query = self.self.query(hidden).view(len(keys), -1, hidden.shape[-1])  # (B', B / B' * T, D)
         dropout = self.dropout_prob if self.training else 0.0
         context = F.scaled_dot_product_attention(self._heads(query), keys, values, mask, dropout)
@@ -244,8 +243,8 @@ class Layer(nn.Module):
         first_only: bool = False,
     ) -> Tensor:
         """Return the next states of (B, T, D); first_only: of every row's first token alone, (B, 1, D)."""
-        own = self.attention.project(hidden, mask)
-        hidden = self.attention(hidden[:, :1] if first_only else hidden, own)
+        queried = hidden[:, :1] if first_only else hidden
+        hidden = self.attention(queried, self.attention.project(hidden, mask))
         if cross is not None:
             hidden = self.crossattention(hidden, cross)
         return self.feed_forward(hidden)
@@ -289,19 +288,14 @@ class BertModel(nn.Module):
 
     def project(self, states: Tensor, attention_mask: Tensor | None = None) -> CrossStates:
         """Return the other stream as cross-attention reads it: states (B, S, encoder_width), attention_mask
-        (B, S) with 1 = token, 0 = padding.
+        (B, S) with 1 = token, 0 = padding. With two_images (2B, S, encoder_width), first images first: layer
+        i reads image i mod 2.
         """
         lowest = torch.finfo(states.dtype).min
         mask = None if attention_mask is None else padding_mask(attention_mask, lowest, states.dtype)
-        return CrossStates(layer.crossattention.project(states, mask) for layer in self.encoder.layer)
-
-    def project_pair(self, image_embeds: Tensor) -> CrossStates:
-        """Return two images for each text, (2B, S, encoder_width), first images first: layer i reads image
-        i mod 2.
-        """
-        images = image_embeds.chunk(2)
-        layers = enumerate(self.encoder.layer)
-        return CrossStates(layer.crossattention.project(images[i % 2]) for i, layer in layers)
+        streams = states.chunk(2) if self.two_images else [states]
+        attentions = [layer.crossattention for layer in self.encoder.layer]
+        return CrossStates(a.project(streams[i % len(streams)], mask) for i, a in enumerate(attentions))
 
     def forward(
         self,
@@ -388,7 +382,7 @@ class PredictionHead(nn.Module):
         nn.init.zeros_(self.transform.dense.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (..., D) -> logits (..., V)"""
+        """Return logits (..., V) of states (..., D)."""
         return self.decoder(self.transform(hidden))
 
 

@@ -1,32 +1,33 @@
 """Grad-CAM: where in the image a model looks for a text (grounding without boxes, as in ALBEF section 5.5).
 
 An attention map inside the model is weighed by the gradient of a score with respect to that very map. The
-layers below the map run without gradient, those above it with. Shapes: B pairs, T text tokens, N image
-tokens incl. [CLS], H heads, (h, w) the image encoder's grid of patches.
+layers below the map run without gradient, those above it with.
+
+B pairs, T text tokens, N image tokens incl. [CLS], D width, H heads, d = D / H, (h, w) the grid of patches.
 """
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from simla.models.align import unit_features
 from simla.models.bert import padding_mask
 from simla.models.retrieval import SIMLARetrieval
-from simla.models.vit import attention_map, read
 from simla.utils import UserError
 
 MODES = ("itm", "itc")
 
 
 def default_block(model: SIMLARetrieval, mode: str) -> int:
-    """The number of the block two thirds up the encoder that `mode` looks into, 8 of 12; never the last one
-    of several, where itm explains [CLS] alone.
+    """Return the number of the block two thirds up the encoder that `mode` looks into, 8 of 12; never the
+    last one of several, where itm explains [CLS] alone.
     """
     num_layers = len(_layers(model, mode)[1])
     return min(num_layers * 2 // 3, max(num_layers - 2, 0))
 
 
 def check_block(model: SIMLARetrieval, mode: str, block: int) -> None:
-    """UserError where the encoder that `mode` looks into has no block of that number."""
+    """Raise UserError where the encoder that `mode` looks into has no block of that number."""
     name, layers = _layers(model, mode)
     if not 0 <= block < len(layers):
         raise UserError(
@@ -36,7 +37,7 @@ def check_block(model: SIMLARetrieval, mode: str, block: int) -> None:
 
 
 def _layers(model: SIMLARetrieval, mode: str) -> tuple[str, nn.ModuleList]:
-    """The encoder that `mode` looks into, by its name, and its blocks."""
+    """Return the name of the encoder that `mode` looks into, and its blocks."""
     if mode == "itm":
         return "text encoder", model.text_encoder.encoder.layer
     return "image encoder", model.visual_encoder.blocks
@@ -45,11 +46,11 @@ def _layers(model: SIMLARetrieval, mode: str) -> tuple[str, nn.ModuleList]:
 def grad_cam(
     model: SIMLARetrieval, mode: str, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor
 ) -> Tensor:
-    """A heat map for every pair of an image and a text, the model being in eval mode.
+    """Return a heat map (B, h, w), not negative, for every pair of image (B, 3, R, R) and text (B, T); the
+    model is in eval mode.
 
-    image (B, 3, R, R); text_ids, text_mask (B, T) -> (B, h, w), not negative. Only the proportions within
-    one map mean anything: in mode itm its scale falls with the padding that T includes, as published.
-    Raises UserError for a block that there is not.
+    Only the proportions within one map mean anything: in mode itm its scale falls with the padding that T
+    includes, as published. Raises UserError for a block that there is not.
     """
     check_block(model, mode, block)
     patches = {"itm": itm_map, "itc": itc_map}[mode](model, block, image, text_ids, text_mask)  # (B, N-1)
@@ -57,15 +58,15 @@ def grad_cam(
 
 
 def itm_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-    """The mean of `itm_token_maps` over text positions -> (B, N-1)"""
+    """Return the mean of `itm_token_maps` over text positions, (B, N-1)."""
     return itm_token_maps(model, block, image, text_ids, text_mask).mean(1)
 
 
 def itm_token_maps(
     model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor
 ) -> Tensor:
-    """Cross-attention of text layer `block`, by the "match" logit: where each token looks, mean over heads;
-    padded ones are 0 -> (B, T, N-1)
+    """Return where each token looks (B, T, N-1), 0 of padding: the cross-attention of text layer `block` by
+    the "match" logit, mean over heads.
     """
     bert, layers = model.text_encoder, model.text_encoder.encoder.layer
     layer = layers[block]
@@ -78,8 +79,8 @@ def itm_token_maps(
         probabilities = layer.crossattention.attention_map(hidden, cross[block])  # (B, H, T, N)
     with torch.enable_grad():
         probabilities.requires_grad_()
-        hidden = layer.crossattention.read(probabilities, cross[block].values, hidden)
-        hidden = layer.feed_forward(hidden)
+        context = (probabilities @ cross[block].values).transpose(1, 2).flatten(2)  # (B, T, D)
+        hidden = layer.feed_forward(layer.crossattention.output(context, hidden))
         for i in range(block + 1, len(layers)):
             hidden = layers[i](hidden, mask, cross[i])
         logits = model.itm_head(hidden[:, 0])[:, 1]  # (B,)
@@ -87,28 +88,37 @@ def itm_token_maps(
     return (weighed * text_mask[:, None, :, None]).mean(1)
 
 
-def itc_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-    """[CLS] row of the self-attention of image block `block`, by the pair's similarity / temp; mean over
-    heads -> (B, N-1)
+def itc_map(model: SIMLARetrieval, number: int, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+    """Return the [CLS] row of the self-attention of image block `number`, by the pair's similarity / temp;
+    mean over heads, (B, N-1).
     """
     blocks = model.visual_encoder.blocks
+    block = blocks[number]
     with torch.no_grad():
         text_feat = model.encode_text(text_ids, text_mask)  # (B, E)
         tokens = model.visual_encoder.embed(image)
-        for lower in blocks[:block]:
+        for lower in blocks[:number]:
             tokens = lower(tokens)
-        probabilities, values = attention_map(blocks[block], tokens)  # (B, H, N, N)
+        probabilities, values = _self_attention_map(block, tokens)  # (B, H, N, N), (B, H, N, d)
     with torch.enable_grad():
         probabilities.requires_grad_()
-        tokens = read(blocks[block], probabilities, values, tokens)
-        for upper in blocks[block + 1 :]:
+        tokens = tokens + block.attn.proj((probabilities @ values).transpose(1, 2).flatten(2))
+        tokens = tokens + block.mlp(block.norm2(tokens))
+        for upper in blocks[number + 1 :]:
             tokens = upper(tokens)
         image_feat = unit_features(model.vision_proj, model.visual_encoder.norm(tokens)[:, 0])
         similarity = (image_feat * text_feat).sum(-1) / model.temp  # (B,)
     return _weigh(probabilities, similarity)[:, :, 0, 1:].mean(1)
 
 
+def _self_attention_map(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the map (B, H, N, N) of timm's block and its values (B, H, N, d) for tokens (B, N, D)."""
+    projected = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1))
+    query, keys, values = projected.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+    return (query @ keys.transpose(-1, -2) * block.attn.scale).softmax(-1), values
+
+
 def _weigh(probabilities: Tensor, scores: Tensor) -> Tensor:
-    """The map times the positive part of the gradient of the sum of scores (B,)."""
+    """Return the map times the positive part of the gradient of the sum of scores (B,)."""
     (gradient,) = torch.autograd.grad(scores, probabilities, torch.ones_like(scores))
     return probabilities.detach() * gradient.clamp(min=0)

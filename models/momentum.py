@@ -1,5 +1,9 @@
-"""Momentum twins and feature queues (MoCo, as ALBEF and SIMLA use them)."""
+"""Momentum twins and feature queues (MoCo, as ALBEF and SIMLA use them).
 
+E shared embedding, Q queue.
+"""
+
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -8,10 +12,9 @@ from torch import Tensor, nn
 from simla.utils import UserError
 
 
-def make_twin(module: nn.Module, twin: nn.Module) -> nn.Module:
-    """`twin` with the weights of `module` and without gradients."""
-    twin.load_state_dict(module.state_dict())
-    return twin.requires_grad_(False)
+def make_twin(module: nn.Module) -> nn.Module:
+    """Return a copy without gradients."""
+    return copy.deepcopy(module).requires_grad_(False)
 
 
 class MomentumModel(nn.Module):
@@ -23,25 +26,25 @@ class MomentumModel(nn.Module):
     holds_twins = False  # while a step's further batches are read: the online weights have not moved either
 
     def twins(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(online, momentum) pairs."""
+        """Return (online, momentum) pairs."""
         return [(getattr(self, name), getattr(self, name + "_m")) for name in self.twin_names]
 
     def copy_twins(self, names: Iterable[str] | None = None) -> None:
-        """Momentum weights <- online weights, for after the online ones were loaded or filled anew; of the
-        modules `names`, None = of all twins.
+        """Copy the online weights to the momentum twins, after they were loaded or filled anew; of the
+        modules `names`, None = of all.
         """
         for name in self.twin_names if names is None else names:
-            make_twin(getattr(self, name), getattr(self, name + "_m"))
+            getattr(self, name + "_m").load_state_dict(getattr(self, name).state_dict())
 
     def update_twins(self) -> None:
-        """Once a step, before the twins are asked."""
+        """Move the twins, once a step, before they are asked."""
         if not self.holds_twins:
             update_twins(self.twins(), self.momentum)
 
 
 @torch.no_grad()
 def update_twins(pairs: list[tuple[nn.Module, nn.Module]], momentum: float) -> None:
-    """twin <- momentum * twin + (1 - momentum) * online, over all (online, twin) pairs at once.
+    """Move all twins of (online, twin) pairs at once: twin <- momentum * twin + (1 - momentum) * online.
 
     Raises UserError where a twin is not made as its online module is, adapters included.
     """
@@ -61,13 +64,13 @@ def update_twins(pairs: list[tuple[nn.Module, nn.Module]], momentum: float) -> N
 
 
 def new_queue(embed_dim: int, queue_size: int) -> Tensor:
-    """Normalised noise, (E, Q): what a queue holds before features have filled it."""
+    """Return normalised noise (E, Q), which a queue holds before features have filled it."""
     return nn.functional.normalize(torch.randn(embed_dim, queue_size), dim=0)
 
 
 @torch.no_grad()
 def enqueue(queue: Tensor, pointer: Tensor, entries: Tensor) -> None:
-    """Writes entries (n, E) into the columns of queue (E, Q) from `pointer` (1,) on, wrapping round.
+    """Write entries (n, E) into the columns of queue (E, Q) from `pointer` (1,) on, wrapping round.
 
     Any n goes; of more than Q entries the last Q stay. What is not finite would spoil the contrast of every
     step to come: there the queue stays as it was. The pointer is left to `advance`.
@@ -81,5 +84,5 @@ def enqueue(queue: Tensor, pointer: Tensor, entries: Tensor) -> None:
 
 @torch.no_grad()
 def advance(pointer: Tensor, num_entries: int, queue_size: int) -> None:
-    """Moves `pointer` (1,) on by `num_entries`, modulo the queue size."""
+    """Move `pointer` (1,) on by `num_entries`, modulo the queue size."""
     pointer.copy_((pointer + num_entries) % queue_size)

@@ -1,8 +1,5 @@
 """SIMLA for NLVR2: whether a sentence is true of two images."""
 
-from torch import Tensor
-
-from simla.models.bert import BertModel, CrossStates
 from simla.models.ve import SIMLAVE
 
 
@@ -13,6 +10,3 @@ class SIMLANLVR(SIMLAVE):
 
     num_classes = 2
     two_images = True
-
-    def _read(self, text_encoder: BertModel, image_embeds: Tensor) -> CrossStates:
-        return text_encoder.project_pair(image_embeds)

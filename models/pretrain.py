@@ -62,11 +62,8 @@ class SIMLA(AlignmentModel):
         self.mlm_distill_over_sequence = mlm_distill_over_sequence
         self.psl_padding = psl_padding
 
-        def image_encoder() -> VisionTransformer:
-            return VisionTransformer(**{**vit, "mask_token": True})
-
         width = vit["embed_dim"]
-        self.visual_encoder = image_encoder()
+        self.visual_encoder = VisionTransformer(**{**vit, "mask_token": True})
         self.text_encoder = BertForMaskedLM(bert)
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(bert.hidden_size, embed_dim)
@@ -74,13 +71,13 @@ class SIMLA(AlignmentModel):
         self.itm_head = nn.Linear(bert.hidden_size, 2)
         self.mim_head = nn.Linear(bert.hidden_size, visual_vocab_size)
 
-        self.mim_head_m = make_twin(self.mim_head, nn.Linear(bert.hidden_size, visual_vocab_size))
-        self.visual_encoder_m = make_twin(self.visual_encoder, image_encoder())
-        self.vision_proj_m = make_twin(self.vision_proj, nn.Linear(width, embed_dim))
-        self.text_encoder_m = make_twin(self.text_encoder, BertForMaskedLM(bert))
-        self.text_proj_m = make_twin(self.text_proj, nn.Linear(bert.hidden_size, embed_dim))
+        self.mim_head_m = make_twin(self.mim_head)
+        self.visual_encoder_m = make_twin(self.visual_encoder)
+        self.vision_proj_m = make_twin(self.vision_proj)
+        self.text_encoder_m = make_twin(self.text_encoder)
+        self.text_proj_m = make_twin(self.text_proj)
         self.concept_head = nn.Linear(embed_dim, bert.vocab_size)
-        self.concept_head_m = make_twin(self.concept_head, nn.Linear(embed_dim, bert.vocab_size))
+        self.concept_head_m = make_twin(self.concept_head)
 
         self._add_queues(embed_dim, queue_size)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))

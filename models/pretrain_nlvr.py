@@ -3,7 +3,7 @@
 B batch, N image tokens, T text tokens, D width, E shared embedding.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ NEGATIVES_TEMP = 0.07  # fixed, whatever the pre-trained `temp` is
 NEITHER = 2  # the label; 0 and 1 are the slot of the matching image
 
 
-@dataclass
-class PairDraws:
+class PairDraws(NamedTuple):
     """The random choices of one step; tests replay recorded ones."""
 
     chance: Tensor  # (B, 2) even in [0, 1): does the pair have the matching image, and in which slot
@@ -28,9 +27,8 @@ class PairDraws:
 
 
 def draw_pairs(weights: Tensor) -> PairDraws:
-    """weights (B, B), unnormalised, of each image as a hard negative of each caption, 0 for its own.
-
-    A batch of two has no two different negatives: every pair then has its match.
+    """Draw pairs by weights (B, B), unnormalised, of each image as a hard negative of each caption, 0 for its
+    own. A batch of two has no two different negatives: every pair then has its match.
     """
     batch = len(weights)
     chance = torch.rand(batch, 2, device=weights.device)
@@ -41,16 +39,16 @@ def draw_pairs(weights: Tensor) -> PairDraws:
 
 
 def make_pairs(draws: PairDraws) -> tuple[Tensor, Tensor]:
-    """The images in both slots (2, B), as rows of the batch, and the labels (B,): 0, 1 or NEITHER.
+    """Return the images in both slots (2, B), as rows of the batch, and the labels (B,): 0, 1 or NEITHER.
 
     With probability 2/3 the matching image is in slot 0 or 1, each as likely, beside one negative.
     """
     has_match, is_first = draws.chance[:, 0] > 1 / 3, draws.chance[:, 1] > 0.5
     label = torch.where(has_match, (~is_first).long(), NEITHER)
     first_negative, second_negative = draws.negatives.unbind(1)
-    own = torch.arange(len(label), device=label.device)
-    slot_0 = torch.where(label == 0, own, first_negative)
-    slot_1 = torch.where(label == 0, first_negative, torch.where(label == 1, own, second_negative))
+    row = torch.arange(len(label), device=label.device)
+    slot_0 = torch.where(label == 0, row, first_negative)
+    slot_1 = torch.where(label == 0, first_negative, torch.where(label == 1, row, second_negative))
     return torch.stack([slot_0, slot_1]), label
 
 
@@ -71,23 +69,22 @@ class SIMLAPretrainNLVR(MomentumModel):
     @classmethod
     def from_config(cls, config: dict) -> "SIMLAPretrainNLVR":
         bert = BertConfig.read(config["bert_config"])
-        return cls(vit_sizes(config), bert, config["embed_dim"], config["temp"])
+        return cls(vit=vit_sizes(config), bert=bert, embed_dim=config["embed_dim"], temp=config["temp"])
 
     def forward(
         self, image: Tensor, text_ids: Tensor, text_mask: Tensor, draws: PairDraws | None = None
     ) -> dict[str, Tensor]:
-        """Three-way cross-entropy: each caption with two images of the batch.
-
-        image (B, 3, R, R); text_ids, text_mask (B, T). A batch of one has no negative: its loss is 0.
+        """Return the three-way cross-entropy of each caption (B, T) with two images of the batch (B, 3, R,
+        R). A batch of one has no negative: its loss is 0.
         """
         image_embeds = self.visual_encoder(image)  # (B, N, D)
         with torch.no_grad():
             image_feat = unit_features(self.vision_proj, image_embeds[:, 0])  # (B, E)
-            own = torch.eye(len(image), dtype=torch.bool, device=image.device)
-            similarity = image_feat @ image_feat.T / NEGATIVES_TEMP
-            weights, has_negative = losses.negative_weights(similarity, own)
+            itself = torch.eye(len(image), dtype=torch.bool, device=image.device)
+            similarity = image_feat @ image_feat.T / NEGATIVES_TEMP  # (B, B)
+            weights, has_negative = losses.negative_weights(similarity, itself)
         pairs, label = make_pairs(draws or draw_pairs(weights))  # (2, B), (B,)
-        cross = self.text_encoder.project_pair(image_embeds[pairs.flatten()])
-        hidden = self.text_encoder(text_ids, text_mask, cross)  # (B, T, D)
+        image_keys = self.text_encoder.project(image_embeds[pairs.flatten()])
+        hidden = self.text_encoder(text_ids, text_mask, image_keys)  # (B, T, D)
         rows = F.cross_entropy(self.ta_head(hidden[:, 0]), label, reduction="none")
         return {"loss": losses.mean_over(rows * has_negative, has_negative.sum())}

@@ -57,10 +57,10 @@ class SIMLARetrieval(AlignmentModel):
         if not twins:
             self.twin_names = ()
             return
-        self.visual_encoder_m = make_twin(self.visual_encoder, VisionTransformer(**vit))
-        self.vision_proj_m = make_twin(self.vision_proj, nn.Linear(width, embed_dim))
-        self.text_encoder_m = make_twin(self.text_encoder, BertModel(bert))
-        self.text_proj_m = make_twin(self.text_proj, nn.Linear(bert.hidden_size, embed_dim))
+        self.visual_encoder_m = make_twin(self.visual_encoder)
+        self.vision_proj_m = make_twin(self.vision_proj)
+        self.text_encoder_m = make_twin(self.text_encoder)
+        self.text_proj_m = make_twin(self.text_proj)
 
         self._add_queues(embed_dim, queue_size)
         self.register_buffer("idx_queue", torch.full((1, queue_size), -100))

@@ -6,7 +6,7 @@ B batch, N image tokens, T text tokens, D width, C classes.
 import torch
 from torch import Tensor, nn
 
-from simla.models.bert import BertConfig, BertModel, CrossStates
+from simla.models.bert import BertConfig, BertModel
 from simla.models.losses import distilled_cross_entropy
 from simla.models.momentum import MomentumModel, make_twin
 from simla.models.vit import VisionTransformer, vit_sizes
@@ -23,28 +23,24 @@ class SIMLAVE(MomentumModel):
         super().__init__()
         self.momentum = momentum
 
-        def head() -> nn.Sequential:
-            width = bert.hidden_size
-            return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.num_classes))
-
+        width = bert.hidden_size
         self.visual_encoder = VisionTransformer(**vit)
         self.text_encoder = BertModel(bert, self.two_images)
-        self.cls_head = head()
-
-        self.visual_encoder_m = make_twin(self.visual_encoder, VisionTransformer(**vit))
-        self.text_encoder_m = make_twin(self.text_encoder, BertModel(bert, self.two_images))
-        self.cls_head_m = make_twin(self.cls_head, head())
+        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.num_classes))
+        self.visual_encoder_m = make_twin(self.visual_encoder)
+        self.text_encoder_m = make_twin(self.text_encoder)
+        self.cls_head_m = make_twin(self.cls_head)
 
     @classmethod
     def from_config(cls, config: dict) -> "SIMLAVE":
-        return cls(vit_sizes(config), BertConfig.read(config["bert_config"]), config["momentum"])
+        bert = BertConfig.read(config["bert_config"])
+        return cls(vit=vit_sizes(config), bert=bert, momentum=config["momentum"])
 
     def forward(
         self, image: Tensor, text_ids: Tensor, text_mask: Tensor, label: Tensor, alpha: float
     ) -> dict[str, Tensor]:
-        """Cross-entropy with the labels and, with weight alpha, with what the momentum twins answer.
-
-        image (B, 3, R, R), in NLVR (2B, 3, R, R); text_ids, text_mask (B, T); label (B,)
+        """Return the cross-entropy with the labels and, with weight alpha, with what the momentum twins
+        answer: image (B, 3, R, R), in NLVR (2B, 3, R, R); text_ids, text_mask (B, T); label (B,).
         """
         self.update_twins()
         logits = self.predict(image, text_ids, text_mask)  # (B, C)
@@ -53,11 +49,8 @@ class SIMLAVE(MomentumModel):
         return {"loss": distilled_cross_entropy(logits, label, logits_m, alpha)}
 
     def predict(self, image: Tensor, text_ids: Tensor, text_mask: Tensor, suffix: str = "") -> Tensor:
-        """Shapes as in `forward` -> logits (B, C), with `suffix` "_m" those of the momentum twins."""
+        """Return logits (B, C), with suffix "_m" the momentum twins'; arguments as of `forward`."""
         visual_encoder, text_encoder, cls_head = (getattr(self, name + suffix) for name in self.twin_names)
         image_embeds = visual_encoder(image)  # (B, N, D), in NLVR (2B, N, D)
-        hidden = text_encoder(text_ids, text_mask, self._read(text_encoder, image_embeds))  # (B, T, D)
+        hidden = text_encoder(text_ids, text_mask, text_encoder.project(image_embeds))  # (B, T, D)
         return cls_head(hidden[:, 0])
-
-    def _read(self, text_encoder: BertModel, image_embeds: Tensor) -> CrossStates:
-        return text_encoder.project(image_embeds)

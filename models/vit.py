@@ -1,12 +1,11 @@
 """Image encoder: timm's Vision Transformer with the mask token of masked image modelling.
 
-Shapes: B batch, N tokens = 1 [CLS] + patches row by row, D width, H heads, d = D / H.
+B batch, R resolution, N tokens = [CLS] + patches row by row, D width.
 """
 
 from functools import partial
 
 import torch
-from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,13 +14,11 @@ from simla.utils import UserError
 
 
 def vit_sizes(config: dict) -> dict:
-    """Keyword arguments of the image encoder from a task's config."""
+    """Return the keyword arguments of the image encoder from a task's config."""
     return {
         "img_size": config["image_res"],
         "embed_dim": config["vision_width"],
-        "mask_token": config.get(
-            "vit_mask_token", True
-        ),  # pre-training, which always has it, has no such key
+        "mask_token": config.get("vit_mask_token", True),  # pre-training always has it, and no such key
         **config["vit"],
     }
 
@@ -68,7 +65,7 @@ class VisionTransformer(TimmVisionTransformer):
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def embed(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """The tokens before the first block; arguments and shape as in `forward`."""
+        """Return the tokens before the first block; arguments and shape as in `forward`."""
         tokens = self.patch_embed(image)  # (B, N-1, D)
         if patch_mask is not None:
             tokens = torch.where(patch_mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
@@ -76,9 +73,8 @@ class VisionTransformer(TimmVisionTransformer):
         return self.pos_drop(tokens + self.pos_embed)
 
     def forward(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """Token states after the last norm.
-
-        image (B, 3, R, R); patch_mask (B, N-1) bool, True where the patch is hidden -> (B, N, D)
+        """Return token states (B, N, D) after the last norm: image (B, 3, R, R); patch_mask (B, N-1) bool,
+        True where the patch is hidden.
         """
         tokens = self.embed(image, patch_mask)
         for block in self.blocks:
@@ -87,16 +83,3 @@ class VisionTransformer(TimmVisionTransformer):
             else:
                 tokens = block(tokens)
         return self.norm(tokens)
-
-
-def attention_map(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a block's self-attention map (B, H, N, N) and its values (B, H, N, d) for tokens (B, N, D)."""
-    projected = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1))
-    query, keys, values = projected.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-    return (query @ keys.transpose(-1, -2) * block.attn.scale).softmax(-1), values
-
-
-def read(block: Block, probabilities: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
-    """Returns the block's output (B, N, D) from what `attention_map` gave for the same tokens (B, N, D)."""
-    tokens = tokens + block.attn.proj((probabilities @ values).transpose(1, 2).flatten(2))
-    return tokens + block.mlp(block.norm2(tokens))

@@ -58,9 +58,9 @@ class SIMLAVQA(MomentumModel):
         self.visual_encoder = VisionTransformer(**vit)
         self.text_encoder = BertModel(bert)
         self.text_decoder = BertForMaskedLM(answers)
-        self.visual_encoder_m = make_twin(self.visual_encoder, VisionTransformer(**vit))
-        self.text_encoder_m = make_twin(self.text_encoder, BertModel(bert))
-        self.text_decoder_m = make_twin(self.text_decoder, BertForMaskedLM(answers))
+        self.visual_encoder_m = make_twin(self.visual_encoder)
+        self.text_encoder_m = make_twin(self.text_encoder)
+        self.text_decoder_m = make_twin(self.text_decoder)
 
     @classmethod
     def from_config(cls, config: dict) -> "SIMLAVQA":
@@ -83,7 +83,7 @@ class SIMLAVQA(MomentumModel):
         indices = None if over_sequence else batch.answer_indices
         logits = self.answer_logits(batch, indices)  # (M, V), over the sequence (A, L-1, V)
         with torch.no_grad():  # without soft targets the twins need not be asked
-            logits_m = self.answer_logits(batch, indices, "_m") if alpha > 0 else None
+            logits_m = self.answer_logits(batch, indices, "_m") if alpha > 0 else logits.detach()
         labels = batch.answer_ids[:, 1:]  # (A, L-1)
         weights = batch.weights / len(batch.image)  # (A,)
         if over_sequence:
@@ -92,14 +92,19 @@ class SIMLAVQA(MomentumModel):
         weights = weights[:, None].expand_as(labels).flatten()[indices]  # (M,)
         return {"loss": losses.answer_loss(logits, labels.flatten()[indices], logits_m, weights, alpha)}
 
+    def question_states(
+        self, image: Tensor, question_ids: Tensor, question_mask: Tensor, suffix: str = ""
+    ) -> Tensor:
+        """Return the states (B, T, D) of questions (B, T) read with their images (B, 3, R, R)."""
+        visual_encoder, text_encoder = (getattr(self, name + suffix) for name in self.twin_names[:2])
+        return text_encoder(question_ids, question_mask, text_encoder.project(visual_encoder(image)))
+
     def answer_logits(self, batch: VQABatch, indices: Tensor | None, suffix: str = "") -> Tensor:
         """Return the logits of tokens 1 to L-1 of every answer (A, L-1, V), or of those at `indices` (M,)
         among A * (L-1): (M, V); suffix "_m": the momentum twins'.
         """
-        visual_encoder, text_encoder, decoder = (getattr(self, name + suffix) for name in self.twin_names)
-        questions = question_states(
-            visual_encoder, text_encoder, batch.image, batch.question_ids, batch.question_mask
-        )
+        decoder = getattr(self, "text_decoder" + suffix)
+        questions = self.question_states(batch.image, batch.question_ids, batch.question_mask, suffix)
         question = torch.arange(len(questions), device=questions.device)
         question = question.repeat_interleave(batch.num_answers, output_size=len(batch.answer_ids))  # (A,)
         keys = decoder.project(questions, batch.question_mask).rows(question)
@@ -116,17 +121,15 @@ class SIMLAVQA(MomentumModel):
         k: int,
         chunk_rows: int = 1024,
     ) -> tuple[Tensor, Tensor]:
-        """The k best of a fixed list of K answers to each question, best first.
+        """Return the k best of a fixed list of K answers to each question, best first: their numbers and
+        their probabilities among the k, (B, min(k, K)).
 
-        k may exceed K; at most chunk_rows answers are scored at a time -> numbers of answers and their
-        probabilities among the k, (B, min(k, K)). The first token's probability picks the k; their score is
-        its logarithm plus the log-likelihood of the whole answer, which counts the first token again, as
-        published. Of equal answers the earlier one stands first.
+        At most chunk_rows answers are scored at a time. The first token's probability picks the k; their
+        score is its logarithm plus the log-likelihood of the whole answer, which counts the first token
+        again, as published. Of equal answers the earlier one stands first.
         """
         k = min(k, len(answers.ids))
-        questions = question_states(
-            self.visual_encoder, self.text_encoder, image, question_ids, question_mask
-        )
+        questions = self.question_states(image, question_ids, question_mask)
         ranked = [
             self.rank_states(questions[rows], question_mask[rows], answers, k, chunk_rows)
             for rows in torch.arange(len(image), device=image.device).split(max(1, chunk_rows // k))
@@ -137,7 +140,7 @@ class SIMLAVQA(MomentumModel):
     def rank_states(
         self, questions: Tensor, question_mask: Tensor, answers: AnswerTree, k: int, chunk_rows: int
     ) -> tuple[Tensor, Tensor]:
-        """`rank_answers` with question states (B, T, D) of few enough questions."""
+        """Return what `rank_answers` does, of the states (B, T, D) of few enough questions."""
         cross = self.text_decoder.project(questions, question_mask)
         start = answers.ids[:1, :1].expand(len(questions), 1)  # [CLS]
         hidden = self.text_decoder(start, torch.ones_like(start), cross, causal=True)
@@ -148,7 +151,7 @@ class SIMLAVQA(MomentumModel):
         return chosen.gather(1, order), scores.softmax(-1).float()
 
     def _log_likelihood(self, answers: AnswerTree, chosen: Tensor, cross: CrossStates) -> Tensor:
-        """Of what follows an answer's first two tokens: chosen (B, k) -> (B, k)
+        """Return the log-likelihood (B, k) of what follows the first two tokens of the chosen answers (B, k).
 
         The wide LM head sees each beginning once, and [CLS], which predicts the second token, not again.
         """
@@ -159,8 +162,8 @@ class SIMLAVQA(MomentumModel):
         log_probs = log_probabilities(self.text_decoder.predict(hidden[predicts]))  # (M, V)
         rows = (predicts.flatten().cumsum(0) - 1).view_as(predicts)
         is_next = answers.mask[chosen][..., 2:].bool()  # (B, k, L-2)
-        labels, places = answers.ids[chosen][..., 2:], branches.places[..., 1:]
-        rows = rows.gather(1, places.flatten(1)).view_as(places)
+        labels, predictors = answers.ids[chosen][..., 2:], branches.predictors[..., 1:]
+        rows = rows.gather(1, predictors.flatten(1)).view_as(predictors)
         likelihoods = torch.zeros_like(is_next, dtype=torch.float64)  # sums near -30 would round in float32
         likelihoods[is_next] = log_probs[rows[is_next], labels[is_next]].double()
         return likelihoods.sum(-1)
@@ -177,16 +180,13 @@ class SIMLAVQA(MomentumModel):
         sep_id: int,
         pad_id: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Beam search for free answers (1 beam: greedy), without a reward for length.
-
-        -> ids (B, num_beams, L) without [CLS], best first, padding after [SEP], an answer of max_tokens (at
-        most the decoder's positions) cut off there; log-probabilities (B, num_beams), -inf where there are
-        fewer answers
+        """Return free answers by beam search (1 beam: greedy), without a reward for length: ids (B,
+        num_beams, L) without [CLS], best first, padding after [SEP], an answer of max_tokens (at most the
+        decoder's positions) cut off there; log-probabilities (B, num_beams), -inf where there are fewer
+        answers.
         """
         decoder = self.text_decoder
-        questions = question_states(
-            self.visual_encoder, self.text_encoder, image, question_ids, question_mask
-        )
+        questions = self.question_states(image, question_ids, question_mask)
         cross = decoder.project(questions, question_mask)
         ids = torch.full((len(image), num_beams, 1), cls_id, device=image.device)
         shape = len(image), num_beams
@@ -202,33 +202,27 @@ class SIMLAVQA(MomentumModel):
         return ids[..., 1:], scores
 
 
-def question_states(
-    visual_encoder: VisionTransformer, text_encoder: BertModel, image: Tensor, ids: Tensor, mask: Tensor
-) -> Tensor:
-    """The question read with the image: image (B, 3, R, R); ids, mask (B, T) -> (B, T, D)"""
-    return text_encoder(ids, mask, text_encoder.project(visual_encoder(image)))
-
-
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Of every token, (..., V) float32, NaN where any of the logits is infinite: one of -inf alone, as half
-    precision makes it, would pass as the probability 0.
+    """Return those of every token, (..., V) float32, NaN where any of the logits is infinite: one of -inf
+    alone, as half precision makes it, would pass as the probability 0.
     """
     logits = logits.float()
     return logits.log_softmax(-1).add_(0 * logits.amin(-1, keepdim=True))
 
 
 def is_finished(ids: Tensor, sep_id: int, pad_id: int) -> Tensor:
-    """Which beams have ended: ids (B, n, L) -> (B, n) bool"""
+    """Return which beams (B, n, L) have ended, (B, n) bool."""
     return (ids[..., -1] == sep_id) | (ids[..., -1] == pad_id)
 
 
 def extend_beams(
     ids: Tensor, scores: Tensor, following: Tensor, sep_id: int, pad_id: int
 ) -> tuple[Tensor, Tensor]:
-    """The n best continuations of n beams by one token, best first.
+    """Return the n best continuations of n beams by one token, best first, and their scores: (B, n, L+1),
+    (B, n).
 
-    ids (B, n, L), scores (B, n) their log-probabilities, following (B, n, V) those of every next token -> (B,
-    n, L+1), (B, n). A finished beam goes on by padding alone, at no cost; no other beam does.
+    ids (B, n, L), scores (B, n) their log-probabilities, following (B, n, V) those of every next token. A
+    finished beam goes on by padding alone, at no cost; no other beam does.
     """
     is_pad = torch.arange(following.shape[-1], device=following.device) == pad_id  # (V,)
     finished = is_finished(ids, sep_id, pad_id)[..., None]

@@ -20,13 +20,14 @@ from test_ve_nlvr_models import batch_of
 from test_ve_nlvr_models import tiny_model as tiny_classifier
 from test_vqa_model import tiny_batch as tiny_questions
 from test_vqa_model import tiny_model as tiny_vqa_model
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from simla.engine.data_parallel import set_checkpointing
 from simla.models.bert import AddNorm, Attention, BertModel, Intermediate, Layer, PredictionTransform
 from simla.models.momentum import MomentumModel
 from simla.models.retrieval import SIMLARetrieval
-from simla.models.vit import Block, VisionTransformer
+from simla.models.vit import VisionTransformer
 from simla.models.vqa import VQABatch
 from simla.utils import UserError
 

@@ -55,7 +55,7 @@ def test_queue_entries_carry_no_gradient():
 
 def test_a_twin_starts_as_a_copy_that_shares_nothing():
     online = shake(BertForMaskedLM(TINY_BERT))
-    twin = make_twin(online, BertForMaskedLM(TINY_BERT))
+    twin = make_twin(online)
     theirs = dict(twin.named_parameters())
     for name, parameter in online.named_parameters():
         assert torch.equal(parameter, theirs[name]), name

@@ -30,7 +30,7 @@ from simla.checkpoint.save import save_checkpoint
 from simla.models import losses
 from simla.models.answer_tree import AnswerTree
 from simla.models.bert import BertConfig
-from simla.models.vqa import SIMLAVQA, VQABatch, extend_beams, question_states
+from simla.models.vqa import SIMLAVQA, VQABatch, extend_beams
 from simla.utils import UserError, autocast, true_indices
 
 # ---- recorded numbers ----
@@ -208,7 +208,7 @@ def test_with_a_teacher_like_the_labels_alpha_changes_nothing(seed, answers, len
     weights = torch.rand(answers, generator=rng)
     sure = torch.nn.functional.one_hot(labels, 7) * 1000.0
     flat = logits.flatten(0, 1), labels.flatten(), sure.flatten(0, 1), weights.repeat_interleave(length)
-    hard = losses.answer_loss(flat[0], flat[1], None, flat[3], 0.7).item()
+    hard = losses.answer_loss(*flat, 0.0).item()
     assert losses.answer_loss(*flat, 0.7).item() == pytest.approx(hard, rel=1e-5)
     over_sequence = losses.answer_loss_over_sequence(logits, labels, sure, weights, 0.0)
     assert over_sequence.item() == pytest.approx(hard, rel=1e-5)
@@ -264,7 +264,7 @@ def slow_ranking(model: SIMLAVQA, questions: tuple, candidates: tuple, k: int) -
     """[(score, number), ...] of each question, one candidate at a time."""
     decoder, ranked = model.text_decoder, []
     for image, ids, mask in zip(*(part.split(1) for part in questions), strict=True):
-        states = question_states(model.visual_encoder, model.text_encoder, image, ids, mask)
+        states = model.question_states(image, ids, mask)
 
         def next_words(answer: list[int], states=states, mask=mask) -> list[float]:
             rows = torch.tensor([answer])
@@ -379,7 +379,7 @@ def test_branches_are_the_beginnings_of_the_chosen_answers(seed, num_answers, k)
             assert branches.positions[question, seen].tolist() == list(range(len(seen))) and seen[-1] == row
             found.append(tuple(branches.ids[question, seen].tolist()))
         assert len(found) == len(expected) and set(found) == expected
-        for answer, places in zip(answers, branches.places[question].tolist(), strict=True):
+        for answer, places in zip(answers, branches.predictors[question].tolist(), strict=True):
             assert [found[place] for place in places[: len(answer) - 1]] == [
                 tuple(answer[:end]) for end in range(1, len(answer))
             ]
@@ -433,7 +433,7 @@ def small():
     questions = torch.randn(2, 3, 24, 24, generator=rng), torch.tensor([[1, 3, 4], [1, 5, 0]])
     questions = *questions, (questions[1] > 0).long()
     with torch.no_grad():
-        states = question_states(model.visual_encoder, model.text_encoder, *questions)
+        states = model.question_states(*questions)
         rows = zip(states.split(1), questions[2].split(1), strict=True)
         return model, questions, [all_answers(model, *row, 3) for row in rows], states
 
