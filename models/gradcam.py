@@ -88,23 +88,23 @@ def itm_token_maps(
     return (weighed * text_mask[:, None, :, None]).mean(1)
 
 
-def itc_map(model: SIMLARetrieval, number: int, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-    """Return the [CLS] row of the self-attention of image block `number`, by the pair's similarity / temp;
+def itc_map(model: SIMLARetrieval, block: int, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+    """Return the [CLS] row of the self-attention of image block `block`, by the pair's similarity / temp;
     mean over heads, (B, N-1).
     """
     blocks = model.visual_encoder.blocks
-    block = blocks[number]
+    mapped = blocks[block]
     with torch.no_grad():
         text_feat = model.encode_text(text_ids, text_mask)  # (B, E)
         tokens = model.visual_encoder.embed(image)
-        for lower in blocks[:number]:
+        for lower in blocks[:block]:
             tokens = lower(tokens)
-        probabilities, values = _self_attention_map(block, tokens)  # (B, H, N, N), (B, H, N, d)
+        probabilities, values = _self_attention_map(mapped, tokens)  # (B, H, N, N), (B, H, N, d)
     with torch.enable_grad():
         probabilities.requires_grad_()
-        tokens = tokens + block.attn.proj((probabilities @ values).transpose(1, 2).flatten(2))
-        tokens = tokens + block.mlp(block.norm2(tokens))
-        for upper in blocks[number + 1 :]:
+        tokens = tokens + mapped.attn.proj((probabilities @ values).transpose(1, 2).flatten(2))
+        tokens = tokens + mapped.mlp(mapped.norm2(tokens))
+        for upper in blocks[block + 1 :]:
             tokens = upper(tokens)
         image_feat = unit_features(model.vision_proj, model.visual_encoder.norm(tokens)[:, 0])
         similarity = (image_feat * text_feat).sum(-1) / model.temp  # (B,)
