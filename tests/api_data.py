@@ -73,9 +73,10 @@ def make_checkpoints(folder: Path) -> Tiny:
         config = tiny.config(task)
         torch.manual_seed(seed)
         model = TASKS[task][1](config)
+        rng = torch.Generator().manual_seed(seed)  # of its own, whatever building a model draws
         for parameter in model.parameters():
             if parameter.dim() > 1:  # attention far from even, answers that depend on picture and words
-                parameter.data.normal_(std=0.4)
+                parameter.data.normal_(std=0.4, generator=rng)
         checkpoints[kind] = folder / f"{kind}.pth"
         save_checkpoint(checkpoints[kind], {"model": model.state_dict(), "config": config, "epoch": 0})
     return tiny

@@ -95,7 +95,7 @@ def test_features_matching_and_search_are_those_of_zero_shot_retrieval(tiny, mod
         order = row.argsort(descending=True, stable=True)[: int((row != NOT_SCORED).sum())]
         assert len(order) == len(hits) == 3
         assert [hit.file for hit in hits] == [images[i] for i in order]
-        assert [hit.score for hit in hits] == pytest.approx(row[order].tolist(), rel=1e-5, abs=1e-5)
+        assert [hit.score for hit in hits] == pytest.approx(row[order].tolist(), abs=1e-5)
     (first,) = ours.search(images, [captions[4]], top=1, candidates=7)
     exact = ours.similarity(first[0].file, captions[4])
     assert first[0].similarity == pytest.approx(float(exact), abs=1e-5)
@@ -298,8 +298,8 @@ def test_an_image_in_memory_is_turned_and_put_on_white_like_its_file(models, ima
 def test_one_input_goes_with_many(models, images):
     ve = models["ve"]
     both = ve.entails(images[0], ["a dog", "a cat"])
-    assert both[1] == pytest.approx(ve.entails(images[0], "a cat"), rel=1e-5)
-    assert ve.entails(images[:2], "a dog")[0] == pytest.approx(both[0], rel=1e-5)
+    assert both[1] == pytest.approx(ve.entails(images[0], "a cat"), abs=1e-5)
+    assert ve.entails(images[:2], "a dog")[0] == pytest.approx(both[0], abs=1e-5)
     nlvr = models["nlvr"]
     assert isinstance(nlvr.compare(images[0], images[1], "a dog"), float)
     rows = nlvr.compare(images[0], images[1:3], "a dog")
