@@ -4,7 +4,8 @@ make demo-all        (or: python -m simla.demo.all_tasks [--output_dir output/de
 
 A second call goes on: finished stages are read from their stage.json, an interrupted one continues at its
 newest checkpoint. Each task is scored on the test split before its training (from the checkpoint it starts
-with, a fresh head where it has one) and after it. As in demo.py, packages are imported where they are needed.
+with, a fresh head where it has one) and after it. What imports torch is imported where it is needed, as in
+pretrain.py.
 """
 
 if __name__ == "__main__":
@@ -12,28 +13,26 @@ if __name__ == "__main__":
 
     prepare()
 
-import argparse
 import json
 from functools import partial
 from pathlib import Path
 
+from simla.demo.data import run, write_json
 from simla.demo.pretrain import (
     DATA,
     PRETRAINING,
     Stage,
     gallery,
     make_data,
+    parse_arguments,
     read_retrieval,
-    run,
     run_stage,
     spread,
 )
 
-FULL_SCORE = 100  # percent
-
 
 def read_grounding(result: dict) -> dict:
-    """Both test splits together; chance is any object of the picture, chosen without reading."""
+    """Return both test splits' accuracy; chance is any object of the picture, chosen without reading."""
     splits = {split: result["splits"][f"{split}_d"] for split in ("testA", "testB")}
     total = sum(split["n"] for split in splits.values())
     value = sum(split["accuracy"] * split["n"] for split in splits.values()) / total
@@ -42,45 +41,39 @@ def read_grounding(result: dict) -> dict:
 
 
 def blind_guess(task: str, rule: str, split: str = "test") -> float:
-    """What is right without picture and text taken together, by the data set's own statistics."""
+    """Return the accuracy (%) of a guess that sees picture or text alone, by the data set's statistics."""
     return json.loads((DATA / "manifest.json").read_bytes())["tasks"][task]["chance"][split][rule]
 
 
 def read_vqa(result: dict) -> dict:
-    """Chance is training's most frequent answer to the question's type."""
+    """Return the VQA accuracy; chance is training's most frequent answer to the question's type."""
     chance = blind_guess("vqa", "by_question_type")
     return {"metric": "VQA accuracy (%)", "value": result["accuracy"], "chance": chance, "n": result["n"]}
 
 
 def read_classes(result: dict, task: str) -> dict:
-    """Chance is the most frequent class, or training's most frequent one for the very sentence if better."""
+    """Return the accuracy; chance is the most frequent class, or training's for the sentence if better."""
     test = result["test"]
     chance = max(test["most_frequent_class"], blind_guess(task, "by_sentence"))
     return {"metric": "accuracy (%)", "value": test["acc"], "chance": chance, "n": test["n"]}
 
 
-GROUNDING_FLAGS = ("--gradcam_mode", "itc", "--block_num", "3")
-STAGES = (
+GRADCAM_MODE, GRADCAM_BLOCK = "itc", 3
+GRADCAM = ("--gradcam_mode", GRADCAM_MODE, "--block_num", str(GRADCAM_BLOCK))
+read_nlvr, read_ve = partial(read_classes, task="nlvr"), partial(read_classes, task="ve")
+STAGES = (  # name, script, config, the stage it starts from, result file, how that is read, flags
     PRETRAINING,
     Stage("retrieval", "Retrieval.py", "Retrieval.yaml", "pretrain", "retrieval", read_retrieval),
-    Stage(
-        "grounding",
-        "Grounding.py",
-        "Grounding.yaml",
-        "pretrain",
-        "grounding",
-        read_grounding,
-        flags=GROUNDING_FLAGS,
-    ),
+    Stage("grounding", "Grounding.py", "Grounding.yaml", "pretrain", "grounding", read_grounding, GRADCAM),
     Stage("vqa", "VQA.py", "VQA.yaml", "pretrain", "vqa_accuracy", read_vqa),
     Stage("nlvr_pretrain", "Pretrain_NLVR.py", "NLVR_Pretrain.yaml", "pretrain"),
-    Stage("nlvr", "NLVR.py", "NLVR.yaml", "nlvr_pretrain", "nlvr", partial(read_classes, task="nlvr")),
-    Stage("ve", "VE.py", "VE.yaml", "pretrain", "ve", partial(read_classes, task="ve")),
+    Stage("nlvr", "NLVR.py", "NLVR.yaml", "nlvr_pretrain", "nlvr", read_nlvr),
+    Stage("ve", "VE.py", "VE.yaml", "pretrain", "ve", read_ve),
 )
 
 
 def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
-    """Where the fine-tuned model looks for every so-manieth test expression, and the box it chooses."""
+    """Draw where the fine-tuned model looks for test expressions, evenly spread, and the box it chooses."""
     from simla.checkpoint.load import load_weights
     from simla.configs.reader import read_config
     from simla.configs.schema import GROUNDING
@@ -100,9 +93,8 @@ def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
     choices = json.loads((folder / "after" / "result" / "grounding.json").read_bytes())["choices"]
     shown = spread([i for i, target in enumerate(data.targets) if target.split != "val"], num_pictures)
     batch = Collate(tokenizer, model.text_encoder.config.max_position_embeddings)([data[i] for i in shown])
-    mode, block = GROUNDING_FLAGS[1], int(GROUNDING_FLAGS[3])
     inputs = normalise(batch["image"]), batch["text_ids"], batch["text_mask"]
-    heats = grad_cam(model.eval(), mode, block, *inputs)
+    heats = grad_cam(model.eval(), GRADCAM_MODE, GRADCAM_BLOCK, *inputs)
     plot_heat_maps(
         [data.entries[i]["images"][0] for i in shown],
         batch["text"],
@@ -115,7 +107,7 @@ def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
 
 
 def draw_answers(folder: Path, num_pictures: int = 12) -> None:
-    """The fine-tuned model's answers to every so-manieth test question."""
+    """Draw the fine-tuned model's answers to test questions, evenly spread."""
     from simla.evaluation.vqa import answer_scores
     from simla.plots import plot_answers
 
@@ -128,13 +120,14 @@ def draw_answers(folder: Path, num_pictures: int = 12) -> None:
         [str(DATA / questions[i]["image"]) for i in shown],
         [questions[i]["question"] for i in shown],
         answers,
-        [score > FULL_SCORE - 1 for score in answer_scores(answers, annotated)],
+        [score > 99 for score in answer_scores(answers, annotated)],  # in percent
         [max(answers, key=answers.count) for answers in annotated],
         folder / "answers.png",
     )
 
 
 def table(summary: dict) -> str:
+    """Return a row of text for each task."""
     rows = [f"{'':22}{'chance':>8}{'before':>8}{'after':>8}{'n':>7}{'seconds':>9}  metric"]
     for name, row in summary.items():
         numbers = "".join(f"{row[key]:8.1f}" for key in ("chance", "before", "after"))
@@ -143,28 +136,21 @@ def table(summary: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", default="output/demo-all", type=Path)
-    parser.add_argument("--seed", default="42")
-    args = parser.parse_args()
+    args = parse_arguments(__doc__, "output/demo-all")
     out = args.output_dir
-
-    from simla.engine.curves import plot_curves
-    from simla.utils import atomic_write, import_pyplot
-
-    import_pyplot()  # what the end needs is missing at the start or not at all
     make_data()
     summary, seconds, checkpoints = {}, 0, {"": ""}
     for stage in STAGES:
-        codebook, start = out / "codebook.safetensors", checkpoints[stage.start]
-        record = run_stage(stage, out / stage.name, args.seed, codebook, start)
+        record = run_stage(stage, out / stage.name, args.seed, checkpoints[stage.start])
         checkpoints[stage.name] = record["checkpoint"]
         seconds += record["seconds"]
         if stage.result:
             columns = ("metric", "chance", "before", "after", "n", "seconds")
             summary[stage.key or stage.name] = {column: record[column] for column in columns}
-    with atomic_write(out / "summary.json", text=True) as file:
-        json.dump(summary, file, indent=1)
+    write_json(out / "summary.json", summary)
+
+    from simla.engine.curves import plot_curves
+
     plot_curves([out / "pretrain"], out / "pretrain" / "losses.png")
     gallery(out / "retrieval")
     draw_heat_maps(out / "grounding")

@@ -4,9 +4,9 @@
     python -m simla.demo.data --out data/demo
 
 It stands in for COCO and its kin wherever those are too large: in tests, in the quick start, on a laptop.
-Each picture shows 1 to 3 OpenMoji drawings of 24 kinds on one of 10 backgrounds (dataset/demo_scenes.py), and
-its captions say what is there, so that one caption nearly picks out one picture. The same arguments and
-versions of the libraries give the same bytes, with any number of workers.
+Each picture shows 1 to 3 OpenMoji drawings of 24 kinds on one of 10 backgrounds (scenes.py), and its captions
+say what is there, so that one caption nearly picks out one picture. The same arguments and versions of the
+libraries give the same bytes, with any number of workers.
 
 Written into the folder (image paths inside the JSON files are relative to the folder):
     images/{train,val,test}/00000.jpg
@@ -20,13 +20,13 @@ Written into the folder (image paths inside the JSON files are relative to the f
     scenes_{train,val,test}.json                            what is in each picture
     ATTRIBUTION.md, manifest.json                           licence of the drawings; arguments and statistics
 
-dataset/demo_tasks.py makes the tasks after retrieval. In the manifest, `tasks` has their numbers of entries,
-their balance and their chance levels in percent. A scene record, from which they are made:
+tasks.py makes the tasks after retrieval. In the manifest, `tasks` has their numbers of entries, their balance
+and their chance levels in percent. A scene record, from which they are made:
     id          "test_00012", with image "images/test/00012.jpg"; size: the side of the square image in pixels
-    background  a key of demo_scenes.BACKGROUNDS
-    objects     [{"kind": a key of demo_scenes.KINDS (which knows its plural, colour and category),
+    background  a key of scenes.BACKGROUNDS
+    objects     [{"kind": a key of scenes.KINDS (which knows its plural, colour and category),
                 "size": "small", "medium" or "large", "box": [x, y, w, h] in pixels}]; boxes never overlap
-    relations   [[i, "left of" / "right of" / "above" / "below", j]], i and j positions in `objects`: all that
+    relations   [[i, "left of" / "right of" / "above" / "below", j]], i and j indices into `objects`: all that
                 hold clearly, with box centres at least 0.2 of the side apart on that axis. A pair nearer than
                 that is in neither relation: "not left of" is safe to say only where "right of" holds.
     captions    [str, ...]; in captions "left" and "right" are the viewer's
@@ -43,18 +43,15 @@ if __name__ == "__main__":
 import argparse
 import json
 import multiprocessing
-import os
 import pickle
 import random
 import shutil
 import signal
 import string
-import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -67,20 +64,23 @@ from simla.demo.scenes import (
     related_kinds,
     sprite,
 )
+from simla.utils import UserError, atomic_write, make_output_folder, num_cores
 
 VERSION = 4  # raise it whenever the same arguments give other files
-SPLITS = ("train", "val", "test")
+NUM_SCENES = {"train": 6000, "val": 500, "test": 500}
 TASKS = ("pretrain", "retrieval", "grounding", "vqa", "nlvr", "ve")
 OWN_FILES = ("images", "bert", "refcoco+", "ATTRIBUTION.md", *(f"{n}_*.json" for n in ("scenes", *TASKS)))
+MADE_BY = "dataset.demo"  # in the manifest: the folder is ours
 MAX_WORDS = 20  # of a caption
-MAX_WORKERS = 8  # that are started unasked: more draw no faster than one process collects
-PROGRESS_SECONDS = 5
+NUM_WORKERS = min(8, num_cores())  # more draw no faster than one process collects
+PROGRESS_SCENES = 500
 RELATION_WORDS = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
     "above": ("above", "over"),
     "below": ("below", "beneath"),
 }
+TOKENIZER = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Words of the other tasks that captions may lack: questions, answers, statements on two images, entailment.
 # Only to be added to at the end: a word's place is its row in the embedding of a trained checkpoint.
@@ -106,7 +106,7 @@ placed on drawn backgrounds. The pictures are therefore under CC BY-SA 4.0 as we
 
 # ----------------------------------------------------------------------------------------------- captions
 def make_caption(scene: dict, rng: random.Random) -> tuple[str, dict]:
-    """One caption and what it says: always every kind, mostly the background, often sizes and relations."""
+    """Return a caption and what it says: always every kind, mostly the background, often sizes, relations."""
     counts = Counter(thing["kind"] for thing in scene["objects"])
     kinds = rng.sample(list(counts), len(counts))
     sizes = {}
@@ -122,9 +122,8 @@ def make_caption(scene: dict, rng: random.Random) -> tuple[str, dict]:
     related, relations, alone = related_kinds(scene), [], len(scene["objects"]) == 1
     subjects = [a for a in kinds if all((a, b) in related for b in kinds if b != a)]
     if alone:
-        bare = names[0].split(" ", 1)[1]
         body = rng.choice(("just {0}", "{0} alone", "nothing but {0}", "a single {1} by itself"))
-        body = body.format(names[0], bare)
+        body = body.format(names[0], names[0].split(" ", 1)[1])
     elif len(kinds) > 1 and subjects and rng.random() < 0.6:
         subject = rng.choice(subjects)
         relations = [[subject, rng.choice(related[subject, b]), b] for b in kinds if b != subject]
@@ -135,50 +134,46 @@ def make_caption(scene: dict, rng: random.Random) -> tuple[str, dict]:
     else:
         body = ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
 
-    if background is None:
-        text = rng.choice((body, f"a picture of {body}"))
-    else:
+    forms = [body, f"a picture of {body}"]
+    if background:
         forms = [f"{body} {place}", f"{place}, {body}", f"{noun} with {body}", f"a picture of {body} {place}"]
         if not alone and not relations:
             forms.append(f"there {'is' if counts[kinds[0]] == 1 else 'are'} {body} {place}")
-        text = rng.choice(forms)
     said = {"counts": dict(counts), "sizes": sizes, "relations": relations, "background": background}
-    return text, {**said, "only": alone}
+    return rng.choice(forms), {**said, "only": alone}
 
 
 def make_captions(scene: dict, rng: random.Random) -> tuple[list[str], list[dict]]:
-    """3 to 5 different captions of at most MAX_WORDS words, and their statements."""
-    wanted, found = rng.randint(3, 5), {}
-    while len(found) < wanted:
+    """Return 3 to 5 different captions of at most MAX_WORDS words, and their statements."""
+    number, statements = rng.randint(3, 5), {}
+    while len(statements) < number:
         text, statement = make_caption(scene, rng)
         if len(text.split()) <= MAX_WORDS:
-            found[text] = statement
-    return list(found), list(found.values())
+            statements[text] = statement
+    return list(statements), list(statements.values())
 
 
 def holds(statement: dict, scene: dict) -> bool:
-    """Whether a statement is true of a scene: 'a dog' means at least one, 'two dogs' exactly two, and a size
-    or relation must fit every object of its kinds."""
+    """Return whether a statement is true of a scene: 'a dog' means at least one, 'two dogs' exactly two, and
+    a size or relation must fit every object of its kinds.
+    """
     if statement["background"] not in (None, scene["background"]):
         return False
-    counts = Counter(thing["kind"] for thing in scene["objects"])
-    if any(counts[kind] < 1 if n == 1 else counts[kind] != n for kind, n in statement["counts"].items()):
-        return False
-    if statement["only"] and counts != statement["counts"]:
-        return False
-    sizes = statement["sizes"]
-    if any(thing["size"] != sizes.get(thing["kind"], thing["size"]) for thing in scene["objects"]):
-        return False
-    related = related_kinds(scene)
-    return all(relation in related.get((a, b), ()) for a, relation, b in statement["relations"])
+    counts, sizes = Counter(thing["kind"] for thing in scene["objects"]), statement["sizes"]
+    return (
+        all(counts[kind] >= 1 if n == 1 else counts[kind] == n for kind, n in statement["counts"].items())
+        and (not statement["only"] or counts == statement["counts"])
+        and all(thing["size"] == sizes.get(thing["kind"], thing["size"]) for thing in scene["objects"])
+        and all(relation in related_kinds(scene).get((a, b), ()) for a, relation, b in statement["relations"])
+    )
 
 
 def twin_shares(scenes: list[dict]) -> dict[str, float]:
-    """Shares of scenes with the kinds and background of another scene, and of captions true of another."""
+    """Return the shares of scenes that show what another shows, and of captions true of another."""
     contents = [(s["background"], *sorted(thing["kind"] for thing in s["objects"])) for s in scenes]
     numbers = Counter(contents)
     statements = [(scene, statement) for scene in scenes for statement in scene["statements"]]
-    shared = sum(any(o is not own and holds(said, o) for o in scenes) for own, said in statements)
+    shared = sum(any(o is not scene and holds(said, o) for o in scenes) for scene, said in statements)
     return {
         "scenes_with_twin": sum(numbers[content] > 1 for content in contents) / max(1, len(scenes)),
         "captions_true_elsewhere": shared / max(1, len(statements)),
@@ -187,18 +182,18 @@ def twin_shares(scenes: list[dict]) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------- files
 def make_scene(item: tuple[str, int], out: Path, seed: int, size: int, held_out: list[list[str]]) -> dict:
-    """Draw one scene, save its picture and return its record."""
+    """Draw the scene of (split, index), save its picture and return its record."""
     split, index = item
     image, scene, rng = draw_scene(seed, split, index, size, held_out)
     path = f"images/{split}/{index:05d}.jpg"
     image.save(out / path, quality=90, subsampling=0)  # 4:4:4: small objects are told apart by colour
     captions, statements = make_captions(scene, rng)
-    place = {"id": f"{split}_{index:05d}", "image": path, "size": size}
-    return {**place, **scene, "captions": captions, "statements": statements}
+    head = {"id": f"{split}_{index:05d}", "image": path, "size": size}
+    return {**head, **scene, "captions": captions, "statements": statements}
 
 
 def make_vocabulary(captions: list[str]) -> list[str]:
-    """WordPiece tokens: special ones, all characters (so that no word is unknown), words by frequency."""
+    """Return WordPiece tokens: special ones, all characters (no word is unknown), words by frequency."""
     characters = sorted(set(string.printable.lower()) - set(string.whitespace))
     inside = ["##" + c for c in string.ascii_lowercase + string.digits]
     counts = Counter(word for caption in captions for word in caption.replace(",", " ").split())
@@ -207,76 +202,59 @@ def make_vocabulary(captions: list[str]) -> list[str]:
     return list(dict.fromkeys(SPECIAL_TOKENS + characters + inside + words + names + TASK_WORDS.split()))
 
 
-def write_json(path: Path, content: list | dict) -> None:
-    """Atomically; one entry of a list per line, so that the files can be searched and compared."""
-    if isinstance(content, list):
-        text = "[\n" + ",\n".join(map(json.dumps, content)) + "\n]\n"
-    else:
-        text = json.dumps(content, indent=1) + "\n"
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
-
-
-def write_annotations(out: Path, scenes: dict[str, list[dict]]) -> None:
-    for split in SPLITS:
-        write_json(out / f"scenes_{split}.json", scenes[split])
-        entries = [{"image": scene["image"], "caption": scene["captions"]} for scene in scenes[split]]
+def make_annotations(scenes: dict[str, list[dict]]) -> dict[str, list]:
+    """Return the entries by file name: scene records, pre-training and retrieval."""
+    files = {}
+    for split, shown in scenes.items():
+        files[f"scenes_{split}.json"] = shown
+        entries = [{"image": scene["image"], "caption": scene["captions"]} for scene in shown]
         if split == "train":
-            write_json(out / "pretrain_train.json", entries)
+            files["pretrain_train.json"] = entries
             entries = [
                 {"image": scene["image"], "caption": caption, "image_id": scene["id"]}
-                for scene in scenes[split]
+                for scene in shown
                 for caption in scene["captions"]
             ]
-        write_json(out / f"retrieval_{split}.json", entries)
+        files[f"retrieval_{split}.json"] = entries
+    return files
 
 
-def write_tasks(out: Path, scenes: dict[str, list[dict]], seed: int) -> dict:
-    """Write the annotations of dataset/demo_tasks.py and return their statistics."""
-    from simla.demo.tasks import make_tasks
-
-    files, refs, statistics = make_tasks(scenes, seed)
-    for name, content in files.items():
-        write_json(out / name, content)
-    (out / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-    return statistics
+def write_json(path: Path, content: list | dict) -> None:
+    """Write one entry of a list per line, so that the files can be searched and compared."""
+    rows = isinstance(content, list)
+    text = "[\n" + ",\n".join(map(json.dumps, content)) + "\n]" if rows else json.dumps(content, indent=1)
+    with atomic_write(path, text=True) as file:
+        file.write(text + "\n")
 
 
-def read_manifest(out: Path) -> dict | None:
+def read_manifest(out: Path) -> dict:
+    """Return the manifest of a demo data set in the folder; empty where there is none."""
     try:
         manifest = json.loads((out / "manifest.json").read_bytes())
     except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and manifest.get("made_by") == "dataset.demo" else None
+        return {}
+    return manifest if isinstance(manifest, dict) and manifest.get("made_by") == MADE_BY else {}
 
 
 def prepare_folder(out: Path, manifest: dict) -> None:
-    """Mark the folder as ours and unfinished, and clear an old data set from it; refuse what is not ours."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not read_manifest(out))):
-        raise FileExistsError(f"{out} exists and was not made by dataset.demo: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    """Mark the folder as ours and unfinished, and clear an old data set from it.
+
+    Raises UserError for a folder that holds something else or cannot be written.
+    """
+    make_output_folder(out, "--out")
+    if any(out.iterdir()) and not read_manifest(out):
+        raise UserError(f"{out} holds files and was not made by simla.demo.data: choose another folder")
     write_json(out / "manifest.json", {**manifest, "complete": False})
     for path in [path for pattern in OWN_FILES for path in out.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for folder in ("bert", "refcoco+", *(f"images/{split}" for split in SPLITS)):
+    for folder in ("bert", "refcoco+", *(f"images/{split}" for split in NUM_SCENES)):
         (out / folder).mkdir(parents=True)
 
 
-def with_progress(records: Iterable[dict], total: int) -> Iterator[dict]:
-    """Passes the records through; in a log file, too, it says now and then how many there were."""
-    begin = said = time.monotonic()
-    for number, record in enumerate(records, 1):
-        yield record
-        now = time.monotonic()
-        if now - said > PROGRESS_SECONDS:
-            print(f"scenes: {number} of {total} drawn in {now - begin:.0f} s", flush=True)
-            said = now
-
-
+# --------------------------------------------------------------------------------------------- processes
 @contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Processes that the main thread starts inside do not hear Ctrl-C, which is for this process alone."""
+    """Keep Ctrl-C, which is for this process alone, from the processes that are started inside."""
     is_main = threading.current_thread() is threading.main_thread()  # others may not set handlers
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
     try:
@@ -286,62 +264,86 @@ def without_interrupts() -> Iterator[None]:
             signal.signal(signal.SIGINT, previous)
 
 
-def default_workers() -> int:
-    """A process for each core that this one may use, up to MAX_WORKERS."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_WORKERS, cores)
+def draw_scenes(make: Callable[[tuple], dict], items: list[tuple[str, int]], workers: int) -> list[dict]:
+    """Return the scene records of all (split, index), made by so many processes."""
+    records = []
+    with ExitStack() as stack:
+        draw = map
+        if workers > 1:
+            # spawn: forking a process that has started threads (torch) may hang, and other systems cannot
+            # fork. The workers import this module and the script that runs, which do without torch.
+            with without_interrupts():
+                pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
+            draw = partial(pool.imap, chunksize=32)
+        for record in draw(make, items):
+            records.append(record)
+            if len(records) % PROGRESS_SCENES == 0:
+                print(f"scenes: {len(records)} of {len(items)} drawn", flush=True)
+    return records
 
 
+def run(main: Callable[[], None]) -> None:
+    """Run a command of the demo; Ctrl-C ends it with one line that says how to go on, and exit code 130."""
+    from simla.engine.launch import run_script  # here, because it imports torch
+
+    def main_until_interrupted() -> None:
+        try:
+            main()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
+
+    run_script(main_until_interrupted)
+
+
+# -------------------------------------------------------------------------------------------------- main
 def make_demo(
     out: Path,
-    num_train: int = 6000,
-    num_val: int = 500,
-    num_test: int = 500,
+    num_train: int = NUM_SCENES["train"],
+    num_val: int = NUM_SCENES["val"],
+    num_test: int = NUM_SCENES["test"],
     size: int = 96,
     seed: int = 0,
     workers: int = 1,
 ) -> dict:
-    """Make the data set in `out`, unless it is there already, and return its manifest."""
-    counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
-    wanted = {"made_by": "dataset.demo", "version": VERSION, "seed": seed, "size": size, "num_scenes": counts}
+    """Return the manifest of the data set in `out`, which is made unless it is there already.
+
+    Raises UserError for a folder of something else, sizes that are too small, or missing packages.
+    """
+    counts = dict(zip(NUM_SCENES, (num_train, num_val, num_test), strict=True))
+    wanted = {"made_by": MADE_BY, "version": VERSION, "seed": seed, "size": size, "num_scenes": counts}
     manifest = read_manifest(out)
-    if manifest and all(manifest.get(key) == value for key, value in {**wanted, "complete": True}.items()):
+    if manifest == {**manifest, **wanted, "complete": True}:
         return manifest
     if size < 48 or min(counts.values()) < 0:
-        raise ValueError(f"need size >= 48 and no negative counts, got size {size} and {counts}")
+        raise UserError(f"need size >= 48 and no negative counts, got size {size} and {counts}")
     sprite(next(iter(KINDS)), 64)  # fails here, not in a worker, when OpenMoji is not installed
     prepare_folder(out, wanted)
 
-    held_out = held_out_pairs(seed)
-    items = [(split, index) for split in SPLITS for index in range(counts[split])]
-    make = partial(make_scene, out=out, seed=seed, size=size, held_out=held_out)
-    progress = partial(with_progress, total=len(items))
-    if workers > 1:
-        # spawn: forking a process that has started threads (torch) may hang, and other systems cannot fork.
-        # The workers import this module and the script that runs, which should be quick at that.
-        with without_interrupts():
-            pool = multiprocessing.get_context("spawn").Pool(workers)
-        with pool:
-            records = list(progress(pool.imap(make, items, chunksize=32)))
-    else:
-        records = list(progress(map(make, items)))
+    from simla.demo.tasks import make_tasks  # here, because it imports torch, which the workers do without
 
-    scenes = {split: [r for r in records if r["id"].startswith(f"{split}_")] for split in SPLITS}
-    write_annotations(out, scenes)
-    tasks = write_tasks(out, scenes, seed)
+    held_out = held_out_pairs(seed)
+    items = [(split, index) for split in counts for index in range(counts[split])]
+    make = partial(make_scene, out=out, seed=seed, size=size, held_out=held_out)
+    records = iter(draw_scenes(make, items, workers))
+    scenes = {split: [next(records) for _ in range(counts[split])] for split in counts}
+
+    files, refs, statistics = make_tasks(scenes, seed)
+    files |= make_annotations(scenes)
+    files["bert/tokenizer_config.json"] = TOKENIZER
+    for name, content in files.items():
+        write_json(out / name, content)
+    (out / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     vocabulary = make_vocabulary([caption for scene in scenes["train"] for caption in scene["captions"]])
     (out / "bert" / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
-    write_json(out / "bert" / "tokenizer_config.json", tokenizer)
     (out / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
     manifest = {
         **wanted,
         "complete": True,
-        "num_captions": {split: sum(len(scene["captions"]) for scene in scenes[split]) for split in SPLITS},
+        "num_captions": {split: sum(len(s["captions"]) for s in shown) for split, shown in scenes.items()},
         "vocabulary_size": len(vocabulary),
         "held_out_pairs": held_out,
         "test_twins": twin_shares(scenes["test"]),
-        "tasks": tasks,
+        "tasks": statistics,
     }
     write_json(out / "manifest.json", manifest)
     return manifest
@@ -350,19 +352,13 @@ def make_demo(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded demo data: drawn scenes with captions.")
     parser.add_argument("--out", type=Path, default=Path("data/demo"))
-    for split, count in zip(SPLITS, (6000, 500, 500), strict=True):
+    for split, count in NUM_SCENES.items():
         parser.add_argument(f"--{split}", type=int, default=count, help=f"scenes (default {count})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=96, help="side of the pictures in pixels (default 96)")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
+    parser.add_argument("--workers", type=int, default=NUM_WORKERS, help="processes")
     args = parser.parse_args()
-    try:
-        manifest = make_demo(args.out, args.train, args.val, args.test, args.size, args.seed, args.workers)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; the same command starts again", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    manifest = make_demo(args.out, args.train, args.val, args.test, args.size, args.seed, args.workers)
     twins = manifest["test_twins"]
     print(
         f"{args.out}: scenes {manifest['num_scenes']}, captions {manifest['num_captions']}, vocabulary "
@@ -372,6 +368,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from simla.engine.launch import run_script
-
-    run_script(main)
+    run(main)

