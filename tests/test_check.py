@@ -21,10 +21,10 @@ from simla.dataset.check.images import CACHE, RECORD, check_image, ends_whole, l
 from simla.dataset.check.similar import MAX_DISTANCE, near_pairs
 from simla.dataset.check.tasks import TASKS, open_sources
 from simla.dataset.check.texts import Shared, WordPieces, path_key, read_texts
-from simla.dataset.check.workers import Workers
 from simla.dataset.readers.annotations import TEXT, checked_late, read_annotations
 from simla.dataset.retrieval import read_train_pairs
 from simla.dataset.text import build_tokenizer, clean_caption
+from simla.dataset.workers import Workers
 from simla.demo.data import make_demo
 from simla.utils import UserError
 

@@ -344,7 +344,7 @@ def test_what_ends_halfway_leaves_the_old_file(tmp_path, error):
         raise error
 
     with pytest.raises((KeyboardInterrupt, UserError)):
-        common.write_annotations(path, entries(), common.Report("a"))
+        common.Report("a").write(path, entries())
     assert path.read_text() == "[1]"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -17,7 +17,8 @@ from PIL import Image
 from pyarrow import parquet
 from test_prepare import RETRIEVAL, karpathy_image, load, numbers, prepare, put
 
-from simla.dataset.prepare import common
+from simla.dataset.prepare.captions import captions_in
+from simla.dataset.prepare.common import Report
 from simla.dataset.pretrain import read_pairs, read_sets
 from simla.dataset.readers.annotations import read_annotations
 from simla.dataset.transforms import load_image
@@ -662,7 +663,7 @@ def test_in_tsv_a_row_is_a_line_and_quotation_marks_mean_nothing(own, capsys):
     ],
 )
 def test_captions_in_a_cell(cell, captions):
-    assert list(common.captions_in(cell, "here", common.Report("a"))) == captions
+    assert list(captions_in(cell, "here", Report("a"))) == captions
 
 
 def test_a_list_written_as_text_is_several_captions_and_said(own, capsys):

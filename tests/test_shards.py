@@ -16,7 +16,6 @@ import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +36,7 @@ from simla.dataset.masking import BlockMask
 from simla.dataset.mixture import Mixture, shares
 from simla.dataset.prepare import shards as prepare_shards
 from simla.dataset.prepare.__main__ import main
-from simla.dataset.prepare.shards import fill_of, write_shard
+from simla.dataset.prepare.shards import Job, fill_of, write_shard
 from simla.dataset.pretrain import PretrainData, code_views, read_pairs, read_sets
 from simla.dataset.readers import shard_index, shard_stream
 from simla.dataset.readers.shards import KEPT_OPEN, Shards, expand_names
@@ -818,8 +817,8 @@ def test_the_size_of_shards(made):
         with tarfile.open(path) as tar:
             ends.append(max(-(-(m.offset_data + m.size) // 512) * 512 for m in tar))
     assert [fill_of(entries, share * sum(ends), 0) for share in (1, 0.5, 0.001)] == [24, 12, 1]
-    make_one = partial(write_shard, entries=entries, out=made.folder, per_shard=5, res=0)
-    assert pickle.loads(pickle.dumps(make_one))(2)["successes"] == 5  # as another process gets it
+    job = pickle.loads(pickle.dumps(Job(entries, made.folder, 5, 0)))  # as another process gets it
+    assert write_shard(job, 2)["successes"] == 5
 
 
 def test_nothing_to_make_shards_of(tmp_path):

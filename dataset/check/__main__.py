@@ -30,8 +30,8 @@ from simla.dataset.check.images import read_images
 from simla.dataset.check.report import Report
 from simla.dataset.check.tasks import TASKS, open_sources
 from simla.dataset.check.texts import Shared, read_texts
-from simla.dataset.check.workers import Workers
 from simla.dataset.text import build_tokenizer
+from simla.dataset.workers import Workers
 from simla.engine.launch import run_script
 from simla.models.bert import BertConfig
 from simla.utils import UserError, log, make_output_folder, num_cores, printable

@@ -1,14 +1,16 @@
-"""What a cell of somebody's table holds: one caption, several, or no text at all."""
+"""Cells of somebody's table: one caption, several, or no text at all."""
 
 import json
 import re
 from ast import literal_eval
+from collections.abc import Iterable, Iterator
 from unicodedata import category
 
+from simla.dataset.prepare.common import Report
 from simla.dataset.text import CLEANED
 
 STRING = re.compile(r"""[uU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
-# As Python prints a list of strings, or numpy, without commas, an array of them.
+# A list of strings as Python prints it, or, without commas, an array of them as numpy does.
 LIST_OF_STRINGS = re.compile(rf"\[\s*{STRING.pattern}(?:(?:\s*,\s*|\s+){STRING.pattern})*\s*,?\s*\]")
 KINDS = {
     bool: "truth values",
@@ -20,25 +22,25 @@ KINDS = {
 
 
 def listed_texts(text: str) -> list[str] | None:
-    """The strings of a list that is written as text, in JSON's or Python's way; None for any other text."""
+    """Return the strings of a list written as text, in JSON's or Python's way; None for any other text."""
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]")):
         return None
     try:
-        listed = json.loads(text)
+        values = json.loads(text)
     except (ValueError, RecursionError):
         if not LIST_OF_STRINGS.fullmatch(text):
             return None
         try:
-            # One by one: Python would join what stands side by side without a comma.
+            # One by one: Python would join strings that stand side by side without a comma.
             return [literal_eval(string) for string in STRING.findall(text)]
         except (ValueError, SyntaxError):
             return None
-    return listed if all(isinstance(part, str) for part in listed) else None
+    return values if all(isinstance(value, str) for value in values) else None
 
 
 def values_of(cell: object) -> tuple[list[object], bool]:
-    """The values of a list, of lists in it too, or else the cell itself; and whether it was written as text.
+    """Return the values of a list, of lists in it too, or the cell alone; and whether it was written as text.
 
     Bytes that are UTF-8 become text. An empty list has one value, None.
     """
@@ -47,24 +49,48 @@ def values_of(cell: object) -> tuple[list[object], bool]:
             cell = cell.decode("utf-8-sig")
         except UnicodeDecodeError:
             return [cell], False
-    listed = listed_texts(cell) if isinstance(cell, str) else cell
-    if not isinstance(listed, list):
+    values = listed_texts(cell) if isinstance(cell, str) else cell
+    if not isinstance(values, list):
         return [cell], False
-    parts = [values_of(part) for part in listed]
-    written = isinstance(cell, str) or any(was_text for _, was_text in parts)
-    return [value for values, _ in parts for value in values] or [None], written
+    inner = [values_of(value) for value in values]
+    was_text = isinstance(cell, str) or any(inner_was_text for _, inner_was_text in inner)
+    return [value for inner_values, _ in inner for value in inner_values] or [None], was_text
 
 
 def is_missing(value: object) -> bool:
-    """Whether it is null, not a number (which tables have for null), or a text without a readable letter."""
+    """Return whether it is null, not a number (a table's null), or a text without a readable letter."""
     return value is None or value != value or (isinstance(value, str) and not is_readable(value))
 
 
 def is_readable(text: str) -> bool:
-    """Whether anything is left of a caption without what `clean_caption` drops and what cannot be seen."""
+    """Return whether anything visible is left of a caption after `clean_caption`."""
     return any(category(letter)[0] not in "CZ" for letter in text.translate(CLEANED))
 
 
-def kind_of(value: object) -> str:
-    """What such values are instead of text, in the plural."""
-    return KINDS.get(type(value), f"of type {type(value).__name__}")
+def values_in(cell: object, where: str, report: Report) -> list[object]:
+    """Return the values of a list, or the cell alone; a list that is written as text is noticed."""
+    values, was_text = values_of(cell)
+    if was_text:
+        report.notice("lists written as text, read as several captions", where)
+    return values
+
+
+def captions_in(cell: object, where: str, report: Report) -> Iterator[str]:
+    """Yield the captions that the cell holds; values that are none are reported as left out."""
+    for value in values_in(cell, where, report):
+        if is_missing(value):
+            report.leave_out("pairs without a caption", where)
+        elif not isinstance(value, str):
+            kind = KINDS.get(type(value), f"of type {type(value).__name__}")
+            report.leave_out(f"captions that are no text but {kind}", where)
+        else:
+            text = value.strip()
+            if text.startswith("[") and text.endswith("]"):
+                report.notice("captions in square brackets that are no list of strings, read as text", where)
+            yield text
+
+
+def pairs(rows: Iterable[tuple[str, object]], start: str, report: Report) -> Iterator[dict]:
+    """Yield pre-training entries of (image name, cell with captions); `start` precedes the names."""
+    for name, cell in rows:
+        yield from ({"image": start + name, "caption": text} for text in captions_in(cell, name, report))

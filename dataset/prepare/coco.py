@@ -16,25 +16,8 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from simla.dataset.prepare.common import (
-    Images,
-    Report,
-    add_relative,
-    find_all,
-    prefix,
-    read_source,
-    write_annotations,
-)
-from simla.dataset.prepare.karpathy import (
-    PAGE,
-    SOURCE,
-    Picture,
-    Splits,
-    count_splits,
-    present,
-    read_karpathy,
-    write_retrieval,
-)
+from simla.dataset.prepare.common import Images, Report, add_relative, find_all, prefix, read_source
+from simla.dataset.prepare.karpathy import PAGE, SOURCE, Picture, Splits, read_karpathy, write_retrieval
 from simla.dataset.readers.tables import by_id, checked, look_up, value_of
 
 OFFICIAL = {  # --split -> split -> images, captions
@@ -43,8 +26,10 @@ OFFICIAL = {  # --split -> split -> images, captions
     "2017": {"train": (118_287, 591_753), "val": (5_000, 25_014)},
 }
 DOWNLOADS = "cocodataset.org/#download"
-PLACES = ["coco/{}", "coco/annotations/{}", "annotations/{}", "{}"]
-IMAGE_FOLDERS = ["coco/images/{}", "images/{}", "coco/{}", "{}"]
+IMAGES = "images that are"
+FILE_PLACES = ["coco/annotations/{}", "annotations/{}", "{}", "coco/{}"]
+IMAGE_PLACES = ["coco/images/{}", "images/{}", "coco/{}", "{}"]
+SPLIT_FILES = ["coco/dataset_coco.json", *(place.format("dataset_coco.json") for place in FILE_PLACES[:3])]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,58 +42,47 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
         stem, images, splits = "coco", *_karpathy(root, report)
     else:
         stem, images, splits = f"coco{options.split}", *_official(root, options.split, report)
-    splits = present(splits, images, report)
-    count_splits(splits, OFFICIAL[options.split], report)
-    write_retrieval(out, stem, splits, report)
+    splits = write_retrieval(out, stem, splits, images, OFFICIAL[options.split], report)
     start = prefix(images.folder, root, options)
     entries = (
         {"image": start + picture.name, "caption": caption}
         for picture in splits.get("train", [])
         for caption in picture.captions
     )
-    write_annotations(out / f"{stem}.json", entries, report)
-    report.note(f"configs/Retrieval_coco.yaml: image_root: {images.folder}")
+    report.write(out / f"{stem}.json", entries)
+    report.notes.append(f"configs/Retrieval_coco.yaml: image_root: {images.folder}")
 
 
 def _karpathy(root: Path, report: Report) -> tuple[Images, Splits]:
-    train_images = [folder.format(f"train{year}") for year in (2014, 2017) for folder in IMAGE_FOLDERS]
-    found = find_all(
-        root,
-        f"{PAGE}; images: {DOWNLOADS}",
-        {
-            "dataset_coco.json": [place.format("dataset_coco.json") for place in PLACES],
-            "folder of training images": train_images,
-        },
-    )
-    images = _images(found["folder of training images"].parent, report)
+    folders = [place.format(f"train{year}") for year in (2014, 2017) for place in IMAGE_PLACES]
+    wanted = {"dataset_coco.json": SPLIT_FILES, "folder of training images": folders}
+    file, folder = find_all(root, f"{PAGE}; images: {DOWNLOADS}", wanted).values()
+    images = Images(folder.parent, report, IMAGES)
 
     def name_of(image: dict, where: str) -> str:
-        """By its name of 2014 or else, if it is there, of 2017."""
+        """Return its name of 2014 or else, if that file is there, of 2017."""
         folder, file = (checked(image, key, str, where) for key in ("filepath", "filename"))
         of_2017 = f"{checked(image, 'cocoid', int, where):012}.jpg"
         names = [f"{folder}/{file}", f"train2017/{of_2017}", f"val2017/{of_2017}"]
         return next((name for name in names if name in images.files), names[0])
 
-    report.source(SOURCE)
-    return images, read_karpathy(found["dataset_coco.json"], name_of, "cocoid")
+    report.source = SOURCE
+    return images, read_karpathy(file, name_of, "cocoid")
 
 
 def _official(root: Path, year: str, report: Report) -> tuple[Images, Splits]:
     wanted = {}
-    for split in ("train", "val"):
-        file, folder = f"captions_{split}{year}.json", f"{split}{year}"
-        wanted[file] = [place.format(file) for place in PLACES[1:] + PLACES[:1]]
-        wanted[folder] = [place.format(folder) for place in IMAGE_FOLDERS]
-    found = find_all(root, DOWNLOADS, wanted)
-    splits = {}
-    for split in ("train", "val"):
-        splits[split] = _read_captions(found[f"captions_{split}{year}.json"], f"{split}{year}")
-    report.source(f"the caption files of {DOWNLOADS}")
-    return _images(found[f"train{year}"].parent, report), splits
-
-
-def _images(folder: Path, report: Report) -> Images:
-    return Images(folder, report, "images that are")
+    for folder in (f"train{year}", f"val{year}"):
+        file = f"captions_{folder}.json"
+        wanted[file] = [place.format(file) for place in FILE_PLACES]
+        wanted[folder] = [place.format(folder) for place in IMAGE_PLACES]
+    paths = find_all(root, DOWNLOADS, wanted)
+    splits = {
+        split: _read_captions(paths[f"captions_{split}{year}.json"], f"{split}{year}")
+        for split in ("train", "val")
+    }
+    report.source = f"the caption files of {DOWNLOADS}"
+    return Images(paths[f"train{year}"].parent, report, IMAGES), splits
 
 
 def _read_captions(path: Path, folder: str) -> list[Picture]:

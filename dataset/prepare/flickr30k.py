@@ -11,27 +11,21 @@ import argparse
 from pathlib import Path
 
 from simla.dataset.prepare.common import Images, Report, find_all
-from simla.dataset.prepare.karpathy import PAGE, SOURCE, count_splits, present, read_karpathy, write_retrieval
+from simla.dataset.prepare.karpathy import PAGE, SOURCE, read_karpathy, write_retrieval
 from simla.dataset.readers.tables import checked
 
+SPLIT_FILES = ["flickr30k/dataset_flickr30k.json", "dataset_flickr30k.json"]
 IMAGE_FOLDERS = ["flickr30k-images", "flickr30k/flickr30k-images", "flickr30k/images", "flickr30k_images"]
 OFFICIAL = {"train": (29_000, 145_000), "val": (1_014, 5_070), "test": (1_000, 5_000)}
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
-    found = find_all(
-        root,
-        f"{PAGE}; images: shannon.cs.illinois.edu/DenotationGraph, Flickr30k",
-        {
-            "dataset_flickr30k.json": ["flickr30k/dataset_flickr30k.json", "dataset_flickr30k.json"],
-            "images": IMAGE_FOLDERS,
-        },
-    )
+    source = f"{PAGE}; images: shannon.cs.illinois.edu/DenotationGraph, Flickr30k"
+    paths = find_all(root, source, {"dataset_flickr30k.json": SPLIT_FILES, "images": IMAGE_FOLDERS})
     splits = read_karpathy(
-        found["dataset_flickr30k.json"], lambda image, where: checked(image, "filename", str, where), "imgid"
+        paths["dataset_flickr30k.json"], lambda image, where: checked(image, "filename", str, where), "imgid"
     )
-    splits = present(splits, Images(found["images"], report, "images that are"), report)
-    count_splits(splits, OFFICIAL, report)
-    report.source(SOURCE)
-    write_retrieval(out, "flickr30k", splits, report)
-    report.note(f"configs/Retrieval_flickr.yaml: image_root: {found['images']}")
+    report.source = SOURCE
+    images = Images(paths["images"], report, "images that are")
+    write_retrieval(out, "flickr30k", splits, images, OFFICIAL, report)
+    report.notes.append(f"configs/Retrieval_flickr.yaml: image_root: {images.folder}")

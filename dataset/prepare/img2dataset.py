@@ -17,31 +17,23 @@ import json
 import os
 import re
 import tarfile
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from simla.dataset.prepare.common import (
-    Report,
-    add_relative,
-    captions_in,
-    in_parallel,
-    list_folder,
-    pairs,
-    prefix,
-    write_annotations,
-)
-from simla.dataset.prepare.shards import caption_file, write_statistics, write_tar
+from simla.dataset.prepare.captions import captions_in, pairs
+from simla.dataset.prepare.common import Report, add_name, add_relative, in_parallel, list_folder, prefix
+from simla.dataset.prepare.shards import caption_file, write_json, write_tar
 from simla.utils import UserError, first_line, make_output_folder, with_progress
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
+Rows = Iterable[tuple[str, object]]  # image relative to the output folder, cell with captions
 SHARD = re.compile(r"(\d{5,})(|\.parquet|_stats\.json|\.tar|\.tfrecord)")
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp"}
 IMAGE_COLUMNS = ["jpg", "png", "webp"]  # of layout parquet: img2dataset's --encode_format
@@ -57,17 +49,9 @@ class AlreadyShards(UserError):
     """There is nothing to convert: the folder holds WebDataset shards, which training reads as they are."""
 
 
-class Shard(NamedTuple):
-    rows: list[tuple[str, object]]  # image relative to the output folder, caption
-    num_urls: int
-    report: Report  # what was left out and noticed
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", default=".", help="below --root; default: --root itself")
-    parser.add_argument(
-        "--name", dest="stem", default="pairs", help="of the file written; default: %(default)s"
-    )
+    add_name(parser)
     add_relative(parser)
 
 
@@ -75,103 +59,108 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     folder = root / options.folder
     if not is_output(folder):
         tars = "; its .tar files, if they are WebDataset shards, are for train_file to name as they are"
-        tars = tars if any(folder.glob("*.tar")) else ""
         raise UserError(
             f"{folder} is no folder of img2dataset's, with 00000/, 00000.parquet, 00000.tar or "
-            f"00000_stats.json in it{tars}; download with --output_format files --caption_col ..., and name "
-            "the folder by --folder"
+            f"00000_stats.json in it{tars if any(folder.glob('*.tar')) else ''}; download with "
+            "--output_format files --caption_col ..., and name the folder by --folder"
         )
     write_output(folder, out / f"{options.stem}.json", prefix(folder, root, options), report)
 
 
 def is_output(folder: Path) -> bool:
-    """Whether img2dataset has written here."""
+    """Return whether img2dataset has written here."""
     return folder.is_dir() and any(_shards(folder))
 
 
 def _shards(folder: Path) -> Iterator[tuple[str, str]]:
-    """Name and ending of what lies there, "" for a folder of images."""
-    with os.scandir(folder) as items:
-        for item in items:
-            match = SHARD.fullmatch(item.name)
+    """Yield name and ending of what lies there, "" for a folder of images."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            match = SHARD.fullmatch(entry.name)
             # A folder of images without .jpg may have files named by numbers, too.
-            if match and item.is_dir() == (match[2] == ""):
+            if match and entry.is_dir() == (match[2] == ""):
                 yield match[1], match[2]
 
 
 def write_output(folder: Path, path: Path, start: str, report: Report, official: int | None = None) -> None:
-    """The pre-training file of an output folder, or the shards in the folder of its name where that holds
-    tables with images; official: how many URLs were to be downloaded.
+    """Write the pre-training file of an output folder, or shards beside it of tables that hold the images.
 
-    Raises AlreadyShards for layout webdataset.
+    start: precedes the images' names; official: how many URLs were to be downloaded. Raises AlreadyShards for
+    layout webdataset.
     """
     shards: dict[str, set[str]] = {}
     for name, ending in _shards(folder):
         shards.setdefault(name, set()).add(ending)
-    unpacked = {name for name, endings in shards.items() if "" in endings}
-    for ending, explain in ((".tar", _point_to_tars), (".tfrecord", _refuse_tfrecords)):
-        if packed := sorted(name for name in shards.keys() - unpacked if ending in shards[name]):
-            explain(folder, packed)
+    packed = {name: endings for name, endings in sorted(shards.items()) if "" not in endings}
+    for ending, refuse in ((".tar", _refuse_tars), (".tfrecord", _refuse_tfrecords)):
+        if names := [name for name, endings in packed.items() if ending in endings]:
+            refuse(folder, names)
     columns = {
         name: column
-        for name in sorted(shards.keys() - unpacked)
-        if ".parquet" in shards[name] and (column := _image_column(folder / f"{name}.parquet"))
+        for name, endings in packed.items()
+        if ".parquet" in endings and (column := _image_column(folder / f"{name}.parquet"))
     }
-    num_urls, number = Counter(), 0
+    urls, number = f"{path.stem}: URLs", 0
+    report.count(urls, 0, official)
     if columns:
-        number += _write_tars(folder, path.with_name(f"{path.stem}_shards"), columns, num_urls, report)
-    if unpacked or not columns:
-        rows = _read_output(folder, sorted(shards.keys() - columns.keys()), num_urls, report)
-        number += write_annotations(path, pairs(rows, start, report), report)
-    report.count(f"{path.stem}: URLs", num_urls.total(), official)
+        number += _write_tars(folder, path.with_name(f"{path.stem}_shards"), columns, urls, report)
+    if names := sorted(shards.keys() - columns.keys()):
+        read = partial(_read_shard, folder=folder, urls=urls)
+        rows = chain.from_iterable(_each_shard(read, names, f"Reading {folder}", report))
+        number += report.write(path, pairs(rows, start, report))
     report.count(f"{path.stem}: pairs with an image", number)
+
+
+def _each_shard(
+    function: Callable[[str], tuple[Any, Report]], names: Iterable[str], header: str, report: Report
+) -> Iterator:
+    """Yield what the function, called in threads, makes of each shard; its reports are included."""
+    names = list(names)
+    for result, of_shard in with_progress(
+        in_parallel(function, names, NUM_AHEAD), len(names), header, LOG_SHARDS
+    ):
+        report.include(of_shard)
+        yield result
 
 
 # ---- layout files ----
 
 
-def _read_output(
-    folder: Path, names: list[str], num_urls: Counter, report: Report
-) -> Iterator[tuple[str, object]]:
-    shards = in_parallel(partial(_read_shard, folder), names, NUM_AHEAD)
-    for shard in with_progress(shards, len(names), f"Reading {folder}", LOG_SHARDS):
-        num_urls["files"] += shard.num_urls
-        report.include(shard.report)
-        yield from shard.rows
-
-
-def _read_shard(folder: Path, shard: str) -> Shard:
-    files, empty, _ = list_folder(folder, shard) if (folder / shard).is_dir() else ([], [], [])
-    images = {Path(name).stem: name for name in files if Path(name).suffix.lower() in IMAGE_TYPES}
-    damaged = {Path(name).stem: name for name in empty if Path(name).suffix.lower() in IMAGE_TYPES}
+def _read_shard(shard: str, folder: Path, urls: str) -> tuple[Rows, Report]:
     report = Report(shard)
+    files, empty, _ = list_folder(folder, shard) if (folder / shard).is_dir() else ([], [], [])
+    images, damaged = (
+        {Path(name).stem: name for name in names if Path(name).suffix.lower() in IMAGE_TYPES}
+        for names in (files, empty)
+    )
     for name in damaged.values():
         report.leave_out("downloads that are empty files", name)
     table = folder / f"{shard}.parquet"
     if table.is_file():
-        rows = sorted(_of_table(table, images, damaged, report), key=itemgetter(0))
+        rows = sorted(_of_table(table, images, damaged, urls, report), key=itemgetter(0))
     else:
         rows = sorted(_of_small_files(folder, shard, images, {*files, *empty}, report), key=itemgetter(0))
         _count_failed(folder / f"{shard}_stats.json", len(images) + len(damaged), report)
-    return Shard(rows, len(rows) + report.left_out.total(), report)
+        report.count(urls, len(rows) + report.left_out.total())
+    return rows, report
 
 
-def _of_table(
-    path: Path, images: dict[str, str], damaged: dict[str, str], report: Report
-) -> Iterator[tuple[str, object]]:
-    for key, row in _downloaded(path, [], report):
+def _of_table(path: Path, images: dict[str, str], damaged: dict[str, str], urls: str, report: Report) -> Rows:
+    for key, row in _downloaded(path, [], urls, report):
         if key in images:
             yield images[key], row["caption"]
         elif key not in damaged:
             report.leave_out("downloads that are missing", f"{path.stem}/{key}")
 
 
-def _downloaded(path: Path, more: list[str], report: Report) -> Iterator[tuple[str, dict]]:
-    """Key and row of each success; the others are reported. more: columns to read beside the usual ones."""
-    if "caption" not in (columns := columns_of(path)):
-        raise UserError(f"{path} has no column 'caption'; it has {', '.join(columns)}. {RERUN}")
+def _downloaded(path: Path, more: list[str], urls: str, report: Report) -> Iterator[tuple[str, dict]]:
+    """Yield key and row of each success; all rows are counted as `urls`, the others reported.
+
+    more: columns to read beside the usual ones.
+    """
     for row in read_parquet(path, [*COLUMNS, *more], BATCH_IMAGES if more else BATCH_ROWS):
         key = str(row["key"])
+        report.count(urls)
         if row["status"] == "success":
             yield key, row
         else:
@@ -184,9 +173,9 @@ def _failure(cause: object) -> str:
 
 def _of_small_files(
     folder: Path, shard: str, images: dict[str, str], files: set[str], report: Report
-) -> Iterator[tuple[str, object]]:
-    """The caption is read from .json, where it is what it was: .txt has a list, too, as text, in whatever
-    encoding the downloading machine had.
+) -> Rows:
+    """Yield rows whose caption is from .json, as it was, or else from .txt, which has a list as text, too, in
+    whatever encoding the downloading machine had.
     """
     for key, image in images.items():
         text, about = f"{shard}/{key}.txt", f"{shard}/{key}.json"
@@ -204,26 +193,26 @@ def _of_small_files(
 
 
 def _count_failed(statistics: Path, num_downloaded: int, report: Report) -> None:
-    """By cause, where the statistics say it: older ones do not."""
+    """Report failed URLs by cause, where the statistics say it: older ones do not."""
     if not statistics.is_file():
         return
-    found = _parsed(statistics)
-    found = found if isinstance(found, dict) else {}
-    causes, shard = found.get("status_dict"), statistics.name.removesuffix("_stats.json")
+    parsed, shard = _parsed(statistics), statistics.name.removesuffix("_stats.json")
+    causes, count = (
+        parsed.get(key) if isinstance(parsed, dict) else None for key in ("status_dict", "count")
+    )
     if isinstance(causes, dict) and all(type(number) is int for number in causes.values()):
         for cause, number in causes.items():
             if cause != "success":
                 report.leave_out(_failure(cause), shard, number)
-    elif type(count := found.get("count")) is int:
-        if count > num_downloaded:
-            report.leave_out("URLs not downloaded, no cause recorded", shard, count - num_downloaded)
-    else:
+    elif type(count) is not int:
         what = "files of statistics that are none of img2dataset's, so that failed URLs are not counted"
         report.notice(what, statistics.name)
+    elif count > num_downloaded:
+        report.leave_out("URLs not downloaded, no cause recorded", shard, count - num_downloaded)
 
 
 def _parsed(path: Path) -> object:
-    """What a small file holds as JSON; None where it is damaged."""
+    """Return what a small file holds as JSON; None where it is damaged."""
     try:
         return json.loads(_content(path))
     except (ValueError, RecursionError):
@@ -240,7 +229,7 @@ def _content(path: Path) -> bytes:
 # ---- layouts of packed images ----
 
 
-def _point_to_tars(folder: Path, names: list[str]) -> None:
+def _refuse_tars(folder: Path, names: list[str]) -> None:
     if not _has_captions(folder, names):
         raise UserError(
             f"{folder} holds shards of img2dataset's (layout webdataset) without captions. {RERUN}"
@@ -252,8 +241,8 @@ def _point_to_tars(folder: Path, names: list[str]) -> None:
 
 
 def _has_captions(folder: Path, names: list[str]) -> bool:
-    """Whether the first shard that is whole and not empty has .txt, or .json with captions; True where none
-    is.
+    """Return whether the first shard that is whole and not empty has .txt, or .json with captions; True where
+    there is none.
     """
     for name in names:
         try:
@@ -275,7 +264,7 @@ def _refuse_tfrecords(folder: Path, names: list[str]) -> None:
 
 
 def train_file(folder: Path, names: list[str]) -> str:
-    """The line of a config that names the shards: `train_file: '/data/{00000..00012}.tar'`."""
+    """Return the line of a config that names the shards: `train_file: '/data/{00000..00012}.tar'`."""
     files = []
     for _, run in groupby(enumerate(names), key=lambda item: int(item[1]) - item[0]):  # equal in a run
         first, *others = [name for _, name in run]
@@ -285,68 +274,52 @@ def train_file(folder: Path, names: list[str]) -> str:
 
 
 def _image_column(table: Path) -> str | None:
-    """The column of layout parquet that holds the images; None in other layouts."""
-    columns = columns_of(table)
-    return next((column for column in IMAGE_COLUMNS if column in columns), None)
+    """Return the column of layout parquet that holds the images; None in other layouts."""
+    with _parquet(table) as file:
+        return next((column for column in IMAGE_COLUMNS if column in file.schema_arrow.names), None)
 
 
-def _write_tars(folder: Path, out: Path, columns: dict[str, str], num_urls: Counter, report: Report) -> int:
-    """Writes a shard of each table and returns how many samples they have."""
+def _write_tars(folder: Path, out: Path, columns: dict[str, str], urls: str, report: Report) -> int:
+    """Write a shard of each table and return how many samples they have."""
     make_output_folder(out, "--out")
-    shards = in_parallel(lambda item: _write_tar(folder, out, *item), columns.items(), NUM_AHEAD)
-    number = 0
-    for num_samples, num_rows, of_shard in with_progress(
-        shards, len(columns), f"Unpacking {folder}", LOG_SHARDS
-    ):
-        number += num_samples
-        num_urls["tables"] += num_rows
-        report.include(of_shard)
+    write = partial(_write_tar, folder=folder, out=out, columns=columns, urls=urls)
+    number = sum(_each_shard(write, columns, f"Unpacking {folder}", report))
     if not number:
         raise UserError(f"no image with a caption in the tables of {folder}, for the causes above")
     report.written.append((out, number))
-    report.note(f"in the config: {train_file(out, list(columns))}")
+    report.notes.append(f"in the config: {train_file(out, list(columns))}")
     return number
 
 
-def _write_tar(folder: Path, out: Path, shard: str, column: str) -> tuple[int, int, Report]:
-    """How many samples it has and rows the table, and what was left out."""
-    report, failed, num_samples, num_rows = Report(shard), Report(shard), 0, 0
+def _write_tar(shard: str, folder: Path, out: Path, columns: dict[str, str], urls: str) -> tuple[int, Report]:
+    """Return how many samples it has, and the report."""
+    report, column = Report(shard), columns[shard]
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        nonlocal num_samples, num_rows
-        for key, row in _downloaded(folder / f"{shard}.parquet", [column], failed):
-            where, num_rows = f"{shard}/{key}", num_rows + 1
+        for key, row in _downloaded(folder / f"{shard}.parquet", [column], urls, report):
+            where = f"{shard}/{key}"
             if not row[column]:
                 report.leave_out("downloads that are empty files", where)
             elif texts := list(captions_in(row["caption"], where, report)):
-                num_samples += 1
                 yield key, {column: row[column], **caption_file(texts)}
 
-    write_tar(out / f"{shard}.tar", samples())
-    write_statistics(out / f"{shard}_stats.json", {"count": num_samples, "successes": num_samples})
-    report.include(failed)
-    return num_samples, num_rows + failed.left_out.total(), report
+    num_samples = write_tar(out / f"{shard}.tar", samples())
+    write_json(out / f"{shard}_stats.json", {"count": num_samples, "successes": num_samples})
+    return num_samples, report
 
 
 # ---- tables ----
 
 
-def columns_of(path: Path) -> list[str]:
-    """The names of a table's columns; UserError as of `read_parquet`."""
-    with _parquet(path) as file:
-        return file.schema_arrow.names
-
-
 def read_parquet(
     path: Path, columns: list[str] | None = None, batch_rows: int = BATCH_ROWS
 ) -> Iterator[dict]:
-    """The rows; UserError where pyarrow or a column is missing, or the file is damaged."""
+    """Yield the rows; raise UserError where pyarrow or a column is missing, or the file is damaged."""
     with _parquet(path) as file:
-        missing = [column for column in columns or [] if column not in file.schema_arrow.names]
-        if missing:
-            raise UserError(
-                f"{path} has no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}"
-            )
+        names = file.schema_arrow.names
+        if missing := [column for column in columns or [] if column not in names]:
+            hint = f". {RERUN}" if "caption" in missing else ""
+            raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(names)}{hint}")
         for batch in file.iter_batches(batch_rows, columns=columns):
             yield from batch.to_pylist()
 

@@ -1,11 +1,12 @@
 """Images with several captions each, in splits: read from Karpathy's files, written as retrieval files."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from simla.dataset.prepare.common import Images, Report, captions_in, read_source, write_annotations
+from simla.dataset.prepare.captions import captions_in
+from simla.dataset.prepare.common import Images, Report, read_source
 from simla.dataset.readers.tables import checked, value_of
 from simla.utils import UserError
 
@@ -18,58 +19,58 @@ PAGE = (
 
 
 class Picture(NamedTuple):
+    """An image with its captions: cells as they are in the file, or texts when they have been checked."""
+
     name: str  # relative to the images' folder
     id: int
-    captions: list  # as they are in the file; texts when `present` has looked at them
+    captions: list
 
 
 Splits = dict[str, list[Picture]]
 
 
-def read_karpathy(path: Path, name_of: Callable[[dict, str], str], id_key: str) -> Splits:
-    """The images of train (with restval), val and test; name_of(image, where): its file below the folder.
+def read_images(path: Path) -> Iterator[tuple[str, str, dict]]:
+    """Yield of each image in Karpathy's file where it stands, its split (train, val, test) and its object.
 
-    UserError for a file that is damaged or of another kind.
+    Raises UserError for a file that is damaged or of another kind.
     """
-    splits: Splits = defaultdict(list)
     for number, image in enumerate(checked(read_source(path), "images", list, str(path))):
         where = f"{path}: image {number}"
         split = checked(image, "split", str, where)
         if split not in SPLITS:
             raise UserError(f"{where}: 'split' must be one of {', '.join(SPLITS)}, found {split!r}")
+        yield where, SPLITS[split], image
+
+
+def read_karpathy(path: Path, name_of: Callable[[dict, str], str], id_key: str) -> Splits:
+    """Return the images by split; name_of(image, where) is the file of one below the images' folder."""
+    splits: Splits = defaultdict(list)
+    for where, split, image in read_images(path):
         sentences = checked(image, "sentences", list, where)
         captions = [value_of(sentence, "raw", f"{where}, sentences") for sentence in sentences]
-        number = checked(image, id_key, int, where)
-        splits[SPLITS[split]].append(Picture(name_of(image, where), number, captions))
+        picture = Picture(name_of(image, where), checked(image, id_key, int, where), captions)
+        splits[split].append(picture)
     return splits
 
 
-def present(splits: Splits, images: Images, report: Report) -> Splits:
-    """Without images that are not there and captions that are empty or no text."""
-    return {split: list(_present(pictures, images, report)) for split, pictures in splits.items()}
+def write_retrieval(
+    out: Path,
+    stem: str,
+    splits: Splits,
+    images: Images,
+    official: dict[str, tuple[int, int]],
+    report: Report,
+) -> Splits:
+    """Write {stem}_train.json, a caption an entry, {stem}_val.json and {stem}_test.json, an image an entry.
 
-
-def _present(pictures: Iterable[Picture], images: Images, report: Report) -> Iterable[Picture]:
-    for picture in pictures:
-        if not images.has(picture.name):
-            continue
-        captions = [text for cell in picture.captions for text in captions_in(cell, picture.name, report)]
-        if captions:
-            yield picture._replace(captions=captions)
-        else:
-            report.leave_out("images without a caption", picture.name)
-
-
-def count_splits(splits: Splits, official: dict[str, tuple[int, int]], report: Report) -> None:
-    """official: split -> its images and captions."""
+    Returns the splits without images that are missing and captions that are none. official: split -> number
+    of its images and captions.
+    """
+    splits = {split: list(_present(pictures, images, report)) for split, pictures in splits.items()}
     for split, (num_images, num_captions) in official.items():
         pictures = splits.get(split, [])
         report.count(f"{split} images", len(pictures), num_images)
         report.count(f"{split} captions", sum(len(p.captions) for p in pictures), num_captions)
-
-
-def write_retrieval(out: Path, stem: str, splits: Splits, report: Report) -> None:
-    """{stem}_train.json, one caption an entry; {stem}_val.json and {stem}_test.json, one image an entry."""
     for split, pictures in splits.items():
         if split == "train":
             entries = (
@@ -79,4 +80,14 @@ def write_retrieval(out: Path, stem: str, splits: Splits, report: Report) -> Non
             )
         else:
             entries = ({"image": picture.name, "caption": picture.captions} for picture in pictures)
-        write_annotations(out / f"{stem}_{split}.json", entries, report)
+        report.write(out / f"{stem}_{split}.json", entries)
+    return splits
+
+
+def _present(pictures: list[Picture], images: Images, report: Report) -> Iterator[Picture]:
+    for picture in filter(lambda picture: images.has(picture.name), pictures):
+        captions = [text for cell in picture.captions for text in captions_in(cell, picture.name, report)]
+        if captions:
+            yield picture._replace(captions=captions)
+        else:
+            report.leave_out("images without a caption", picture.name)

@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from simla.dataset.prepare.common import Images, Report, find_all, write_annotations
+from simla.dataset.prepare.common import Images, Report, find_all
 from simla.dataset.readers.tables import checked, read_json_lines
 from simla.utils import UserError
 
@@ -39,6 +39,7 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     paths = {split: f"nlvr2/data/{file}.json" for split, (file, _) in SPLITS.items()}
     find_all(root, SOURCE, {f"sentences of {split}": [paths[split]] for split in NEEDED})
     images = Images(root / "nlvr2", report)
+    report.source = "Suhr et al. 2019, table 1 (test is test-P, test2 test-U), and the files of the subsets"
     for split, (_, official) in SPLITS.items():
         path = root / paths[split]
         if split not in NEEDED and not path.is_file():
@@ -47,21 +48,22 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
         report.count(f"sentences, {split}", len(entries), official)
         kept = [entry for entry in entries if all(images.has(image) for image in entry["images"])]
         if kept or split in NEEDED:
-            write_annotations(out / f"nlvr_{split}.json", kept, report)
+            report.write(out / f"nlvr_{split}.json", kept)
         else:
-            report.note(f"nlvr_{split}.json is not written: not one of the images of {path} is there")
-    report.source("Suhr et al. 2019, table 1 (test is test-P, test2 test-U), and the files of the subsets")
+            report.notes.append(f"nlvr_{split}.json is not written: not one of the images of {path} is there")
 
 
 def sentences(path: Path) -> Iterator[dict]:
-    """An image's name is its pair's with -img0 (left) or -img1; the pair's is the identifier without its last
-    number, which counts the sentences on the pair.
+    """Yield an entry of each line of an official file.
+
+    An image's name is its pair's with -img0 (left) or -img1; the pair's is the identifier without its last
+    number, which counts the sentences on the pair. Raises UserError that names a wrong line.
     """
     for where, line in read_json_lines(path):
         identifier = checked(line, "identifier", str, where)
-        split, pair = identifier.split("-")[0], identifier.rsplit("-", 1)[0]
         if identifier.count("-") != 3:
             raise UserError(f"{where}: 'identifier' must be like dev-850-0-0, found {identifier!r}")
+        split, pair = identifier.split("-")[0], identifier.rsplit("-", 1)[0]
         folder = split if split != "train" else f"images/train/{checked(line, 'directory', int, where)}"
         label = checked(line, "label", str, where)
         if label not in ("True", "False"):

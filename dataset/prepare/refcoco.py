@@ -20,25 +20,25 @@ import argparse
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from simla.dataset.grounding import is_box
 from simla.dataset.prepare.captions import is_readable
-from simla.dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
+from simla.dataset.prepare.common import Images, Report, find_all, read_source
 from simla.dataset.readers.plain_pickle import read_plain_pickle
 from simla.dataset.readers.tables import by_id, checked, look_up
-from simla.utils import UserError, atomic_write
+from simla.utils import UserError, atomic_write, make_output_folder
 
 SOURCE = "github.com/lichengunc/refer (expressions) and cocodataset.org (2014 Train images)"
+PAPERS = "Yu et al. 2016 (RefCOCO, RefCOCO+), Mao et al. 2016 (RefCOCOg), Nagaraja et al. 2016 (umd)"
 IMAGE_FOLDER = "train2014"  # all images of the three data sets are from it
-DETECTIONS = "detections.json"
+Boxes = dict[str, list[list[float]]]  # image -> [x, y, w, h] of each object, a detector's with its score
 
 
-@dataclass(frozen=True)
-class Edition:
+class Edition(NamedTuple):
     """The official numbers of a division of a data set; expressions by split."""
 
     images: int
@@ -46,17 +46,11 @@ class Edition:
     expressions: dict[str, int]
 
 
+UNC = {"train": 120_624, "val": 10_834, "testA": 5_657, "testB": 5_095}
+UNC_PLUS = {"train": 120_191, "val": 10_758, "testA": 5_726, "testB": 4_889}
 EDITIONS = {  # name -> file of references -> edition, the preferred one first
-    "refcoco": {
-        "refs(unc).p": Edition(
-            19_994, 50_000, {"train": 120_624, "val": 10_834, "testA": 5_657, "testB": 5_095}
-        )
-    },
-    "refcoco+": {
-        "refs(unc).p": Edition(
-            19_992, 49_856, {"train": 120_191, "val": 10_758, "testA": 5_726, "testB": 4_889}
-        )
-    },
+    "refcoco": {"refs(unc).p": Edition(19_994, 50_000, UNC)},
+    "refcoco+": {"refs(unc).p": Edition(19_992, 49_856, UNC_PLUS)},
     "refcocog": {
         "refs(umd).p": Edition(25_799, 49_822, {"train": 80_512, "val": 4_896, "test": 9_602}),
         "refs(google).p": Edition(25_799, 49_822, {"train": 85_474, "val": 9_536}),
@@ -66,23 +60,20 @@ EDITIONS = {  # name -> file of references -> edition, the preferred one first
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     name = options.name
-    files = find_all(
-        root,
-        SOURCE,
-        {
-            "references": [f"{name}/{refs}" for refs in EDITIONS[name]],
-            "objects": [f"{name}/instances.json"],
-            "images": [f"coco/images/{IMAGE_FOLDER}"],
-        },
-    )
-    edition = EDITIONS[name][files["references"].name]
-    refs = by_id(read_plain_pickle(files["references"]), "ref_id", files["references"])
-    instances = Instances(files["objects"])
-    count(edition, refs, report)
+    wanted = {
+        "references": [f"{name}/{refs}" for refs in EDITIONS[name]],
+        "objects": [f"{name}/instances.json"],
+        "images": [f"coco/images/{IMAGE_FOLDER}"],
+    }
+    refs_file, objects_file, image_folder = find_all(root, SOURCE, wanted).values()
+    edition = EDITIONS[name][refs_file.name]
+    refs = by_id(read_plain_pickle(refs_file), "ref_id", refs_file)
+    instances = Instances(objects_file)
+    _count(edition, refs, report)
 
     splits: dict[str, list[dict]] = {split: [] for split in edition.expressions}
-    images = Images(files["images"], report)
-    for split, entry in expressions(refs, files["references"], instances):
+    images = Images(image_folder, report)
+    for split, entry in expressions(refs, refs_file, instances):
         if split not in splits:
             report.leave_out(f"expressions of a split {split!r}", f"ref_id {entry['ref_id']}")
         elif not is_readable(entry["text"]):
@@ -92,51 +83,50 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     train = [{"image": entry["image"], "text": entry["text"]} for entry in splits.pop("train")]
     test = list(chain(*splits.values()))
     for split, entries in {"train": train, "val": splits["val"], "test": test}.items():
-        write_annotations(out / f"{name}_{split}.json", entries, report)
+        report.write(out / f"{name}_{split}.json", entries)
 
-    for file in (files["references"], files["objects"]):
-        copy(file, out / name / file.name)
+    folder = make_output_folder(out / name, "--out")
+    for file in (refs_file, objects_file):
+        copy(file, folder / file.name)
     image_ids = sorted({refs[entry["ref_id"]]["image_id"] for entry in test})
-    write_object(out / name / "cocos.json", instances.boxes_of(image_ids), report)
-    detections_file = root / name / DETECTIONS
-    if detections_file.is_file():
-        boxes = detected_boxes(read_source(detections_file), image_ids, detections_file, report)
-        write_object(out / name / "dets.json", boxes, report)
+    _write_boxes(folder / "cocos.json", instances.boxes_of(image_ids), report)
+    detections = root / name / "detections.json"
+    if detections.is_file():
+        _write_boxes(folder / "dets.json", detected_boxes(detections, image_ids, report), report)
     else:
-        report.note(
-            f"{out / name / 'dets.json'} is not written, as there is no {detections_file}: get a detector's "
-            "boxes, or set det_file: '' to take the box from the heat map"
+        report.notes.append(
+            f"{folder / 'dets.json'} is not written, as there is no {detections}: get a detector's boxes, or "
+            "set det_file: '' to take the box from the heat map"
         )
 
 
-def count(edition: Edition, refs: dict[int, dict], report: Report) -> None:
-    """Sentences and references as they come, before anything is left out."""
-    found: Counter[str] = Counter()
+def _count(edition: Edition, refs: dict[int, dict], report: Report) -> None:
+    """Count sentences and references as they come, before anything is left out."""
+    num_sentences: Counter[str] = Counter()
     for ref in refs.values():
-        found[ref.get("split")] += len(checked(ref, "sentences", list, f"ref_id {ref['ref_id']}"))
-    for split, number in edition.expressions.items():
-        report.count(f"expressions, {split}", found[split], number)
+        num_sentences[ref.get("split")] += len(checked(ref, "sentences", list, f"ref_id {ref['ref_id']}"))
+    for split, official in edition.expressions.items():
+        report.count(f"expressions, {split}", num_sentences[split], official)
     report.count("references (objects)", len(refs), edition.references)
     report.count("images", len({ref.get("image_id") for ref in refs.values()}), edition.images)
-    report.source(
-        "Yu et al. 2016 (RefCOCO, RefCOCO+), Mao et al. 2016 (RefCOCOg), Nagaraja et al. 2016 (umd)"
-    )
+    report.source = PAPERS
 
 
 # ---- references and objects ----
 
 
 class Instances:
-    """instances.json: the images and the objects (annotations) by id."""
+    """The images and the objects (annotations) of instances.json by id."""
 
     def __init__(self, file: Path):
         content, self.file = read_source(file), file
-        self.images = by_id(checked(content, "images", list, str(file)), "id", file, " images")
-        annotations = checked(content, "annotations", list, str(file))
-        self.annotations = by_id(annotations, "id", file, " annotations")
+        self.images, self.annotations = (
+            by_id(checked(content, key, list, str(file)), "id", file, f" {key}")
+            for key in ("images", "annotations")
+        )
 
-    def boxes_of(self, image_ids: list[int]) -> dict[str, list[list[float]]]:
-        """Image -> [x, y, w, h] of its objects."""
+    def boxes_of(self, image_ids: list[int]) -> Boxes:
+        """Return the boxes of all objects in these images."""
         boxes = {str(image_id): [] for image_id in image_ids}
         for number, annotation in self.annotations.items():
             where = f"{self.file}: annotation {number}"
@@ -147,8 +137,10 @@ class Instances:
 
 
 def expressions(refs: dict[int, dict], refs_file: Path, instances: Instances) -> Iterator[tuple[str, dict]]:
-    """Split and {"image", "text", "ref_id"} of every sentence. A reference's own `file_name` is no file's: it
-    has the object's number in it; so the name is that of its image in instances.json.
+    """Yield split and {"image", "text", "ref_id"} of every sentence.
+
+    A reference's `file_name` is no file's, as it has the object's number in it: the name is that of its image
+    in instances.json.
     """
     for ref_id, ref in refs.items():
         where = f"{refs_file}: ref_id {ref_id}"
@@ -164,15 +156,13 @@ def expressions(refs: dict[int, dict], refs_file: Path, instances: Instances) ->
 # ---- a detector's boxes ----
 
 
-def detected_boxes(
-    detections: Iterable[dict], image_ids: list[int], file: Path, report: Report
-) -> dict[str, list[list[float]]]:
-    """Image -> [x, y, w, h, score] in the order of the file; every image of `image_ids` has its list.
+def detected_boxes(file: Path, image_ids: list[int], report: Report) -> Boxes:
+    """Return the boxes in the order of the file; every image of `image_ids` has its list.
 
-    UserError where no detection is in any of them.
+    Raises UserError where no detection is in any of them.
     """
-    boxes: dict[str, list] = {str(image_id): [] for image_id in image_ids}
-    for number, detection in enumerate(detections):
+    boxes: Boxes = {str(image_id): [] for image_id in image_ids}
+    for number, detection in enumerate(read_source(file)):
         where = f"{file}: entry {number}"
         image_id = str(checked(detection, "image_id", int, where))
         box, score = checked(detection, "bbox", list, where), detection.get("score")
@@ -184,28 +174,26 @@ def detected_boxes(
             report.leave_out("detections without an area", where)
         else:
             boxes[image_id].append([*box, score])
-    empty = [image_id for image_id, found in boxes.items() if not found]
-    if len(empty) == len(boxes):
+    num_empty = sum(not found for found in boxes.values())
+    if num_empty == len(boxes):
         raise UserError(f"{file} has no box in any of the {len(boxes)} images; is it of another data set?")
     report.count("detections", sum(map(len, boxes.values())))
-    report.count("images without a detection", len(empty))
+    report.count("images without a detection", num_empty)
     return boxes
 
 
 # ---- files ----
 
 
-def write_object(path: Path, content: dict, report: Report) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write_boxes(path: Path, boxes: Boxes, report: Report) -> None:
     with atomic_write(path) as file:
-        file.write(json.dumps(content).encode())
-    report.written.append((path, len(content)))
+        file.write(json.dumps(boxes).encode())
+    report.written.append((path, len(boxes)))
 
 
 def copy(source: Path, target: Path) -> None:
-    """Unless it is the file itself."""
+    """Copy a file, unless the target is the file itself."""
     if target.exists() and target.samefile(source):
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as old, atomic_write(target) as new:
         shutil.copyfileobj(old, new)

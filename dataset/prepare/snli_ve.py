@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from simla.dataset.prepare.common import Images, Report, find_all, write_annotations
+from simla.dataset.prepare.common import Images, Report, find_all
 from simla.dataset.prepare.flickr30k import IMAGE_FOLDERS
 from simla.dataset.readers.tables import checked, read_json_lines
 from simla.dataset.ve import CLASSES
@@ -26,7 +26,6 @@ SPLITS = {  # official numbers of contradictions, neutral sentences and entailme
     "dev": (5_939, 5_960, 5_959),
     "test": (5_964, 5_964, 5_973),
 }
-NO_LABEL = "-"
 IMAGE_FIELDS = ("Flickr30K_ID", "Flikr30kID")  # the two releases call it differently
 
 
@@ -34,24 +33,25 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     wanted = {split: [f"snli_ve/snli_ve_{split}.jsonl"] for split in SPLITS}
     files = find_all(root, SOURCE, {**wanted, "images": IMAGE_FOLDERS})
     images = Images(files["images"], report)
+    report.source = "Xie et al. 2019 and the SNLI-VE repository"
     for split, official in SPLITS.items():
         entries = list(sentences(files[split], report))
         labels = Counter(entry["label"] for entry in entries)
         report.count(split, len(entries), sum(official))
         for label, number in zip(CLASSES, official, strict=True):
-            report.count(f"  {label}", labels[label], number)
+            report.count(f"{split}, {label}", labels[label], number)
         kept = (entry for entry in entries if images.has(f"{entry['image']}.jpg"))
-        write_annotations(out / f"ve_{split}.json", kept, report)
-    report.note(f"configs/VE.yaml: image_root: {files['images']}")
-    report.source("Xie et al. 2019 and the SNLI-VE repository")
+        report.write(out / f"ve_{split}.json", kept)
+    report.notes.append(f"configs/VE.yaml: image_root: {images.folder}")
 
 
 def sentences(path: Path, report: Report) -> Iterator[dict]:
+    """Yield an entry of each line that has a label; raise UserError that names a wrong line."""
     for where, line in read_json_lines(path):
         label, sentence = checked(line, "gold_label", str, where), checked(line, "sentence2", str, where)
         field = next((name for name in IMAGE_FIELDS if name in line), IMAGE_FIELDS[0])
         image = checked(line, field, str, where).removesuffix(".jpg")
-        if label == NO_LABEL:
+        if label == "-":
             report.leave_out("sentences without a label", where)
         elif label not in CLASSES:
             raise UserError(f"{where}: 'gold_label' must be one of {', '.join(CLASSES)}, found {label!r}")

@@ -21,15 +21,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from simla.dataset.prepare.captions import is_missing
-from simla.dataset.prepare.common import (
-    Report,
-    add_relative,
-    in_parallel,
-    pairs,
-    values_in,
-    write_annotations,
-)
+from simla.dataset.prepare.captions import is_missing, pairs, values_in
+from simla.dataset.prepare.common import Report, add_name, add_relative, in_parallel
 from simla.dataset.prepare.img2dataset import read_parquet
 from simla.dataset.readers.tables import read_json_lines, read_lines
 from simla.utils import UserError, other_file
@@ -42,54 +35,41 @@ csv.field_size_limit(1 << 30)  # the default refuses a long text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--table",
-        nargs="+",
-        action="extend",
-        required=True,
-        help="files, relative to --root; patterns such as part-*.parquet, too",
-    )
+    table_help = "files, relative to --root; patterns such as part-*.parquet, too"
+    images_help = "what image paths are relative to; default: --root itself"
+    parser.add_argument("--table", nargs="+", action="extend", required=True, help=table_help)
     parser.add_argument("--image", help="column of image paths")
     parser.add_argument("--caption", help="column of captions")
-    parser.add_argument(
-        "--images", default=".", help="what image paths are relative to; default: --root itself"
-    )
-    parser.add_argument(
-        "--name", dest="stem", default="pairs", help="of the file written; default: %(default)s"
-    )
+    parser.add_argument("--images", default=".", help=images_help)
     parser.add_argument("--task", choices=TASKS, default="pretrain", help="default: %(default)s")
+    add_name(parser)
     add_relative(parser)
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     tables = [path for pattern in options.table for path in _tables(root, pattern)]
-    folder, num_rows = root / options.images, Counter()
-    rows = _present(_rows(tables, options, num_rows, report), folder, report)
+    rows = _present(_rows(tables, options, report), root / options.images, report)
     suffix, arrange = TASKS[options.task]
     if options.relative:
         rows = ((os.path.relpath(image, root), caption) for image, caption in rows)
-    path = out / f"{options.stem}{suffix}.json"
-    write_annotations(path, arrange(pairs(rows, "", report)), report)
-    report.count("captions in the table", num_rows["captions"])
+    report.write(out / f"{options.stem}{suffix}.json", arrange(pairs(rows, "", report)))
 
 
 def _tables(root: Path, pattern: str) -> list[Path]:
     path = root / pattern  # an absolute one stays
-    found = (
-        [path] if path.is_file() else sorted(root.glob(pattern)) if not Path(pattern).is_absolute() else []
-    )
-    if not found:
+    if path.is_file():
+        return [path]
+    paths = [] if Path(pattern).is_absolute() else sorted(root.glob(pattern))
+    if not paths:
         raise UserError(f"--table {pattern}: no such file in --root {root}")
-    return found
+    return paths
 
 
 # ---- rows ----
 
 
-def _rows(
-    tables: list[Path], options: argparse.Namespace, num_rows: Counter, report: Report
-) -> Iterator[tuple[str, object]]:
-    """Image path as it stands in the table, and caption, or what stands in its place."""
+def _rows(tables: list[Path], options: argparse.Namespace, report: Report) -> Iterator[tuple[str, object]]:
+    """Yield image path as it stands in the table, and caption, or what stands in its place."""
     for path in tables:
         reader = READERS.get(path.suffix.lower())
         if reader is None:
@@ -101,67 +81,55 @@ def _rows(
             raise UserError(f"--table {path} is {what}")
         columns = None
         for where, row in reader(path):
-            if columns is None:
-                columns = [
-                    _column(row, options.image, IMAGE_NAMES, "--image", path),
-                    _column(row, options.caption, CAPTION_NAMES, "--caption", path),
-                ]
+            columns = columns or [
+                _column(row, options.image, IMAGE_NAMES, "--image", path),
+                _column(row, options.caption, CAPTION_NAMES, "--caption", path),
+            ]
             image, cell = (row.get(column) for column in columns)
             captions = values_in(cell, where, report)
-            num_rows["captions"] += len(captions)
-            if None in (*row, cell) or is_missing(
-                image
-            ):  # so `_under_header` says too many and too few cells
+            report.count("captions in the table", len(captions))
+            if None in (*row, cell) or is_missing(image):  # None is the key of cells beyond the last name
                 report.leave_out(NO_CELL, where, len(captions))
                 continue
             if not isinstance(image, str):
                 hint = "; dataset.prepare img2dataset reads tables that hold the images themselves"
-                hint = hint if isinstance(image, bytes | dict) else ""
                 raise UserError(
                     f"{where}: column {columns[0]!r} must hold the path of an image, found {image!r}"[:500]
-                    + hint
+                    + (hint if isinstance(image, bytes | dict) else "")
                 )
             yield from ((image, caption) for caption in captions)
 
 
 def _column(row: dict, wanted: str | None, usual: list[str], flag: str, path: Path) -> str:
-    """The row's key: the one wanted, or the first of the usual ones, in upper or lower case."""
-    if wanted is not None:
-        found = wanted if wanted in row else None
-    else:
-        names = {str(name).strip().lower(): name for name in reversed(row)}
-        found = next((names[name] for name in usual if name in names), None)
-    if found is None:
-        told = f"no column {wanted!r}" if wanted else f"no column named {', '.join(usual)}"
-        names = [name for name in row if name is not None]  # which stands for cells beyond the last name
-        is_odd = len(names) == 1 or any('"' in name or "\t" in name for name in names)
-        hint = (
-            "; in .csv commas part the cells, in .tsv tabs do, and quotation marks mean nothing"
-            if is_odd
-            else ""
-        )
-        raise UserError(
-            f"{path} has {told}; it has {', '.join(map(repr, names))}. Name the right one by {flag}{hint}"
-        )
-    return found
+    """Return the row's key: the one wanted, or the first of the usual ones, in upper or lower case."""
+    if wanted is not None and wanted in row:
+        return wanted
+    names = [name for name in row if name is not None]
+    by_lower_case = {str(name).strip().lower(): name for name in reversed(names)}
+    if wanted is None and (known := [by_lower_case[name] for name in usual if name in by_lower_case]):
+        return known[0]
+    told = f"no column {wanted!r}" if wanted else f"no column named {', '.join(usual)}"
+    is_odd = len(names) == 1 or any('"' in name or "\t" in name for name in names)
+    hint = "; in .csv commas part the cells, in .tsv tabs do, and quotation marks mean nothing"
+    raise UserError(
+        f"{path} has {told}; it has {', '.join(map(repr, names))}. Name the right one by {flag}"
+        + (hint if is_odd else "")
+    )
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
-    return _under_header(path, _cells_of_csv)
+    # Each line alone: with a mark left open, the rows up to the next one would become one cell.
+    return _under_header(path, lambda line: next(csv.reader([line], strict=True), []))
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[str, dict]]:
     return _under_header(path, lambda line: line.split("\t"))
 
 
-def _cells_of_csv(line: str) -> list[str]:
-    """Each line alone: with a mark left open, the rows up to the next one would become one cell."""
-    return next(csv.reader([line], strict=True), [])
-
-
 def _under_header(path: Path, cells_of: Callable[[str], list[str]]) -> Iterator[tuple[str, dict]]:
-    """Each row of a text file, by the names in its first one: cells that are missing are None, those beyond
-    the last name stand under None. Blank lines are passed over.
+    """Yield each row of a text file, by the names in its first one, and where it stands.
+
+    Cells that are missing are None, those beyond the last name stand under None; blank lines are passed over.
     """
     header: list[str] = []
     for number, line in read_lines(path):
@@ -184,7 +152,7 @@ def _under_header(path: Path, cells_of: Callable[[str], list[str]]) -> Iterator[
             if twice := [name for name, times in Counter(filter(None, cells)).items() if times > 1]:
                 raise UserError(f"{where}: two columns are named {twice[0]!r}; rename or drop one of them")
             continue
-        if any("\t" in cell for cell in cells) and not any("\t" in name for name in header):
+        if "\t" in "".join(cells) and "\t" not in "".join(header):
             raise UserError(
                 f"{where}: a cell holds a tab, and no column's name does; are these rows of a .tsv?"
             )
@@ -214,7 +182,7 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict]]]] = {
 
 
 def _present(rows: Iterable[tuple[str, str]], folder: Path, report: Report) -> Iterator[tuple[str, str]]:
-    """Absolute image paths, of images that are there, and captions."""
+    """Yield absolute image paths, of images that are there, and captions."""
     placed = ((os.path.normpath(folder / image), caption) for image, caption in rows)
     for path, caption, problem in in_parallel(_look, placed, NUM_AHEAD):
         if problem:
@@ -224,7 +192,7 @@ def _present(rows: Iterable[tuple[str, str]], folder: Path, report: Report) -> I
 
 
 def _look(row: tuple[str, str]) -> tuple[str, str, str]:
-    """Path, caption, and what is wrong with the image."""
+    """Return path, caption, and what is wrong with the image."""
     try:
         status = os.stat(row[0])  # noqa: PTH116 - the quick one, for millions
     except OSError as error:

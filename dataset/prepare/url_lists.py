@@ -20,24 +20,15 @@ get its neighbour's caption.
 import argparse
 import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import md5
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
 
-from simla.dataset.prepare.common import (
-    Images,
-    Report,
-    add_relative,
-    find,
-    pairs,
-    prefix,
-    read_source,
-    write_annotations,
-)
+from simla.dataset.prepare.captions import pairs
+from simla.dataset.prepare.common import Images, Report, add_relative, find, prefix, read_source
 from simla.dataset.prepare.img2dataset import AlreadyShards, is_output, write_output
 from simla.dataset.readers.tables import checked, read_lines
 from simla.utils import UserError
@@ -53,55 +44,38 @@ FIELDS: dict[str, Callable[[int, str], int | str]] = {  # of the number of a lin
 NUM_TRIED = 10_000  # lines, to find out how images are named
 
 
-class Part(NamedTuple):
-    """One list, and where the images are that were downloaded by it; patterns relative to --root."""
+class UrlList(NamedTuple):
+    """A list, and where the images are that were downloaded by it; patterns relative to --root."""
 
-    stem: str  # of the file written
     lists: list[str]
     images: list[str]
-    official: int  # lines
+    num_lines: int  # official
 
 
 class Source(NamedTuple):
-    parts: list[Part]
+    url_lists: dict[str, UrlList]  # by the name of the file written
     page: str
     counted_by: str
     namings: list[str] = NAMINGS
 
 
+CC3M_TRAIN = UrlList(["cc3m/[Tt]rain*.tsv", "Train*GCC*.tsv"], ["cc3m/train", "cc3m/training"], 3_318_333)
+CC3M_VAL = UrlList(["cc3m/[Vv]al*.tsv", "Validation*GCC*.tsv"], ["cc3m/val", "cc3m/validation"], 15_840)
+CC12M = UrlList(["cc12m/cc12m.tsv", "cc12m.tsv"], ["cc12m/images", "cc12m"], 12_423_374)
+SBU_LISTS = ["sbu/sbu-captions-all.json", "sbu/SBU*urls.txt", "sbu/dataset/SBU*urls.txt"]
 SOURCES = {
     "cc3m": Source(
-        [
-            Part(
-                "cc3m_train",
-                ["cc3m/[Tt]rain*.tsv", "Train*GCC*.tsv"],
-                ["cc3m/train", "cc3m/training"],
-                3_318_333,
-            ),
-            Part(
-                "cc3m_val",
-                ["cc3m/[Vv]al*.tsv", "Validation*GCC*.tsv"],
-                ["cc3m/val", "cc3m/validation"],
-                15_840,
-            ),
-        ],
+        {"cc3m_train": CC3M_TRAIN, "cc3m_val": CC3M_VAL},
         "ai.google.com/research/ConceptualCaptions/download",
         '"Conceptual Captions" (Sharma et al., ACL 2018), release 1.1.0',
     ),
     "cc12m": Source(
-        [Part("cc12m", ["cc12m/cc12m.tsv", "cc12m.tsv"], ["cc12m/images", "cc12m"], 12_423_374)],
+        {"cc12m": CC12M},
         "github.com/google-research-datasets/conceptual-12m",
         'lines of cc12m.tsv, of "Conceptual 12M" (Changpinyo et al., CVPR 2021)',
     ),
     "sbu": Source(
-        [
-            Part(
-                "sbu",
-                ["sbu/sbu-captions-all.json", "sbu/SBU*urls.txt", "sbu/dataset/SBU*urls.txt"],
-                ["sbu/images", "sbu"],
-                1_000_000,
-            )
-        ],
+        {"sbu": UrlList(SBU_LISTS, ["sbu/images", "sbu"], 1_000_000)},
         "cs.rice.edu/~vo9/sbucaptions",
         '"Im2Text: Describing Images Using 1 Million Captioned Photographs" (Ordonez et al., NIPS 2011)',
         [*NAMINGS, "{file}"],
@@ -116,56 +90,58 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     source = SOURCES[options.name]
-    report.source(source.counted_by)
+    report.source = source.counted_by
     written, shards = [], []
-    for part in source.parts:
+    for stem, url_list in source.url_lists.items():
         try:
-            written.append(_write(part, source, root, out, options, report))
+            if _write(stem, url_list, source.namings, root, out, options, report):
+                written.append(stem)
         except AlreadyShards as error:
             shards.append(str(error))
     if shards:
         raise UserError("; ".join(shards))
-    if not any(written):
-        wanted = (f"images in {_any(part.images)} with {_any(part.lists)}" for part in source.parts)
+    if not written:
+        wanted = "; or ".join(
+            f"images in {' or '.join(url_list.images)} with {' or '.join(url_list.lists)}"
+            for url_list in source.url_lists.values()
+        )
         raise UserError(
-            f"missing in --root {root}: {'; or '.join(wanted)}. The list is to be had from {source.page}, "
+            f"missing in --root {root}: {wanted}. The list is to be had from {source.page}, "
             "the images by img2dataset (output_format files or parquet; the list is not needed then) or "
             "another tool"
         )
 
 
-def _any(patterns: list[str]) -> str:
-    return " or ".join(patterns)
-
-
 def _write(
-    part: Part, source: Source, root: Path, out: Path, options: argparse.Namespace, report: Report
+    stem: str,
+    url_list: UrlList,
+    namings: list[str],
+    root: Path,
+    out: Path,
+    options: argparse.Namespace,
+    report: Report,
 ) -> bool:
-    """Whether there is anything of this part."""
-    path, folder, listed = out / f"{part.stem}.json", find(root, part.images), find(root, part.lists)
-    of_img2dataset = folder is not None and is_output(folder)
-    if folder is None or not (listed or of_img2dataset):
-        report.note(f"{path.name}: not made, {'no list' if folder else 'no images'} in {root}")
-        return False
-    start = prefix(folder, root, options)
-    if of_img2dataset:
-        write_output(folder, path, start, report, part.official)
+    """Write the pre-training file of a list; return whether its images and the list are there."""
+    path, folder, listed = out / f"{stem}.json", find(root, url_list.images), find(root, url_list.lists)
+    if folder is not None and is_output(folder):
+        write_output(folder, path, prefix(folder, root, options), report, url_list.num_lines)
         return True
-    images = Images(folder, report, "pairs whose image is")
-    name_of = _Naming(options.image_names or _guess(listed, source.namings, images))
-    num_lines = Counter()
+    if folder is None or listed is None:
+        report.notes.append(f"{path.name}: not made, {'no list' if folder else 'no images'} in {root}")
+        return False
+    images, lines = Images(folder, report, "pairs whose image is"), _read_list(listed, report)
+    first = [] if options.image_names else list(islice(lines, NUM_TRIED))
+    name_of = _Naming(options.image_names or _guess(first, listed, namings, images))
 
     def rows() -> Iterator[tuple[str, object]]:
-        for row, url, caption in _read_list(listed, report):
-            num_lines["lines"] += 1
-            name = name_of(row, url)
-            if images.has(name):
+        for row, url, caption in chain(first, lines):
+            report.count(f"{stem}: lines", 1, url_list.num_lines)
+            if images.has(name := name_of(row, url)):
                 yield name, caption
 
-    number = write_annotations(path, pairs(rows(), start, report), report)
-    report.count(f"{part.stem}: lines", num_lines["lines"], part.official)
-    report.count(f"{part.stem}: pairs with an image", number)
-    report.note(f"{path.name}: images are named {name_of.pattern}")
+    number = report.write(path, pairs(rows(), prefix(folder, root, options), report))
+    report.count(f"{stem}: pairs with an image", number)
+    report.notes.append(f"{path.name}: images are named {name_of.pattern}")
     return True
 
 
@@ -176,28 +152,27 @@ class _Naming:
         self.pattern = pattern
         try:
             fields = [field for _, field, _, _ in Formatter().parse(pattern) if field is not None]
-            self.parts = {field: FIELDS[field] for field in fields}
+            self.values = {field: FIELDS[field] for field in fields}
             self(0, "http://host/file")
         except (KeyError, ValueError) as error:
             raise UserError(f"--image-names {pattern}: {error}; fields are {', '.join(FIELDS)}") from error
 
     def __call__(self, row: int, url: str) -> str:
-        return self.pattern.format(**{field: part(row, url) for field, part in self.parts.items()})
+        return self.pattern.format(**{field: value(row, url) for field, value in self.values.items()})
 
 
-def _guess(path: Path, namings: list[str], images: Images) -> str:
-    """The naming by which most of the first lines have an image; UserError where none has."""
-    rows = list(islice(_read_list(path, Report("")), NUM_TRIED))
+def _guess(first: list[tuple[int, str, object]], listed: Path, namings: list[str], images: Images) -> str:
+    """Return the naming by which most of the first lines have an image; raise UserError where none has."""
     tried = [*namings, *(f"{naming}.jpg" for naming in namings if naming != "{file}")]
     fits = {}
     for naming in tried:
         name_of = _Naming(naming)
-        fits[naming] = sum(name_of(row, url) in images.files for row, url, _ in rows)
+        fits[naming] = sum(name_of(row, url) in images.files for row, url, _ in first)
     best = max(fits, key=fits.get)
     if not fits[best]:
         example = min(images.files, default="nothing")
         raise UserError(
-            f"no image of the first {len(rows)} lines of {path} is in {images.folder}, by the names "
+            f"no image of the first {len(first)} lines of {listed} is in {images.folder}, by the names "
             f"{', '.join(tried)}; found there, for example: {example}. Say how they are named by "
             "--image-names"
         )
@@ -205,17 +180,18 @@ def _guess(path: Path, namings: list[str], images: Images) -> str:
 
 
 def _read_list(path: Path, report: Report) -> Iterator[tuple[int, str, object]]:
-    """Number, URL and caption, or what stands in its place, of each line."""
+    """Yield number, URL and caption, or what stands in its place, of each line."""
+    if path.suffix == ".tsv":
+        yield from _read_tsv(path, report)
+        return
     if path.suffix == ".json":
         content = read_source(path)
         urls, captions = (checked(content, key, list, str(path)) for key in ("image_urls", "captions"))
-    elif path.suffix == ".txt":
+    else:
         urls = [line.decode("utf-8", "replace") for _, line in read_lines(path)]
         captions = [line for _, line in read_lines(path.with_name(path.name.replace("urls", "captions")))]
-    else:
-        yield from _read_tsv(path, report)
-        return
-    _check_equal(len(urls), len(captions), path)
+    if len(urls) != len(captions):
+        raise UserError(f"{path}: {len(urls)} URLs but {len(captions)} captions; download the files again")
     for row, (url, caption) in enumerate(zip(urls, captions, strict=True)):
         if isinstance(url, str):
             yield row, url, caption
@@ -223,14 +199,9 @@ def _read_list(path: Path, report: Report) -> Iterator[tuple[int, str, object]]:
             report.leave_out("URLs that are no text", f"{path.name} entry {row}")
 
 
-def _check_equal(num_urls: int, num_captions: int, path: Path) -> None:
-    if num_urls != num_captions:
-        raise UserError(f"{path}: {num_urls} URLs but {num_captions} captions; download the files again")
-
-
 def _read_tsv(path: Path, report: Report) -> Iterator[tuple[int, str, str]]:
-    """Of caption and URL, or URL and caption; quotation marks mean nothing."""
-    has_header = 0
+    """Yield those of caption and URL, or URL and caption; quotation marks mean nothing."""
+    num_headers = 0
     for number, line in read_lines(path):
         where = f"{path.name} line {number}"
         try:
@@ -240,9 +211,9 @@ def _read_tsv(path: Path, report: Report) -> Iterator[tuple[int, str, str]]:
             continue
         is_url = [field.startswith(("http://", "https://")) for field in fields]
         if len(fields) == 2 and any(is_url):
-            first, second = fields
-            yield number - 1 - has_header, *((first, second) if is_url[0] else (second, first))
+            url, caption = fields if is_url[0] else fields[::-1]
+            yield number - 1 - num_headers, url, caption
         elif number == 1:
-            has_header = 1
+            num_headers = 1
         else:
             report.leave_out("lines that are not a URL and a caption", where)

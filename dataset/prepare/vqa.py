@@ -20,8 +20,8 @@ VQA v2 has in val or test, or its score there would not be on unseen images; ima
 number of an image only if it is in train2014 or val2014.
 
 Answers to rank: the 3,128 (the length of the published list) most frequent ones of train and val, where a
-question counts for the answer that most of its annotators gave, normalised: what python -m dataset.vqa
-answers writes.
+question counts for the answer that most of its annotators gave, normalised: what
+`python -m simla.dataset.prepare answers` writes.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from sys import intern
 
-from simla.dataset.prepare.common import Images, Report, find_all, read_source, write_annotations
-from simla.dataset.prepare.visual_genome import image_name, number_of_image
+from simla.dataset.prepare.common import Images, Report, find_all, read_source
+from simla.dataset.prepare.visual_genome import NUM_IMAGES, image_name, number_of_image
 from simla.dataset.readers.json_list import JsonList
 from simla.dataset.readers.tables import by_id, checked, look_up
 from simla.dataset.vqa import NUM_ANSWERS, covered_share, frequent_answers
@@ -40,65 +40,56 @@ from simla.utils import UserError
 SOURCE = "visualqa.org (VQA v2), cocodataset.org (images) and visualgenome.org (version 1.2)"
 FOLDERS = {"train": "train2014", "val": "val2014", "test": "test2015"}
 OFFICIAL = {"train": 443_757, "val": 214_354, "test": 447_793}  # questions
-NUM_VG_IMAGES = 108_077
+FILES = {  # the authors' own reader has folders Questions and Annotations
+    f"{split}, {kind}": [f"vqa/{name.format(folder)}", f"vqa/*/{name.format(folder)}"]
+    for split, folder in FOLDERS.items()
+    for kind, name in (
+        ("questions", "v2_OpenEnded_mscoco_{}_questions.json"),
+        ("annotations", "v2_mscoco_{}_annotations.json"),
+    )
+    if (split, kind) != ("test", "annotations")
+}
+FILES |= {name: [f"visual_genome/{name}"] for name in ("question_answers.json", "image_data.json")}
+FILES |= {"COCO's images": ["coco/images"], "Visual Genome's images": ["visual_genome/images"]}
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
-    vg_wanted = {name: [f"visual_genome/{name}"] for name in ("question_answers.json", "image_data.json")}
-    folders = {"COCO's images": ["coco/images"], "Visual Genome's images": ["visual_genome/images"]}
-    files = find_all(root, SOURCE, {**_vqa_files(), **vg_wanted, **folders})
+    files = find_all(root, SOURCE, FILES)
+    report.source = "visualqa.org and Krishna et al. 2017"
     held_out = _prepare_vqa(files, out, report)
     _prepare_vg(files, out, held_out, report)
-    report.source("visualqa.org and Krishna et al. 2017")
-
-
-def _vqa_files() -> dict[str, list[str]]:
-    wanted = {}
-    for split, folder in FOLDERS.items():
-        wanted[f"{split}, questions"] = _places(f"v2_OpenEnded_mscoco_{folder}_questions.json")
-        if split != "test":
-            wanted[f"{split}, annotations"] = _places(f"v2_mscoco_{folder}_annotations.json")
-    return wanted
-
-
-def _places(name: str) -> list[str]:
-    """Return where the file may lie; the authors' own reader has folders Questions and Annotations."""
-    return [f"vqa/{name}", f"vqa/*/{name}"]
 
 
 # ---- VQA v2 ----
 
 
 def _prepare_vqa(files: dict[str, Path], out: Path, report: Report) -> set[str]:
-    """Writes its files and the list of answers; the images of val and test."""
+    """Write its files and the list of answers; return the images of val and test."""
     images = Images(files["COCO's images"], report, "VQA v2 questions whose image is")
     answers: list[list[str]] = []
     held_out: set[str] = set()
     for split, folder in FOLDERS.items():
-        given = files.get(f"{split}, annotations")
-        entries = list(vqa_entries(files[f"{split}, questions"], given, folder))
+        annotations = files.get(f"{split}, annotations")
+        entries = list(vqa_entries(files[f"{split}, questions"], annotations, folder))
         report.count(f"VQA v2 {split}, questions", len(entries), OFFICIAL[split])
         kept = [entry for entry in entries if images.has(entry["image"])]
-        write_annotations(out / f"vqa_{split}.json", kept, report)
-        answers += [entry["answer"] for entry in kept if given]
+        report.write(out / f"vqa_{split}.json", kept)
+        answers += [entry["answer"] for entry in kept if annotations]
         held_out |= {entry["image"] for entry in entries if split != "train"}
         if split == "test" and len(kept) < len(entries):
-            report.note("vqa_test.json is incomplete: the evaluation server wants answers to all questions")
-    _write_answer_list(out / "answer_list.json", answers, report)
-    return held_out
-
-
-def _write_answer_list(path: Path, answers: list[list[str]], report: Report) -> None:
+            report.notes.append(
+                "vqa_test.json is incomplete: the evaluation server wants answers to all questions"
+            )
     listed = frequent_answers(answers, NUM_ANSWERS)
     report.count("answers to rank", len(listed), NUM_ANSWERS)
-    write_annotations(path, listed, report)
+    report.write(out / "answer_list.json", listed)
     rarest = normalize_answer(listed[-1])
     least = sum(most_common_answer(given) == rarest for given in answers)
-    share = covered_share(listed, answers)
-    report.note(
-        f"{path.name}: its answers are the most common one of {least:,} questions or more each, together of "
-        f"{share:.1%} of train and val"
+    report.notes.append(
+        f"answer_list.json: its answers are the most common one of {least:,} questions or more each, "
+        f"together of {covered_share(listed, answers):.1%} of train and val"
     )
+    return held_out
 
 
 def coco_image(folder: str, number: int) -> str:
@@ -106,7 +97,10 @@ def coco_image(folder: str, number: int) -> str:
 
 
 def vqa_entries(questions_file: Path, annotations_file: Path | None, folder: str) -> Iterator[dict]:
-    """On images in this folder, with answers where there is a file of annotations."""
+    """Yield the entries, of images in this folder, with answers where there is a file of annotations.
+
+    Raises UserError that names a wrong question or annotation.
+    """
     questions = _by_question(questions_file, "questions")
     annotations = _by_question(annotations_file, "annotations") if annotations_file else {}
     if annotations_file and len(annotations) != len(questions):
@@ -116,24 +110,23 @@ def vqa_entries(questions_file: Path, annotations_file: Path | None, folder: str
         )
     for number, question in questions.items():
         where = f"{questions_file}: question_id"
-        image_id = checked(question, "image_id", int, f"{where} {number}")
         entry = {
             "dataset": "vqa",
-            "image": coco_image(folder, image_id),
+            "image": coco_image(folder, checked(question, "image_id", int, f"{where} {number}")),
             "question": checked(question, "question", str, f"{where} {number}"),
             "question_id": number,
         }
         if annotations_file:
             annotation = look_up(annotations, number, where, annotations_file)
-            entry |= annotated(annotation, f"{annotations_file}: question_id {number}")
+            entry |= _annotated(annotation, f"{annotations_file}: question_id {number}")
         yield entry
 
 
-def _by_question(file: Path, part: str) -> dict[int, dict]:
-    return by_id(checked(read_source(file), part, list, str(file)), "question_id", file, f" {part}")
+def _by_question(file: Path, key: str) -> dict[int, dict]:
+    return by_id(checked(read_source(file), key, list, str(file)), "question_id", file, f" {key}")
 
 
-def annotated(annotation: dict, where: str) -> dict:
+def _annotated(annotation: dict, where: str) -> dict:
     answers = checked(annotation, "answers", list, where)
     if not answers:
         raise UserError(f"{where} has no answers")
@@ -147,33 +140,33 @@ def annotated(annotation: dict, where: str) -> dict:
 
 def _prepare_vg(files: dict[str, Path], out: Path, held_out: set[str], report: Report) -> None:
     images_file = files["image_data.json"]
-    known = by_id(read_source(images_file), "image_id", images_file)
-    report.count("Visual Genome, images", len(known), NUM_VG_IMAGES)
+    about = by_id(read_source(images_file), "image_id", images_file)
+    report.count("Visual Genome, images", len(about), NUM_IMAGES)
     # Hundreds of megabytes, most of them not wanted: read image by image.
-    groups = JsonList(files["question_answers.json"], check_group, "dataset.prepare.vqa.check_group")
+    groups = JsonList(files["question_answers.json"], _check_group, f"{__name__}._check_group")
     report.count("Visual Genome, questions", sum(len(group["qas"]) for group in groups))
     images = Images(files["Visual Genome's images"], report, "Visual Genome questions whose image is")
-    entries = vg_entries(groups, known, images_file, held_out, report)
-    write_annotations(out / "vg_qa.json", (entry for entry in entries if images.has(entry["image"])), report)
+    entries = _vg_entries(groups, about, images_file, held_out, report)
+    report.write(out / "vg_qa.json", (entry for entry in entries if images.has(entry["image"])))
 
 
-def check_group(group: object, where: str) -> None:
-    """The questions on an image: {"id", "qas": [{"question", "answer"}, ...]}."""
+def _check_group(group: object, where: str) -> None:
+    """Raise UserError for other questions on an image than {"id", "qas": [{"question", "answer"}, ...]}."""
     number_of_image(group, where)
     for qa in checked(group, "qas", list, where):
         for field in ("question", "answer"):
             checked(qa, field, str, f"{where}, qas")
 
 
-def vg_entries(
-    groups: Sequence[dict], images: dict[int, dict], images_file: Path, held_out: set[str], report: Report
+def _vg_entries(
+    groups: Sequence[dict], about: dict[int, dict], images_file: Path, held_out: set[str], report: Report
 ) -> Iterator[dict]:
-    """held_out: images of COCO, as `coco_image` names them, on which no question is taken."""
+    """Yield the entries of images that are none of `held_out`, which has names by `coco_image`."""
     for group in groups:
         number, questions = number_of_image(group, "question_answers.json"), group["qas"]
-        image = look_up(images, number, "question_answers.json: id", images_file)
-        in_coco = image.get("coco_id")
-        if in_coco and any(coco_image(folder, in_coco) in held_out for folder in FOLDERS.values()):
+        image = look_up(about, number, "question_answers.json: id", images_file)
+        coco_id = image.get("coco_id")
+        if coco_id and any(coco_image(folder, coco_id) in held_out for folder in FOLDERS.values()):
             cause = "Visual Genome questions on an image of VQA v2's val or test"
             report.leave_out(cause, f"image {number}", len(questions))
             continue

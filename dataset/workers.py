@@ -4,7 +4,6 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ _shared: Any = None
 
 
 class Workers:
-    """A context: the processes start with the first list of several jobs and end with it."""
+    """Context in which processes start with the first list of several jobs; they end with it."""
 
     def __init__(self, shared: Any, num_processes: int):
         self.shared, self.num_processes, self.pool = shared, num_processes, None
@@ -30,7 +29,7 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Any, Any], Any], jobs: Sequence) -> Iterator:
-        """The results in the order of the jobs."""
+        """Yield the results in the order of the jobs; raise UserError where a process is killed."""
         if min(self.num_processes, len(jobs)) < 2:
             yield from (function(self.shared, job) for job in jobs)
             return
@@ -42,8 +41,8 @@ class Workers:
             yield from self.pool.map(partial(_run, function), jobs)
         except BrokenProcessPool as error:
             raise UserError(
-                "a process of the check was ended, maybe for want of memory; the same command goes on from "
-                "here, with --workers 1 in one process"
+                "one of the worker processes was killed (out of memory?); the same command goes on where it "
+                "was, with fewer --workers it needs less"
             ) from error
 
 
@@ -51,8 +50,7 @@ def _start(shared: Any) -> None:
     global _shared
     _shared = shared
     cv2.setNumThreads(0)  # the processes are the parallelism
-    with suppress(RuntimeError):
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 def _run(function: Callable[[Any, Any], Any], job: Any) -> Any:
