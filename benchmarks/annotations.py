@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 
 from simla.dataset.loaders import train_loader
 from simla.dataset.pretrain import read_pairs
-from simla.dataset.readers.json_list import index_places
+from simla.dataset.readers.kept_index import index_places
 
 MAX_PLAIN = 2_000_000
 NUM_READ, BATCH, NUM_WORKERS = 200_000, 5_000, 2

@@ -33,7 +33,7 @@ from simla.dataset.loaders import to_device, train_loader
 from simla.dataset.masking import BlockMask
 from simla.dataset.mixture import Mixture
 from simla.dataset.pretrain import PretrainData
-from simla.dataset.randaugment import RandAugment
+from simla.dataset.randaugment import rand_augment
 from simla.dataset.text import names_side
 from simla.dataset.transforms import MEAN, STD, ItemRandom, PretrainTransform
 
@@ -47,8 +47,10 @@ class PlainItems(PretrainData):
     """What one writes with torchvision: PIL decodes all pixels, each view is resized from them, floats."""
 
     def __init__(self, entries: Mixture, block_mask: BlockMask, seed: int):
-        super().__init__(entries, PretrainTransform(IMAGE_RES), block_mask, seed, flip_captions=False)
-        self.randaugment, self.draws = RandAugment(2, 7), np.random.RandomState(0)
+        super().__init__(
+            entries, PretrainTransform(IMAGE_RES, code_res=CODE_RES), block_mask, seed, flip_captions=False
+        )
+        self.draws = np.random.RandomState(0)
         self.to_input = tv.Compose([tv.ToTensor(), tv.Normalize(MEAN, STD)])
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
@@ -62,7 +64,7 @@ class PlainItems(PretrainData):
         )
         if torch.rand(()) < 0.5 and not names_side(entry["text"]):
             view, code_view = tvf.hflip(view), tvf.hflip(code_view)
-        view = self.to_input(self.randaugment(np.array(view), self.draws))
+        view = self.to_input(rand_augment(np.array(view), self.draws))
         return {
             **entry,
             "files": entry["images"],
@@ -105,7 +107,7 @@ def photo(width: int, height: int, seed: int) -> Image.Image:
 def formulations(files: list[str]) -> dict[str, PretrainData]:
     entries = Mixture([[{"images": [file], "text": CAPTION, "where": file} for file in files]])
     block_mask = BlockMask(GRID, 75, 16)
-    transform = PretrainTransform(IMAGE_RES, MIN_SCALE, (2, 7), CODE_RES)
+    transform = PretrainTransform(IMAGE_RES, MIN_SCALE, code_res=CODE_RES)
     return {
         "plain": PlainItems(entries, block_mask, seed=0),
         "ours": PretrainData(entries, transform, block_mask, seed=0, flip_captions=False),

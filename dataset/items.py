@@ -1,10 +1,12 @@
 """Images with a text, the items of every task, for training (augmented, bad images replaced) and evaluation.
 
 An entry is {"images": [file, ...], "text": str or list of texts, "where": its place in the annotation file,
-and what else the task needs}, as `dataset.annotations.read_annotations` makes it. B items of n images each.
+and what else the task needs}, as `read_annotations` makes it. B items of n images each.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -12,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from simla.dataset.loaders import test_loader, train_loader
+from simla.dataset.mixture import near
+from simla.dataset.readers.annotations import Mapped
 from simla.dataset.text import clean_caption, names_side, tokenize
 from simla.dataset.transforms import (
     BadImage,
@@ -23,71 +27,55 @@ from simla.dataset.transforms import (
 )
 from simla.utils import UserError, all_gather_objects, log, with_progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MAX_TRIES = 50
 
 
+@dataclass(eq=False)
 class TrainItems(Dataset):
     """Of several texts one is drawn each time; images are not mirrored under a text, or an answer to it, that
     says left or right, unless `flip_captions`.
     """
 
-    def __init__(
-        self,
-        entries: Sequence[dict],
-        transform: Callable,
-        seed: int,
-        flip_captions: bool = False,
-        clean: Callable[[str], str] = clean_caption,
-    ):
-        self.entries, self.transform, self.seed = entries, transform, seed
-        self.flip_captions, self.clean = flip_captions, clean
+    entries: Sequence[dict]
+    transform: Callable
+    seed: int
+    flip_captions: bool = False
+    clean: Callable[[str], str] = clean_caption
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """(epoch, index) -> the entry with images (n, 3, R, R) uint8, their `files`, a clean text and `bad`.
-
-        An entry with an image that cannot be read is replaced by another one, drawn from all; `bad` lists the
-        images as (file, cause). After MAX_TRIES of them there are no `images`; of an entry that itself cannot
-        be read there is only `unreadable`, the message.
+        """Return the item of (epoch, index), or, where `make` cannot read an image, of another entry, drawn
+        from all; `bad` lists such images as (file, cause). After MAX_TRIES of them that is all of the item;
+        of an entry that itself cannot be read there is only `unreadable`, the message.
         """
         epoch, index, *_ = key
-        rng = ItemRandom(self.seed, epoch, index)
-        bad = []
+        rng, bad = ItemRandom(self.seed, epoch, index), []
         for num_tries in range(1, MAX_TRIES + 1):
             try:
-                entry = self.entries[index]
-                images = [open_image(file) for file in entry["images"]]
-                text = entry["text"] if isinstance(entry["text"], str) else rng.python.choice(entry["text"])
-                may_flip = self.flip_captions or not any(map(names_side, [text, *entry.get("answers", [])]))
-                views = self.views(images, rng, may_flip)  # decodes
+                return {**self.make(self.entries[index], rng), "bad": bad}
             except UserError as error:
                 return {"unreadable": str(error)}
             except BadImage as error:
                 bad.append((error.path, error.cause))
-                near = self.near(index, num_tries)
-                index = rng.python.randrange(near.start, near.stop)
-                continue
-            return {
-                **entry,
-                "files": [getattr(file, "name", file) for file in entry["images"]],
-                "text": self.clean(text),
-                **views,
-                "bad": bad,
-            }
+                others = near(self.entries, index, num_tries)
+                index = rng.python.randrange(others.start, others.stop)
         return {"bad": bad}
 
-    def passed_over(self) -> dict[str, int]:
-        """Returns what the files hold that is in no entry, by cause, for the account of an epoch."""
-        return {}
-
-    def near(self, index: int, num_tries: int) -> range:
-        """Among which entries to draw one instead of a bad one, the `num_tries`th in a row."""
-        return range(len(self.entries))
+    def make(self, entry: dict, rng: ItemRandom) -> dict:
+        """Return the entry with images (n, 3, R, R) uint8, their `files`, and a clean text."""
+        images = [open_image(file) for file in entry["images"]]
+        text = entry["text"] if isinstance(entry["text"], str) else rng.python.choice(entry["text"])
+        may_flip = self.flip_captions or not any(map(names_side, [text, *entry.get("answers", [])]))
+        files = [getattr(file, "name", file) for file in entry["images"]]
+        return {**entry, "files": files, "text": self.clean(text), **self.views(images, rng, may_flip)}
 
     def views(self, images: list[Image.Image], rng: ItemRandom, may_flip: bool) -> dict[str, Tensor]:
-        """What of the images goes into the item."""
+        """Return what of the images goes into the item."""
         return {"images": torch.stack([self.transform(image, rng, may_flip) for image in images])}
 
 
@@ -103,7 +91,7 @@ class EvalItems(Dataset):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict:
-        """The entry with images (n, 3, R, R) uint8, its text clean and `index`, its number, or only
+        """Return the entry with images (n, 3, R, R) uint8, its text clean and `index`, its number, or only
         `unreadable`, the message for a file that cannot be read.
         """
         try:
@@ -133,15 +121,17 @@ def finetune_items(entries: Sequence[dict], config: dict, seed: int, **changes) 
     return TrainItems(entries, transform, seed, config["released_code"]["flip_captions"], **changes)
 
 
+@dataclass(eq=False)
 class Collate:
-    """Items -> a batch: image (n * B, 3, R, R) uint8, all first images first; text_ids, text_mask (B, T),
-    padded to the longest; every other field as a tensor (numbers) or a list; `bad` of all items together;
+    """Makes a batch of items: image (n * B, 3, R, R) uint8, all first images first; text_ids, text_mask
+    (B, T), padded to the longest and cut to `max_tokens`, or, with a message, to the text encoder's
+    `position_limit`; every other field as a tensor (numbers) or a list; `bad` of all items together;
     `counts`, for the log, where all show one image, so that matching (ITM) has no negatives in it.
     """
 
-    def __init__(self, tokenizer, position_limit: int, max_tokens: int | None = None):
-        """Texts are cut to `max_tokens`, or, with a message, to the text encoder's `position_limit`."""
-        self.tokenizer, self.position_limit, self.max_tokens = tokenizer, position_limit, max_tokens
+    tokenizer: "PreTrainedTokenizerBase"
+    position_limit: int
+    max_tokens: int | None = None
 
     def __call__(self, items: list[dict]) -> dict[str, Tensor | list | str]:
         bad = [pair for item in items for pair in item.get("bad", [])]
@@ -153,29 +143,14 @@ class Collate:
                     "unreadable": f"{MAX_TRIES} images drawn in a row could not be read, the last one "
                     f"{bad[-1][0]} ({bad[-1][1]}); check the paths in the annotation files"
                 }
-        batch = {name: _batched([item[name] for item in items]) for name in items[0]}
+        batch = {name: [item[name] for item in items] for name in items[0]}
+        batch |= {k: torch.tensor(v) for k, v in batch.items() if isinstance(v[0], int | float)}
         if "idx" in batch and (batch["idx"] == batch["idx"][0]).all():
             batch["counts"] = {"num_batches_of_one_image": 1}
-        images = torch.stack(batch.pop("images"), dim=1)  # (n, B, 3, R, R)
-        text_ids, text_mask = tokenize(
-            self.tokenizer,
-            batch["text"],
-            self.max_tokens,
-            position_limit=self.position_limit,
-            names=batch["where"],
-        )
-        return {
-            **batch,
-            "image": images.flatten(0, 1),
-            "text_ids": text_ids,
-            "text_mask": text_mask,
-            "bad": bad,
-        }
-
-
-def _batched(values: list) -> Tensor | list:
-    """Numbers as a tensor (B,), tensors and everything else as the list they are."""
-    return torch.tensor(values) if isinstance(values[0], int | float) else values
+        image = torch.stack(batch.pop("images"), dim=1).flatten(0, 1)  # (n, B, 3, R, R) -> (n * B, 3, R, R)
+        cut = {"position_limit": self.position_limit, "names": batch["where"]}
+        text_ids, text_mask = tokenize(self.tokenizer, batch["text"], self.max_tokens, **cut)
+        return {**batch, "image": image, "text_ids": text_ids, "text_mask": text_mask, "bad": bad}
 
 
 def finetune_loader(
@@ -196,36 +171,28 @@ def finetune_loader(
     return train_loader(items, config["batch_size_train"], seed, config, collate, pin)
 
 
-class _Problems(Dataset):
-    """Of each file (file, what is wrong with it), or None."""
-
-    def __init__(self, files: list[str]):
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[str, str] | None:
-        try:
-            load_image(self.files[index])
-        except BadImage as error:
-            return error.path, error.cause
-        return None
+def _problem(file: str) -> tuple[str, str] | None:
+    """Return the file and what is wrong with it, or None."""
+    try:
+        load_image(file)
+    except BadImage as error:
+        return error.path, error.cause
+    return None
 
 
 def leave_out_unreadable(entries: Sequence[dict], config: dict) -> Sequence[dict]:
-    """The entries of an evaluation; with config `skip_unreadable` without those that have an image which
-    cannot be read, on all ranks the same: each reads its share of all images beforehand.
+    """Return the entries of an evaluation; with config `skip_unreadable` without those that have an image
+    which cannot be read, on all ranks the same: each reads its share of all images beforehand.
 
     Raises UserError where none is left.
     """
     if not config["skip_unreadable"]:
         return entries
     files = list(dict.fromkeys(file for entry in entries for file in entry["images"]))
-    loader = test_loader(_Problems(files), config["batch_size_test"], config, list, False)
+    loader = test_loader(Mapped(files, _problem), config["batch_size_test"], config, list, False)
     batches = with_progress(loader, len(loader), "Checking images", config["log_steps"])
-    own = [problem for batch in batches for problem in batch if problem]
-    problems = dict(problem for share in all_gather_objects(own) for problem in share)
+    problems_of_rank = [problem for batch in batches for problem in batch if problem]
+    problems = dict(problem for share in all_gather_objects(problems_of_rank) for problem in share)
     if not problems:
         return entries
     kept = [number for number, entry in enumerate(entries) if problems.keys().isdisjoint(entry["images"])]

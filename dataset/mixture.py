@@ -11,6 +11,11 @@ from torch import Tensor
 LOOK_AHEAD = 1000  # samples
 
 
+def near(entries: Sequence, index: int, num_tries: int) -> range:
+    """Return among which entries to draw one instead of a bad one, the `num_tries`th in a row."""
+    return entries.near(index, num_tries) if hasattr(entries, "near") else range(len(entries))
+
+
 class Mixture(Sequence):
     """The entries of all sets, one after the other, and the order in which epochs take them.
 
@@ -31,105 +36,96 @@ class Mixture(Sequence):
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> dict:
-        place, own = self._find(index)
-        some = self.sets[place]
-        return some[own + index // len(self) * len(some)] if _is_stream(some) else some[own]
+        entries, number = self._find(index)
+        return entries[number + index // len(self) * len(entries)] if _is_stream(entries) else entries[number]
 
-    def _find(self, index: int) -> tuple[int, int]:
-        """Number of the set, and index in it."""
+    def _find(self, index: int) -> tuple[Sequence, int]:
+        """Return the set, and the index in it."""
         index %= len(self)
-        place = bisect_right(self.ends, index)
-        return place, index - self.ends[place] + len(self.sets[place])
+        number = bisect_right(self.ends, index)
+        return self.sets[number], index - self.ends[number] + len(self.sets[number])
 
     def near(self, index: int, num_tries: int) -> range:
-        """Among which samples to draw one instead of a bad one: of the same set, so that shares stay."""
-        place, own = self._find(index)
-        some = self.sets[place]
-        found = some.near(own, num_tries) if hasattr(some, "near") else range(len(some))
-        first = self.ends[place] - len(some)
-        return range(first + found.start, first + found.stop)
+        """Return among which samples to draw one instead of a bad one: of the same set, so shares stay."""
+        entries, number = self._find(index)
+        others, first = near(entries, number, num_tries), index % len(self) - number
+        return range(first + others.start, first + others.stop)
 
     def expect(self, index: int) -> None:
-        """The sample will be asked for some time later."""
-        place, own = self._find(index)
-        if hasattr(self.sets[place], "expect"):
-            self.sets[place].expect(own)
+        """Prepare for the sample, which will be asked for some time later."""
+        entries, number = self._find(index)
+        if _is_stream(entries):
+            entries.expect(number)
 
     def passed_over(self) -> Counter[str]:
-        """Returns what local shards hold that is in no sample, by cause."""
-        return sum((some.passed_over() for some in self.sets if hasattr(some, "passed_over")), Counter())
+        """Return what local shards hold that is in no sample, by cause."""
+        return sum((each.passed_over() for each in self.sets if hasattr(each, "passed_over")), Counter())
 
     def passed_over_beside(self, index: int) -> dict[str, dict[str, int]]:
-        """Returns the same of the fetched shard that the sample is in, if it is in one: shard -> cause ->
-        number."""
-        place, own = self._find(index)
-        return self.sets[place].passed_over_beside(own) if _is_stream(self.sets[place]) else {}
+        """Return the same of the fetched shard that the sample is in, if it is in one: shard -> cause ->
+        number.
+        """
+        entries, number = self._find(index)
+        return entries.passed_over_beside(number) if _is_stream(entries) else {}
 
     def _look_ahead(self) -> int:
-        """How many samples before a shard of a stream is needed it is to be fetched; 0: there are no streams.
-
-        At most half a shard, or those between would be fetched and forgotten again.
+        """Return how many samples before a shard of a stream is needed it is to be fetched; 0: there are no
+        streams. At most half a shard, or those between would be fetched and forgotten again.
         """
         halves = [
-            len(some) / len(some.sizes) / 2 * self.samples_per_epoch / max(share, 1)
-            for some, share in zip(self.sets, self.shares, strict=True)
-            if _is_stream(some)
+            len(each) / len(each.sizes) / 2 * self.samples_per_epoch / max(share, 1)
+            for each, share in zip(self.sets, self.shares, strict=True)
+            if _is_stream(each)
         ]
         return int(min(*halves, LOOK_AHEAD)) + 1 if halves else 0
 
-    # ---- the order ----
-
     def order(self, seed: int, epoch: int) -> Tensor:
-        """(samples_per_epoch,) indices."""
-        own = [self._order_of(place, seed, epoch) for place in range(len(self.sets))]
-        if len(own) == 1:
-            return own[0]
-        turns = torch.repeat_interleave(torch.arange(len(own)), torch.tensor(self.shares))
-        turns = turns[torch.randperm(len(turns), generator=_generator(seed, epoch, len(own)))]
+        """Return the indices of an epoch (samples_per_epoch,)."""
+        orders = [self._order_of(number, seed, epoch) for number in range(len(self.sets))]
+        if len(orders) == 1:
+            return orders[0]
+        turns = torch.repeat_interleave(torch.arange(len(orders)), torch.tensor(self.shares))
+        turns = turns[torch.randperm(len(turns), generator=_generator(seed, epoch, len(orders)))]
         order = torch.empty_like(turns)
-        for place, indices in enumerate(own):
-            order[turns == place] = indices
+        for number, indices in enumerate(orders):
+            order[turns == number] = indices
         return order
 
-    def _order_of(self, place: int, seed: int, epoch: int) -> Tensor:
-        """The indices of a set's share of an epoch."""
-        share, size = self.shares[place], len(self.sets[place])
+    def _order_of(self, number: int, seed: int, epoch: int) -> Tensor:
+        """Return the indices of a set's share of an epoch."""
+        share, entries = self.shares[number], self.sets[number]
         if not share:
             return torch.empty(0, dtype=torch.int64)
-        begin = epoch * share
+        begin, size = epoch * share, len(entries)
         first, last = begin // size, (begin + share - 1) // size
-        counted_from = 0 if _is_stream(self.sets[place]) else first
+        counted_from = 0 if _is_stream(entries) else first
         passes = [
-            self._shuffled(place, _generator(seed, number, place)) + (number - counted_from) * len(self)
-            for number in range(first, last + 1)
+            _shuffled(entries, _generator(seed, each, number)) + (each - counted_from) * len(self)
+            for each in range(first, last + 1)
         ]
         begin -= first * size
-        return torch.cat(passes)[begin : begin + share] + self.ends[place] - size
-
-    def _shuffled(self, place: int, generator: torch.Generator) -> Tensor:
-        """One pass: of a stream shard by shard."""
-        some = self.sets[place]
-        if not _is_stream(some):
-            return torch.randperm(len(some), generator=generator)
-        blocks = torch.randperm(len(some.sizes), generator=generator).tolist()
-        return torch.cat(
-            [
-                torch.randperm(some.sizes[block], generator=generator) + some.ends[block] - some.sizes[block]
-                for block in blocks
-            ]
-        )
+        return torch.cat(passes)[begin : begin + share] + self.ends[number] - size
 
 
-def _is_stream(some: Sequence) -> bool:
-    return getattr(some, "is_stream", False)
+def _shuffled(entries: Sequence, generator: torch.Generator) -> Tensor:
+    """Return the indices of one pass: of a stream shard by shard."""
+    if not _is_stream(entries):
+        return torch.randperm(len(entries), generator=generator)
+    shards = torch.randperm(len(entries.sizes), generator=generator).tolist()
+    sizes, ends = entries.sizes, entries.ends
+    return torch.cat([torch.randperm(sizes[k], generator=generator) + ends[k] - sizes[k] for k in shards])
 
 
-def _generator(seed: int, number: int, place: int) -> torch.Generator:
-    # place 0 draws as a data set alone does
-    return torch.Generator().manual_seed((seed + place * 7_368_787) * 1_000_003 + number)
+def _is_stream(entries: Sequence) -> bool:
+    return getattr(entries, "is_stream", False)
+
+
+def _generator(seed: int, number: int, set_number: int) -> torch.Generator:
+    # set 0 draws as a data set alone does
+    return torch.Generator().manual_seed((seed + set_number * 7_368_787) * 1_000_003 + number)
 
 
 def shares(total: int, weights: list[float]) -> list[int]:
-    """Whole numbers, in proportion to the weights as near as can be, that add up to `total`."""
+    """Return whole numbers, in proportion to the weights as near as can be, that add up to `total`."""
     ends = [round(total * end / sum(weights)) for end in accumulate(weights)]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]

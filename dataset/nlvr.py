@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from simla.dataset.readers.annotations import ANY, TEXT, Mapped, item_of, read_annotations
+from simla.dataset.readers.annotations import ANY, LIST, TEXT, Mapped, item_of, read_annotations
 from simla.utils import UserError
 
 CLASSES = ("False", "True")  # the label's number
@@ -16,7 +16,7 @@ def read_nlvr(files: str | list[str], image_root: str) -> Mapped:
 
     Raises UserError, naming file and entry, for another label or number of images.
     """
-    fields = {"images": (list,), "sentence": TEXT, "label": ANY}
+    fields = {"images": LIST, "sentence": TEXT, "label": ANY}
     return Mapped(read_annotations(files, fields, image_root, check=_check), _item)
 
 

@@ -52,10 +52,8 @@ class PretrainData(TrainItems):
         return {**super().__getitem__(key), "passed_over": self.entries.passed_over_beside(key[1])}
 
     def passed_over(self) -> dict[str, int]:
+        """Return what the files hold that is in no entry, by cause, for the account of an epoch."""
         return dict(self.entries.passed_over())
-
-    def near(self, index: int, num_tries: int) -> range:
-        return self.entries.near(index, num_tries)
 
     def views(self, images: list[Image.Image], rng: ItemRandom, may_flip: bool) -> dict[str, Tensor | int]:
         view, code_view = self.transform(images[0], rng, may_flip)
@@ -68,7 +66,7 @@ class PretrainData(TrainItems):
 
 
 class PretrainCollate(Collate):
-    """Draws the masked words too, each item's by its own seed; `passed_over` of all items together."""
+    """Draws the masked words too, each item's by its seed; `passed_over` of all items together."""
 
     def __init__(self, tokenizer, max_tokens: int, position_limit: int, mlm_probability: float):
         super().__init__(tokenizer, position_limit, max_tokens)
@@ -94,9 +92,7 @@ class PretrainCollate(Collate):
         patch_mask = torch.stack(batch["patch_mask"])  # (B, h * w)
         return {
             **batch,
-            "passed_over": {
-                shard: causes for found in batch["passed_over"] for shard, causes in found.items()
-            },
+            "passed_over": dict(pair for found in batch["passed_over"] for pair in found.items()),
             "code_view": torch.stack(batch["code_view"]),  # (B, 3, r, r)
             "patch_mask": patch_mask,
             "mim_indices": true_indices(patch_mask),  # counted here, where nobody waits for it
@@ -107,28 +103,28 @@ class PretrainCollate(Collate):
 
 
 def read_pairs(files: str | list[str], image_root: str = "") -> Mapped:
-    """Entries of pre-training files, `text` being the caption or captions."""
+    """Return the entries of pre-training files, `text` being the caption or captions."""
     entries = read_annotations(files, {"image": TEXT, "caption": TEXTS}, image_root)
     return Mapped(entries, partial(item_of, text="caption"))
 
 
 def read_sets(train_file: str | list, samples_per_epoch: int = 0, image_root: str = "") -> Mixture:
-    """The data sets of a pre-training config, annotation files and shards, with or without weights.
+    """Return the data sets of a pre-training config, annotation files and shards, with or without weights.
 
-    samples_per_epoch 0: as many as there are. UserError for files that cannot be used.
+    samples_per_epoch 0: as many as there are. Raises UserError for files that cannot be used.
     """
     listed, weights = weighted(train_file)
     sets, set_weights = [], []
     for paths, weight in zip(listed, weights, strict=True):
-        found = read_set(paths, image_root, samples_per_epoch == 0)
-        size = sum(map(len, found))
-        sets += found
-        set_weights += [weight * len(some) / size for some in found]
+        parts = read_set(paths, image_root, samples_per_epoch == 0)
+        size = sum(map(len, parts))
+        sets += parts
+        set_weights += [weight * len(part) / size for part in parts]
     return Mixture(sets, set_weights, samples_per_epoch)
 
 
 def read_set(paths: list[str], image_root: str, must_count: bool) -> list[Sequence]:
-    """What one weight is for: annotation files, local shards and others, as far as there are any."""
+    """Return what one weight is for: annotation files, local shards and others, as far as there are any."""
     files = [path for path in paths if not is_shards(path)]
     names = expand_names([path for path in paths if is_shards(path)])
     local = [name for name in names if not is_url(name)]
@@ -157,8 +153,8 @@ def pretrain_loader(
         config["image_res"],
         config["min_crop_scale"],
         (augment["num_ops"], augment["magnitude"]),
-        code_res,
-        released["mim_independent_views"],
+        code_res=code_res,
+        independent_code_view=released["mim_independent_views"],
     )
     block_mask = BlockMask(grid_size, config["num_masking_patches"], config["min_num_patches"])
     dataset = PretrainData(entries, transform, block_mask, seed, released["flip_captions"])
@@ -167,7 +163,7 @@ def pretrain_loader(
 
 
 def code_views(entries: Mixture, code_res: int, num_images: int) -> Iterator[Tensor]:
-    """The readable ones of the first `num_images` images, uncropped, (3, r, r) in [0, 1].
+    """Yield the readable ones of the first `num_images` images, uncropped, (3, r, r) in [0, 1].
 
     Raises UserError where none can be read.
     """

@@ -5,7 +5,7 @@ costs a fraction of the same through PIL. Where the published code wraps round (
 Sharpness beyond 0..255) this one clips.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 
 import cv2
@@ -19,7 +19,7 @@ BYTES = np.arange(256)
 
 
 def auto_contrast(image: np.ndarray, _: float = 0) -> np.ndarray:
-    """Stretches each channel to 0..255, as `PIL.ImageOps.autocontrast` without cut-off."""
+    """Stretch each channel to 0..255, as `PIL.ImageOps.autocontrast` without cut-off."""
     tables = np.tile(BYTES, (3, 1))
     for table, channel in zip(tables, cv2.split(image), strict=True):
         low, high = int(channel.min()), int(channel.max())
@@ -30,7 +30,7 @@ def auto_contrast(image: np.ndarray, _: float = 0) -> np.ndarray:
 
 
 def equalize(image: np.ndarray, _: float = 0) -> np.ndarray:
-    """Flattens each channel's histogram, as `PIL.ImageOps.equalize`."""
+    """Flatten each channel's histogram, as `PIL.ImageOps.equalize`."""
     tables = np.tile(BYTES, (3, 1))
     for index, table in enumerate(tables):
         histogram = cv2.calcHist([image], [index], None, [256], [0, 256]).ravel().astype(np.int64)
@@ -46,7 +46,7 @@ def brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Moves the image away from (factor > 1) or towards its smoothed self; the outermost pixels stay."""
+    """Move the image away from (factor > 1) or towards its smoothed self; the outermost pixels stay."""
     kernel = np.ones((3, 3), np.float32)
     kernel[1, 1] = 5
     smooth = cv2.filter2D(image, -1, kernel / 13)
@@ -80,19 +80,19 @@ def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def _look_up(image: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Sends every byte of channel c through `tables[c]`; tables: (3, 256)."""
+    """Send every byte of channel c through `tables[c]`; tables: (3, 256)."""
     return cv2.LUT(image, tables.T.astype(np.uint8)[None])
 
 
 def _warp(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """The image moved by a (2, 3) matrix, bilinear, the same size."""
+    """Return the image moved by a (2, 3) matrix, bilinear, the same size."""
     grid = _sampling_grid(*image.shape[:2], *matrix.ravel().tolist())
     return cv2.remap(image, *grid, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=GREY)
 
 
 @lru_cache(maxsize=32)  # one image size at one level needs ten
 def _sampling_grid(height: int, width: int, *matrix: float) -> tuple[np.ndarray, np.ndarray]:
-    """Where each pixel comes from: whole pixels (H, W, 2) int16, and their fractions, in 1/32, (H, W) uint16.
+    """Return where pixels come from: whole pixels (H, W, 2) int16, and fractions, in 1/32, (H, W) uint16.
 
     This is the fixed-point arithmetic of `cv2.warpAffine` up to OpenCV 4.11. OpenCV 5 interpolates there in
     floating point, which moves a fifth of the values by up to 2 levels; `cv2.remap` with a grid is unchanged.
@@ -121,7 +121,7 @@ FULL_STRENGTH = {"ShearX": 0.3, "ShearY": 0.3, "TranslateX": 10.0, "TranslateY":
 
 
 def op_argument(name: str, level: float, rng: np.random.RandomState) -> float:
-    """The argument of an operation at `level` of 10; draws a sign for those that have a direction."""
+    """Return the argument of an operation at `level` of 10; draw a sign for those that have a direction."""
     if name not in FULL_STRENGTH:
         return level / 10 * 1.8 + 0.1
     strength = level / 10 * FULL_STRENGTH[name]
@@ -130,18 +130,14 @@ def op_argument(name: str, level: float, rng: np.random.RandomState) -> float:
     return -strength if negative else strength
 
 
-class RandAugment:
-    def __init__(self, num_ops: int = 2, magnitude: float = 7, ops: Sequence[str] | None = None) -> None:
-        """`magnitude`: 0 to 10. `ops`: names from OPERATIONS to draw from, with replacement; default all."""
-        self.num_ops, self.magnitude = num_ops, magnitude
-        self.ops = list(OPERATIONS if ops is None else ops)
-        if unknown := set(self.ops) - set(OPERATIONS):
-            raise ValueError(f"RandAugment has no operation {sorted(unknown)}; it has {list(OPERATIONS)}")
-
-    def __call__(self, image: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
-        """(H, W, 3) uint8 RGB -> the same; never writes to `image`. Draws in the published order."""
-        for index in rng.randint(0, len(self.ops), self.num_ops):
-            if rng.random_sample() <= 0.5:
-                name = self.ops[index]
-                image = OPERATIONS[name](image, op_argument(name, self.magnitude, rng))
-        return image
+def rand_augment(
+    image: np.ndarray, rng: np.random.RandomState, num_ops: int = 2, magnitude: float = 7
+) -> np.ndarray:
+    """Return (H, W, 3) uint8 RGB as the same after `num_ops` operations at level `magnitude` of 10, each with
+    probability 0.5; never writes to `image`. Draws in the published order.
+    """
+    for index in rng.randint(0, len(OPERATIONS), num_ops):
+        if rng.random_sample() <= 0.5:
+            name = list(OPERATIONS)[index]
+            image = OPERATIONS[name](image, op_argument(name, magnitude, rng))
+    return image

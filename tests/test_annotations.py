@@ -23,7 +23,7 @@ from PIL import Image
 
 from simla.dataset.items import Collate, TrainItems
 from simla.dataset.loaders import EpochSampler, stop_at_unreadable, train_loader
-from simla.dataset.readers import json_list
+from simla.dataset.readers import json_list, kept_index
 from simla.dataset.readers.annotations import ANY, TEXT, TEXTS, Annotations, Mapped, item_of, read_annotations
 from simla.dataset.readers.json_list import HEADER_BYTES, RECORD, JsonList
 from simla.dataset.retrieval import WithIdentities
@@ -65,7 +65,7 @@ def captions(path: Path) -> list[str]:
 
 
 def index_of(path: Path) -> Path:
-    return next(json_list.index_places(path))
+    return next(kept_index.index_places(path))
 
 
 # ---- what is in the file ----
@@ -141,7 +141,7 @@ def test_whatever_json_loads_refuses_is_refused(scratch, entries, data, block_by
         (b'[{"a": 1}]\n[', "Extra data after the list, line 2, byte 11, entry 1"),
         (b"[", "Expecting value, line 1, byte 1, entry 0"),
         (b'{"a": 1}\n{"a": 2}\n{"a" 3}', "Expecting ':' delimiter, line 3, byte 23, entry 2"),
-        (b'{"a": 1} {"a": 2}', "Expecting the end of the line, line 1, byte 8, entry 0"),
+        (b'{"a": 1} {"a": 2}', "Expecting the end of the line, line 1, byte 9, entry 0"),
         (b'{"a": 1},\n{"a": 2}', "Expecting the end of the line, line 1, byte 8, entry 0"),
         (b'{"a": 1}\n{"a": 2', "Expecting ',' delimiter, line 2, byte 16, entry 1"),
         (
@@ -285,7 +285,7 @@ def test_one_object_is_no_annotation_file(tmp_path, indent):
     with pytest.raises(
         UserError,
         match=r"must hold a JSON list, found dict with the keys info, images, annotations; official files "
-        r"are converted by `python -m dataset\.prepare`",
+        r"are converted by `python -m simla\.dataset\.prepare`",
     ):
         read(path)
 
@@ -454,7 +454,7 @@ def test_where_the_folder_cannot_be_written_the_users_cache_has_the_index(monkey
     index_of(path).mkdir()  # stands in the way, for root too
     expected = captions(path)
     (cached,) = (tmp_path / "cache" / "simla").iterdir()
-    assert list(json_list.index_places(path)) == [index_of(path), cached]
+    assert list(kept_index.index_places(path)) == [index_of(path), cached]
     assert [found.name for found in tmp_path.iterdir() if found.is_file()] == ["a.json"]
     monkeypatch.setattr(json_list, "_scan", no_scan)
     assert captions(path) == expected
@@ -493,7 +493,7 @@ def test_processes_that_start_at_once(monkeypatch, kept, tmp_path, locks):
 
     monkeypatch.setattr(json_list, "_scan", counting_scan)
     if not locks:
-        monkeypatch.setattr(json_list.fcntl, "flock", no_lock)
+        monkeypatch.setattr(kept_index.fcntl, "flock", no_lock)
     processes = [context.Process(target=load) for _ in range(3)]
     for process in processes:
         process.start()

@@ -38,7 +38,7 @@ from simla.dataset.prepare import shards as prepare_shards
 from simla.dataset.prepare.__main__ import main
 from simla.dataset.prepare.shards import Job, fill_of, write_shard
 from simla.dataset.pretrain import PretrainData, code_views, read_pairs, read_sets
-from simla.dataset.readers import shard_index, shard_stream
+from simla.dataset.readers import kept_index, shard_index, shard_stream
 from simla.dataset.readers.shards import KEPT_OPEN, Shards, expand_names
 from simla.dataset.transforms import BadImage, PretrainTransform
 from simla.engine.bad_images import BadImages
@@ -545,7 +545,7 @@ def test_more_local_shards_than_a_process_may_have_files_open(tmp_path):
 
 
 def test_without_a_place_for_the_index_the_shard_is_looked_through_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_index, "write_index", lambda *_: None)
+    monkeypatch.setattr(kept_index, "index_places", lambda _: [])
     path = write_tar(tmp_path / "0.tar", samples(3))
     for _ in range(2):
         entries = pickle.loads(pickle.dumps(Shards([str(path)])))

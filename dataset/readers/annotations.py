@@ -1,4 +1,4 @@
-"""Reads annotation files, JSON lists or lines of entries: checked field by field, image paths absolute."""
+"""Annotation files, JSON lists or lines of entries: checked field by field, image paths made absolute."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -13,16 +13,23 @@ from simla.utils import UserError, fill_in
 
 TEXT = (str,)
 TEXTS = (str, list)
-NUMBER = (int,)
+LIST = (list,)
 NUMBER_OR_TEXT = (int, str)
 ANY = (object,)
+WANTED = {
+    TEXT: "text",
+    TEXTS: "text or a non-empty list of texts",
+    LIST: "a non-empty list of texts",
+    (int,): "a whole number",
+    NUMBER_OR_TEXT: "a whole number or text",
+}
 
 _checks_late: ContextVar[bool] = ContextVar("_checks_late", default=False)
 
 
 @contextmanager
 def checked_late() -> Iterator[None]:
-    """Files that are opened in here may hold wrong entries: one raises its UserError when it is asked for."""
+    """Let files that are opened in here hold wrong entries: one raises its UserError when it is asked for."""
     token = _checks_late.set(True)
     try:
         yield
@@ -32,7 +39,8 @@ def checked_late() -> Iterator[None]:
 
 class Annotations(Sequence):
     """The entries of several files, as `read_annotations` says; each is made when it is asked for, and only
-    then checked where `late_check` is given."""
+    then checked where `late_check` is given.
+    """
 
     def __init__(
         self,
@@ -51,15 +59,14 @@ class Annotations(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]
-        place = bisect_right(self.ends, index)
-        entries, root = self.lists[place], self.roots[place]
-        number = index - self.ends[place] + len(entries)
+        file = bisect_right(self.ends, index)
+        entries, root = self.lists[file], self.roots[file]
+        number = index - self.ends[file] + len(entries)
         entry, where = entries[number], f"{entries.path}: entry {number}"
         if self.late_check is not None:
             self.late_check(entry, where)
         images = entry["images"] if self.has_images else [entry["image"]]
-        images = [str(root / (image + self.suffix)) for image in images]
-        return {**entry, "images": images, "where": where}
+        return {**entry, "images": [str(root / (image + self.suffix)) for image in images], "where": where}
 
 
 class Mapped(Sequence):
@@ -76,7 +83,7 @@ class Mapped(Sequence):
 
 
 def item_of(entry: dict, text: str) -> dict:
-    """What every task takes of an entry; its text is the field of that name."""
+    """Return what every task takes of an entry; its text is the field of that name."""
     return {"images": entry["images"], "text": entry[text], "where": entry["where"]}
 
 
@@ -87,7 +94,7 @@ def read_annotations(
     suffix: str = "",
     check: Callable[[dict, str], None] | None = None,
 ) -> Annotations:
-    """The entries of all files; `images` lists the absolute paths of the field `image` (or `images`),
+    """Return the entries of all files; `images` lists the absolute paths of the field `image` (or `images`),
     `suffix` added, and `where` says which entry of which file it is.
 
     fields: name -> accepted types, all required; check(entry, where), a function of a module, may refuse an
@@ -95,12 +102,12 @@ def read_annotations(
     relative to the annotation file. Raises UserError, naming file and entry, for a missing, truncated or
     empty file and for an entry that lacks a field or has one of another type.
     """
-
     check_entry, is_late = partial(_check_entry, fields=fields, check=check), _checks_late.get()
-    paths = [Path(fill_in(name)) for name in ([files] if isinstance(files, str) else files)]
     name = ", ".join(f"{field}: {'|'.join(kind.__name__ for kind in fields[field])}" for field in fields)
     name += f", {check.__module__}.{check.__qualname__}" if check else ""
-    lists = [JsonList(path, _accept, "") if is_late else JsonList(path, check_entry, name) for path in paths]
+    made = (_accept, "") if is_late else (check_entry, name)
+    paths = [Path(fill_in(file)) for file in ([files] if isinstance(files, str) else files)]
+    lists = [JsonList(path, *made) for path in paths]
     if not any(map(len, lists)):
         raise UserError(
             f"no entries in {files}; an annotation file is a JSON list (or lines) of {_example(fields)}"
@@ -110,18 +117,12 @@ def read_annotations(
 
 
 def _accept(_entry: object, _where: str) -> None:
-    """Any entry."""
+    """Accept any entry."""
 
 
 def _check_entry(
     entry: object, where: str, fields: dict[str, tuple], check: Callable[[dict, str], None] | None
 ) -> None:
-    _check_fields(entry, fields, where)
-    if check is not None:
-        check(entry, where)
-
-
-def _check_fields(entry: object, fields: dict[str, tuple], where: str) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{where} must be an object {_example(fields)}, found {entry!r}"[:500])
     for field, types in fields.items():
@@ -130,17 +131,12 @@ def _check_fields(entry: object, fields: dict[str, tuple], where: str) -> None:
                 f"{where} has no {field!r}; found {', '.join(entry) or 'nothing'}, not {_example(fields)}"
             )
         value = entry[field]
-        if types == ANY:
-            continue
-        if not isinstance(value, types) or value == [] or (isinstance(value, list) and not _all_text(value)):
-            wanted = {TEXT: "text", TEXTS: "text or a non-empty list of texts", NUMBER: "a whole number"}
-            wanted |= {NUMBER_OR_TEXT: "a whole number or text"}
-            wanted = wanted.get(types, "a non-empty list of texts")
-            raise UserError(f"{where}: {field!r} must be {wanted}, found {value!r}"[:500])
-
-
-def _all_text(values: list) -> bool:
-    return all(isinstance(value, str) for value in values)
+        is_list = isinstance(value, list) and types != ANY
+        is_wrong = is_list and not (value and all(isinstance(text, str) for text in value))
+        if is_wrong or not isinstance(value, types):
+            raise UserError(f"{where}: {field!r} must be {WANTED[types]}, found {value!r}"[:500])
+    if check is not None:
+        check(entry, where)
 
 
 def _example(fields: dict[str, tuple]) -> str:

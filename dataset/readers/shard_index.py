@@ -1,31 +1,23 @@
 """One WebDataset shard and its index, which says where in the tar file each sample lies.
 
-An index is made in one pass over the tar file's headers. That of a local shard is kept beside it or in the
-user's cache folder, as those of annotation files are, and shared by all processes of a machine.
+An index is made in one pass over the tar file's headers; that of a local shard is kept (`kept_index`).
 """
 
 import io
 import json
-import os
 import re
 import struct
 import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from os import pread
 from pathlib import Path
 from typing import BinaryIO
 
 from simla.dataset.prepare.captions import listed_texts
-from simla.dataset.readers.json_list import (
-    HEADER_BYTES,
-    index_places,
-    one_at_a_time,
-    read_index,
-    write_header,
-    write_index,
-)
+from simla.dataset.readers.kept_index import HEADER_BYTES, Index, find_index, make_index, read_index
 from simla.dataset.transforms import BadImage
 from simla.utils import (
     CONTENT_BYTES,
@@ -43,7 +35,7 @@ from simla.utils import (
 # Of a sample the first of these that is there is the image, or the caption: a mask is a PNG beside a photo.
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "webp", "avif", "png", "gif", "bmp", "tif", "tiff", "jp2")
 TEXTS = ("txt", "json")
-FORMAT = "shard 3"  # raise it whenever an index is laid out differently or other members make a sample
+FORMAT = "shard 4"  # raise it whenever an index is laid out differently or other members make a sample
 # Of a sample: first byte and length of the image, of the text, and what that is. First byte 0: none.
 RECORD = struct.Struct("<QIQIB")
 TXT, JSON, UNCLEAR = range(3)
@@ -60,7 +52,6 @@ NEITHER = "members that are neither an image nor a caption"
 FURTHER = "further images and captions of a key"
 NUM_LETTERS = 50  # of an example; a header has room for one of each cause
 NUM_THREADS = 8  # that look through shards; they wait for the disk, too
-
 
 PassedOver = dict[str, tuple[int, str]]  # cause -> number of members, the name of one
 
@@ -79,21 +70,13 @@ class Picture(io.BytesIO):
 class Shard:
     """One shard. `file`: what was fetched of it; None for a local one, which is opened for each sample.
 
-    problem: what is wrong with the tar file, "" where nothing is; passed_over: of which members no sample is.
+    problem: what is wrong with the tar file, "" where nothing is; passed_over: members that are in no sample.
     """
 
-    def __init__(
-        self,
-        name: str,
-        index,
-        problem: str,
-        passed_over: PassedOver,
-        kept_as: Path | None = None,
-        file: BinaryIO | None = None,
-    ):
-        self.name, self.index, self.kept_as, self.file = name, index, kept_as, file
-        self.problem, self.passed_over = problem, passed_over
-        self.num_samples = (len(index) - HEADER_BYTES) // RECORD.size
+    def __init__(self, name: str, index: Index, file: BinaryIO | None = None):
+        self.name, self.file = name, file
+        self.index, (self.problem, self.passed_over), self.kept_as = index
+        self.num_samples = _num_samples(self.index)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -102,66 +85,60 @@ class Shard:
         return {**self.__dict__, "index": None if self.kept_as else bytes(self.index)}
 
     def entry(self, number: int) -> dict:
-        """The sample as an entry for training; its image is a `Picture`. Raises `BadImage`."""
-        if self.index is None:
-            self._open_again()
-        record = RECORD.unpack_from(self.index, HEADER_BYTES + number * RECORD.size)
-        image_at, image_size, text_at, text_size, kind = record
+        """Return the sample as an entry for training; its image is a `Picture`. Raises `BadImage`."""
+        if self.index is None:  # in a process that got this object pickled
+            index = read_index(self.kept_as, _stamp(self.name))
+            if index is None:
+                raise UserError(f"{self.name} or its index {self.kept_as} has changed; start again")
+            self.index = index.content
+        sample = f"{self.name}: sample {number}"
+        *places, kind = RECORD.unpack_from(self.index, HEADER_BYTES + number * RECORD.size)
+        image_at, text_at = places[::2]
         if not image_at and not text_at:
-            raise BadImage(f"{self.name}: sample {number}", "a link, sparse or of more than 4 GB")
+            raise BadImage(sample, "a link, sparse or of more than 4 GB")
         with self._descriptor() as descriptor:
-            if kind == UNCLEAR:
-                name, _ = self._member(
-                    descriptor, *((image_at, image_size) if image_at else (text_at, text_size))
-                )
-                raise BadImage(name, "a key that comes again with other members: which belong together?")
-            if not image_at:
-                raise BadImage(self._member(descriptor, text_at, text_size)[0], "a caption without an image")
-            name, image = self._member(descriptor, image_at, image_size)
-            if not text_at:
-                raise BadImage(name, "no caption")
-            text_name, text = self._member(descriptor, text_at, text_size)
-        picture = Picture(name, image, f"{self.name}: sample {number}")
-        return {"images": [picture], "text": _caption(text_name, text, kind), "where": name}
-
-    def _open_again(self) -> None:
-        """In a process that got this object pickled."""
-        found = read_index(self.kept_as, _stamp(self.name))
-        if found is None:
-            raise UserError(f"{self.name} or its index {self.kept_as} has changed; start again")
-        self.index = found[0]
+            image_name, image = self._member(descriptor, *places[:2])
+            text_name, text = self._member(descriptor, *places[2:])
+        if kind == UNCLEAR:
+            cause = "a key that comes again with other members: which belong together?"
+            raise BadImage(image_name or text_name, cause)
+        if not image_at:
+            raise BadImage(text_name, "a caption without an image")
+        if not text_at:
+            raise BadImage(image_name, "no caption")
+        caption = _caption(text_name, text, kind)
+        return {"images": [Picture(image_name, image, sample)], "text": caption, "where": image_name}
 
     @contextmanager
     def _descriptor(self) -> Iterator[int]:
-        if self.file is not None:
-            yield self.file.fileno()
-            return
         try:
-            descriptor = os.open(self.name, os.O_RDONLY)
+            with nullcontext(self.file) if self.file else Path(self.name).open("rb", buffering=0) as file:
+                yield file.fileno()
         except OSError as error:
             raise BadImage(self.name, f"{error.strerror}") from error
-        try:
-            yield descriptor
-        except OSError as error:
-            raise BadImage(self.name, f"{error.strerror}") from error
-        finally:
-            os.close(descriptor)
 
     def _member(self, descriptor: int, at: int, size: int) -> tuple[str, bytes]:
-        """Name, with the shard's, and content of the member whose content begins at byte `at`."""
-        content = os.pread(descriptor, BLOCK + size, at - BLOCK)
+        """Return name, with the shard's, and content of the member whose content begins at byte `at`; nothing
+        where that is 0.
+        """
+        if not at:
+            return "", b""
+        content = pread(descriptor, BLOCK + size, at - BLOCK)
         header, content = content[:BLOCK], content[BLOCK:]
-        member = header[:100].partition(b"\0")[0].decode("utf-8", "replace")
         try:
             is_it = int(header[124:136].strip(b" \0"), 8) == size
         except ValueError:
             is_it = False
         if not is_it:
             raise BadImage(self.name, f"changed since its index was made: at byte {at}")
-        name = f"{self.name}: {member}"
+        name = f"{self.name}: {header[:100].partition(bytes(1))[0].decode('utf-8', 'replace')}"
         if len(content) < size:
             raise BadImage(name, "cut short: the shard ends before it")
         return name, content
+
+
+def _num_samples(index: bytes) -> int:
+    return (len(index) - HEADER_BYTES) // RECORD.size
 
 
 def _caption(name: str, content: bytes, kind: int) -> str | list[str]:
@@ -206,17 +183,16 @@ class _Members:
 
     def add(self, member: tarfile.TarInfo) -> None:
         name = member.name.removeprefix("./")
-        folder, slash, base = name.rpartition("/")
-        base, _, kind = base.rpartition(".")
+        key, _, kind = name.rpartition(".")
         kind = kind.lower()
         if member.isdir():
             return
         if HIDDEN.search(name):
             self._pass_over(SYSTEM, name)
-        elif not base or kind not in IMAGES + TEXTS:
+        elif not key or key.endswith("/") or kind not in IMAGES + TEXTS:
             self._pass_over(NEITHER, name)
         else:
-            samples = self.samples.setdefault(folder + slash + base, [{}])
+            samples = self.samples.setdefault(key, [{}])
             if not member.isreg():
                 self._pass_over(LINKS, name)
             elif member.issparse() or member.size > MAX_BYTES:
@@ -227,27 +203,26 @@ class _Members:
                 samples[-1][kind] = (member.offset_data, member.size)
 
     def index(self) -> bytearray:
-        """Returns an index without its header."""
+        """Return an index without its header."""
         index = bytearray(HEADER_BYTES)
         for key, samples in self.samples.items():
+            unused = []
             if self._is_of_another(key, samples):
-                for kind in (kind for sample in samples for kind in sample):
-                    self._pass_over(FURTHER, f"{key}.{kind}")
-                continue
+                unused = [kind for sample in samples for kind in sample]
+                samples = []
             is_unclear = any(sample.keys() != samples[0].keys() for sample in samples)
             for sample in samples:
-                images = [kind for kind in IMAGES if kind in sample]
-                (text,) = [kind for kind in TEXTS if kind in sample][:1] or [""]
-                for kind in images[1:]:
-                    self._pass_over(FURTHER, f"{key}.{kind}")
-                image_at, text_at = sample.get("".join(images[:1]), (0, 0)), sample.get(text, (0, 0))
-                index += RECORD.pack(
-                    *image_at, *text_at, UNCLEAR if is_unclear else JSON if text == "json" else TXT
-                )
+                images, texts = ([kind for kind in kinds if kind in sample] for kinds in (IMAGES, TEXTS))
+                unused += images[1:]
+                kind = UNCLEAR if is_unclear else JSON if texts[:1] == ["json"] else TXT
+                members = [sample[kinds[0]] if kinds else (0, 0) for kinds in (images, texts)]
+                index += RECORD.pack(*members[0], *members[1], kind)
+            for kind in unused:
+                self._pass_over(FURTHER, f"{key}.{kind}")
         return index
 
     def _is_of_another(self, key: str, samples: list[dict]) -> bool:
-        """Whether these are parts of the sample that WebDataset would count them to."""
+        """Return whether these are parts of the sample that WebDataset would count them to."""
         folder, slash, base = key.rpartition("/")
         first = folder + slash + base.partition(".")[0]
         kinds = {kind for sample in samples for kind in sample}
@@ -262,9 +237,9 @@ class _Members:
 # ---- indexes ----
 
 
-def scan(file: BinaryIO, name: str) -> tuple[bytearray, str, PassedOver]:
-    """An index without its header, what is wrong with the tar file, "" where nothing is, and the members that
-    are passed over.
+def scan(file: BinaryIO, name: str) -> tuple[bytearray, list]:
+    """Return an index without its header, and its notes: what is wrong with the tar file, "" where nothing
+    is, and the members that are passed over.
     """
     members, problem, end = _Members(), "", 0
     has_members = any(file.read(BLOCK))  # where there are none, Python 3.10 looks before the beginning
@@ -290,13 +265,12 @@ def scan(file: BinaryIO, name: str) -> tuple[bytearray, str, PassedOver]:
         problem = f"is {what}" if what else f"is damaged or cut short after byte {end} ({first_line(error)})"
     index = members.index()
     if problem:
-        num_samples = (len(index) - HEADER_BYTES) // RECORD.size
-        log.warning(f"{name} {problem}: {num_samples} samples of it can be used")
-    return index, problem, members.passed_over
+        log.warning(f"{name} {problem}: {_num_samples(index)} samples of it can be used")
+    return index, [problem, members.passed_over]
 
 
 def passed_over_lines(shards: Iterable[Shard]) -> list[str]:
-    """Returns a line for each cause, with the number of members of all shards and where the first is."""
+    """Return a line for each cause, with the number of members of all shards and where the first is."""
     total: dict[str, tuple[int, str]] = {}
     for shard in shards:
         for cause, (number, example) in shard.passed_over.items():
@@ -305,65 +279,44 @@ def passed_over_lines(shards: Iterable[Shard]) -> list[str]:
     return [f"passed over {number} {cause}; the first: {first}" for cause, (number, first) in total.items()]
 
 
-def find_indexes(names: list[str]) -> list[Shard]:
-    """Local shards, looked through where that has not been done since they changed. The processes of a
-    machine share the work: each begins elsewhere, and finds what others have done.
+def open_shards(names: list[str]) -> list[Shard]:
+    """Return the local shards, looked through where that has not been done since they changed. The processes
+    of a machine share the work: each begins elsewhere, and finds what others have done.
     """
-    found: dict[str, Shard] = {}
-    for name in names:
-        shard = _known(name)
-        if shard is not None:
-            found[name] = shard
-    missing = [name for name in dict.fromkeys(names) if name not in found]
-    if missing:
+    kept = {name: find_index(Path(name), _stamp(name)) for name in names}
+    shards = {name: Shard(name, index) for name, index in kept.items() if index}
+    for shard in shards.values():
+        if shard.problem:
+            log.warning(f"{shard.name} {shard.problem}")
+    if missing := [name for name in kept if name not in shards]:
         log.info(f"{len(missing)} of {len(names)} shards are being looked through, once until they change")
         first = rank() * len(missing) // world_size()
         missing = missing[first:] + missing[:first]
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            shards = with_progress(pool.map(_look_through, missing), len(missing), "Shards", 100)
-            found |= zip(missing, shards, strict=True)
-    for line in passed_over_lines(found.values()):
+            new = with_progress(pool.map(_look_through, missing), len(missing), "Shards", 100)
+            shards |= zip(missing, new, strict=True)
+    for line in passed_over_lines(shards.values()):
         log.warning(line)
-    if not any(map(len, found.values())):
-        problem = found[names[0]].problem
+    if not any(map(len, shards.values())):
+        problem = shards[names[0]].problem
         raise UserError(
             f"no samples in {names[0]} and {len(names) - 1} more shards"
             + (f"; {names[0]} {problem}" if problem else "")
             + "; a sample is KEY.jpg (png, webp, ...) with KEY.txt or KEY.json"
         )
-    return [found[name] for name in names]
-
-
-def _known(name: str) -> Shard | None:
-    """The shard with its index, where that is kept and still its own."""
-    stamp = _stamp(name)
-    for place in index_places(Path(name)):
-        kept = read_index(place, stamp)
-        if kept is not None:
-            index, (problem, passed_over) = kept
-            if problem:
-                log.warning(f"{name} {problem}")
-            return Shard(name, index, problem, passed_over, place)
-    return None
+    return [shards[name] for name in names]
 
 
 def _look_through(name: str) -> Shard:
     try:
-        with Path(name).open("rb") as file, one_at_a_time(file):
-            shard = _known(name)
-            if shard is not None:
-                return shard
-            stamp = _stamp(name)
-            index, *found = scan(file, name)
+        with Path(name).open("rb") as file:
+            return Shard(name, make_index(Path(name), file, _stamp(name), lambda _: scan(file, name)))
     except OSError as error:
         raise _cannot_be_read(name, error) from error
-    write_header(index, stamp, found)
-    index, place = write_index(index, list(index_places(Path(name)))) or (index, None)
-    return Shard(name, index, *found, place)
 
 
 def _stamp(name: str) -> list:
-    """Size and time of the last change: what an index belongs to."""
+    """Return size and time of the last change: what an index belongs to."""
     try:
         status = file_status(name)
     except OSError as error:

@@ -4,9 +4,8 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from hashlib import blake2b
 from shutil import copyfileobj
 from threading import Thread
@@ -14,7 +13,7 @@ from typing import BinaryIO
 
 import fsspec.core
 
-from simla.dataset.readers.json_list import cache_folder
+from simla.dataset.readers.kept_index import Index, cache_folder
 from simla.dataset.readers.shard_index import NUM_THREADS, Shard, passed_over_lines, scan
 from simla.dataset.transforms import BadImage
 from simla.utils import (
@@ -48,7 +47,7 @@ class Fetch(Thread):
             self.shard = error
 
     def result(self) -> Shard:
-        """Waits for it. Raises `BadImage`."""
+        """Wait for the shard and return it. Raises `BadImage`."""
         self.join()
         if isinstance(self.shard, BadImage):
             raise BadImage(self.shard.path, self.shard.cause)
@@ -56,19 +55,18 @@ class Fetch(Thread):
 
 
 def fetch(name: str) -> Shard:
-    """The shard, in a file without a name on this machine's disk ($TMPDIR). Raises `BadImage` when it cannot
-    be had after several tries.
+    """Return the shard, in a file without a name on this machine's disk ($TMPDIR). Raises `BadImage` when it
+    cannot be had after several tries.
     """
     for seconds in (*RETRY_SECONDS, None):
         try:
             file = _download(name)
-            index, *found = scan(file, name)
+            shard = Shard(name, Index(*scan(file, name), None), file)
             break
         except Exception as error:  # each kind of URL has its own types
             if seconds is None:
                 raise BadImage(name, f"cannot be fetched: {first_line(error)}") from error
             time.sleep(seconds)
-    shard = Shard(name, index, *found, file=file)
     for cause, line in zip(shard.passed_over, passed_over_lines([shard]), strict=True):
         if cause not in _named:
             _named.add(cause)
@@ -79,58 +77,49 @@ def fetch(name: str) -> Shard:
 def _download(name: str) -> BinaryIO:
     # Without a name from the beginning: a process that is killed meanwhile leaves nothing behind.
     file = tempfile.TemporaryFile()  # noqa: SIM115 (open for as long as the shard is)
-    try:
-        if name.startswith("pipe:"):
-            with _piped(name.removeprefix("pipe:")) as output:
-                copyfileobj(output, file, 1 << 20)
-        else:
-            system, path = fsspec.core.url_to_fs(name)
-            system.get_file(path, f"/dev/fd/{file.fileno()}")
-        file.seek(0)
-    except BaseException:
-        file.close()
-        raise
+    if name.startswith("pipe:"):
+        command = name.removeprefix("pipe:")
+        with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+            copyfileobj(process.stdout, file, 1 << 20)
+        if process.returncode:
+            raise OSError(f"exit code {process.returncode}")
+    else:
+        system, path = fsspec.core.url_to_fs(name)
+        system.get_file(path, f"/dev/fd/{file.fileno()}")
+    file.seek(0)
     return file
 
 
-@contextmanager
-def _piped(command: str) -> Iterator[BinaryIO]:
-    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
-        yield process.stdout
-    if process.returncode:
-        raise OSError(f"exit code {process.returncode}")
-
-
 def count_samples(names: list[str]) -> list[int]:
-    """How many samples each shard has that is not local: as img2dataset and dataset.prepare say in the
+    """Return how many samples each shard has that is not local: as img2dataset and dataset.prepare say in the
     NAME_stats.json beside it, or else by fetching it once. Kept in the user's cache folder, by the names.
     """
-    digest, kept = blake2b("\n".join(names).encode(), digest_size=16).hexdigest(), None
+    digest, place, kept = blake2b("\n".join(names).encode(), digest_size=16).hexdigest(), None, None
     with suppress(OSError, ValueError, RuntimeError):  # where there is no home nothing is kept
-        kept = json.loads((cache_folder() / f"shards-{digest}.json").read_bytes())
+        place = cache_folder() / f"shards-{digest}.json"
+        kept = json.loads(place.read_bytes())
     if (known := all_gather_objects(kept)[0]) is not None:
         return known
     own = names[rank() :: world_size()]
     log.info(f"{len(names)} shards are being counted, once; see docs/shards.md")
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         counts = list(with_progress(pool.map(_count, own), len(own), "Shards", 100))
-    gathered, sizes = all_gather_objects(counts), [0] * len(names)
-    for number, part in enumerate(gathered):
-        sizes[number :: world_size()] = part
+    sizes = [0] * len(names)
+    for number, counts_of_rank in enumerate(all_gather_objects(counts)):
+        sizes[number :: world_size()] = counts_of_rank
     if not any(sizes):
         raise UserError(f"no samples in {names[0]} and {len(names) - 1} more shards")
-    if is_main():
-        with suppress(OSError, UserError, RuntimeError):
-            place = cache_folder() / f"shards-{digest}.json"
+    if is_main() and place:
+        with suppress(OSError, UserError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(place) as file:
-                file.write(json.dumps(sizes).encode())
+            with atomic_write(place, text=True) as file:
+                json.dump(sizes, file)
     return sizes
 
 
 def _count(name: str) -> int:
-    statistics = f"{name.removesuffix('.tar')}_stats.json"
     if not name.startswith("pipe:"):
+        statistics = f"{name.removesuffix('.tar')}_stats.json"
         with (
             suppress(Exception),
             fsspec.open(statistics, "rb") as file,

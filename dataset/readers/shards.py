@@ -17,7 +17,7 @@ from pathlib import Path
 
 import fsspec
 
-from simla.dataset.readers.shard_index import Shard, find_indexes, passed_over_lines
+from simla.dataset.readers.shard_index import Shard, open_shards, passed_over_lines
 from simla.dataset.readers.shard_stream import Fetch, count_samples
 from simla.dataset.transforms import BadImage
 from simla.utils import UserError, fill_in, first_line, is_url
@@ -38,7 +38,7 @@ class Shards(Sequence):
 
     def __init__(self, names: list[str], sizes: list[int] | None = None):
         self.names, self.is_stream = names, is_url(names[0])
-        self.local = None if self.is_stream else find_indexes(names)
+        self.local = None if self.is_stream else open_shards(names)
         self.sizes = list(map(len, self.local)) if self.local else sizes or count_samples(names)
         self.ends = list(accumulate(self.sizes))
         self.fetched: OrderedDict[int, Fetch] = OrderedDict()
