@@ -10,7 +10,7 @@ Expected the paper's RefCOCO+ val / testA / testB 58.1 / 67.4 / 47.5 (val_d, tes
 """
 
 if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
+    from simla.engine.command import prepare
 
     prepare()
 

@@ -10,7 +10,7 @@ Expected the paper's accuracy: dev 79.8, test-P 79.5
 """
 
 if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
+    from simla.engine.command import prepare
 
     prepare()
 

@@ -8,7 +8,7 @@ Expected 30 epochs on the 4 M images of the paper: about 7 days on 8 A100 as pub
 """
 
 if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
+    from simla.engine.command import prepare
 
     prepare()
 

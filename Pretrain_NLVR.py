@@ -7,7 +7,7 @@ Expected one epoch; NLVR.py starts from its checkpoint_00.pth
 """
 
 if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
+    from simla.engine.command import prepare
 
     prepare()
 

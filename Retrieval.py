@@ -9,7 +9,7 @@ Expected the paper's TR@1 / IR@1: COCO test (5,000 images, k_test 256) 75.8 / 57
 """
 
 if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
+    from simla.engine.command import prepare
 
     prepare()
 

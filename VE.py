@@ -8,7 +8,7 @@ Expected the paper's accuracy: val 79.6, test 80.2
 """
 
 if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
+    from simla.engine.command import prepare
 
     prepare()
 

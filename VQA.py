@@ -11,7 +11,7 @@ Expected the paper's VQA v2 test-dev / test-std 74.5 / 74.8, by the server, whic
 """
 
 if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
+    from simla.engine.command import prepare
 
     prepare()
 

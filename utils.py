@@ -1,7 +1,10 @@
 """What every script shares: errors for people, distributed helpers, the training log.
 
-Every helper works without a process group, as one process of one.
+Every helper works without a process group, as one process of one. Those that need torch import it themselves:
+it takes seconds, and commands such as `python -m simla.dataset.prepare` do without.
 """
+
+from __future__ import annotations
 
 import contextlib
 import errno
@@ -10,7 +13,6 @@ import logging
 import math
 import os
 import re
-import resource
 import signal
 import socket
 import stat
@@ -25,15 +27,16 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 log = logging.getLogger("simla")
-LOG = "log.txt"
-PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LOG, STEPS_LOG = "log.txt", "train_steps.jsonl"  # a line for each epoch, for each step
+ROOT = Path(__file__).resolve().parent  # of this code: relative paths in its configs start here
+PRECISIONS = {"fp32": "float32", "tf32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # config -> torch
 
 
 class UserError(Exception):
@@ -46,9 +49,9 @@ class UserError(Exception):
 _alone = False
 
 
-@contextlib.contextmanager
+@contextmanager
 def as_one_process() -> Iterator[None]:
-    """Inside, this process counts as the only one: for work that the others have no part in."""
+    """Let this process count as the only one inside: for work that the others have no part in."""
     global _alone
     _alone = True
     try:
@@ -57,12 +60,19 @@ def as_one_process() -> Iterator[None]:
         _alone = False
 
 
+def _rank_and_size() -> tuple[int, int]:
+    dist = sys.modules.get("torch.distributed")  # a process that has not imported it has joined no others
+    if _alone or dist is None or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+    return _rank_and_size()[1]
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+    return _rank_and_size()[0]
 
 
 def is_main() -> bool:
@@ -70,22 +80,28 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
+    if world_size() > 1:
+        import torch.distributed as dist
+
         dist.barrier()
 
 
-@torch.no_grad()
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """The rows (n, ...) of all ranks in rank order, (n * ranks, ...); the same n everywhere; no gradient."""
+    """Return the rows (n, ...) of all ranks in rank order, (n * ranks, ...), without gradient; the same n
+    everywhere.
+    """
+    import torch
+    import torch.distributed as dist
+
     if world_size() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
+    dist.all_gather(parts, rows.detach().contiguous())
     return torch.cat(parts)
 
 
 def all_gather_shares(rows: Tensor, counts: list[int]) -> list[Tensor]:
-    """The rows (n, ...) of all ranks in rank order, where the ranks have `counts` of them; no gradient."""
+    """Return each rank's rows (n, ...), in rank order and without gradient, of which it has `counts`."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = all_gather_rows(padded).view(len(counts), *padded.shape)
@@ -93,7 +109,7 @@ def all_gather_shares(rows: Tensor, counts: list[int]) -> list[Tensor]:
 
 
 def gather_in_order(rows: Tensor, total: int) -> Tensor:
-    """The rows of all items (total, ...), of which each rank has those of every world_size-th."""
+    """Return the rows of all items (total, ...), of which each rank has every world_size-th."""
     counts = [len(range(r, total, world_size())) for r in range(world_size())]
     gathered = rows.new_empty(total, *rows.shape[1:])
     for r, part in enumerate(all_gather_shares(rows, counts)):
@@ -102,25 +118,38 @@ def gather_in_order(rows: Tensor, total: int) -> Tensor:
 
 
 def all_gather_objects(value: object) -> list:
-    """Any small picklable value of all ranks, in rank order."""
+    """Return the ranks' values, small and picklable, in rank order."""
     if world_size() == 1:
         return [value]
+    import torch.distributed as dist
+
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Return the dtype in which config `precision` multiplies."""
+    import torch
+
+    return getattr(torch, PRECISIONS[precision])
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The arithmetic of config `precision` in training and evaluation; fp32 and tf32: see `set_precision`."""
-    dtype = PRECISIONS[precision]
+    """Return the context that computes in config `precision`; fp32 and tf32: see `set_precision`."""
+    import torch
+
+    dtype = dtype_of(precision)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-@contextlib.contextmanager
+@contextmanager
 def own_surroundings(device: torch.device) -> Iterator[None]:
-    """Inside, what the caller has set for torch has no effect: autocast, inference mode, the default device.
-    Not so its default dtype, which all threads share: what is made inside names its own.
+    """Undo inside what the caller has set for torch: autocast, inference mode, the default device. Not its
+    default dtype, which all threads share: what is made inside names its own.
     """
+    import torch
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.device("cpu"))
@@ -130,15 +159,13 @@ def own_surroundings(device: torch.device) -> Iterator[None]:
 
 
 def set_precision(device: torch.device, precision: str) -> None:
-    """How float32 is multiplied on a GPU: in full, or with `tf32` in its tensor cores.
-
-    Raises UserError where the GPU has no such arithmetic.
+    """Multiply float32 on a GPU in full, or with `tf32` in its tensor cores. Raises UserError where the GPU
+    has no such arithmetic.
     """
-    if (
-        device.type == "cuda"
-        and precision in ("bf16", "tf32")
-        and torch.cuda.get_device_capability(device) < (8,)
-    ):
+    import torch
+
+    is_new = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8,)
+    if precision in ("bf16", "tf32") and not is_new:
         raise UserError(
             f"precision {precision}: {torch.cuda.get_device_name(device)} does not have it, GPUs since the "
             "A100 and RTX 30 do; use precision: fp16 or fp32"
@@ -152,13 +179,13 @@ def true_indices(mask: Tensor) -> Tensor:
 
 
 def fill_in(path: str) -> str:
-    """With environment variables and ~ filled in."""
+    """Return the path with environment variables and ~ filled in."""
     path = os.path.expandvars(path)
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def is_url(path: str) -> bool:
-    """Whether it names no file of this machine: a URL, or `pipe:` and a command that writes the content."""
+    """Return whether it names no file here: a URL, or `pipe:` and a command that writes the content."""
     return path.startswith("pipe:") or "://" in path
 
 
@@ -188,7 +215,7 @@ CONTENTS = {
     rb"PK\x03\x04": "a zip archive; unpack it and name the file in it",
     rb"PAR1": "a Parquet table; convert it with `python -m simla.dataset.prepare table`",
     rb"ARROW1|\xff{4}.{2}\0\0": "an Arrow table; write it as Parquet and convert that with `python -m "
-    "dataset.prepare table`",
+    "simla.dataset.prepare table`",
     rb"(?s:.{257})ustar": "a tar file; shards are named .tar and belong into train_file of Pretrain.py",
     rb"\x80[\x02-\x05]": "a pickle of Python; write what it holds in the format that is asked for",
     rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF(?s:.{4})WEBP": PICTURE,
@@ -209,13 +236,13 @@ def other_content(head: bytes) -> str:
 
 def other_file(path: Path) -> str:
     """Return the same of a file; "" where it cannot be read either."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
+    with suppress(OSError), path.open("rb") as file:
         return other_content(file.read(CONTENT_BYTES))
     return ""
 
 
 def printable(text: str) -> str:
-    """Halves of surrogate pairs, as in odd file names and cut JSON, become question marks."""
+    """Return the text; halves of surrogate pairs, as in odd file names and cut JSON, become "?"."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -273,12 +300,12 @@ def hub_answer() -> str:
 
 
 def num_cores() -> int:
-    """Processor cores that this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_port() -> int:
-    """A port on this machine that nothing listens on at the moment."""
+    """Return a port of this machine that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -288,15 +315,16 @@ def free_port() -> int:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one pass, which needs no memory."""
+    """Return whether no value is NaN or infinite; one pass, which needs no memory."""
     if not values.is_floating_point() or not values.numel():
         return True
     values = values.detach().float() if values.element_size() == 1 else values.detach()
-    return bool(torch.stack(values.aminmax()).isfinite().all())
+    least, most = values.aminmax()
+    return bool(least.isfinite() & most.isfinite())
 
 
 def check_weight(values: Tensor, name: str, source: str) -> None:
-    """UserError where weights are not finite: every score they give would mean nothing."""
+    """Raise UserError where weights are not finite: every score they give would mean nothing."""
     if not is_finite(values):
         num_bad = int((~values.isfinite()).sum())
         raise UserError(
@@ -306,7 +334,7 @@ def check_weight(values: Tensor, name: str, source: str) -> None:
 
 
 def check_scores(values: Tensor, what: str, precision: str) -> Tensor:
-    """The values, if all are finite; UserError where they are not, as of an overflow in half precision."""
+    """Return the values. Raises UserError where some are not finite, as after an overflow in fp16."""
     if not is_finite(values):
         num_bad = int((~values.isfinite()).sum())
         remedy = "the weights give no meaningful scores for these inputs; use another checkpoint"
@@ -317,7 +345,9 @@ def check_scores(values: Tensor, what: str, precision: str) -> Tensor:
 
 
 def json_text(content: object, name: str, indent: int | None = None) -> str:
-    """`content` as JSON for the file `name`; UserError where a number is not finite, which JSON lacks."""
+    """Return `content` as JSON for the file `name`; raise UserError where a number is not finite, which JSON
+    lacks.
+    """
     try:
         return json.dumps(content, indent=indent, allow_nan=False)
     except ValueError as error:
@@ -326,46 +356,13 @@ def json_text(content: object, name: str, indent: int | None = None) -> str:
 
 
 def _not_finite(content: object, key: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers that are not finite, and under which keys they are."""
+    """Yield (key, number) for every number that is not finite."""
     if isinstance(content, float) and not math.isfinite(content):
         yield key, content
     pairs = content.items() if isinstance(content, dict) else ()
     pairs = enumerate(content) if isinstance(content, list | tuple) else pairs
     for name, value in pairs:
         yield from _not_finite(value, f"{key}.{name}" if key else str(name))
-
-
-# ---- time and memory ----
-
-
-def clock(function: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    """Seconds until the device has done it all, and what it returned."""
-    synchronize(device)
-    begin = time.perf_counter()
-    result = function()
-    synchronize(device)
-    return time.perf_counter() - begin, result
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def reset_peak(device: torch.device) -> None:
-    """`peak_bytes` counts from here; of a process where the system can do that, else from its start."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):  # Linux
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Of the GPU's memory as torch counts it, or else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- log ----
@@ -379,32 +376,30 @@ def with_progress(
     describe: Callable[[], str] = lambda: "",
     num_done: int = 0,
 ) -> Iterator:
-    """Passes the items through and logs a line with the ETA every `log_steps` items and at the last;
-    `num_done` of the `total` were there before.
+    """Yield the items and log a line with the ETA every `log_steps` items and at the last; `num_done` of the
+    `total` were there before.
     """
-    begin = time.monotonic()
+    begin, torch = time.monotonic(), sys.modules.get("torch")  # None: no GPU is used
     for done, item in enumerate(items, num_done + 1):
         yield item
         if done % log_steps == 0 or done == total:
             seconds = (time.monotonic() - begin) / (done - num_done)
             eta = timedelta(seconds=int(seconds * (total - done)))
-            memory = (
-                f"  max mem {torch.cuda.max_memory_allocated() >> 20} MiB"
-                if torch.cuda.is_available()
-                else ""
-            )
+            memory = ""
+            if torch and torch.cuda.is_available():
+                memory = f"  max mem {torch.cuda.max_memory_allocated() >> 20} MiB"
             log.info(f"{header}  [{done}/{total}]  eta {eta}  {describe()}  {seconds:.3f} s/it{memory}")
 
 
 def append_log(output_dir: str, record: dict) -> None:
-    """One JSON object a line in log.txt; on the main rank only. UserError for a value that is not finite."""
+    """Add a line to log.txt, on the main rank only. Raises UserError for a value that is not finite."""
     if is_main():
         path = Path(output_dir) / LOG
         append_line(path, json_text(record, f"a line of {path}"))
 
 
 def append_line(path: Path, line: str) -> None:
-    """A line more in a log; a full disk costs the line, not the run."""
+    """Add a line to a log; a full disk costs the line, not the run."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -414,8 +409,8 @@ def append_line(path: Path, line: str) -> None:
 
 @contextmanager
 def atomic_write(path: str | Path, text: bool = False) -> Iterator[IO]:
-    """A new file that takes the place of `path` in one step, once it is complete and on the disk; it takes
-    bytes, or with `text` text, which becomes UTF-8.
+    """Open a new file, of bytes or with `text` of UTF-8, that takes the place of `path` in one step, once it
+    is complete and on the disk.
 
     On failure the file that was there stays. Raises UserError when writing fails (disk full, no permission).
     """
@@ -441,12 +436,12 @@ def atomic_write(path: str | Path, text: bool = False) -> Iterator[IO]:
 
 
 def _temporary(path: Path) -> Path:
-    """A name of its own: other processes, of other hosts too, may be writing the same file."""
+    """Return a name of its own: other processes, of other hosts too, may be writing the same file."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut, where the system can."""
+    """Make a rename survive a power cut, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -456,7 +451,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def import_pyplot():
-    """matplotlib.pyplot, drawing to files; UserError where matplotlib is not installed."""
+    """Return matplotlib.pyplot, drawing to files; raise UserError where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -469,7 +464,7 @@ def import_pyplot():
 
 
 def check_picture_name(out: str | Path) -> None:
-    """UserError where matplotlib is not installed or could not write a picture of that name."""
+    """Raise UserError where matplotlib is not installed or could not write a picture of that name."""
     import_pyplot()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -489,18 +484,21 @@ def save_figure(figure, out: str | Path | BinaryIO, dpi: int, **settings) -> Non
 
 
 def code_revision() -> str:
-    """The git revision of this code, "-dirty" where files differ from it; "unknown" outside a clone."""
+    """Return the git revision of this code, "-dirty" where files differ; "unknown" outside a clone."""
     try:
         command = ["git", "describe", "--always", "--dirty"]
-        where = Path(__file__).resolve().parent
-        done = subprocess.run(command, cwd=where, capture_output=True, encoding="utf-8", check=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """auto, cpu, cuda or cuda:N, the GPU made the current one. Raises UserError for one that is not there."""
+    """Return the device named auto, cpu, cuda or cuda:N and make a GPU the current one. Raises UserError for
+    one that is not there.
+    """
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -511,9 +509,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"device {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        local_rank = (
-            0 if num_gpus == 1 and "SLURM_LOCALID" in os.environ else local_rank
-        )  # one GPU bound per task
+        if num_gpus == 1 and "SLURM_LOCALID" in os.environ:  # each task sees its own GPU alone
+            local_rank = 0
         index = local_rank if device.index is None else device.index
         if index >= num_gpus:
             raise UserError(
@@ -526,7 +523,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def make_output_folder(folder: str | Path, flag: str = "--output_dir") -> Path:
-    """Creates the folder that `flag` names and proves that a file can be written there; UserError if not."""
+    """Return the folder that `flag` names, made where missing. Raises UserError where no file can be written
+    there.
+    """
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ Expected Flickr30k test, k_test 128 (the paper's numbers): TR@1 86.2, IR@1 69.5 
 """
 
 if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
+    from simla.engine.command import prepare
 
     prepare()
 
@@ -24,8 +24,8 @@ from simla.configs.reader import parse
 from simla.configs.schema import RETRIEVAL
 from simla.dataset.items import Collate
 from simla.dataset.loaders import stop_at_unreadable, test_loader, to_device
-from simla.dataset.retrieval import MAX_TEXT_TOKENS, RetrievalEvalData
-from simla.dataset.text import build_tokenizer, check_vocabulary, tokenize
+from simla.dataset.retrieval import RetrievalEvalData
+from simla.dataset.text import MAX_TEXT_TOKENS, build_tokenizer, check_vocabulary, tokenize
 from simla.engine.dry_run import dry_run_retrieval
 from simla.engine.launch import run_script, script_arguments, start
 from simla.engine.results import record_evaluation, result_path, save_result
@@ -33,10 +33,10 @@ from simla.evaluation.rerank import rerank
 from simla.evaluation.retrieval import retrieval_chance, retrieval_recall
 from simla.models.retrieval import SIMLARetrieval
 from simla.utils import (
-    PRECISIONS,
     atomic_write,
     autocast,
     check_scores,
+    dtype_of,
     gather_in_order,
     is_main,
     log,
@@ -84,7 +84,7 @@ def encode_images(
     nothing, since autocast rounds them so anyway before it projects them.
     """
     own = len(range(rank(), len(data), world_size()))
-    precision, pinned = PRECISIONS[config["precision"]], device.type == "cuda"
+    precision, pinned = dtype_of(config["precision"]), device.type == "cuda"
     size = model.visual_encoder.pos_embed.shape[1:]  # N, D
     states = torch.empty(own, *size, dtype=precision, pin_memory=pinned)
     feats = torch.empty(own, model.embed_dim, device=device)

@@ -17,15 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from simla.dataset.transforms import (
-    ItemRandom,
-    JpegFile,
-    TrainTransform,
-    crops,
-    load_image,
-    open_image,
-    reduction,
-)
+from simla.dataset.images import JpegFile, load_image, open_image
+from simla.dataset.transforms import ItemRandom, TrainTransform, crops, reduction
 
 
 def main() -> None:

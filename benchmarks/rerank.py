@@ -27,10 +27,11 @@ from torch import Tensor
 
 from simla.configs.reader import read_config
 from simla.configs.schema import RETRIEVAL
+from simla.engine.measure import clock, peak_bytes, reset_peak
 from simla.evaluation.rerank import SIZES, candidate_pairs, make_groups, rerank, score_group
 from simla.models.bert import BertModel, padding_mask
 from simla.models.retrieval import SIMLARetrieval
-from simla.utils import PRECISIONS, autocast, clock, peak_bytes, reset_peak
+from simla.utils import autocast, dtype_of
 
 # images, texts, k, mean tokens of a text with [CLS], images of ours and queries of each direction measured
 SHAPES = {
@@ -65,7 +66,7 @@ def random_texts(num: int, mean: float, vocab_size: int) -> tuple[Tensor, Tensor
 def random_states(num: int, model: SIMLARetrieval, precision: str, device: torch.device) -> Tensor:
     """As the image encoder's last norm leaves them, where `rerank` expects them."""
     size, pinned = model.visual_encoder.pos_embed.shape[1:], device.type == "cuda"
-    states = torch.empty(num, *size, dtype=PRECISIONS[precision], pin_memory=pinned)
+    states = torch.empty(num, *size, dtype=dtype_of(precision), pin_memory=pinned)
     for part in states.split(100):
         part.copy_(torch.randn(part.shape, device=device))
     return states

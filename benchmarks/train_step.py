@@ -28,14 +28,15 @@ from torch.profiler import ProfilerActivity, profile
 from simla.configs.reader import read_config
 from simla.configs.schema import PRETRAIN, RETRIEVAL
 from simla.engine.data_parallel import compile_layers, set_checkpointing
+from simla.engine.measure import clock, peak_bytes
 from simla.engine.memory import estimate
 from simla.models.align import Draws
-from simla.models.bert import BertConfig
+from simla.models.bert_config import BertConfig
 from simla.models.dvae import DalleEncoder
 from simla.models.pretrain import SIMLA, PretrainBatch
 from simla.models.retrieval import RetrievalBatch, SIMLARetrieval
 from simla.optim import create_optimizer
-from simla.utils import autocast, clock, peak_bytes, set_precision, true_indices
+from simla.utils import autocast, set_precision, true_indices
 
 TOKENS, WORDS_MASKED, PATCHES_MASKED = 25, 4, 75
 FIGURES = "seconds", "cpu_seconds", "peak_bytes"

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from simla.configs.reader import read_config
 from simla.configs.schema import VQA
+from simla.engine.measure import clock, peak_bytes, reset_peak
 from simla.models.answer_tree import AnswerTree
 from simla.models.vqa import SIMLAVQA
-from simla.utils import autocast, clock, peak_bytes, reset_peak
+from simla.utils import autocast
 
 CLS, SEP = 101, 102
 SHARE_OF_LENGTHS = [0.6, 0.26, 0.08, 0.04, 0.01, 0.01]  # one to six word pieces

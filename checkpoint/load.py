@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from simla.checkpoint.key_maps import KINDS, QUEUES, ROWS, TWIN, Row
 from simla.checkpoint.safe_load import Inert, safe_load, to_plain
 from simla.configs.schema import BERT_CONFIG, VIT
-from simla.models.bert import BertConfig
+from simla.models.bert_config import BertConfig
 from simla.utils import UserError, check_weight, log
 
 POS_EMBEDS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")

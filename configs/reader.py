@@ -28,7 +28,7 @@ from simla.configs.schema import (
     is_finite,
     scripts_of,
 )
-from simla.models.bert import BertConfig
+from simla.models.bert_config import BertConfig
 from simla.utils import UserError, fill_in, is_url
 
 PUBLISHED = {  # keys of published configs: what they are called here; none: no script of the task reads them

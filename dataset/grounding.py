@@ -6,13 +6,13 @@ from functools import cache, partial
 from pathlib import Path
 
 from simla.dataset.identity import by_path
+from simla.dataset.images import BadImage, image_size
 from simla.dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from simla.dataset.readers.annotations import TEXT, Annotations, Mapped, item_of, read_annotations
 from simla.dataset.readers.json_list import read_json
 from simla.dataset.readers.plain_pickle import read_plain_pickle
-from simla.dataset.readers.tables import by_id, checked, look_up
+from simla.dataset.readers.tables import by_id, checked, is_box, look_up
 from simla.dataset.retrieval import WithIdentities
-from simla.dataset.transforms import BadImage, image_size
 from simla.utils import UserError
 
 FIELDS = {"image": TEXT, "text": TEXT}
@@ -216,23 +216,3 @@ def _boxes(boxes: object, where: str) -> list[list[float]]:
                 f"found {box!r}; correct or remove it"[:500]
             )
     return boxes
-
-
-def is_box(box: object) -> bool:
-    """[x, y, w, h, ...] with an area."""
-    return isinstance(box, list) and all(map(_is_number, box[:4])) and has_area(box)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-# ---- pickles of plain values ----
-
-
-MAX_PIXEL, MIN_SIDE = 1e9, 1e-9  # of a box: within them its area is neither infinite nor 0
-
-
-def has_area(box: list[float]) -> bool:
-    """Whether the numbers are [x, y, width, height, ...] in pixels with width and height above 0."""
-    return len(box) >= 4 and all(abs(side) <= MAX_PIXEL for side in box[:4]) and min(box[2:4]) >= MIN_SIDE

@@ -13,18 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from simla.dataset.images import BadImage, load_image, open_image
 from simla.dataset.loaders import test_loader, train_loader
 from simla.dataset.mixture import near
 from simla.dataset.readers.annotations import Mapped
 from simla.dataset.text import clean_caption, names_side, tokenize
-from simla.dataset.transforms import (
-    BadImage,
-    EvalTransform,
-    ItemRandom,
-    TrainTransform,
-    load_image,
-    open_image,
-)
+from simla.dataset.transforms import EvalTransform, ItemRandom, TrainTransform
 from simla.utils import UserError, all_gather_objects, log, with_progress
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from simla.configs.reader import weighted
+from simla.dataset.images import BadImage, open_image
 from simla.dataset.items import Collate, TrainItems
 from simla.dataset.loaders import train_loader
 from simla.dataset.masking import BlockMask
@@ -16,16 +17,7 @@ from simla.dataset.readers.annotations import TEXT, TEXTS, Mapped, item_of, read
 from simla.dataset.readers.shard_stream import count_samples
 from simla.dataset.readers.shards import Shards, expand_names, is_shards
 from simla.dataset.text import mask_tokens
-from simla.dataset.transforms import (
-    BadImage,
-    ItemRandom,
-    PretrainTransform,
-    View,
-    crops,
-    open_image,
-    to_tensor,
-    unit_range,
-)
+from simla.dataset.transforms import ItemRandom, PretrainTransform, View, crops, to_tensor, unit_range
 from simla.utils import UserError, is_url, true_indices
 
 

@@ -116,6 +116,3 @@ class RetrievalEvalData(EvalItems):
 
 def _without_text(entry: dict) -> dict:
     return {"images": entry["images"], "text": "", "where": entry["where"]}
-
-
-MAX_TEXT_TOKENS = 30

@@ -4,6 +4,8 @@ Shapes: B texts, T tokens. One text is [CLS] and its word pieces, *without* the 
 published checkpoints were trained that way.
 """
 
+from __future__ import annotations
+
 import codecs
 import re
 from collections.abc import Sequence
@@ -11,16 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
 from simla.utils import UserError, hub_answer, log, printable
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 CLEANED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 SIDE = re.compile(r"(?<![a-z])(left|right)(s|most|wards?|sides?|hand(s|ed|ers?)?)?(?![a-z])", re.IGNORECASE)
+MAX_TEXT_TOKENS = 30  # of a text in retrieval
 SPECIAL_TOKENS = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
 
 
@@ -45,7 +47,7 @@ def names_side(text: str) -> bool:
     return SIDE.search(text) is not None
 
 
-def build_tokenizer(name_or_folder: str) -> "PreTrainedTokenizerBase":
+def build_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
     """Uncased BERT WordPiece from a hub name, or a folder with vocab.txt or tokenizer.json."""
     from tokenizers.processors import TemplateProcessing
     from transformers import BertTokenizer  # here, because this import takes seconds
@@ -84,7 +86,7 @@ def _words_after_a_mark(file: Path) -> dict[str, dict[str, int]]:
         return {"vocab": {line.rstrip("\n"): number for number, line in enumerate(lines)}}
 
 
-def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """UserError where the tokenizer has words that the text encoder's embedding has no row for."""
     if len(tokenizer) > vocab_size:
         raise UserError(
@@ -94,7 +96,7 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> N
 
 
 def tokenize(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     max_length: int | None = None,
     padding: Literal["longest", "max_length"] = "longest",
@@ -107,6 +109,8 @@ def tokenize(
     `position_limit` positions; a text cut there is logged, by its entry of `names` where they are given.
     `padding`: to the longest text of the batch, or to max_length.
     """
+    import torch  # here, as below, because converters of data clean texts alone
+
     if padding == "max_length" and max_length is None:
         raise ValueError("padding to max_length needs a max_length")
     rows = tokenizer(list(texts))["input_ids"] if len(texts) else []
@@ -153,6 +157,8 @@ def mask_tokens(
     Of them 80% become [MASK], 10% a random token, 10% stay. Never waits for the device, on which `generator`
     has to live too.
     """
+    import torch
+
     draw = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
     words = torch.randint(vocab_size, input_ids.shape, generator=generator, device=input_ids.device)
     draw = draw.masked_fill((input_ids == pad_id) | (input_ids == cls_id), 1.0)

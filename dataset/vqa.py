@@ -1,7 +1,7 @@
 """Questions about images, with what several people answered: training, evaluation, the list of answers."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,13 +16,11 @@ from simla.dataset.loaders import train_loader
 from simla.dataset.readers.annotations import NUMBER_OR_TEXT, TEXT, TEXTS, Mapped, item_of, read_annotations
 from simla.dataset.readers.json_list import read_json
 from simla.dataset.text import clean_question, tokenize
-from simla.evaluation.vqa import most_common_answer, normalize_answer
 from simla.utils import UserError, log, printable, true_indices
 
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # data set of an entry -> config key
 WEIGHT_OF_ALL_ANSWERS = {"vqa": 1.0, "vg": 0.5}  # a Visual Genome question has a single annotator
-NUM_ANSWERS = 3128  # the length of the published list
 MAX_WORDS_IN_TRAINING, MAX_WORDS_IN_EVALUATION = 30, 50
 
 
@@ -199,30 +197,3 @@ def eos_token(tokenizer, eos: str) -> int:
     if not eos or number == tokenizer.unk_token_id:
         raise UserError(f"config eos {eos!r} is no word of the vocabulary; BERT's end mark is '[SEP]'")
     return number
-
-
-# ---- the answer list ----
-
-
-def frequent_answers(
-    annotations: Iterable[Sequence[str]], num: int | None = None, min_count: int = 1
-) -> list[str]:
-    """The `num` most frequent answers among those counted `min_count` times, most frequent first.
-
-    A question counts for one answer: the one that most of its annotators gave, normalised as for the official
-    accuracy (of equally many the first). Of equally frequent answers the one that appears first stands first;
-    answers with nothing left after normalisation are left out. Listed is how an answer is mostly spelled.
-    """
-    counts, spellings = Counter(), defaultdict(Counter)
-    for answers in annotations:
-        answer = most_common_answer(answers)
-        counts[answer] += 1
-        spellings[answer].update(a.strip() for a in answers if normalize_answer(a) == answer)
-    kept = [answer for answer, count in counts.most_common() if answer and count >= min_count][:num]
-    return [spellings[answer].most_common(1)[0][0] for answer in kept]
-
-
-def covered_share(listed: Iterable[str], annotations: Sequence[Sequence[str]]) -> float:
-    """Of the questions, how many have their most common answer in the list, 0 to 1."""
-    known = set(map(normalize_answer, listed))
-    return sum(most_common_answer(given) in known for given in annotations) / len(annotations)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import cv2
-import torch
 
 from simla.utils import UserError
 
@@ -48,6 +47,8 @@ class Workers:
 
 def _start(shared: Any) -> None:
     global _shared
+    import torch  # here, because commands that only show their --help import this file, too
+
     _shared = shared
     cv2.setNumThreads(0)  # the processes are the parallelism
     torch.set_num_threads(1)

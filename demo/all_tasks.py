@@ -8,16 +8,11 @@ with, a fresh head where it has one) and after it. What imports torch is importe
 pretrain.py.
 """
 
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
-
 import json
 from functools import partial
 from pathlib import Path
 
-from simla.demo.data import run, write_json
+from simla.demo.data import write_json
 from simla.demo.pretrain import (
     DATA,
     PRETRAINING,
@@ -29,6 +24,7 @@ from simla.demo.pretrain import (
     run_stage,
     spread,
 )
+from simla.engine.command import GOES_ON, run_command
 
 
 def read_grounding(result: dict) -> dict:
@@ -161,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main, GOES_ON)

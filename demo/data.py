@@ -35,11 +35,6 @@ and their chance levels in percent. A scene record, from which they are made:
                 `holds(statement, scene)` says whether a statement is true of a scene.
 """
 
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
-
 import argparse
 import json
 import multiprocessing
@@ -64,6 +59,7 @@ from simla.demo.scenes import (
     related_kinds,
     sprite,
 )
+from simla.engine.command import GOES_ON, run_command
 from simla.utils import UserError, atomic_write, make_output_folder, num_cores
 
 VERSION = 4  # raise it whenever the same arguments give other files
@@ -282,19 +278,6 @@ def draw_scenes(make: Callable[[tuple], dict], items: list[tuple[str, int]], wor
     return records
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a command of the demo; Ctrl-C ends it with one line that says how to go on, and exit code 130."""
-    from simla.engine.launch import run_script  # here, because it imports torch
-
-    def main_until_interrupted() -> None:
-        try:
-            main()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
-
-    run_script(main_until_interrupted)
-
-
 # -------------------------------------------------------------------------------------------------- main
 def make_demo(
     out: Path,
@@ -368,4 +351,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main, GOES_ON)

@@ -3,29 +3,22 @@
 python -m simla.demo.keywords output/demo/checkpoint_04.pth -o keywords.png
 """
 
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
+from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from simla.checkpoint.load import load_weights
 from simla.configs.reader import read_config
 from simla.configs.schema import PRETRAIN
-from simla.dataset.items import Collate, EvalItems
-from simla.dataset.loaders import stop_at_unreadable
-from simla.dataset.pretrain import read_pairs
+from simla.dataset.images import load_image
 from simla.dataset.text import build_tokenizer, clean_caption
-from simla.dataset.transforms import load_image, normalise
-from simla.engine.launch import run_script
-from simla.models.pretrain import SIMLA
+from simla.engine.command import run_command
 from simla.utils import import_pyplot, save_figure
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GREEN, GREY = "#1a9641", "#b8c4cf"
 
@@ -55,9 +48,9 @@ def plot_keywords(
         picture, bars = axes[row]
         picture.imshow(load_image(file))
         picture.axis("off")
-        heads = attention[row, :, : len(pieces)].float().cpu()  # (H, number of pieces)
+        heads = attention[row, :, : len(pieces)].float().cpu().numpy()  # (H, number of pieces)
         means = heads.mean(0)
-        ranges = torch.stack([means - heads.amin(0), heads.amax(0) - means])
+        ranges = [means - heads.min(0), heads.max(0) - means]
         colours = [GREEN if is_keyword else GREY for is_keyword in chosen[row, : len(pieces)]]
         lines = {"ecolor": "#777777", "error_kw": {"linewidth": 0.8}}
         bars.bar(range(len(pieces)), means, yerr=ranges, color=colours, **lines)
@@ -84,6 +77,12 @@ def draw_keywords(checkpoint: str | Path, config: dict, entries: Sequence[dict],
 
     Raises UserError for a checkpoint of another model and an image that cannot be read.
     """
+    from simla.checkpoint.load import load_weights  # here, as below: torch takes seconds
+    from simla.dataset.items import Collate, EvalItems
+    from simla.dataset.loaders import stop_at_unreadable
+    from simla.dataset.transforms import normalise
+    from simla.models.pretrain import SIMLA
+
     tokenizer = build_tokenizer(config["text_encoder"])
     model = SIMLA.from_config(config, tokenizer.cls_token_id)
     load_weights(model, checkpoint, "Pretrain", config)
@@ -111,6 +110,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=4, help="pairs, evenly spread (default: %(default)s)")
     parser.add_argument("-o", "--out", default="keywords.png")
     args = parser.parse_args()
+    from simla.dataset.pretrain import read_pairs
 
     config = read_config(args.config or str(Path(args.checkpoint).with_name("config.yaml")), PRETRAIN)
     pairs = read_pairs(args.file or config["train_file"])
@@ -119,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)

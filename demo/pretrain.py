@@ -6,11 +6,6 @@ A second call goes on where an interrupted one stopped, and after a finished one
 imports torch is imported where it is needed: the processes that draw the scenes import this file too.
 """
 
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
-
 import argparse
 import json
 import os
@@ -25,7 +20,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from simla.demo.data import NUM_WORKERS, make_demo, run, without_interrupts, write_json
+from simla.demo.data import NUM_WORKERS, make_demo, without_interrupts, write_json
+from simla.engine.command import GOES_ON, run_command
 from simla.utils import UserError, free_port, import_pyplot, num_cores
 
 CONFIGS = Path("configs/demo")
@@ -303,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main, GOES_ON)

@@ -2,7 +2,7 @@
 
 import math
 
-from simla.models.bert import BertConfig
+from simla.models.bert_config import BertConfig
 from simla.utils import log
 
 # Published warm-ups take 2,000 steps, and on hard negatives ITM leaves its chance level some hundred steps

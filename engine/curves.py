@@ -3,11 +3,6 @@
 python -m simla.engine.curves output/A output/B -o curves.png    overlays runs of one task
 """
 
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
-
 import argparse
 import json
 import math
@@ -19,9 +14,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from simla.engine.chance import chance_levels
-from simla.engine.launch import run_script
-from simla.engine.run_record import STEPS_LOG
-from simla.utils import LOG, UserError, import_pyplot, log, save_figure
+from simla.engine.command import run_command
+from simla.utils import LOG, STEPS_LOG, UserError, import_pyplot, log, save_figure
 
 COLOURS = ("#0b5fa5", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444")
 LINE_STYLES = {"val": "-", "test": "--", "testA": "--", "testB": ":"}  # of the split that a score is of
@@ -218,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)

@@ -22,23 +22,21 @@ from simla.dataset.readers.annotations import read_annotations
 from simla.dataset.retrieval import RetrievalEvalData
 from simla.dataset.transforms import normalise
 from simla.engine.data_parallel import set_checkpointing
+from simla.engine.measure import clock, peak_bytes, reset_peak
 from simla.engine.memory import Estimate, estimate
 from simla.engine.training import Losses, Training, target_weight
 from simla.evaluation.rerank import SIZES, make_groups, score_group
-from simla.models.bert import BertConfig
+from simla.models.bert_config import BertConfig
 from simla.models.dvae import STRIDE
 from simla.models.retrieval import SIMLARetrieval
 from simla.utils import (
-    PRECISIONS,
     UserError,
     all_gather_objects,
     as_one_process,
     autocast,
-    clock,
+    dtype_of,
     is_main,
     log,
-    peak_bytes,
-    reset_peak,
     true_indices,
     world_size,
 )
@@ -298,7 +296,7 @@ def retrieval_work(
     scores = torch.zeros(wanted.numel() + 1, device=device)
     num_image_tokens = (config["image_res"] // config["vit"]["patch_size"]) ** 2 + 1
     shape = num_images, num_image_tokens, config["vision_width"]
-    states = torch.zeros(shape, dtype=PRECISIONS[config["precision"]])  # on the host, as in the evaluation
+    states = torch.zeros(shape, dtype=dtype_of(config["precision"]))  # on the host, as in the evaluation
     (group,) = make_groups(wanted, torch.full((k_test,), ids.shape[1]), num_images, tokens_to_a_call)
     return {
         "images": (size, lambda model: model.encode_image(normalise(batch["image"].to(device)))),

@@ -1,13 +1,11 @@
 """The end of a process before its time: what is being written is finished, run.json says how it ended."""
 
-import os
 import signal
-import sys
 import threading
-from contextlib import suppress
 from typing import NoReturn
 
 from simla.checkpoint.save import Saver
+from simla.engine.command import leave
 from simla.engine.run_record import RunRecord
 from simla.utils import STOP_SIGNALS, signal_numbers
 
@@ -15,20 +13,14 @@ RESUMABLE = 75  # exit code of a run that was told to stop and can go on: EX_TEM
 
 
 def end_process(code: int, status: str, message: str = "") -> NoReturn:
-    """Ends this process at once, when what is being written is on the disk and run.json says how it ended."""
+    """End this process at once, when what is being written is on the disk and run.json says how it ended."""
     if threading.current_thread() is threading.main_thread():
         for number in signal_numbers(STOP_SIGNALS):  # one that comes now would only cut this short
             signal.signal(number, signal.SIG_IGN)
     Saver.wait()
     if RunRecord.current:
         RunRecord.current.finish(status, message)
-    with suppress(OSError):  # nobody is there to be told
-        if message:
-            print(message, file=sys.stderr, flush=True)
-    with suppress(OSError):
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    os._exit(code)
+    leave(code, message)
 
 
 def end_stopped(signal_name: str, message: str) -> NoReturn:

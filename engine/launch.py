@@ -1,19 +1,17 @@
 """Start and end of every script: flags, processes, device, seeds, what to resume, run.json, exit codes."""
 
 import argparse
-import errno
 import logging
 import os
 import random
 import re
-import select
-import signal
 import sys
 import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ import torch.distributed as dist
 from simla.checkpoint.save import check_undamaged, load_checkpoint, newest_good, run_checkpoints
 from simla.configs.reader import add_overrides
 from simla.dataset.loaders import loader_problem
-from simla.engine.before_imports import imported
+from simla.engine.command import run_command
 from simla.engine.exit import end_process, end_stopped
 from simla.engine.peers import leave_together, stop_others, wait_for_news, watch_peers
 from simla.engine.run_log import check_wandb
@@ -266,25 +264,20 @@ _script: ExitStack | None = None  # what ends with the script that `run_script` 
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Runs a command, of whose `main` a number is the exit code, and ends run.json.
+    """Run a task script as `run_command` does, and end run.json.
 
-    A UserError ends it as one sentence and exit code 1, without a traceback; a stop signal with exit code 75,
-    "resumable", once what is trained is saved, and with the shell's code for that signal where no training
-    could go on; a reader of its output that has left (`| head`) with the shell's code 141 and no word; output
-    or a file that finds no room with one sentence and exit code 1; any other exception with its traceback.
-    What is being written is finished first, and every rank ends at once, so that none waits for one that
-    failed. What the terminal's encoding lacks is printed as its number. A line of the log that cannot be
-    written costs the line, not the run.
+    A stop signal ends it with exit code 75, "resumable", once what is trained is saved, and with the shell's
+    code for that signal where no training could go on. What is being written is finished first, and every
+    rank ends at once, so that none waits for one that failed.
     """
+    run_command(partial(_run_ranks, main), end=partial(end_process, status="failed"))
+
+
+def _run_ranks(main: Callable[[], object]) -> object:
     global _script
-    imported()
-    if sys.stdout is None:
-        end_process(1, "failed", "error: the standard output is closed; send it to a file or /dev/null")
-    sys.stdout.reconfigure(errors="backslashreplace")
-    logging.raiseExceptions = False
     try:
         with ExitStack() as _script:
-            code = main()
+            result = main()
     except UserError as error:
         who = f" (rank {rank()})" if world_size() > 1 else ""
         end_process(1, "failed", f"error{who}: {error}")
@@ -293,19 +286,9 @@ def run_script(main: Callable[[], object]) -> None:
     except KeyboardInterrupt as interrupt:
         stop_others()
         end_stopped("SIGINT", str(interrupt) or "interrupted")
-    except SystemExit:  # of argparse, which may have printed its help
-        _end_where_output_is_lost("failed")
-        raise
     except Exception as error:
         if problem := loader_problem(error):
             end_process(1, "failed", f"error (rank {rank()}): {problem}")
-        if isinstance(error, OSError):
-            _end_where_output_is_lost("failed")
-            if isinstance(error, BrokenPipeError) and _reader_has_left():
-                end_process(128 + signal.SIGPIPE, "failed")
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                what = error.filename or "the output or a file"
-                end_process(1, "failed", f"error: {what} could not be written ({error.strerror})")
         if world_size() > 1 and isinstance(error, RuntimeError) and re.search("by peer|NCCL", str(error)):
             wait_for_news()  # which ends this process, and says why
             end_process(1, "failed", f"error (rank {rank()}): lost another process, whose message says why")
@@ -317,32 +300,12 @@ def run_script(main: Callable[[], object]) -> None:
         _script = None
     if RunRecord.current:
         RunRecord.current.finish("done")
+        RunRecord.current = None
     if dist.is_initialized():
         leave_together()
         dist.destroy_process_group()
-    _end_where_output_is_lost("done")
     release_folder()
-    if isinstance(code, int) and code:  # a task script returns its scores
-        sys.exit(code)
-
-
-def _reader_has_left() -> bool:
-    """Whether standard output or error is a pipe that nobody reads."""
-    poll = select.poll()
-    for descriptor in (1, 2):
-        poll.register(descriptor, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def _end_where_output_is_lost(status: str) -> None:
-    """Ends the process where what it has printed cannot be written."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            end_process(128 + signal.SIGPIPE, status)
-        except OSError as error:
-            end_process(1, status, f"error: the output could not be written ({error.strerror})")
+    return result
 
 
 # ---- flags ----

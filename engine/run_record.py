@@ -18,19 +18,19 @@ from filelock import FileLock, Timeout
 from ruamel.yaml import YAML
 
 from simla.checkpoint.save import run_checkpoints
+from simla.engine.measure import peak_bytes
 from simla.utils import (
     LOG,
+    STEPS_LOG,
     UserError,
     all_gather_objects,
     atomic_write,
     code_revision,
     is_main,
     log,
-    peak_bytes,
     world_size,
 )
 
-STEPS_LOG = "train_steps.jsonl"
 LOGS = (LOG, STEPS_LOG, "tensorboard")
 LOCK, PREDECESSOR_SECONDS = "training.lock", 10.0
 RUN_FILES = (*LOGS, "run.json", "config.yaml", "result")

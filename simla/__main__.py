@@ -1,9 +1,6 @@
 """The command `simla`: every method of `Simla` on files, for people or, with --json, for other programs."""
 
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
+from __future__ import annotations
 
 import argparse
 import json
@@ -11,20 +8,18 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simla.engine.before_imports import prepare
-from simla.engine.launch import run_script
-from simla.evaluation.grounding import choose_box
+from simla.dataset.text import MAX_TEXT_TOKENS
+from simla.engine.command import run_command
 from simla.folders import describe as describe_passed_over
-from simla.index import Index
-from simla.inputs import read_image
-from simla.loading import load
-from simla.model import MAX_TEXT_TOKENS, Simla, kept_index
-from simla.models.gradcam import MODES
-from simla.plots import plot_gallery, plot_word_maps
 from simla.utils import UserError, atomic_write, check_picture_name
+
+if TYPE_CHECKING:  # torch takes seconds: what needs it is imported once the command line is read
+    from simla.index import Index
+    from simla.model import Simla
 
 VARIABLE = "SIMLA_CHECKPOINT"
 EPILOG = f"""examples:
@@ -66,6 +61,10 @@ def ground(model: Simla, args: argparse.Namespace) -> dict:
     result |= {"box": found.box, "boxes": _rows(("box", "score"), found.ranked)}
     result |= {"heat": found.heat.tolist(), "words": _rows(("word", "heat"), found.words)}
     if args.out:
+        from simla.evaluation.grounding import choose_box
+        from simla.inputs import read_image
+        from simla.plots import plot_word_maps
+
         best = choose_box(found.at_image_size(), [box for box, _ in found.ranked])
         boxes = [("heat alone", found.box), ("best proposal", best)]
         shown = [(label, box) for label, box in boxes if box is not None]
@@ -85,6 +84,8 @@ def _contents(index: Index) -> dict:
 
 def search(model: Simla, args: argparse.Namespace) -> dict:
     if args.index:
+        from simla.model import kept_index
+
         index = kept_index(model, args.folder, args.index, args.everything)
     else:
         index = model.index(args.folder, everything=args.everything)
@@ -95,6 +96,8 @@ def search(model: Simla, args: argparse.Namespace) -> dict:
     ]
     result = {"folder": args.folder, **_contents(index), "results": results}
     if args.out:
+        from simla.plots import plot_gallery
+
         files = [[hit.file for hit in hits] for hits in found]
         notes = [[f"{_name(hit.file)}\n{hit.score:.2f}" for hit in hits] for hits in found]
         title = f"Top {args.top} of {len(index)} images in {_name(args.folder)}"
@@ -230,7 +233,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_max_tokens(own)
     own.add_argument("-o", "--out", help="picture of the heat maps")
     own.add_argument("--boxes", help="proposals to rank: JSON list of [x, y, width, height], or its file")
-    own.add_argument("--mode", default="itm", choices=MODES, help="which score is explained (default: itm)")
+    own.add_argument(
+        "--mode", default="itm", choices=("itm", "itc"), help="which score is explained (default: itm)"
+    )
     own.add_argument(
         "--block", type=int, help="layer whose attention is used, from 0 (default: two thirds up)"
     )
@@ -311,6 +316,8 @@ def main() -> None:
         raise UserError(f"no checkpoint: give --checkpoint FILE, or set {VARIABLE}")
     if out := getattr(args, "out", None):
         _check_out(out, is_picture=args.command != "encode")
+    from simla.loading import load
+
     model = load(args.checkpoint, args.device, args.dtype, args.config, args.text_encoder)
     result = args.function(model, args)
     print(json.dumps(result, allow_nan=False) if args.json else describe(result))
@@ -318,9 +325,8 @@ def main() -> None:
 
 def run() -> None:
     """Run the command `simla` as it is installed."""
-    prepare()
-    run_script(main)
+    run_command(main)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run()

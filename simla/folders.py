@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from simla.dataset.transforms import FORMATS
+from simla.dataset.images import FORMATS
 from simla.utils import log
 
 # Files of these endings are listed without a look: what is none of them that can be read has to be named.

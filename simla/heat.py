@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from simla.dataset.grounding import has_area
+from simla.dataset.readers.tables import has_area
 from simla.dataset.text import tokenize
 from simla.evaluation.grounding import box_score, heat_box, resize_heat
 from simla.models.gradcam import grad_cam, itm_token_maps

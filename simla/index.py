@@ -24,10 +24,10 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from simla.dataset.transforms import BadImage
+from simla.dataset.images import BadImage
 from simla.folders import HIDDEN, Listing, describe, list_images
 from simla.inputs import read_pictures
-from simla.utils import PRECISIONS, UserError, atomic_write, log, num_cores, with_progress
+from simla.utils import PRECISIONS, UserError, atomic_write, dtype_of, log, num_cores, with_progress
 
 if TYPE_CHECKING:
     pass
@@ -464,13 +464,13 @@ def _array_file(folder: Path, name: str, identity: str) -> Path:
 def _tensors(arrays: Mapping[str, np.ndarray], num_rows: int, made_by: dict) -> tuple[Tensor, Tensor]:
     """Features and states of the first rows."""
     features, states = (torch.from_numpy(arrays[name][:num_rows]) for name in (FEATURES, STATES))
-    return features, states.view(PRECISIONS[made_by["precision"]])
+    return features, states.view(dtype_of(made_by["precision"]))
 
 
 def _stored_dtypes(made_by: dict) -> dict[str, np.dtype]:
     """What numpy calls them; bfloat16, which it does not know, is stored as integers of the same bits."""
     precision = made_by["precision"]
-    kind = "int16" if precision == "bf16" else str(PRECISIONS[precision]).removeprefix("torch.")
+    kind = "int16" if precision == "bf16" else PRECISIONS[precision]
     return {FEATURES: np.dtype(np.float32), STATES: np.dtype(kind)}
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from simla.dataset.deep_images import WrongRange
-from simla.dataset.transforms import BadImage, EvalTransform, load_image, upright_rgb
+from simla.dataset.images import BadImage, load_image, upright_rgb
+from simla.dataset.transforms import EvalTransform
 from simla.utils import UserError, num_cores
 
 # A path, a PIL image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8.

@@ -15,10 +15,9 @@ from simla.configs.reader import check_values, read_yaml
 from simla.configs.schema import CONTRAST, ENCODERS, Key
 from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.model import Simla
-from simla.models.bert import BertConfig
-from simla.utils import PRECISIONS, UserError, check_weight, log, own_surroundings, pick_device
+from simla.models.bert_config import BertConfig
+from simla.utils import PRECISIONS, ROOT, UserError, check_weight, log, own_surroundings, pick_device
 
-ROOT = Path(__file__).resolve().parents[1]  # relative paths of a config start here, where the scripts are run
 MAY_CHANGE = (
     "image_res",
     "k_test",

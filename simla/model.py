@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +15,25 @@ from torch import Tensor, nn
 from simla.answers import ranking, writing
 from simla.checkpoint.tasks import WRITTEN_BY
 from simla.dataset.nlvr import CLASSES as NLVR_CLASSES
-from simla.dataset.retrieval import MAX_TEXT_TOKENS
-from simla.dataset.text import clean_caption, clean_question, tokenize
+from simla.dataset.text import MAX_TEXT_TOKENS, clean_caption, clean_question, tokenize
 from simla.dataset.transforms import EVALUATION_VIEW, normalise
 from simla.dataset.ve import CLASSES as VE_CLASSES
 from simla.dataset.vqa import MAX_WORDS_IN_EVALUATION
 from simla.evaluation.rerank import rerank
 from simla.heat import Grounding, check_boxes, grounding, heat_maps
-from simla.index import Hit, Index, build_index, check_made_by, open_index
+from simla.index import CONTENTS, UPDATE, Hit, Index, build_index, check_made_by, open_index
 from simla.inputs import Images, Texts, check_count, good_pictures, listed, paired, read_texts
 from simla.keywords import Concepts
 from simla.models.align import unit_features
 from simla.models.gradcam import MODES, check_block, default_block
 from simla.utils import (
-    PRECISIONS,
     UserError,
     autocast,
     check_scores,
+    dtype_of,
     own_surroundings,
     set_precision,
 )
-
-if TYPE_CHECKING:
-    pass
-from simla.index import CONTENTS, UPDATE
 
 FEATURES = "projection to features", "pretrain", "retrieval"  # a part, and the kinds that have it
 MATCHING = "matching head", "pretrain", "retrieval"
@@ -176,7 +170,7 @@ class Simla:
         def encode(pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
             with self._scoring():
                 states, features = self.model.encode_image(normalise(torch.stack(pixels).to(self.device)))
-            states = states.to(PRECISIONS[self.precision])
+            states = states.to(dtype_of(self.precision))
             return self._finite(states, "token states of images"), self._finite(
                 features, "features of images"
             )

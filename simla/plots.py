@@ -26,7 +26,7 @@ def plot_gallery(
     """
     import textwrap
 
-    from simla.dataset.transforms import load_image
+    from simla.dataset.images import load_image
 
     plt = import_pyplot()
     rows, columns = len(results), max(map(len, results))
@@ -75,7 +75,7 @@ def plot_heat_maps(
     """
     import textwrap
 
-    from simla.dataset.transforms import load_image
+    from simla.dataset.images import load_image
 
     plt = import_pyplot()
     # The true box is the wider one, to be seen beneath an equal choice.
@@ -179,7 +179,7 @@ def plot_answers(
     """
     import textwrap
 
-    from simla.dataset.transforms import load_image
+    from simla.dataset.images import load_image
 
     plt = import_pyplot()
     columns = min(num_columns, len(files))

@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from simla.dataset.transforms import BadImage, JpegFile, load_image, open_content, open_image
+from simla.dataset.images import BadImage, JpegFile, load_image, open_content, open_image
 from simla.utils import with_progress
 
 SLOW_SECONDS, LARGE_MIB = 2.0, 200

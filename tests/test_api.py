@@ -21,17 +21,18 @@ import simla
 import VE
 import VQA
 import zero_shot_retrieval
-from simla.checkpoint.__main__ import export
+from simla.checkpoint.export import export
 from simla.checkpoint.tasks import TASKS
 from simla.configs.reader import check_values
 from simla.configs.schema import RETRIEVAL, VIT, Key
 from simla.dataset.grounding import GroundingEvalData
+from simla.dataset.images import load_image
 from simla.dataset.items import evaluation_loader
 from simla.dataset.loaders import to_device
 from simla.dataset.nlvr import read_nlvr
 from simla.dataset.retrieval import RetrievalEvalData
 from simla.dataset.text import check_vocabulary, tokenize
-from simla.dataset.transforms import EvalTransform, load_image, normalise
+from simla.dataset.transforms import EvalTransform, normalise
 from simla.dataset.ve import read_ve
 from simla.dataset.vqa import VQAEvalData, read_answer_list
 from simla.evaluation.rerank import NOT_SCORED

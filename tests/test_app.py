@@ -34,7 +34,7 @@ from playwright.sync_api import expect
 from tiny import ROOT
 
 import simla
-from simla.dataset.transforms import load_image
+from simla.dataset.images import load_image
 from simla.inputs import log_texts
 from simla.plots import plot_word_maps
 from simla.utils import UserError, free_port

@@ -28,10 +28,11 @@ import VQA
 import zero_shot_retrieval
 from simla.configs.reader import read_config
 from simla.configs.schema import RETRIEVAL
-from simla.dataset import transforms
+from simla.dataset import images
+from simla.dataset.images import BadImage, JpegFile, load_image, open_image
 from simla.dataset.items import TrainItems
 from simla.dataset.retrieval import RetrievalEvalData
-from simla.dataset.transforms import BadImage, JpegFile, TrainTransform, View, crops, load_image, open_image
+from simla.dataset.transforms import TrainTransform, View, crops
 from simla.engine.launch import run_script
 from simla.utils import UserError
 
@@ -196,7 +197,7 @@ class Flaky:
         self.calls, self.times, self.number, self.waits = 0, times, number, []
         whole = Path.read_bytes
         monkeypatch.setattr(Path, "read_bytes", lambda path: self.read(whole, path))
-        monkeypatch.setattr(transforms.time, "sleep", self.waits.append)
+        monkeypatch.setattr(images.time, "sleep", self.waits.append)
 
     def read(self, whole, path: Path) -> bytes:
         self.calls += 1
@@ -209,7 +210,7 @@ class Flaky:
 def test_a_read_that_the_network_lost_is_tried_again_after_growing_waits(number, monkeypatch):
     flaky = Flaky(monkeypatch, 3, number)
     assert open_image(FOLDER / "hopper.jpg").size == (128, 128)
-    assert flaky.waits == sorted(flaky.waits) == list(transforms.RETRY_SECONDS)
+    assert flaky.waits == sorted(flaky.waits) == list(images.RETRY_SECONDS)
     flaky.calls, flaky.times = 0, 4
     with pytest.raises(BadImage) as error:
         load_image(FOLDER / "hopper.jpg")

@@ -20,9 +20,11 @@ from tiny import MODEL, ROOT, make_tiny, run_forked
 import Pretrain
 import simla
 import zero_shot_retrieval
-from simla.checkpoint import __main__ as checkpoint_tools
-from simla.checkpoint.__main__ import export, inspect, read_shapes
+from simla.checkpoint import __main__ as command_line
+from simla.checkpoint import export as exporting
+from simla.checkpoint.export import export
 from simla.checkpoint.initial import starting_weights
+from simla.checkpoint.inspect import inspect, read_shapes, verdict
 from simla.checkpoint.key_maps import QUEUES, ROWS, TWIN
 from simla.checkpoint.load import load_weights
 from simla.checkpoint.save import load_checkpoint, save_checkpoint
@@ -149,9 +151,9 @@ def test_a_failed_export_leaves_the_earlier_file(tmp_path, monkeypatch):
     before = target.read_bytes()
 
     def full(*_) -> None:
-        raise checkpoint_tools.SafetensorError("No space left on device")
+        raise exporting.SafetensorError("No space left on device")
 
-    monkeypatch.setattr(checkpoint_tools, "save_file", full)
+    monkeypatch.setattr(exporting, "save_file", full)
     with pytest.raises(UserError, match=r"out\.safetensors could not be written \(No space left on device\)"):
         export(source, str(target))
     assert target.read_bytes() == before and not list(tmp_path.glob(".out*"))
@@ -182,11 +184,11 @@ def test_inspect_and_export_what_a_run_saved(tmp_path, monkeypatch, capsys):
     flags = ["--device", "cpu", "--config", paths["Pretrain"], "--output_dir", out]
     command(Pretrain.parse_and_run, *flags, "--overrides", "schedular.epochs=1")
     source, target = out / "checkpoint_00.pth", out / "weights.safetensors"
-    report = command(checkpoint_tools.main, "inspect", source, "--check")
+    report = command(command_line.main, "inspect", source, "--check")
     assert "epoch: 0" in report and "ranks: 1" in report and "MiB  (optimizer)" in report
     assert f"{paths['data']}/pretrain_train.json" in report and "all checksums match" in report
 
-    command(checkpoint_tools.main, "export", source, target, "--task", "Retrieval.py")
+    command(command_line.main, "export", source, target, "--task", "Retrieval.py")
     scores = []
     for number, weights in enumerate((source, target)):
         results = tmp_path / f"scores_{number}"
@@ -283,11 +285,11 @@ def test_inspect_does_not_read_the_weights(name, tmp_path):
         export(str(tmp_path / "big.pth"), str(tmp_path / name))
     code = f"""
 import re, sys
-from simla.checkpoint import __main__ as checkpoint_tools
+from simla.checkpoint.inspect import inspect
 resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
-checkpoint_tools.inspect({str(content)!r})
+inspect({str(content)!r})
 before = resident()
-assert "256.0 MiB" in checkpoint_tools.inspect({str(tmp_path / name)!r})
+assert "256.0 MiB" in inspect({str(tmp_path / name)!r})
 sys.exit(str(resident() - before) if resident() - before > 64 * 1024 else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -316,7 +318,7 @@ def test_a_published_config_is_compared_without_building_the_model(task):
     names["Pretrain_NLVR"] = "NLVR_Pretrain"
     config = ROOT / "configs" / f"{names.get(task, task)}.yaml"
     state, _, _ = read_shapes_of_nothing()
-    assert "would refuse it" in checkpoint_tools.verdict(state, task, str(config), [], "x.pth")
+    assert "would refuse it" in verdict(state, task, str(config), [], "x.pth")
 
 
 def read_shapes_of_nothing() -> tuple[dict, dict, int]:
@@ -328,7 +330,7 @@ def test_the_commands_end_with_one_sentence(tmp_path, monkeypatch, capsys):
 
     def command(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["simla.checkpoint", *map(str, arguments)])
-        checkpoint_tools.main()
+        command_line.main()
 
     command("export", source, tmp_path / "out.safetensors", "--inference")
     printed = capsys.readouterr().out

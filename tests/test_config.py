@@ -19,8 +19,9 @@ from simla.checkpoint.image_tokenizers import load_flava
 from simla.checkpoint.initial import load_bert, load_vit
 from simla.configs.reader import add_overrides, check_values, parse, read_config, task_name, task_of
 from simla.configs.schema import EMPTY, NUMBER, TASKS, Key
+from simla.dataset.check.__main__ import CHECKED
 from simla.dataset.check.__main__ import main as check_main
-from simla.dataset.check.tasks import TASKS as CHECKED
+from simla.dataset.check.tasks import SPLITS
 from simla.dataset.text import build_tokenizer
 from simla.engine.launch import script_arguments
 from simla.scheduler import WarmupCosine
@@ -378,7 +379,7 @@ def test_a_second_overrides_adds_to_the_first_in_every_parser(monkeypatch):
     assert parser.parse_args([]).overrides == []
     assert script_arguments("x", "c", "o").parse_args(flags).overrides == ["a=1", "b=2", "c=3"]
     found = []
-    monkeypatch.setattr(checkpoint_tools, "inspect", lambda *arguments: found.append(arguments[-1]))
+    monkeypatch.setattr("simla.checkpoint.inspect.inspect", lambda *arguments: found.append(arguments[-1]))
     monkeypatch.setattr(
         sys, "argv", ["simla.checkpoint", "inspect", "x", "--task", "VE.py", "--config", "c", *flags]
     )
@@ -491,7 +492,7 @@ def test_a_config_without_a_telling_name_is_recognised_by_its_keys(tmp_path):
 )
 def test_one_spelling_of_each_task(text, task):
     assert task_name(text) == task
-    assert set(CHECKED) <= set(TASKS) and set(checkpoint_tools.TASKS) == set(TASKS)
+    assert set(CHECKED) == set(SPLITS)
     assert task_of("a/NLVR_Pretrain_24gb.yaml") == task_of("Pretrain_NLVR.yaml") == "Pretrain_NLVR"
     assert task_of("NLVR_pretrain.yaml") == "Pretrain_NLVR" and task_of("Pretrain_24gb.yaml") == "Pretrain"
     assert task_of("output/config.yaml") is None

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from simla.dataset.deep_images import _named_dark
-from simla.dataset.transforms import BadImage, load_image, open_image
+from simla.dataset.images import BadImage, load_image, open_image
 from simla.inputs import read_image
 
 SHADES = np.arange(48 * 48).reshape(48, 48) % 256  # all 256 of them

@@ -19,7 +19,7 @@ import simla
 import VE
 import VQA
 import zero_shot_retrieval
-from simla.checkpoint.__main__ import export
+from simla.checkpoint.export import export
 from simla.checkpoint.image_tokenizers import load_codebook, load_dalle
 from simla.checkpoint.initial import load_bert, load_vit, starting_weights
 from simla.checkpoint.key_maps import ROWS

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models_for_tests import shake, tiny_texts, vit_sizes
 from PIL import Image
 
-from simla.dataset.grounding import is_box
+from simla.dataset.readers.tables import is_box
 from simla.evaluation.grounding import (
     HEAT_THRESHOLD,
     box_iou,

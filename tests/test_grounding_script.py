@@ -24,10 +24,11 @@ from simla.configs.reader import read_config
 from simla.configs.schema import GROUNDING
 from simla.dataset.check.__main__ import main as check
 from simla.dataset.grounding import GroundingEvalData, grounding_loader
+from simla.dataset.images import BadImage, image_size, load_image
 from simla.dataset.loaders import to_device
 from simla.dataset.readers.plain_pickle import read_plain_pickle
 from simla.dataset.text import build_tokenizer
-from simla.dataset.transforms import BadImage, View, crops, image_size, load_image, to_tensor
+from simla.dataset.transforms import View, crops, to_tensor
 from simla.engine.peers import leave_together
 from simla.models.retrieval import SIMLARetrieval
 from simla.utils import UserError

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "scheduler": set(),
     "configs": {"models", "optim"},
     "evaluation": {"models"},
-    "dataset": {"evaluation.vqa", "models.bert", "configs"},
+    "dataset": {"evaluation.vqa", "models.bert_config", "configs"},
     "checkpoint": {"models", "configs"},
     "engine": {"models", "optim", "scheduler", "configs", "evaluation", "dataset", "checkpoint"},
     "simla": {"models", "dataset", "checkpoint", "evaluation", "configs"},

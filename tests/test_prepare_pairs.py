@@ -17,11 +17,11 @@ from PIL import Image
 from pyarrow import parquet
 from test_prepare import RETRIEVAL, karpathy_image, load, numbers, prepare, put
 
+from simla.dataset.images import load_image
 from simla.dataset.prepare.captions import captions_in
 from simla.dataset.prepare.common import Report
 from simla.dataset.pretrain import read_pairs, read_sets
 from simla.dataset.readers.annotations import read_annotations
-from simla.dataset.transforms import load_image
 from simla.utils import UserError
 
 

@@ -17,7 +17,7 @@ SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
+    from simla.engine.command import prepare
     prepare()
 import logging
 import os
@@ -93,8 +93,7 @@ def test_a_closed_output_is_said_before_anything_is_computed(monkeypatch, capsys
 def test_before_the_imports(tmp_path):
     """A closed stream's number goes to no file, and Ctrl-C leaves no traceback."""
     program = (
-        "from simla.engine import before_imports; import os, sys, time; before_imports.prepare();"
-        "null = os.stat(os.devnull);"
+        "import os, time; from simla.engine.command import prepare; prepare(); null = os.stat(os.devnull);"
         "same = [os.path.samestat(os.fstat(n), null) for n in (1, 2)];"
         f"open({str(tmp_path / 'ready')!r}, 'w').write(str(same)); time.sleep(60)"
     )
@@ -113,8 +112,8 @@ def test_a_program_that_imports_ours_keeps_its_own_ctrl_c():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_every_command_prepares_for_that_before_its_imports():
-    """Those that `run_script` runs, which are all but the benchmarks."""
+def test_every_command_ends_so_and_scripts_prepare_for_it_before_their_imports():
+    """All but the benchmarks."""
     files = [ROOT / path for path in (*modules().values(), *(Path(f"{name}.py") for name in SCRIPTS))]
     started = []
     for file in files:
@@ -124,10 +123,11 @@ def test_every_command_prepares_for_that_before_its_imports():
             for node in tree.body
             if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
         ]
-        if not blocks or file.parent.name == "configs":  # which prints a text and ends
+        if not blocks:
             continue
         started.append(file.stem)
-        first, last = tree.body[1], blocks[-1]
-        assert first is blocks[0] and "before_imports" in ast.unparse(first), file
-        assert re.search(r"run_script\(|\brun\(", ast.unparse(last)), file  # `run` calls it
+        if file.stem in SCRIPTS:
+            assert tree.body[1] is blocks[0] and "prepare()" in ast.unparse(blocks[0]), file
+        ends_with = r"run_script\(" if file.stem in SCRIPTS else r"run_command\(|\brun\("  # `run` calls it
+        assert re.search(ends_with, ast.unparse(blocks[-1])), file
     assert {*SCRIPTS, "__main__", "curves", "pretrain", "all_tasks", "data"} <= {*started}

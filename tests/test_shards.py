@@ -30,6 +30,7 @@ from PIL import Image
 from tiny import make_tiny
 
 from simla.configs.reader import weighted
+from simla.dataset.images import BadImage
 from simla.dataset.items import MAX_TRIES
 from simla.dataset.loaders import EpochSampler, train_loader
 from simla.dataset.masking import BlockMask
@@ -40,7 +41,7 @@ from simla.dataset.prepare.shards import Job, fill_of, write_shard
 from simla.dataset.pretrain import PretrainData, code_views, read_pairs, read_sets
 from simla.dataset.readers import kept_index, shard_index, shard_stream
 from simla.dataset.readers.shards import KEPT_OPEN, Shards, expand_names
-from simla.dataset.transforms import BadImage, PretrainTransform
+from simla.dataset.transforms import PretrainTransform
 from simla.engine.bad_images import BadImages
 from simla.utils import UserError
 

@@ -20,24 +20,20 @@ from torchvision import transforms as tv
 
 from simla.dataset.check.causes import Cause
 from simla.dataset.check.images import check_image
+from simla.dataset.images import BadImage, JpegFile, image_size, load_image, open_image
 from simla.dataset.loaders import to_device
 from simla.dataset.prepare.shards import _image_file
 from simla.dataset.transforms import (
     MEAN,
     STD,
-    BadImage,
     EvalTransform,
     ItemRandom,
-    JpegFile,
     PretrainTransform,
     TrainTransform,
     View,
     crops,
     draw_crop,
-    image_size,
-    load_image,
     normalise,
-    open_image,
     resize,
     to_tensor,
     unit_range,

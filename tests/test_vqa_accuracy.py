@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simla.dataset.vqa import frequent_answers
+from simla.dataset.prepare.answers import frequent_answers
 from simla.evaluation.vqa import (
     CONTRACTIONS,
     answer_scores,

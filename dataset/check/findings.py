@@ -14,9 +14,10 @@ from simla.dataset.check.images import Images, explain
 from simla.dataset.check.similar import Similar
 from simla.dataset.check.tasks import Source
 from simla.dataset.check.texts import Shared, Texts, WordPieces, text_lengths
+from simla.dataset.images import BadImage
 from simla.dataset.items import TrainItems
 from simla.dataset.readers.shard_index import Picture
-from simla.dataset.transforms import BadImage, TrainTransform
+from simla.dataset.transforms import TrainTransform
 from simla.utils import UserError
 
 MAX_LISTED = 200  # of each cause and file

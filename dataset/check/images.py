@@ -18,8 +18,9 @@ from PIL import Image, UnidentifiedImageError
 
 from simla.dataset.check.causes import NO_PIXELS, Cause
 from simla.dataset.check.texts import Shared, Texts, path_key
+from simla.dataset.images import BadImage, load_image, open_content, open_image
 from simla.dataset.readers.shard_index import Picture
-from simla.dataset.transforms import BadImage, View, crops, load_image, open_content, open_image
+from simla.dataset.transforms import View, crops
 from simla.dataset.workers import Workers
 from simla.utils import UserError, file_status, with_progress
 

@@ -13,8 +13,8 @@ import numpy as np
 from simla.dataset.check.causes import NAMES, PROBLEMS, Cause
 from simla.dataset.check.findings import MAX_LISTED, Findings, Found
 from simla.dataset.check.images import show
+from simla.dataset.images import BadImage
 from simla.dataset.readers.shard_index import Picture
-from simla.dataset.transforms import BadImage
 from simla.utils import UserError, atomic_write
 
 NUM_SAMPLES = 12  # of each split on the page

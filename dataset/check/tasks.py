@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from simla.configs.reader import weighted
-from simla.configs.schema import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA, Key
 from simla.dataset.grounding import GroundingEvalData, read_expressions, read_located_expressions
 from simla.dataset.identity import by_path_and_id
 from simla.dataset.nlvr import read_nlvr
@@ -44,12 +43,6 @@ class Split:
     takes_shards: bool = False
 
 
-@dataclass(frozen=True)
-class Task:
-    table: dict[str, Key]
-    splits: dict[str, Split]  # by the name of the config key: that of the file is train_file, ...
-
-
 @dataclass
 class Source:
     """An annotation file, or the shards of a pattern; `problem` says why it has no entries where it cannot be
@@ -83,7 +76,7 @@ def _at_root(file: str, config: dict, read: Callable) -> Sequence[dict]:
 
 
 def _with_text(file: str, config: dict, read: Callable, field: str) -> Mapped:
-    """The items of entries that have their text in the field of that name."""
+    """Return the items of entries that have their text in the field of that name."""
     return Mapped(read(file, config), partial(item_of, text=field))
 
 
@@ -130,41 +123,33 @@ def _sentences(read: Callable) -> dict[str, Split]:
     return dict.fromkeys(("train", "val", "test"), Split(partial(_at_root, read=read)))
 
 
-TASKS = {
-    "Pretrain": Task(PRETRAIN, {"train": Split(_pairs, takes_shards=True)}),
-    "Retrieval": Task(
-        RETRIEVAL,
-        {
-            "train": _captions(read_train_pairs, _ids_fit),
-            "val": _captions(read_captioned_images, partial(_rows_of_images, key="val_file")),
-            "test": _captions(read_captioned_images, partial(_rows_of_images, key="test_file")),
-        },
-    ),
-    "Grounding": Task(
-        GROUNDING,
-        {
-            "train": _expressions(read_expressions),
-            "test": _expressions(read_located_expressions, _targets_fit),
-        },
-    ),
-    "VQA": Task(
-        VQA,
-        {
-            "train": _questions(MAX_WORDS_IN_TRAINING, _answers_fit, answer=TEXTS),
-            "val": _questions(MAX_WORDS_IN_EVALUATION, answer=TEXTS),
-            "test": _questions(MAX_WORDS_IN_EVALUATION, _test_questions_fit, question_id=NUMBER_OR_TEXT),
-        },
-    ),
-    "Pretrain_NLVR": Task(PRETRAIN_NLVR, {"train": Split(_pairs)}),
-    "NLVR": Task(NLVR, _sentences(read_nlvr)),
-    "VE": Task(VE, _sentences(read_ve)),
+# Script -> its splits, by the name of the config key: that of the file is train_file, ...
+SPLITS: dict[str, dict[str, Split]] = {
+    "Pretrain": {"train": Split(_pairs, takes_shards=True)},
+    "Retrieval": {
+        "train": _captions(read_train_pairs, _ids_fit),
+        "val": _captions(read_captioned_images, partial(_rows_of_images, key="val_file")),
+        "test": _captions(read_captioned_images, partial(_rows_of_images, key="test_file")),
+    },
+    "Grounding": {
+        "train": _expressions(read_expressions),
+        "test": _expressions(read_located_expressions, _targets_fit),
+    },
+    "VQA": {
+        "train": _questions(MAX_WORDS_IN_TRAINING, _answers_fit, answer=TEXTS),
+        "val": _questions(MAX_WORDS_IN_EVALUATION, answer=TEXTS),
+        "test": _questions(MAX_WORDS_IN_EVALUATION, _test_questions_fit, question_id=NUMBER_OR_TEXT),
+    },
+    "Pretrain_NLVR": {"train": Split(_pairs)},
+    "NLVR": _sentences(read_nlvr),
+    "VE": _sentences(read_ve),
 }
 
 
-def open_sources(task: Task, config: dict, position_limit: int) -> list[Source]:
-    """The annotation files and shards that the config names. UserError where it names none."""
+def open_sources(splits: dict[str, Split], config: dict, position_limit: int) -> list[Source]:
+    """Return the annotation files and shards that the config names. Raises UserError where it names none."""
     sources = []
-    for split, spec in task.splits.items():
+    for split, spec in splits.items():
         max_tokens = position_limit
         if split == "train" and "max_tokens" in config:
             max_tokens = min(max_tokens, config["max_tokens"])
@@ -183,12 +168,12 @@ def open_sources(task: Task, config: dict, position_limit: int) -> list[Source]:
                 Source(split, name, spec, max_tokens, entries, problem, data_set, weight) for entries in found
             ]
     if not sources:
-        raise UserError(f"the config names no annotation file ({', '.join(task.splits)})")
+        raise UserError(f"the config names no annotation file ({', '.join(splits)})")
     return sources
 
 
 def files_of(config: dict, split: str) -> Iterator[tuple[str, int, float | None]]:
-    """Yields each file of a split, with number and weight of its data set in a mixture; else 0 and None."""
+    """Yield each file of a split, with number and weight of its data set in a mixture; else 0 and None."""
     files = config[f"{split}_file"]
     if not files:
         return

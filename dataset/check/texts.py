@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from simla.dataset.check.causes import Cause
 from simla.dataset.check.tasks import Source
 from simla.dataset.identity import hash_of
+from simla.dataset.images import BadImage
 from simla.dataset.readers.shard_index import Picture
-from simla.dataset.transforms import BadImage
 from simla.dataset.workers import Workers
 from simla.utils import UserError, with_progress
 

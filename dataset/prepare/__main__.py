@@ -7,11 +7,6 @@
 The files are written anew by every run, and replace the old ones only when they are complete.
 """
 
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
-
 import argparse
 import logging
 from importlib import import_module
@@ -20,7 +15,7 @@ from types import ModuleType
 
 from simla.dataset.prepare import CONVERTERS
 from simla.dataset.prepare.common import Report
-from simla.engine.launch import run_script
+from simla.engine.command import run_command
 from simla.utils import fill_in, make_output_folder, printable
 
 
@@ -69,4 +64,4 @@ def _options(name: str, converter: ModuleType, arguments: list[str]) -> argparse
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)

@@ -25,11 +25,10 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from simla.dataset.grounding import is_box
 from simla.dataset.prepare.captions import is_readable
 from simla.dataset.prepare.common import Images, Report, find_all, read_source
 from simla.dataset.readers.plain_pickle import read_plain_pickle
-from simla.dataset.readers.tables import by_id, checked, look_up
+from simla.dataset.readers.tables import by_id, checked, is_box, look_up
 from simla.utils import UserError, atomic_write, make_output_folder
 
 SOURCE = "github.com/lichengunc/refer (expressions) and cocodataset.org (2014 Train images)"

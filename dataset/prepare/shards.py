@@ -18,9 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from simla.dataset.images import BadImage, load_image, open_content
 from simla.dataset.prepare.common import Report
-from simla.dataset.pretrain import read_pairs
-from simla.dataset.transforms import BadImage, load_image, open_content
 from simla.dataset.workers import Workers
 from simla.utils import UserError, atomic_write, fill_in, num_cores, with_progress
 
@@ -61,6 +60,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare(_: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     if min(options.shard_mb, options.workers) <= 0 or min(options.samples_per_shard, options.image_res) < 0:
         raise UserError("--shard_mb, --samples_per_shard, --image_res and --workers count upwards from 0")
+    from simla.dataset.pretrain import read_pairs  # here, because torch comes with it
+
     entries, res = read_pairs(options.annotations, options.root), options.image_res
     per_shard = options.samples_per_shard or fill_of(entries, options.shard_mb * 1e6, res)
     status = {(path := Path(fill_in(file)).absolute()): path.stat() for file in options.annotations}

@@ -29,11 +29,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from sys import intern
 
+from simla.dataset.prepare.answers import NUM_ANSWERS, covered_share, frequent_answers
 from simla.dataset.prepare.common import Images, Report, find_all, read_source
 from simla.dataset.prepare.visual_genome import NUM_IMAGES, image_name, number_of_image
 from simla.dataset.readers.json_list import JsonList
 from simla.dataset.readers.tables import by_id, checked, look_up
-from simla.dataset.vqa import NUM_ANSWERS, covered_share, frequent_answers
 from simla.evaluation.vqa import most_common_answer, normalize_answer
 from simla.utils import UserError
 

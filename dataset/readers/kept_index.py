@@ -14,8 +14,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import torch
-
 from simla.utils import UserError, atomic_write, log
 
 HEADER_BYTES = 4096
@@ -106,6 +104,8 @@ def _mapped(place: Path) -> memoryview:
     Python's mmap would hold a descriptor, and of shards there may be thousands.
     """
     size = place.stat().st_size
+    import torch  # here, because the converters' --help imports this file, too
+
     return memoryview(torch.from_file(str(place), size=size, dtype=torch.uint8).numpy()).toreadonly()
 
 

@@ -16,9 +16,9 @@ from os import pread
 from pathlib import Path
 from typing import BinaryIO
 
+from simla.dataset.images import BadImage
 from simla.dataset.prepare.captions import listed_texts
 from simla.dataset.readers.kept_index import HEADER_BYTES, Index, find_index, make_index, read_index
-from simla.dataset.transforms import BadImage
 from simla.utils import (
     CONTENT_BYTES,
     UserError,

@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 import fsspec.core
 
+from simla.dataset.images import BadImage
 from simla.dataset.readers.kept_index import Index, cache_folder
 from simla.dataset.readers.shard_index import NUM_THREADS, Shard, passed_over_lines, scan
-from simla.dataset.transforms import BadImage
 from simla.utils import (
     UserError,
     all_gather_objects,

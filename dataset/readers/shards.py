@@ -17,9 +17,9 @@ from pathlib import Path
 
 import fsspec
 
+from simla.dataset.images import BadImage
 from simla.dataset.readers.shard_index import Shard, open_shards, passed_over_lines
 from simla.dataset.readers.shard_stream import Fetch, count_samples
-from simla.dataset.transforms import BadImage
 from simla.utils import UserError, fill_in, first_line, is_url
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from simla.utils import UserError, other_file
 
+MAX_PIXEL, MIN_SIDE = 1e9, 1e-9  # of a box: within them its area is neither infinite nor 0
 WANTED = {int: "a whole number", str: "text", list: "a list"}
 
 
@@ -78,3 +79,13 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
                 f"{where} is not valid JSON (truncated?): {error}; download the file again"
             ) from error
         yield where, content
+
+
+def is_box(box: object) -> bool:
+    """Return whether it is [x, y, width, height, ...] in pixels with an area."""
+    return isinstance(box, list) and all(type(side) in (int, float) for side in box[:4]) and has_area(box)
+
+
+def has_area(box: list[float]) -> bool:
+    """Return whether the numbers are [x, y, width, height, ...] in pixels with width and height above 0."""
+    return len(box) >= 4 and all(abs(side) <= MAX_PIXEL for side in box[:4]) and min(box[2:4]) >= MIN_SIDE

@@ -6,10 +6,7 @@ python -m simla.web --checkpoint retrieval.pth vqa.pth nlvr.pth --images photos/
 Only this machine sees it, at http://127.0.0.1:7860, unless --host says otherwise.
 """
 
-if __name__ == "__main__":
-    from simla.engine.before_imports import prepare
-
-    prepare()
+from __future__ import annotations
 
 import argparse
 import ipaddress
@@ -20,12 +17,15 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from simla.engine.launch import run_script
-from simla.index import Index
-from simla.loading import ROOT, load
-from simla.model import MAX_TEXT_TOKENS, Simla, kept_index
-from simla.utils import UserError, log
+from simla.dataset.text import MAX_TEXT_TOKENS
+from simla.engine.command import run_command
+from simla.utils import ROOT, UserError, log
+
+if TYPE_CHECKING:  # torch takes seconds: what needs it is imported once the command line is read
+    from simla.index import Index
+    from simla.model import Simla
 
 LOCAL = "127.0.0.1"
 DEMO = ROOT / "data" / "demo"
@@ -38,6 +38,8 @@ def load_models(args: argparse.Namespace) -> dict[str, Simla]:
         raise UserError(
             f"{len(configs)} --config for {len(args.checkpoint)} --checkpoint: give one for each, or none"
         )
+    from simla.loading import load
+
     models = {}
     for file, config in zip(args.checkpoint, configs, strict=True):
         log.info(f"loading {file}")
@@ -62,6 +64,8 @@ def searched_images(
         images = default
     if model is None or images is None:
         return None
+    from simla.model import kept_index
+
     return kept_index(model, images, folder) if folder else model.index(images)
 
 
@@ -184,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)

@@ -12,7 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from simla.checkpoint.tasks import WRITTEN_BY
-from simla.dataset.transforms import load_image
+from simla.dataset.images import load_image
 from simla.folders import describe
 from simla.index import Index
 from simla.model import MAX_TEXT_TOKENS, Simla

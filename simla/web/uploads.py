@@ -10,7 +10,7 @@ import gradio as gr
 from gradio_client.utils import is_http_url_like
 from starlette.responses import PlainTextResponse
 
-from simla.dataset.transforms import BadImage, open_content
+from simla.dataset.images import BadImage, open_content
 from simla.inputs import log_texts
 from simla.utils import UserError
 
