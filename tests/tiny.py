@@ -131,7 +131,7 @@ def run_forked(*command: object, num_processes: int = 0, env: dict | None = None
         printed = Path(folder, "stdout"), Path(folder, "stderr")
         processes = [fork_script(command, *printed, {**(env or {}), **rank}) for rank in ranks]
         for process in processes:
-            process.join(300)
+            process.join(600)
             process.kill()
             process.join()
         code = next((process.exitcode for process in processes if process.exitcode), 0)
