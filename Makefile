@@ -6,7 +6,7 @@
 # make bench       every benchmark at the size for a CPU, results in benchmarks/RESULTS.md
 # make lint        ruff, and pyright: no import is unresolved;  make format: mends what ruff can
 # make lock        requirements.lock anew, with the newest versions that requirements*.txt allow
-# make clean       removes the environments and what the demo made
+# make clean       removes the environment and what the demo made
 # How long each takes: docs/results.md.
 #
 # Each first installs the versions of requirements.lock into .venv. Other choices:
