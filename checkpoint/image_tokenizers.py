@@ -13,16 +13,12 @@ from simla.models.dvae import DalleEncoder, KMeansCodebook
 from simla.utils import UserError, atomic_write, check_weight, hub_answer
 
 DALLE_URL = "https://cdn.openai.com/dall-e/encoder.pkl"
-
-
 FLAVA_NAME = "facebook/flava-image-codebook"
-
-
 OTHERWISE = "or train without a download: image_tokenizer.kind: kmeans"
 
 
 def _dalle_from_state(state: dict[str, Tensor], source: str) -> DalleEncoder:
-    """The encoder of whatever size the weights have. Raises UserError when they are not such an encoder's."""
+    """Return the encoder, of the size that the weights have. Raises UserError for any other weights."""
     # FLAVA's names: image_codebook.blocks.group_1.group.block_1.res_path.path.conv_1.weight
     flava = {"image_codebook.": "", ".group.": ".", ".path.": ".", ".weight": ".w", ".bias": ".b"}
     for old, new in flava.items():
@@ -50,7 +46,7 @@ def _no_encoder(source: str, cause: Exception) -> UserError:
 
 
 def _module_state(module: Inert, prefix: str = "") -> dict[str, Tensor]:
-    """The state dict of a whole pickled module."""
+    """Return the state dict of a whole pickled module."""
     state = {prefix + name: value for name, value in module.state.get("_parameters", {}).items()}
     for name, child in module.state.get("_modules", {}).items():
         state |= _module_state(child, f"{prefix}{name}.")
@@ -58,9 +54,8 @@ def _module_state(module: Inert, prefix: str = "") -> dict[str, Tensor]:
 
 
 def load_dalle(path: str | Path) -> DalleEncoder:
-    """From OpenAI's encoder.pkl (a whole module; nothing of it is run), a state dict or .safetensors.
-
-    Raises UserError when the file is missing or holds something else.
+    """Return the encoder of OpenAI's encoder.pkl (a whole module; nothing of it is run), a state dict or
+    .safetensors. Raises UserError when the file is missing or holds something else.
     """
     if not Path(path).is_file():
         raise UserError(f"image_tokenizer.path: there is no {path}; put {DALLE_URL} there, {OTHERWISE}")
@@ -72,8 +67,10 @@ def load_dalle(path: str | Path) -> DalleEncoder:
     return _dalle_from_state(state, str(path))
 
 
-def load_flava(name_or_folder: str | Path = FLAVA_NAME) -> DalleEncoder:
-    """From a FlavaImageCodebook of transformers, on the hub or in a folder. Raises UserError without one."""
+def load_flava(name_or_folder: str | Path) -> DalleEncoder:
+    """Return the encoder of transformers' FlavaImageCodebook, on the hub or in a folder. Raises UserError
+    without one.
+    """
     from transformers import FlavaImageCodebook  # slow to import, and only this tokenizer needs it
 
     where = "" if Path(name_or_folder).exists() else f" nor is it {hub_answer()}"
@@ -90,7 +87,7 @@ def load_flava(name_or_folder: str | Path = FLAVA_NAME) -> DalleEncoder:
 
 
 def save_codebook(codebook: KMeansCodebook, path: str | Path) -> None:
-    """Raises UserError when the file cannot be written or is not named .safetensors."""
+    """Write the codebook. Raises UserError when the file cannot be written or is not named .safetensors."""
     if Path(path).suffix != ".safetensors":
         raise UserError(f"image_tokenizer.path: name the k-means codebook .safetensors, not {path}")
     with atomic_write(path) as file:
@@ -112,35 +109,31 @@ def load_codebook(path: str | Path) -> KMeansCodebook:
 def fit_kmeans_codebook(
     path: str | Path, code_views: Iterable[Tensor], vocab_size: int, **fit_options: int
 ) -> KMeansCodebook:
-    """Fits a codebook on the views and saves it as `path` (.safetensors); options: `KMeansCodebook.fit`."""
+    """Return a codebook fitted on the views and saved as `path`; options: those of `KMeansCodebook.fit`."""
     codebook = KMeansCodebook(vocab_size).fit(code_views, **fit_options)
     save_codebook(codebook, path)
     return codebook
 
 
 def untrained_image_tokenizer(config: dict) -> DalleEncoder | KMeansCodebook:
-    """Of the kind and vocabulary that the config section names, at full size, with random weights or none."""
+    """Return one of the config section's kind and vocabulary, at full size, with random weights or none."""
     kind = KMeansCodebook if config["kind"] == "kmeans" else DalleEncoder
     return kind(vocab_size=config["vocab_size"])
 
 
 def build_image_tokenizer(config: dict) -> DalleEncoder | KMeansCodebook:
-    """The tokenizer of the config section {kind: dalle, flava or kmeans, path, vocab_size}.
+    """Return the tokenizer of the config section {kind: dalle, flava or kmeans, path, vocab_size}.
 
-    Raises UserError when the kind is unknown, a file is missing, or its vocabulary is not `vocab_size`.
+    Raises UserError when a file is missing or its vocabulary is not `vocab_size`.
     """
-    kind, path = config["kind"], config.get("path")
-    if kind == "dalle":
-        tokenizer = load_dalle(path or "encoder.pkl")
-    elif kind == "flava":
-        tokenizer = load_flava(path or FLAVA_NAME)
-    elif kind == "kmeans":
-        if not path or not Path(path).is_file():
+    kind, path = config["kind"], config["path"]
+    if kind == "kmeans":
+        if not Path(path).is_file():
             raise UserError(f"image_tokenizer.path: no k-means codebook {path}; pre-training fits it")
         tokenizer = load_codebook(path)
     else:
-        raise UserError(f"image_tokenizer.kind is dalle, flava or kmeans, not {kind!r}")
-    if config.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
+        tokenizer = load_dalle(path or "encoder.pkl") if kind == "dalle" else load_flava(path or FLAVA_NAME)
+    if config["vocab_size"] != tokenizer.vocab_size:
         has = f"{path or kind} has {tokenizer.vocab_size} codes"
         raise UserError(f"image_tokenizer.vocab_size is {config['vocab_size']}, but {has}")
     return tokenizer

@@ -1,6 +1,4 @@
-"""Initial weights: DeiT for the image encoder through timm, BERT for the text encoder through
-transformers.
-"""
+"""Weights before training: DeiT for the image encoder (timm), BERT for the text encoder (transformers)."""
 
 from pathlib import Path
 
@@ -16,11 +14,6 @@ from simla.models.bert import BertForMaskedLM
 from simla.models.vit import VisionTransformer
 from simla.utils import UserError, check_weight, first_line, hub_answer, log
 
-OFFLINE_REMEDY = (
-    "Give a local file or folder, start from --checkpoint, or set `init: scratch` in the config to train "
-    "from random weights on purpose"
-)
-
 
 def starting_weights(
     model: nn.Module,
@@ -31,7 +24,7 @@ def starting_weights(
     tokenizer=None,
     copy_twins: bool = True,
 ) -> str:
-    """Fills the model with what a task starts from, and says what that was: the checkpoint's weights, by the
+    """Fill the model with what a task starts from, and return what that was: the checkpoint's weights, by the
     task's key map, or, without one, the initial ones. Before a resume nothing is loaded.
 
     tokenizer: what texts are read with here; a checkpoint that was trained with another vocabulary is warned
@@ -54,8 +47,8 @@ def starting_weights(
 
 
 def warn_of_another_vocabulary(tokenizer, checkpoint: str, text_encoder: str) -> None:
-    """Logs it where the tokenizer that the checkpoint keeps numbers words otherwise than `tokenizer` does,
-    which is of `text_encoder`: the weights would read other words. Nothing where the file keeps none.
+    """Warn where the tokenizer that the checkpoint keeps numbers words otherwise than `tokenizer` does, which
+    is of `text_encoder`: the weights would read other words.
     """
     stored = tokenizer_in(safe_load(checkpoint))
     if stored is None or stored == tokenizer_text(tokenizer):
@@ -73,10 +66,9 @@ def warn_of_another_vocabulary(tokenizer, checkpoint: str, text_encoder: str) ->
 
 
 def load_initial_weights(model: nn.Module, config: dict) -> None:
-    """Fills both encoders, and VQA's decoder, as config `init` says and copies them to the momentum twins.
+    """Fill both encoders, and VQA's decoder, as config `init` says and copy them to the momentum twins.
 
-    Raises UserError where the weights cannot be had: they are never left random unless `init: scratch` asks
-    for it.
+    Raises UserError where the weights cannot be had: only `init: scratch` leaves them random.
     """
     if config["init"] == "scratch":
         log.info("init: scratch - everything starts from random weights")
@@ -90,40 +82,39 @@ def load_initial_weights(model: nn.Module, config: dict) -> None:
 
 
 def load_vit(encoder: VisionTransformer, name: str) -> None:
-    """timm weights by model name (downloaded) or from a local .pth/.safetensors file of a timm ViT, positions
-    interpolated to this encoder's grid."""
-    is_file = Path(name).is_file()
-    where = "" if is_file else f" {hub_answer()}"
-    try:
-        if is_file:
-            content = safe_load(name)
-            if isinstance(content, dict):  # of timm's own training, which averages weights
-                content = content.get("state_dict_ema") or content.get("model_ema") or content
-            state = weights_in(content, name)
-        else:
+    """Load timm weights by model name (downloaded) or from a local .pth/.safetensors file of a timm ViT, with
+    positions interpolated to this encoder's grid. Raises UserError where there are none that fit.
+    """
+    what = f"image_encoder {name!r}"
+    if Path(name).is_file():
+        content = safe_load(name)
+        if isinstance(content, dict):  # of timm's own training, which averages weights
+            content = content.get("state_dict_ema") or content.get("model_ema") or content
+        state = weights_in(content, name)
+    else:
+        where = f" {hub_answer()}"
+        try:
             state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except UserError:
-        raise
-    except Exception as error:  # network, cache and hub errors have a dozen types
-        raise UserError(
-            f"image_encoder {name!r}: timm cannot get these weights{where} ({type(error).__name__}: "
-            f"{first_line(error)}). {OFFLINE_REMEDY}"
-        ) from error
+        except Exception as error:  # network, cache and hub errors have a dozen types
+            raise _unavailable(
+                f"{what}: timm", where, f"{type(error).__name__}: {first_line(error)}"
+            ) from error
     if "pos_embed" not in state:
-        raise UserError(f"image_encoder {name!r} is no Vision Transformer: it has no pos_embed")
+        raise UserError(f"{what} is no Vision Transformer: it has no pos_embed")
     state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], encoder.patch_embed.num_patches)
-    _copy(
-        encoder,
-        state,
-        f"image_encoder {name!r}",
-        missing={"mask_token"},
-        unexpected=("head.",),
+    _copy(encoder, state, what, missing={"mask_token"}, unexpected=("head.",))
+
+
+def _unavailable(who: str, where: str, cause: str) -> UserError:
+    return UserError(
+        f"{who} cannot get these weights{where} ({cause}). Give a local file or folder, start from "
+        "--checkpoint, or set `init: scratch` in the config to train from random weights on purpose"
     )
 
 
 def load_bert(encoder: nn.Module, name: str, row: Row | None = None) -> None:
-    """BERT weights by hub name or folder, under other names where `row` says so; cross-attention, which BERT
-    lacks, stays random (normal, std 0.02).
+    """Load BERT weights by hub name or folder, under other names where `row` says so; cross-attention, which
+    BERT lacks, stays random (normal, std 0.02). Raises UserError where there are none that fit.
     """
     from transformers import BertForMaskedLM as HubBert
 
@@ -134,11 +125,9 @@ def load_bert(encoder: nn.Module, name: str, row: Row | None = None) -> None:
     except Exception as error:  # as above
         cause = f"{type(error).__name__}: {first_line(error)}"
         for file in (*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")):
-            if found := what_it_is(file):  # such as a Git-LFS pointer of a cloned repository
-                cause = f"{file} is {found}"
-        raise UserError(
-            f"{what}: transformers cannot get these weights{where} ({cause}). {OFFLINE_REMEDY}"
-        ) from error
+            if content := what_it_is(file):  # such as a Git-LFS pointer of a cloned repository
+                cause = f"{file} is {content}"
+        raise _unavailable(f"{what}: transformers", where, cause) from error
     absent = set(report["missing_keys"])  # transformers fills these with random numbers
     state = {key: value for key, value in source.state_dict().items() if key not in absent}
     if not isinstance(encoder, BertForMaskedLM):
@@ -148,29 +137,27 @@ def load_bert(encoder: nn.Module, name: str, row: Row | None = None) -> None:
         state = {key: state[name] for key, name in names.items() if name in state}
     new = {key for key in encoder.state_dict() if "crossattention" in key or key.endswith("position_ids")}
     new |= {"cls.predictions.decoder.bias"}  # tied to cls.predictions.bias; not every version saves it
-    unexpected = (
-        "bert.embeddings.token_type",
-        "embeddings.token_type",
-        "bert.pooler",
-        "pooler",
-        "cls.seq_relationship",
-    )
-    _copy(encoder, state, what, new, unexpected)
+    unused = ("embeddings.token_type", "pooler", "cls.seq_relationship")
+    _copy(encoder, state, what, new, (*unused, *(f"bert.{name}" for name in unused)))
 
 
 def _copy(
     encoder: nn.Module, state: dict[str, torch.Tensor], what: str, missing: set, unexpected: tuple
 ) -> None:
-    own = encoder.state_dict()
-    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
-    wrong += [key for key in own if key not in state and key not in missing]
-    wrong += [key for key in state if key not in own and not key.startswith(unexpected)]
+    """Copy the state into the encoder, which may have `missing` names more, the state `unexpected` prefixes.
+
+    Raises UserError for what does not fit or is not finite.
+    """
+    targets = encoder.state_dict()
+    wrong = [key for key in targets if key in state and targets[key].shape != state[key].shape]
+    wrong += [key for key in targets if key not in state and key not in missing]
+    wrong += [key for key in state if key not in targets and not key.startswith(unexpected)]
     if wrong:
         raise UserError(
             f"{what} does not fit the sizes in the config: {len(wrong)} tensors are missing, unexpected or "
             f"of another shape, such as {', '.join(wrong[:4])}"
         )
-    used = {key: value for key, value in state.items() if key in own}
+    used = {key: value for key, value in state.items() if key in targets}
     for key, value in used.items():
         check_weight(value, key, what)
     encoder.load_state_dict(used, strict=False)

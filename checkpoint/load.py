@@ -34,6 +34,8 @@ UNSEEN_OF_BERT = ("num_attention_heads", "layer_norm_eps", "pad_token_id")
 
 @dataclass
 class LoadReport:
+    """An account of a loading: which names of the model were filled, and which of the file were not used."""
+
     source: str
     kind: str
     loaded: dict[str, str] = field(default_factory=dict)  # model name -> name in the file
@@ -53,29 +55,26 @@ def _some(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
-def interpolate_pos_embed(pos_embed: Tensor, grid: int | tuple[int, int]) -> Tensor:
-    """Return (1, 1 + n, D) resized to another grid, (1, 1 + M, D): bicubic over the square of patches, [CLS]
-    as it is.
-
-    `grid` is (rows, columns), or the number M of patches of a square. Raises UserError if n is no square.
+def interpolate_pos_embed(pos_embed: Tensor, num_patches: int) -> Tensor:
+    """Return (1, 1 + n, D) resized to (1, 1 + num_patches, D): bicubic over the square of patches, [CLS] as
+    it is. Raises UserError where either number is no square.
     """
-    rows, columns = (math.isqrt(grid), math.isqrt(grid)) if isinstance(grid, int) else grid
     cls_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    side = math.isqrt(patches.shape[1])
-    if side * side != patches.shape[1] or (isinstance(grid, int) and rows * columns != grid):
-        raise UserError(f"positions of {patches.shape[1]} patches do not resize to {grid}: not a square grid")
-    square = patches.transpose(1, 2).unflatten(2, (side, side)).float()  # (1, D, side, side)
-    resized = F.interpolate(square, size=(rows, columns), mode="bicubic", align_corners=False)
+    old, new = math.isqrt(patches.shape[1]), math.isqrt(num_patches)
+    if old**2 != patches.shape[1] or new**2 != num_patches:
+        raise UserError(f"positions of {patches.shape[1]} patches do not resize to {num_patches}: no square")
+    square = patches.transpose(1, 2).unflatten(2, (old, old)).float()  # (1, D, old, old)
+    resized = F.interpolate(square, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([cls_token, resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 
 
 def _layers(names: Iterable[str], part: str = "") -> set[int]:
     """Return the numbers of the text encoder's layers that have `part`."""
-    found = (re.match(rf"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.{part}", name) for name in names)
-    return {int(match[1]) for match in found if match}
+    layer = re.compile(rf"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.{part}")
+    return {int(match[1]) for match in map(layer.match, names) if match}
 
 
-def _match(
+def match_row(
     state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], row: Row, source: str, kind: str
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Return what `map_state` does, with a given row."""
@@ -102,8 +101,7 @@ def _match(
         tensors[name] = value
     used = set(report.loaded.values())
     report.unused = [name for name in state if name not in used]
-    unexpected = [name for name in report.unused if not name.startswith(row.unused)]
-    unexpected = [name for name in unexpected if not name.endswith(POSITION_IDS)]
+    unexpected = [n for n in report.unused if not (n.startswith(row.unused) or n.endswith(POSITION_IDS))]
     problems = (("missing", missing), ("of another shape", misshapen), ("not in the model", unexpected))
     account = "; ".join(f"{label}: {_some(names)}" for label, names in problems if names)
     if account:
@@ -115,8 +113,7 @@ def _match(
 
 
 def kind_of(state: Mapping[str, Tensor], source: str = "the checkpoint", metadata: dict | None = None) -> str:
-    """Return which task's training wrote the checkpoint. Raises UserError for ALBEF's and for what is
-    none of ours.
+    """Return which task's training wrote the checkpoint. Raises UserError for ALBEF's and any other's.
 
     metadata: those of an exported file, which say it; what the markers name may have been left out.
     """
@@ -154,7 +151,7 @@ def map_state(
     when the checkpoint is of a kind the task cannot start from, or does not fit its row.
     """
     kind = kind_of(state, source, metadata)
-    return _match(state, shapes, row_of(task, kind, source), source, kind)
+    return match_row(state, shapes, row_of(task, kind, source), source, kind)
 
 
 STATES = ("model", "state_dict", "model_state_dict", "module")  # where files keep weights, if not at the top
@@ -192,34 +189,36 @@ def weights_in(content: Any, source: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _copy_into(model: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport) -> None:
-    """Fills the model piece by piece. Raises UserError at the first tensor that is not finite, be it in the
+def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport) -> None:
+    """Fill the model piece by piece. Raises UserError at the first tensor that is not finite, be it in the
     model's dtype alone, or is no weights.
     """
-    own = model.state_dict()
+    targets = model.state_dict()
     for name, value in tensors.items():
-        if value.is_floating_point() != own[name].is_floating_point():
+        target = targets[name]
+        if value.is_floating_point() != target.is_floating_point():
             raise UserError(
                 f"{report.source}: {report.loaded[name]} is of {value.dtype}, in the model of "
-                f"{own[name].dtype}: perhaps quantised; get the weights as they were trained"
+                f"{target.dtype}: perhaps quantised; get the weights as they were trained"
             )
-        check_weight(own[name].copy_(value), report.loaded[name], report.source)  # as the model has them
+        check_weight(target.copy_(value), report.loaded[name], report.source)
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of the model's entries by name."""
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def metadata_in(content: Mapping) -> dict[str, str]:
     """Return the metadata of an exported file, {} of any other, which may call something else so."""
-    found = content.get("metadata")
-    return found if isinstance(found, dict) and "simla_format" in found else {}
+    metadata = content.get("metadata")
+    return metadata if isinstance(metadata, dict) and "simla_format" in metadata else {}
 
 
 def tokenizer_in(content: Mapping) -> str | None:
     """Return the text of the tokenizer that a file holds, None where it holds none or another's object."""
-    found = content.get("tokenizer") or metadata_in(content).get("tokenizer")
-    return found if isinstance(found, str) else None
+    text = content.get("tokenizer") or metadata_in(content).get("tokenizer")
+    return text if isinstance(text, str) else None
 
 
 def config_in(content: Mapping, source: str) -> dict:
@@ -233,30 +232,35 @@ def config_in(content: Mapping, source: str) -> dict:
     return stored if isinstance(stored, dict) else {}
 
 
+def _unseen(config: Mapping) -> dict[str, object]:
+    """Return what no weight shows of the encoders of a config, by key; without bert_config's where its file
+    is not on this machine. What the config leaves out, it means by default.
+    """
+    vit, sizes = config.get("vit"), config.get("bert_config")
+    vit = vit if isinstance(vit, dict) else {}
+    unseen = {f"vit.{name}": vit.get(name, VIT[name].default) for name in UNSEEN_OF_VIT}
+    sizes = sizes if isinstance(sizes, str | dict) else BERT_CONFIG
+    if isinstance(sizes, str) and not Path(sizes).exists():
+        sizes = str(Path(__file__).resolve().parents[1] / sizes)  # as of our configs
+    if isinstance(sizes, dict) or Path(sizes).exists():
+        bert = BertConfig.read(sizes)
+        unseen |= {f"bert_config.{name}": getattr(bert, name) for name in UNSEEN_OF_BERT}
+    return unseen
+
+
 def check_same_build(config: Mapping, stored: Mapping, source: str) -> None:
-    """Raises UserError, naming the keys, where the config in a file says otherwise than `config` of what no
+    """Raise UserError, naming the keys, where the config in a file says otherwise than `config` of what no
     weight shows.
 
-    With another number of heads all shapes fit, and every score is another. What `stored` leaves out, it
-    means by default. A bert_config of its that is not on this machine is not compared, and that is logged.
+    With another number of heads all shapes fit, and every score is another. A bert_config of the file's that
+    is not on this machine is not compared, and that is logged.
     """
     if not stored:
         return
-    vit = {name: VIT[name].default for name in UNSEEN_OF_VIT}
-    ours = {f"vit.{name}": config["vit"].get(name, value) for name, value in vit.items()}
-    stored_vit, sizes = stored.get("vit"), stored.get("bert_config")
-    stored_vit = stored_vit if isinstance(stored_vit, dict) else {}
-    sizes = sizes if isinstance(sizes, str | dict) else BERT_CONFIG
-    theirs = {f"vit.{name}": stored_vit.get(name, value) for name, value in vit.items()}
-    beside_us = Path(__file__).resolve().parents[1] / sizes if isinstance(sizes, str) else sizes
-    if isinstance(sizes, str) and not Path(sizes).exists() and beside_us.exists():
-        sizes = str(beside_us)
-    if isinstance(sizes, str) and not Path(sizes).exists():
-        log.warning(f"{source} was made with bert_config {sizes}, which is not here: heads are not compared")
-    else:
-        bert, their_bert = BertConfig.read(config["bert_config"]), BertConfig.read(sizes)
-        ours |= {f"bert_config.{name}": getattr(bert, name) for name in UNSEEN_OF_BERT}
-        theirs |= {f"bert_config.{name}": getattr(their_bert, name) for name in UNSEEN_OF_BERT}
+    ours, theirs = _unseen(config), _unseen(stored)
+    if len(theirs) == len(UNSEEN_OF_VIT):
+        file = stored.get("bert_config")
+        log.warning(f"{source} was made with bert_config {file}, which is not here: heads are not compared")
     wrong = [f"{name} {ours[name]}, not {value}" for name, value in theirs.items() if ours[name] != value]
     if wrong:
         raise UserError(
@@ -266,15 +270,15 @@ def check_same_build(config: Mapping, stored: Mapping, source: str) -> None:
 
 
 def load_weights(model: nn.Module, path: str | Path, task: str, config: Mapping | None = None) -> LoadReport:
-    """Copies the weights of the file into the model, in place. Raises UserError, the model then unchanged, or
-    filled in part where a tensor turns out not to be finite.
+    """Copy the weights of the file into the model, in place, and return the account. Raises UserError, the
+    model then unchanged, or filled in part where a tensor turns out not to be finite.
 
     config: that of the model, if it is to agree with the file's; see `check_same_build`.
     """
-    content = safe_load(path)
-    state = weights_in(content, str(path))
+    content, source = safe_load(path), str(path)
+    state = weights_in(content, source)
     if config is not None:
-        check_same_build(config, config_in(content, str(path)), str(path))
-    tensors, report = map_state(state, shapes_of(model), task, str(path), metadata_in(content))
-    _copy_into(model, tensors, report)
+        check_same_build(config, config_in(content, source), source)
+    tensors, report = map_state(state, shapes_of(model), task, source, metadata_in(content))
+    copy_into(model, tensors, report)
     return report

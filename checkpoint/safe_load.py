@@ -9,6 +9,7 @@ a whole pickled module.
 """
 
 import codecs
+import os
 import pickle
 import tarfile
 import warnings
@@ -34,14 +35,14 @@ class _CodeAskedFor(Exception):
 
 
 class _InertType(type):
-    """The type of what stands for foreign classes: a pickle may describe their objects, but not call them."""
+    """The type of stand-ins for foreign classes: a pickle may describe their objects, but not call them."""
 
     def __call__(cls, *args, **kwargs):
         raise _CodeAskedFor(cls.__qualname__)
 
 
 class Inert(metaclass=_InertType):
-    """Stands for an object of a foreign class: holds what the pickle gave it and does nothing."""
+    """A stand-in for an object of a foreign class: it holds what the pickle gave it and does nothing."""
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -126,43 +127,44 @@ FUNCTIONS: dict[str, Callable] = {
 }
 
 
-def todays_name(module: str, name: str) -> tuple[str, str]:
-    """Return module and name as Python 3 and older numpy have them; protocol 2 writes Python 2's."""
-    module = module.replace("numpy._core", "numpy.core")
+def todays_name(module: str, name: str) -> str:
+    """Return module.name as Python 3 and older numpy have it; protocol 2 writes Python 2's."""
     if module == "__builtin__":
-        return "builtins", {"unicode": "str", "xrange": "range", "long": "int"}.get(name, name)
-    return {"copy_reg": "copyreg"}.get(module, module), name
-
-
-def allowed_function(module: str, name: str) -> Callable | None:
-    """Return what a pickle may call by this name; None for every name that `FUNCTIONS` lacks."""
-    function = FUNCTIONS.get(".".join(todays_name(module, name)))
-    return None if function is None else function.__call__  # which a pickle cannot set attributes of
+        name = {"unicode": "str", "xrange": "range", "long": "int"}.get(name, name)
+    module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+    return f"{module.replace('numpy._core', 'numpy.core')}.{name}"
 
 
 class InertPickle:
-    """Serves torch.load as its `pickle_module`."""
+    """The `pickle_module` that torch.load reads with."""
 
     class Unpickler(pickle.Unpickler):
+        """Finds `FUNCTIONS`, types of torch that are data, and inert classes for all other names."""
+
         def find_class(self, module: str, name: str) -> Any:  # of all names but those of typed storages
-            if (function := allowed_function(module, name)) is not None:
-                return function
+            full_name = todays_name(module, name)
+            if full_name in FUNCTIONS:
+                return FUNCTIONS[full_name].__call__  # which a pickle cannot set attributes of
             if name == "UntypedStorage":  # the class itself could be changed
                 return SimpleNamespace(dtype=torch.uint8)
             if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
                 return vars(torch)[name]
-            return _inert_class(".".join(todays_name(module, name)))
+            return _inert_class(full_name)
 
     @classmethod
     def load(cls, file: BinaryIO, **options: str) -> Any:
+        """Return what a pickle holds, as pickle.load does."""
         return cls.Unpickler(file, **options).load()
 
 
 # ---- files ----
 
 
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
 def _check_archive(path: Path) -> bool:
-    """Return whether the archive can be memory-mapped; raises an error where it is a program or damaged."""
+    """Return whether the archive can be memory-mapped. Raises an error where it is a program or damaged."""
     if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
         raise ValueError("a TorchScript archive")  # torch.load would run it
     with zipfile.ZipFile(path) as archive:
@@ -181,8 +183,14 @@ def safe_load(path: str | Path) -> Any:
     names code to run.
     """
     path = Path(path)
+    is_safetensors = path.suffix == ".safetensors"
+    if not is_safetensors and os.environ.get(WEIGHTS_ONLY, "").lower() in ("1", "y", "yes", "true"):
+        raise UserError(
+            f"{path}: the environment variable {WEIGHTS_ONLY} is set, with which torch reads files by no "
+            "rules but its own; those here run no code of a file either. Unset it"
+        )
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors:
             with safetensors.safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
             return {"model": safetensors.torch.load_file(path), "metadata": metadata}
@@ -224,7 +232,7 @@ def what_it_is(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(CONTENT_BYTES)
     if head.startswith(b"PK"):
-        return _what_the_zip_is(path)
+        return _what_zip_it_is(path)
     if head.startswith(b"\x80"):
         is_torch = LEGACY_MAGIC in head or len(head) < 20
         return "" if is_torch else "a pickle, and not one of torch.save; get the file of torch.save"
@@ -232,10 +240,8 @@ def what_it_is(path: Path) -> str:
         return "a tar archive; unpack it and name the checkpoint inside"
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return "" if path.suffix == ".safetensors" else "a safetensors file; rename it to end in .safetensors"
-    for beginning, what in OTHER_WEIGHTS.items():
-        if head.startswith(beginning):
-            return what
-    if what := other_content(head):
+    others = [what for beginning, what in OTHER_WEIGHTS.items() if head.startswith(beginning)]
+    if what := "".join(others) or other_content(head):
         return what
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut
@@ -246,11 +252,12 @@ def what_it_is(path: Path) -> str:
     return ""
 
 
-def _what_the_zip_is(path: Path) -> str:
+def _what_zip_it_is(path: Path) -> str:
+    """Return what a zip archive is and what to do; "" where it is torch.save's or cut short."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError):  # cut short
+    except (zipfile.BadZipFile, OSError):
         return ""
     inside = {name.split("/", 1)[-1] for name in names}
     if "constants.pkl" in inside:

@@ -48,7 +48,7 @@ BEST = "checkpoint_best.pth"
 
 
 def _same_file(source: Path, path: Path) -> None:
-    """Makes `path` another name of `source`, or a copy where the disk knows no second names."""
+    """Make `path` another name of `source`, or a copy where the disk knows no second names."""
     temporary = _temporary(path)
     try:
         try:
@@ -83,15 +83,8 @@ def _plain(value: Any, name: str, tensor: Callable[[Tensor], Tensor]) -> Any:
     raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint takes tensors and plain values")
 
 
-def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Writes tensors and plain values, atomically. Raises UserError (disk full), TypeError (other values)."""
-    state = _plain(state, "state", lambda tensor: tensor)
-    with atomic_write(path) as file:
-        torch.save(state, file)
-
-
 def load_checkpoint(path: str | Path) -> dict:
-    """Return the dict of `save_checkpoint`, memory-mapped on the CPU. Raises UserError if it is none."""
+    """Return what a checkpoint holds, memory-mapped on the CPU. Raises UserError if that is no dict."""
     checkpoint = safe_load(path)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is not a training checkpoint: it holds a {type(checkpoint).__name__}")
@@ -99,7 +92,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def check_undamaged(path: str | Path) -> None:
-    """Reads the whole file against its checksums. Raises UserError, naming what is damaged."""
+    """Read the whole file against its checksums. Raises UserError, naming what is damaged."""
     try:
         if not zipfile.is_zipfile(path):  # published files may be older ones of torch, without checksums
             safe_load(path)
@@ -135,8 +128,8 @@ def progress(path: Path) -> tuple[int, int]:
 
 def run_checkpoints(folder: str | Path) -> list[Path]:
     """Return the files that a run in the folder can go on from, the furthest first."""
-    found = [path for path in Path(folder).glob("checkpoint_*.pth") if NAME.fullmatch(path.name)]
-    return sorted(found, key=progress, reverse=True)
+    paths = [path for path in Path(folder).glob("checkpoint_*.pth") if NAME.fullmatch(path.name)]
+    return sorted(paths, key=progress, reverse=True)
 
 
 def _run_of(path: Path) -> str | None:
@@ -188,32 +181,32 @@ def best_problem(path: Path, run: str, best: dict) -> str:
 
 
 def find_best(path: Path, folder: Path, run: str, best: dict) -> str:
-    """Makes checkpoint_best.pth in the folder that of the run's best epoch, if there is one beside the file
-    `path`, or that is it; else returns why not.
+    """Make checkpoint_best.pth in the folder that of the run's best epoch and return ""; return why not where
+    neither `path` is it nor a file beside it.
     """
-    beside = [path.with_name(name) for name in (BEST, epoch_name(best.get("epoch", 0)))]
-    found = next((file for file in (*beside, path) if not best_problem(file, run, best)), None)
-    if found is None:
-        return best_problem(beside[0], run, best)
-    if found.resolve() != (folder / BEST).resolve():
-        _same_file(found, folder / BEST)
-    return ""
+    for name in (BEST, epoch_name(best.get("epoch", 0)), path.name):
+        file = path.with_name(name)
+        if not best_problem(file, run, best):
+            if file.resolve() != (folder / BEST).resolve():
+                _same_file(file, folder / BEST)
+            return ""
+    return best_problem(path.with_name(BEST), run, best)
 
 
 def keep_under_own_name(path: Path, epoch: int, step: int) -> None:
-    """Gives a resumed file, after `step` steps of `epoch`, the name that says so, by which it is found again:
+    """Give a resumed file, after `step` steps of `epoch`, the name that says so, by which it is found again:
     a run may go on from checkpoint_best.pth and be stopped before it saves anything.
     """
-    own = path.with_name(step_name(epoch, step) if step else epoch_name(epoch - 1))
-    if not own.exists():
-        _same_file(path, own)
+    named = path.with_name(step_name(epoch, step) if step else epoch_name(epoch - 1))
+    if not named.exists():
+        _same_file(path, named)
 
 
 def set_aside_later(folder: Path, run: str, at: tuple[int, int]) -> Path | None:
-    """Moves the checkpoints of the run in the folder that are later than `at`, (epochs finished, steps of the
-    next one), the best one too if it is, to abandoned/DATE_N/ in it, and says so; returns that folder.
+    """Move the checkpoints of the run in the folder that are later than `at`, (epochs finished, steps of the
+    next one), the best one too if it is, to abandoned/DATE_N/ in it, and say so. Damaged ones go, too.
 
-    None where there are none. Damaged ones with later names go, too.
+    Returns that folder; None where there are no later ones.
     """
     later = [path for path in run_checkpoints(folder) if progress(path) > at and _run_of(path) in (run, None)]
     with suppress(UserError):
@@ -235,7 +228,7 @@ def set_aside_later(folder: Path, run: str, at: tuple[int, int]) -> Path | None:
 
 
 class Saver:
-    """Writes a run's checkpoints behind the training's back, one at a time, and deletes what is too old.
+    """A writer of a run's checkpoints, one at a time in the background, that deletes what is too old.
 
     Kept: the newest `keep_last`, every epoch's with `keep_epochs`, and the best. Only files of this run are
     deleted, whose names are `saved`.
@@ -254,7 +247,7 @@ class Saver:
                 left_over.unlink(missing_ok=True)
 
     def take_up(self, checkpoint: dict) -> None:
-        """Goes on from a checkpoint of this folder; deletes what its writer was killed before deleting."""
+        """Go on from a checkpoint of this folder; delete what its writer was killed before deleting."""
         self.saved = list(checkpoint.get("saved", []))
         if is_main():
             if replaced := checkpoint.get("replaces"):
@@ -271,8 +264,8 @@ class Saver:
             self.wait()
 
     def save(self, name: str, state: dict, is_best: bool = False, replaces: str = "") -> None:
-        """Copies the state, then writes it as `name`, with `is_best` as checkpoint_best.pth too, and deletes
-        the file `replaces`. Raises TypeError for values that are not plain.
+        """Copy the state, then write it as `name`, with `is_best` as checkpoint_best.pth too, and delete the
+        file `replaces`. Raises TypeError for values that are not plain.
         """
         self.wait()
         copies: dict[tuple, Tensor] = {}  # tied weights stay one
@@ -321,14 +314,14 @@ class Saver:
 
     @classmethod
     def wait(cls) -> None:
-        """Returns when nothing is being written any more."""
+        """Return when nothing is being written any more."""
         with cls._starting:
             writer = cls._writer
         if writer:
             writer.join()
 
     def close(self) -> None:
-        """Waits; raises UserError when the last checkpoint, or the best one, could not be written."""
+        """Wait; raise UserError when the last checkpoint, or the best one, could not be written."""
         self.wait()
         if error := self.error or self.best_error:
             raise error

@@ -8,7 +8,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from simla.checkpoint.key_maps import RESUME
-from simla.checkpoint.load import _copy_into, _match, shapes_of, weights_in
+from simla.checkpoint.load import copy_into, match_row, shapes_of, weights_in
 from simla.checkpoint.safe_load import safe_load
 from simla.scheduler import WarmupCosine
 from simla.utils import UserError, check_weight
@@ -68,9 +68,9 @@ def resume(
             f"{path} cannot be resumed from, it has no {' and no '.join(absent)}; to start from its weights "
             "use --checkpoint without --resume"
         )
-    tensors, report = _match(weights_in(checkpoint, source), shapes_of(model), RESUME, source, "training")
+    tensors, report = match_row(weights_in(checkpoint, source), shapes_of(model), RESUME, source, "training")
     optimizer_state = _optimizer_state(optimizer, checkpoint["optimizer"], source)
-    _copy_into(model, tensors, report)
+    copy_into(model, tensors, report)
     optimizer.load_state_dict(optimizer_state)
     if scaler is not None and checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])

@@ -9,7 +9,6 @@ from tiny import MODEL, make_tiny
 from torch import nn
 
 from simla.checkpoint.initial import starting_weights
-from simla.checkpoint.save import save_checkpoint
 from simla.checkpoint.tasks import TASKS
 from simla.configs.reader import read_config
 from simla.dataset.text import build_tokenizer
@@ -78,5 +77,5 @@ def make_checkpoints(folder: Path) -> Tiny:
             if parameter.dim() > 1:  # attention far from even, answers that depend on picture and words
                 parameter.data.normal_(std=0.4, generator=rng)
         checkpoints[kind] = folder / f"{kind}.pth"
-        save_checkpoint(checkpoints[kind], {"model": model.state_dict(), "config": config, "epoch": 0})
+        torch.save({"model": model.state_dict(), "config": config, "epoch": 0}, checkpoints[kind])
     return tiny

@@ -27,7 +27,7 @@ from simla.checkpoint.initial import starting_weights
 from simla.checkpoint.inspect import inspect, read_shapes, verdict
 from simla.checkpoint.key_maps import QUEUES, ROWS, TWIN
 from simla.checkpoint.load import load_weights
-from simla.checkpoint.save import load_checkpoint, save_checkpoint
+from simla.checkpoint.save import load_checkpoint
 from simla.checkpoint.tasks import TASKS
 from simla.checkpoint.tokenizer import tokenizer_text
 from simla.configs.reader import read_config
@@ -79,7 +79,7 @@ def checkpoint_of(kind: str, folder: Path) -> Path:
         "run": "a1b2",
         "seed": 42,
     }
-    save_checkpoint(path, content)
+    torch.save(content, path)
     return path
 
 
@@ -115,7 +115,7 @@ def test_a_file_with_some_of_the_twins_is_damaged_not_exported(tmp_path):
     source = checkpoint_of("ve", tmp_path)
     content = load_checkpoint(source)
     del content["model"]["cls_head_m.0.weight"]
-    save_checkpoint(tmp_path / "some.pth", content)
+    torch.save(content, tmp_path / "some.pth")
     with pytest.raises(UserError, match=r"missing: cls_head_m\.0\.weight"):
         load_weights(model_of("VE", tmp_path, seed=1), tmp_path / "some.pth", "VE")
 
@@ -208,7 +208,7 @@ def test_a_task_warns_of_a_vocabulary_that_the_checkpoint_was_not_trained_with(t
     model, config = torch.nn.Linear(1, 1), {"text_encoder": str(folder), "init": "scratch"}
     source = tmp_path / "source.pth"
     weights = {"itm_head.weight": torch.zeros(2, 1), "visual_encoder.cls_token": torch.zeros(1)}
-    save_checkpoint(source, {"model": weights, "tokenizer": tokenizer_text(trained_with)})
+    torch.save({"model": weights, "tokenizer": tokenizer_text(trained_with)}, source)
     path = source
     if ending == ".safetensors":
         path = tmp_path / "weights.safetensors"
@@ -258,7 +258,7 @@ def test_one_file_is_all_that_has_to_be_passed_on(tmp_path, monkeypatch):
     sizes.unlink()
     assert torch.equal(simla.load(source, "cpu").encode_text(asked), before)
     content = load_checkpoint(source) | {"tokenizer": "{}"}
-    save_checkpoint(out / "damaged.pth", content)
+    torch.save(content, out / "damaged.pth")
     with pytest.raises(UserError, match=r"damaged\.pth: its tokenizer is damaged .* text_encoder="):
         simla.load(out / "damaged.pth", "cpu")
 
@@ -280,7 +280,7 @@ def test_inspect_does_not_read_the_weights(name, tmp_path):
     """Resident memory counts pages of mapped files, too."""
     content = checkpoint_of("ve", tmp_path)
     state = {**load_checkpoint(content)["model"], "cls_head.9.weight": torch.zeros(64, 2**20)}  # 256 MiB
-    save_checkpoint(tmp_path / "big.pth", {"model": state})
+    torch.save({"model": state}, tmp_path / "big.pth")
     if name.endswith("safetensors"):
         export(str(tmp_path / "big.pth"), str(tmp_path / name))
     code = f"""
@@ -345,7 +345,7 @@ def test_the_commands_end_with_one_sentence(tmp_path, monkeypatch, capsys):
     assert "all checksums match, all weights are finite" in capsys.readouterr().out
     state = load_checkpoint(source)
     state["model"]["cls_head.0.bias"][3] = float("nan")
-    save_checkpoint(tmp_path / "nan.pth", state)
+    torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(UserError, match=r"nan\.pth: 1 of the \d+ values of cls_head\.0\.bias are NaN"):
         command("inspect", tmp_path / "nan.pth", "--check")
 
@@ -370,7 +370,7 @@ def test_sizes_come_from_the_header_of_a_safetensors_file(tmp_path):
 def test_what_other_programs_keep_beside_the_weights_is_no_obstacle(tmp_path, other):
     source, target = tmp_path / "c.pth", tmp_path / "out.safetensors"
     content = torch.load(checkpoint_of("ve", tmp_path), weights_only=True)
-    save_checkpoint(source, {**content, "optimizer": other, "metadata": other, "tokenizer": None, "ranks": 1})
+    torch.save({**content, "optimizer": other, "metadata": other, "tokenizer": None, "ranks": 1}, source)
     assert "ve checkpoint" in inspect(str(source)) and "tokenizer" not in inspect(str(source))
     assert export(str(source), str(target)) == []
     with safe_open(target, "pt") as file:

@@ -23,7 +23,7 @@ from fault_test import different, differing_values, fault_test
 from tiny import ROOT, make_tiny, run, run_forked
 
 import Pretrain
-from simla.checkpoint.save import load_checkpoint, save_checkpoint
+from simla.checkpoint.save import load_checkpoint
 from simla.dataset import loaders
 from simla.dataset.loaders import loader_problem
 from simla.engine import signals as faults
@@ -200,7 +200,7 @@ def test_the_fault_test_finds_what_differs(folder, tmp_path):
     state = {**load_checkpoint(folder / "whole_1" / name), "epoch": 5}
     moments = state["optimizer"]["state"][0]["exp_avg"] = state["optimizer"]["state"][0]["exp_avg"].clone()
     moments.view(-1)[0] += 1e-7
-    save_checkpoint(tmp_path / "copy" / name, state)
+    torch.save(state, tmp_path / "copy" / name)
     with (tmp_path / "copy" / LOG).open("a") as log:
         log.write("{}\n")
     (tmp_path / "copy" / "checkpoint_00.pth").unlink()
@@ -372,7 +372,7 @@ def test_torchrun_starts_a_killed_run_again_by_itself(folder, tmp_path):
 @pytest.fixture
 def restarted(monkeypatch, tmp_path) -> Iterator:
     """launch's choice in a folder with a checkpoint of run "earlier", as torchrun starts run "this" again."""
-    save_checkpoint(tmp_path / "checkpoint_07.pth", {"run": "earlier"})
+    torch.save({"run": "earlier"}, tmp_path / "checkpoint_07.pth")
     (tmp_path / "run.json").write_text(json.dumps({"run": "this"}))
 
     def choose(restarts: str, *flags: str) -> tuple[str, bool, str]:
@@ -387,7 +387,7 @@ def restarted(monkeypatch, tmp_path) -> Iterator:
 def test_a_restart_does_not_take_an_earlier_runs_checkpoint_for_its_own(restarted, tmp_path):
     checkpoint, resume, found = restarted("1")
     assert (checkpoint, resume) == ("", False) and found not in ("", "earlier")
-    save_checkpoint(tmp_path / "checkpoint_00_000002.pth", {"run": "this"})  # nearer to its start
+    torch.save({"run": "this"}, tmp_path / "checkpoint_00_000002.pth")  # nearer to its start
     assert restarted("1") == ("checkpoint_00_000002.pth", True, "this")
     assert restarted("0")[:2] == ("", False)  # the first start
 
@@ -395,7 +395,7 @@ def test_a_restart_does_not_take_an_earlier_runs_checkpoint_for_its_own(restarte
 def test_a_restart_of_a_resumed_run_goes_on_from_its_own_last_checkpoint(restarted, tmp_path):
     flags = ["--resume", "--checkpoint", str(tmp_path / "checkpoint_07.pth")]
     assert restarted("1", *flags) == ("checkpoint_07.pth", True, "earlier")  # nothing of its own yet
-    save_checkpoint(tmp_path / "checkpoint_08.pth", {"run": "this"})
+    torch.save({"run": "this"}, tmp_path / "checkpoint_08.pth")
     assert restarted("1", *flags) == ("checkpoint_08.pth", True, "this")
 
 

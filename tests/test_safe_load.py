@@ -369,6 +369,18 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
         safe_load(path)
 
 
+def test_a_variable_that_keeps_torch_from_reading_is_named(tmp_path, monkeypatch):
+    path = save({"a": torch.ones(2)}, tmp_path / "file.pth")
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "file.safetensors")
+    for value in ("1", "True", "yes"):
+        monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", value)
+        with pytest.raises(UserError, match=r"file\.pth: .* TORCH_FORCE_WEIGHTS_ONLY_LOAD is set.*Unset it"):
+            safe_load(path)
+        assert_equal(safe_load(tmp_path / "file.safetensors")["model"], {"a": torch.ones(2)})
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    assert_equal(safe_load(path), {"a": torch.ones(2)})
+
+
 def test_missing_files_and_folders(tmp_path):
     for path in (tmp_path / "none.pth", tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(UserError, match="check the path"):

@@ -204,7 +204,7 @@ def test_the_best_file_is_believed_where_run_epoch_and_scores_agree(tmp_path):
     assert "is not of the best epoch" in saving.best_problem(path, "a", best | {"acc": 30.5})
     # a later state of the run names the same scores, but has other weights; so has one of the epoch after
     assert "is not of the best epoch" in saving.best_problem(folder / epoch_name(2), "a", best)
-    saving.save_checkpoint(folder / step_name(2, 5), state("a", epoch=1, step=5, best=best))
+    torch.save(state("a", epoch=1, step=5, best=best), folder / step_name(2, 5))
     assert "is not of the best epoch" in saving.best_problem(folder / step_name(2, 5), "a", best)
     for damage in (b"", path.read_bytes()[:-2000]):
         (tmp_path / "damaged.pth").write_bytes(damage)
@@ -232,8 +232,8 @@ def test_a_best_file_is_found_by_what_it_holds(tmp_path):
 def test_what_is_later_of_the_run_is_set_aside(tmp_path, caplog):
     folder = tmp_path / "run"
     run_of(folder, [10.0, 20.0, 30.0])
-    saving.save_checkpoint(folder / step_name(1, 9), state("a", epoch=0, step=9))
-    saving.save_checkpoint(folder / epoch_name(7), state("b", epoch=7, step=0))
+    torch.save(state("a", epoch=0, step=9), folder / step_name(1, 9))
+    torch.save(state("b", epoch=7, step=0), folder / epoch_name(7))
     (folder / epoch_name(8)).write_text("damaged")
     assert saving.set_aside_later(folder, "none", (9, 0)) is None
     first = saving.set_aside_later(folder, "a", (2, 0))
@@ -252,7 +252,7 @@ def test_what_is_later_of_the_run_is_set_aside(tmp_path, caplog):
 def test_a_changed_byte_is_told_or_does_not_matter(tmp_path_factory, where, flip):
     """Some bytes are padding; a file that passes for good has its values."""
     path = tmp_path_factory.mktemp("damage") / "c.pth"
-    saving.save_checkpoint(path, state(fill=3.0))
+    torch.save(state(fill=3.0), path)
     content = bytearray(path.read_bytes())
     content[int(where * (len(content) - 1))] ^= flip
     path.write_bytes(content)
@@ -267,7 +267,7 @@ def test_a_changed_byte_is_told_or_does_not_matter(tmp_path_factory, where, flip
 
 def test_every_changed_byte_of_a_tensor_is_told(tmp_path):
     path = tmp_path / "c.pth"
-    saving.save_checkpoint(path, state(fill=3.0))
+    torch.save(state(fill=3.0), path)
     content = path.read_bytes()
     start = content.index(torch.full((1000,), 3.0).numpy().tobytes())
     for place in (start, start + 1999, start + 3999):

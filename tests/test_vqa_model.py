@@ -26,7 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simla.checkpoint.initial import load_initial_weights
 from simla.checkpoint.load import load_weights
-from simla.checkpoint.save import save_checkpoint
 from simla.models import losses
 from simla.models.answer_tree import AnswerTree
 from simla.models.bert import BertConfig
@@ -543,7 +542,7 @@ def test_the_decoder_starts_from_the_upper_layers_of_bert(berts, decoder):
 
 def test_a_pretraining_checkpoint_fills_encoder_and_decoder(tmp_path):
     pretrained = shake(tiny_pretrain_model(bert=replace(TINY_BERT, num_hidden_layers=4)))
-    save_checkpoint(tmp_path / "pretrained.pth", {"model": pretrained.state_dict()})
+    torch.save({"model": pretrained.state_dict()}, tmp_path / "pretrained.pth")
     model = SIMLAVQA(TINY_VIT, replace(TINY_BERT, num_hidden_layers=4))
     report = load_weights(model, tmp_path / "pretrained.pth", "VQA")
     assert not report.fresh
