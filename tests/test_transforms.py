@@ -174,7 +174,7 @@ def test_what_is_no_file_is_not_waited_for(read, tmp_path, monkeypatch):
             with pytest.raises(BadImage) as error:
                 read(path)
             assert error.value.cause == "cannot be read: not a file, but a pipe, socket or device"
-            assert check_image(path, full=False)["flags"] == Cause.UNREADABLE
+            assert check_image(path, full=False)["flags"] == Cause.IMAGE_CANNOT_BE_READ
     for path in ("a\0.jpg", "a\ud800.jpg"):
         with pytest.raises(BadImage, match="cannot be read: no name that a file can have"):
             read(path)

@@ -1,46 +1,31 @@
-"""What can be found of an entry: bits that add up in its flags."""
+"""Causes for which entries are named: bits that add up in an entry's flags."""
 
-from enum import IntFlag
+from enum import IntFlag, auto
 
 
 class Cause(IntFlag):
-    """In the order of the report. Those before TEXT_CUT are problems, the others notes."""
+    """In the order of the report; those before TEXT_IS_CUT are problems, the others notes."""
 
-    WRONG_ENTRY = 1 << 0
-    EMPTY_TEXT = 1 << 1
-    MISSING = 1 << 2
-    UNREADABLE = 1 << 3
-    EMPTY_FILE = 1 << 4
-    NOT_IMAGE = 1 << 5
-    TRUNCATED = 1 << 6
-    DAMAGED = 1 << 7
-    TINY = 1 << 8
-    OVERLAP = 1 << 9
-    TEXT_CUT = 1 << 10
-    SAME_CONTENT = 1 << 11
-    ALIKE = 1 << 12
-    ALIKE_EVALUATION = 1 << 13
-    ONE_COLOUR = 1 << 14
+    WRONG_ENTRY = auto()
+    EMPTY_TEXT = auto()
+    NO_SUCH_IMAGE = auto()
+    IMAGE_CANNOT_BE_READ = auto()
+    EMPTY_IMAGE_FILE = auto()
+    NOT_AN_IMAGE = auto()
+    TRUNCATED_IMAGE = auto()
+    DAMAGED_IMAGE = auto()
+    TINY_IMAGE = auto()
+    IMAGE_OF_AN_EVALUATION_SPLIT = auto()
+    TEXT_IS_CUT = auto()
+    SAME_CONTENT_AS_ANOTHER_FILE = auto()
+    LOOKS_LIKE_ANOTHER_IMAGE = auto()
+    LOOKS_LIKE_AN_EVALUATION_IMAGE = auto()
+    IMAGE_OF_ONE_COLOUR = auto()
+
+    @property
+    def label(self) -> str:
+        return self.name.lower().replace("_", " ")
 
 
-NO_PIXELS = (
-    Cause.MISSING | Cause.UNREADABLE | Cause.EMPTY_FILE | Cause.NOT_IMAGE | Cause.TRUNCATED | Cause.DAMAGED
-)
-PROBLEMS = Cause.WRONG_ENTRY | Cause.EMPTY_TEXT | NO_PIXELS | Cause.TINY | Cause.OVERLAP
-NAMES = {
-    Cause.WRONG_ENTRY: "wrong entry",
-    Cause.EMPTY_TEXT: "empty text",
-    Cause.MISSING: "no such image",
-    Cause.UNREADABLE: "image cannot be read",
-    Cause.EMPTY_FILE: "empty image file",
-    Cause.NOT_IMAGE: "not an image",
-    Cause.TRUNCATED: "truncated image",
-    Cause.DAMAGED: "damaged image",
-    Cause.TINY: "tiny image",
-    Cause.OVERLAP: "image of an evaluation split",
-    Cause.TEXT_CUT: "text is cut",
-    Cause.SAME_CONTENT: "same content as another file",
-    Cause.ALIKE: "looks like another image",
-    Cause.ALIKE_EVALUATION: "looks like an evaluation image",
-    Cause.ONE_COLOUR: "image of one colour",
-}
+PROBLEMS = Cause(Cause.TEXT_IS_CUT - 1)
+NO_PIXELS = Cause(Cause.TINY_IMAGE - Cause.NO_SUCH_IMAGE)  # all from the one to before the other

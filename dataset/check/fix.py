@@ -6,52 +6,54 @@ from pathlib import Path
 
 import numpy as np
 
-from simla.dataset.check.causes import NAMES, PROBLEMS
+from simla.dataset.check.causes import PROBLEMS, Cause
 from simla.dataset.check.findings import Findings
 from simla.dataset.readers.annotations import Annotations, Mapped
 from simla.utils import UserError, atomic_write, log, make_output_folder, with_progress
 
 
 def write_fixed(findings: Findings, folder: str) -> dict:
-    """Writes a copy of each annotation file that has entries with problems.
+    """Write a copy of each annotation file that has entries with problems.
 
     Returns {"files": what was left out of each, "shards": names of those that have problems and stay as they
     are, "config": the keys as they are to be in the config, with the weights of mixtures}. Raises UserError
     where a copy would take an original's place.
     """
     make_output_folder(folder, "--fix")
-    originals = {source.path.resolve() for source in findings.shared.sources if source.shards is None}
-    files, shards, keys, used = [], [], {}, set()
-    for number, source in enumerate(findings.shared.sources):
+    sources = findings.shared.sources
+    originals = {source.path.resolve() for source in sources if source.shards is None}
+    files, shards, keys, copies = [], [], {}, set()
+    for number, source in enumerate(sources):
         data_sets = keys.setdefault(f"{source.split}_file", {})
-        _, named = data_sets.setdefault(source.data_set, (source.weight, []))
+        _, names = data_sets.setdefault(source.data_set, (source.weight, []))
         flags = findings.flags[number] & PROBLEMS
-        if source.problem or source.shards is not None or not flags.any():
-            if source.shards is None or source.name not in named:  # a pattern may be local and other shards
-                named.append(source.name)
-            if source.shards is not None and flags.any():
-                shards.append(source.name)
+        if source.shards is not None:
+            names += [source.name] if source.name not in names else []  # a pattern may be several sources
+            shards += [source.name] if flags.any() else []
+            continue
+        if source.problem or not flags.any():
+            names.append(source.name)
             continue
         copy = Path(folder).absolute() / f"{source.path.stem}.json"
-        while copy in used:  # another folder's file of that name
+        while copy in copies:  # of another folder's file of that name
             copy = copy.with_name(f"{copy.stem}_{number}{copy.suffix}")
-        used.add(copy)
+        copies.add(copy)
         if copy.resolve() in originals:
             raise UserError(f"--fix {folder}: {copy} is a file of the config; name another folder")
         kept = np.flatnonzero(flags == 0)
-        left_out = {
-            NAMES[cause]: int(np.count_nonzero(flags & cause)) for cause in NAMES if (flags & cause).any()
-        }
+        counts = {cause.label: int(np.count_nonzero(flags & cause)) for cause in Cause}
+        left_out = {label: count for label, count in counts.items() if count}
         files.append({"file": source.name, "copy": "", "kept": len(kept), "left_out": left_out})
         if len(kept):
             _write_copy(source.entries, kept, copy)
             files[-1]["copy"] = str(copy)
-            named.append(str(copy))
-    return {"files": files, "shards": shards, "config": {key: _value(found) for key, found in keys.items()}}
+            names.append(str(copy))
+    config = {key: _value(data_sets) for key, data_sets in keys.items()}
+    return {"files": files, "shards": shards, "config": config}
 
 
 def _value(data_sets: dict[int, tuple[float | None, list[str]]]) -> list:
-    """Returns what config `train_file` is to be: files, or the data sets of a mixture that have some."""
+    """Return what config `train_file` is to be: files, or the data sets of a mixture that have some."""
     value = []
     for weight, names in data_sets.values():
         if weight is None:
@@ -61,7 +63,7 @@ def _value(data_sets: dict[int, tuple[float | None, list[str]]]) -> list:
     return value
 
 
-def _write_copy(entries: Mapped | Annotations, kept: np.ndarray, path: Path) -> None:
+def _write_copy(entries: Mapped, kept: np.ndarray, path: Path) -> None:
     with atomic_write(path) as file:
         separator = "[\n"
         for text in with_progress(_texts(entries, kept), len(kept), f"Writing {path}", 100_000):
@@ -72,8 +74,9 @@ def _write_copy(entries: Mapped | Annotations, kept: np.ndarray, path: Path) -> 
 
 
 def _texts(entries: Mapped | Annotations, kept: np.ndarray) -> Iterator[str]:
-    """The JSON of each entry as it is in its file; but an image path that was relative to that file is made
-    absolute, since the copy lies elsewhere."""
+    """Yield the JSON of each entry as it is in its file; but an image path that was relative to that file is
+    made absolute, since the copy lies elsewhere.
+    """
     annotations = entries
     while isinstance(annotations, Mapped):
         annotations = annotations.entries
@@ -81,11 +84,10 @@ def _texts(entries: Mapped | Annotations, kept: np.ndarray) -> Iterator[str]:
     folder = raw.path.parent.absolute()
     for index in map(int, kept):
         entry = raw[index]
-        field = "images" if annotations.has_images else "image"
-        named = entry[field] if annotations.has_images else [entry[field]]
+        names = entry["images"] if annotations.has_images else [entry["image"]]
         absolute = [
-            found.removesuffix(suffix) if found == str(folder / (name + suffix)) else name
-            for name, found in zip(named, entries[index]["images"], strict=True)
+            path.removesuffix(suffix) if path == str(folder / (name + suffix)) else name
+            for name, path in zip(names, entries[index]["images"], strict=True)
         ]
-        entry = {**entry, field: absolute if annotations.has_images else absolute[0]}
-        yield json.dumps(entry)
+        images = {"images": absolute} if annotations.has_images else {"image": absolute[0]}
+        yield json.dumps({**entry, **images})

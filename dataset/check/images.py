@@ -1,7 +1,6 @@
 """Image files: what is wrong with each, its size, its content hash and, on demand, a hash of what it shows.
 
-What is found is kept in a file of fixed records, appended as it comes in, so that a check that was stopped
-goes on where it was; a record holds while the size and the time of the file's last change are the same.
+The records are kept in a file, appended as they come in, so that a check that was stopped goes on.
 """
 
 import io
@@ -60,7 +59,7 @@ class Images(NamedTuple):
 
 
 def read_images(workers: Workers, texts: list[Texts], folder: Path, full: bool) -> Images:
-    """Looks at every file once, but for those that the folder's cache knows."""
+    """Return the images, each looked at once, or known from the folder's cache."""
     names = np.concatenate([text.images for text in texts])
     paths, first, numbers = np.unique(names, return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")  # that of the annotation files, often that on the disk, too
@@ -74,13 +73,12 @@ def read_images(workers: Workers, texts: list[Texts], folder: Path, full: bool) 
     known = _find(read_cache(folder), records)
     chunks = [slice(start, start + IMAGES_PER_JOB) for start in range(0, len(records), IMAGES_PER_JOB)]
     jobs = [(full, sources[chunk], entries[chunk], places[chunk], known[chunk]) for chunk in chunks]
-    results = with_progress(
-        workers.map(check_images, jobs), len(jobs), f"Images, {IMAGES_PER_JOB} at a time", 25
-    )
+    results = workers.map(check_images, jobs)
+    results = with_progress(results, len(jobs), f"Images, {IMAGES_PER_JOB} at a time", 25)
     with _append_to_cache(folder) as cache:
-        for chunk, found in zip(chunks, results, strict=True):
-            records[chunk] = found
-            cache.write(found[found != known[chunk]].tobytes())
+        for chunk, checked in zip(chunks, results, strict=True):
+            records[chunk] = checked
+            cache.write(checked[checked != known[chunk]].tobytes())
             cache.flush()
     return Images(records, sources, entries, places, np.split(numbers, ends[:-1]))
 
@@ -89,7 +87,7 @@ def read_images(workers: Workers, texts: list[Texts], folder: Path, full: bool) 
 
 
 def read_cache(folder: Path) -> np.ndarray:
-    """All whole records, (n,) RECORD, the latest of each path, sorted by it."""
+    """Return all whole records, (n,) RECORD, the latest of each path, sorted by it."""
     content = b""
     with suppress(FileNotFoundError):
         content = (folder / CACHE).read_bytes()
@@ -98,18 +96,18 @@ def read_cache(folder: Path) -> np.ndarray:
 
 
 def _find(cache: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The records of the wanted paths, zeros where there is none."""
-    found = np.zeros_like(wanted)
+    """Return the records of the wanted paths, zeros where there is none."""
+    records = np.zeros_like(wanted)
     if len(cache):
-        places = np.searchsorted(cache["path"], wanted["path"]).clip(max=len(cache) - 1)
-        is_known = cache["path"][places] == wanted["path"]
-        found[is_known] = cache[places[is_known]]
-    return found
+        indices = np.searchsorted(cache["path"], wanted["path"]).clip(max=len(cache) - 1)
+        is_known = cache["path"][indices] == wanted["path"]
+        records[is_known] = cache[indices[is_known]]
+    return records
 
 
 @contextmanager
 def _append_to_cache(folder: Path) -> Iterator[io.BufferedWriter]:
-    """UserError where it cannot be opened, and where what is inside cannot write on."""
+    """Open the cache; UserError where that fails, and where what is inside cannot write on."""
     path = folder / CACHE
     try:
         with suppress(FileNotFoundError):  # a record that was cut by the end of a process goes
@@ -124,53 +122,52 @@ def _append_to_cache(folder: Path) -> Iterator[io.BufferedWriter]:
 
 
 def check_images(shared: Shared, job: tuple) -> np.ndarray:
-    """job: whether to decode; sources, entries, places and known records of n images. -> (n,) RECORD"""
-    full, *columns, known = job
-    found = np.zeros_like(known)
-    for row, (source, entry, place) in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True)):
-        image = shared.sources[source].entries[entry]["images"][place]
-        check = check_picture if isinstance(image, Picture) else check_image
-        found[row] = check(image, full, known[row])
-    return found
+    """Return (n,) RECORD; job: whether to decode; sources, entries, places and known records of n images."""
+    full, sources, entries, places, known = job
+    images = zip(sources.tolist(), entries.tolist(), places.tolist(), strict=True)
+    images = (shared.sources[source].entries[entry]["images"][place] for source, entry, place in images)
+    records = np.zeros_like(known)
+    for index, image in enumerate(images):
+        records[index] = check_image(image, full, known[index])
+    return records
 
 
-def check_image(path: str, full: bool, known: np.void | None = None) -> np.void:
-    """A RECORD; the known one where it still holds and has what is asked for."""
-    record = np.zeros((), RECORD)[()]
-    record["path"] = path_key(path)
+def check_image(image: str | Picture, full: bool, known: np.void | None = None) -> np.void:
+    """Return a RECORD; the known one where it holds and has what is asked for.
+
+    A file's holds while its size and its last change are the same, that of an image in a shard while its
+    content is.
+    """
+    record, in_shard = np.zeros((), RECORD)[()], isinstance(image, Picture)
+    record["path"] = path_key(image)
     try:
-        status = file_status(path)
-        record["size"], record["changed"] = status.st_size, status.st_mtime_ns
-        if known is not None and known["full"] >= full:
-            same = all(known[name] == record[name] for name in ("path", "size", "changed"))
-            if same and not known["flags"] & Cause.UNREADABLE:
-                return known
-        content = Path(path).read_bytes()
+        if in_shard:
+            content = image.getvalue()
+            record["size"], record["content"] = len(content), _hash(content)
+        else:
+            status = file_status(image)
+            record["size"], record["changed"] = status.st_size, status.st_mtime_ns
+        same = ("path", "size", "content" if in_shard else "changed")
+        is_same = known is not None and all(known[key] == record[key] for key in same)
+        if is_same and known["full"] >= full and not known["flags"] & Cause.IMAGE_CANNOT_BE_READ:
+            return known
+        content = content if in_shard else Path(image).read_bytes()
     except FileNotFoundError:
-        record["flags"] = Cause.MISSING
+        record["flags"] = Cause.NO_SUCH_IMAGE
     except OSError:
-        record["flags"] = Cause.UNREADABLE
+        record["flags"] = Cause.IMAGE_CANNOT_BE_READ
     else:
-        record["full"] = full
-        record["content"] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
-        _look_at(path, content, full, record)
+        record["full"], record["content"] = full, _hash(content)
+        _look_at(image.name if in_shard else image, content, full, record)
     return record
 
 
-def check_picture(picture: Picture, full: bool, known: np.void | None = None) -> np.void:
-    """As `check_image`, of an image in a shard."""
-    record, content = np.zeros((), RECORD)[()], picture.getvalue()
-    record["path"], record["size"], record["full"] = path_key(picture), len(content), full
-    record["content"] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
-    same = known is not None and all(known[name] == record[name] for name in ("path", "size", "content"))
-    if same and known["full"] >= full:
-        return known
-    _look_at(picture.name, content, full, record)
-    return record
+def _hash(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
 def _look_at(path: str, content: bytes, full: bool, record: np.void) -> None:
-    """Sets flags, size in pixels and, of a file that is decoded, look."""
+    """Set flags, size in pixels and, of a file that is decoded, look."""
     try:
         with open_content(content) as image:
             record["width"], record["height"] = image.size
@@ -178,40 +175,36 @@ def _look_at(path: str, content: bytes, full: bool, record: np.void) -> None:
         if full:
             image = (open_image if is_jpeg else load_image)(content, path)
             (pixels,) = crops(image, [View(None, False, LOOK_SIDE)])
+            record["look"] = look_hash(pixels)
+            record["flags"] |= 0 if record["look"] else Cause.IMAGE_OF_ONE_COLOUR
         elif not is_whole:
             load_image(content, path)  # the end may be missing, or hidden by something that was appended
+        if min(record["width"], record["height"]) < MIN_SIDE:
+            record["flags"] |= Cause.TINY_IMAGE
     except UnidentifiedImageError:
-        record["flags"] = Cause.NOT_IMAGE if content else Cause.EMPTY_FILE
-        return
+        record["flags"] = Cause.NOT_AN_IMAGE if content else Cause.EMPTY_IMAGE_FILE
     except BadImage as error:
-        record["flags"] = Cause.TRUNCATED if "truncated" in error.cause.lower() else Cause.DAMAGED
-        return
+        is_cut = "truncated" in error.cause.lower()
+        record["flags"] = Cause.TRUNCATED_IMAGE if is_cut else Cause.DAMAGED_IMAGE
     except Exception:  # each format fails in its own way
-        record["flags"] = Cause.DAMAGED
-        return
-    if min(record["width"], record["height"]) < MIN_SIDE:
-        record["flags"] |= Cause.TINY
-    if full:
-        record["look"] = look_hash(pixels)
-        if not record["look"]:
-            record["flags"] |= Cause.ONE_COLOUR
+        record["flags"] = Cause.DAMAGED_IMAGE
 
 
 def show(image: str | Picture) -> Image.Image:
-    """Returns what the image shows; a `Picture` stays as it was. Raises `BadImage`."""
+    """Return what the image shows; a `Picture` stays as it was. Raises `BadImage`."""
     return load_image(image.getvalue(), image.name) if isinstance(image, Picture) else load_image(image)
 
 
 def ends_whole(content: bytes, format: str) -> bool:
-    """Whether the file ends as one of its format does; False where that cannot be told from the end."""
+    """Return whether the file ends as one of its format does; False where the end does not tell."""
     if format == "WEBP":
         return len(content) >= 8 + int.from_bytes(content[4:8], "little")
     return format in ENDS and content.rstrip(b"\0\r\n").endswith(ENDS[format])
 
 
 def look_hash(pixels: np.ndarray) -> int:
-    """64 bits of a picture (32, 32, 3) uint8 that scaling and compressing again mostly leave as they are:
-    which of its lowest frequencies are above their median. 0: the picture shows one colour.
+    """Return 64 bits of a picture (32, 32, 3) uint8, which of its lowest frequencies are above their median:
+    scaling and compressing again mostly leave them as they are. 0: the picture shows one colour.
     """
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(np.float32)
     if grey.std() < FLAT:
@@ -222,7 +215,7 @@ def look_hash(pixels: np.ndarray) -> int:
 
 
 def explain(image: str | Picture, record: np.void) -> str:
-    """In words what is wrong with the file."""
+    """Return in words what is wrong with the file."""
     if record["flags"] & NO_PIXELS:
         try:
             show(image)

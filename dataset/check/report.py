@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from simla.dataset.check.causes import NAMES, PROBLEMS, Cause
-from simla.dataset.check.findings import MAX_LISTED, Findings, Found
+from simla.dataset.check.causes import PROBLEMS, Cause
+from simla.dataset.check.findings import MAX_LISTED, Finding, Findings
 from simla.dataset.check.images import show
 from simla.dataset.images import BadImage
 from simla.dataset.readers.shard_index import Picture
@@ -35,20 +35,22 @@ img { max-width: 160px; max-height: 160px; vertical-align: top } svg text { font
 
 
 class Report:
+    """what: config, task, full; reading: of `measure_reading`; fixed: of `write_fixed`."""
+
     def __init__(self, findings: Findings, what: dict, reading: dict, fixed: dict | None):
-        """what: config, task, full; reading: of `measure_reading`; fixed: of `write_fixed`."""
         self.findings, self.what, self.reading, self.fixed = findings, what, reading, fixed
         self.splits = findings.splits()
-        self.found = {cause: list(findings.examples(cause, MAX_LISTED)) for cause in NAMES}
+        self.title = f"{what['config']}, task {what['task']}"
 
     def write(self, folder: Path) -> None:
+        listed = (finding for cause in Cause for finding in self.findings.examples(cause, MAX_LISTED))
         content = {
             **self.what,
             "has_problems": self.findings.has_problems(),
             "splits": {name: _plain(split) for name, split in self.splits.items()},
             "files": self.findings.whole,
             "notes": self.findings.notes,
-            "found": [found.as_dict() for rows in self.found.values() for found in rows],
+            "found": [finding.as_dict() for finding in listed],
             "max_listed_of_each_cause_and_file": MAX_LISTED,
             "reading": self.reading,
             "fix": self.fixed,
@@ -60,69 +62,60 @@ class Report:
     # ---- the screen ----
 
     def rows(self) -> list[tuple[Cause | None, str, list[str]]]:
-        """Of the table: cause, name, a number for each split; causes that were not found are left out."""
-        rows = [(None, name, [f"{s[name]:,}" for s in self.splits.values()]) for name in ("files", "entries")]
-        rows.append((None, "different images", [f"{s['images']:,}" for s in self.splits.values()]))
-        for cause, name in NAMES.items():
-            counts = [split["counts"][cause] for split in self.splits.values()]
-            if any(counts):
-                rows.append((cause, name, [f"{count:,}" for count in counts]))
-        tokens = [" / ".join(map(str, quantiles(split["lengths"]))) for split in self.splits.values()]
+        """Return cause, name, a text for each split; causes that nothing has are left out."""
+        splits = self.splits.values()
+        rows = [(None, name, [f"{split[name]:,}" for split in splits]) for name in ("files", "entries")]
+        rows.append((None, "different images", [f"{split['images']:,}" for split in splits]))
+        for cause in Cause:
+            if any(split["counts"][cause] for split in splits):
+                rows.append((cause, cause.label, [f"{split['counts'][cause]:,}" for split in splits]))
+        tokens = [" / ".join(map(str, quantiles(split["lengths"]))) for split in splits]
         rows.append((None, "tokens: middle / 95% / most", tokens))
-        return [*rows, (None, "tokens kept", [str(split["limit"]) for split in self.splits.values()])]
+        return [*rows, (None, "tokens kept", [str(split["limit"]) for split in splits])]
 
     def text(self) -> str:
-        lines = ["", f"{self.what['config']}, task {self.what['task']}"]
-        lines.append(f"{'':40}" + "".join(f"{name:>18}" for name in self.splits))
+        lines = ["", self.title, f"{'':40}" + "".join(f"{name:>18}" for name in self.splits)]
         for cause, name, values in self.rows():
             kind = "" if cause is None else "problem: " if cause & PROBLEMS else "note: "
             lines.append(f"{kind + name:40}" + "".join(f"{value:>18}" for value in values))
         lines += [f"problem: {problem}" for problem in self.findings.whole]
         lines += [f"note: {note}" for note in self.findings.notes]
-        for cause in NAMES:
-            for found in self.findings.examples(cause, NUM_NAMED) if cause & PROBLEMS else ():
-                what = " ".join(filter(None, [str(found.image), found.detail]))
-                lines.append(f"{found.file}: entry {found.entry}: {NAMES[cause]}: {what}"[:300])
-        return "\n".join([*lines, *self._reading_lines(), *self._fix_lines()])
+        for cause in PROBLEMS:
+            for finding in self.findings.examples(cause, NUM_NAMED):
+                detail = " ".join(filter(None, [str(finding.image), finding.detail]))
+                lines.append(f"{finding.file}: entry {finding.entry}: {cause.label}: {detail}"[:300])
+        return "\n".join([*lines, *self._last_lines()])
 
-    def _reading_lines(self) -> list[str]:
-        if not self.reading:
-            return []
-        rate, workers, seconds = self.reading.values()
-        return [
-            f"reading: {rate:,} training entries a second of a process; an epoch takes {seconds:,} s with "
-            f"{workers} (num_workers) on one rank, and as much less as there are ranks"
-        ]
-
-    def _fix_lines(self) -> list[str]:
+    def _last_lines(self) -> list[str]:
+        """Return what reading takes and what --fix has done."""
+        lines = []
+        if self.reading:
+            rate, workers, seconds = self.reading.values()
+            lines.append(
+                f"reading: {rate:,} training entries a second of a process; an epoch takes {seconds:,} s "
+                f"with {workers} (num_workers) on one rank, and as much less as there are ranks"
+            )
         if self.fixed is None:
-            return []
-        lines = [
-            f"{row['copy'] or 'nothing is left'} of {row['file']}: {row['kept']:,} entries kept, left out "
-            + ", ".join(f"{count:,} {name}" for name, count in row["left_out"].items())
-            for row in self.fixed["files"]
-        ]
-        lines += [
-            f"{name}: shards are not written anew; in training, what cannot be read is replaced and counted"
-            for name in self.fixed["shards"]
-        ]
-        if any(name != "train_file" for name in self._changed_keys()):
-            lines.append("scores on a split that entries were left out of do not compare with published ones")
-        lines += [
-            f"in the config:  {name}: {json.dumps(files)}" for name, files in self.fixed["config"].items()
-        ]
-        return (
-            lines if self.fixed["files"] or self.fixed["shards"] else ["--fix: there is nothing to leave out"]
-        )
-
-    def _changed_keys(self) -> set[str]:
+            return lines
+        if not self.fixed["files"] and not self.fixed["shards"]:
+            return [*lines, "--fix: there is nothing to leave out"]
+        for row in self.fixed["files"]:
+            counts = ", ".join(f"{count:,} {name}" for name, count in row["left_out"].items())
+            copy = row["copy"] or "nothing is left"
+            lines.append(f"{copy} of {row['file']}: {row['kept']:,} entries kept, left out {counts}")
+        for name in self.fixed["shards"]:
+            rest = "in training, what cannot be read is replaced and counted"
+            lines.append(f"{name}: shards are not written anew; {rest}")
         changed = {row["file"] for row in self.fixed["files"]}
-        return {f"{s.split}_file" for s in self.findings.shared.sources if s.name in changed}
+        if any(s.split != "train" and s.name in changed for s in self.findings.shared.sources):
+            lines.append("scores on a split that entries were left out of do not compare with published ones")
+        config = self.fixed["config"].items()
+        return [*lines, *(f"in the config:  {name}: {json.dumps(files)}" for name, files in config)]
 
     # ---- the page ----
 
     def page(self) -> str:
-        """Self-contained HTML."""
+        """Return self-contained HTML."""
         head = "".join(f"<th>{_safe(name)}</th>" for name in self.splits)
         rows = "".join(
             f"<tr{' class=problem' if cause and cause & PROBLEMS else ''}><td>{_safe(name)}</td>"
@@ -130,39 +123,34 @@ class Report:
             + "</tr>"
             for cause, name, values in self.rows()
         )
-        title = f"{self.what['config']}, task {self.what['task']}"
+        title = _safe(self.title)
         parts = [
-            f"<!doctype html><meta charset=utf-8><title>{_safe(title)}</title><style>{STYLE}</style>",
-            f"<h1>{_safe(title)}</h1><table><tr><th></th>{head}</tr>{rows}</table>",
+            f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>",
+            f"<h1>{title}</h1><table><tr><th></th>{head}</tr>{rows}</table>",
             *(f"<p class=problem>{_safe(problem)}</p>" for problem in self.findings.whole),
-            *(
-                f"<p>{_safe(line)}</p>"
-                for line in [*self.findings.notes, *self._reading_lines(), *self._fix_lines()]
-            ),
+            *(f"<p>{_safe(line)}</p>" for line in [*self.findings.notes, *self._last_lines()]),
         ]
         for name, split in self.splits.items():
             if split["lengths"].any():
                 parts.append(f"<h2>Tokens of a text: {_safe(name)}</h2>{_histogram(split)}")
-        for cause, name in NAMES.items():
-            if self.found[cause]:
+        for cause in Cause:
+            if total := sum(split["counts"][cause] for split in self.splits.values()):
                 shown = "".join(map(_card, self.findings.examples(cause, NUM_SHOWN)))
-                total = sum(split["counts"][cause] for split in self.splits.values())
-                parts.append(f"<h2>{_safe(name)}: {total:,}</h2><div class=cards>{shown}</div>")
+                parts.append(f"<h2>{_safe(cause.label)}: {total:,}</h2><div class=cards>{shown}</div>")
         for name in self.splits:
             parts.append(f"<h2>Samples: {_safe(name)}</h2><div class=cards>{self._samples(name)}</div>")
         return "\n".join(parts)
 
     def _samples(self, split: str) -> str:
-        """Entries drawn at random."""
+        """Return cards of entries drawn at random."""
         rng, cards = random.Random(0), []
-        places = [
-            (number, index)
-            for number, source in enumerate(self.findings.shared.sources)
+        drawn = [
+            (source, index)
+            for source in self.findings.shared.sources
             if source.split == split
             for index in _drawn(source.entries, rng)
         ]
-        for number, index in rng.sample(places, min(len(places), NUM_SAMPLES)):
-            source = self.findings.shared.sources[number]
+        for source, index in rng.sample(drawn, min(len(drawn), NUM_SAMPLES)):
             try:
                 entry = source.entries[index]
             except (UserError, BadImage):
@@ -173,19 +161,19 @@ class Report:
 
 
 def _drawn(entries: Sequence[dict], rng: random.Random) -> list[int]:
-    """Returns entries drawn at random, of shards that are fetched from the first one alone."""
+    """Return entries drawn at random, of shards that are fetched from the first one alone."""
     numbers = range(entries.sizes[0] if getattr(entries, "is_stream", False) else len(entries))
     return rng.sample(numbers, min(len(numbers), NUM_SAMPLES))
 
 
 def quantiles(lengths: np.ndarray) -> list[int]:
-    """The middle, the length that 95% of the texts have at most, and the longest."""
+    """Return the middle, the length that 95% of the texts have at most, and the longest."""
     total = lengths.cumsum()
     return [int(np.searchsorted(total, share * total[-1])) for share in (0.5, 0.95, 1)]
 
 
 def _plain(split: dict) -> dict:
-    counts = {NAMES[cause]: count for cause, count in split["counts"].items()}
+    counts = {cause.label: count for cause, count in split["counts"].items()}
     return {**split, "counts": counts, "lengths": np.trim_zeros(split["lengths"], "b").tolist()}
 
 
@@ -194,11 +182,11 @@ def _safe(text: object) -> str:
 
 
 def _histogram(split: dict) -> str:
-    """Bars of the numbers of texts by their tokens; those that are cut in red."""
+    """Return bars of the numbers of texts by their tokens; those that are cut in red."""
     lengths, width, height = np.trim_zeros(split["lengths"], "b"), 12, 120
-    top, bars = lengths.max(), []
+    bars = []
     for length, count in enumerate(lengths.tolist()):
-        tall = height * count / top
+        tall = height * count / lengths.max()
         colour = "#b2182b" if length > split["limit"] else "#0b5fa5"
         bars.append(
             f'<rect x="{length * width}" y="{height - tall:.1f}" width="{width - 2}" height="{tall:.1f}" '
@@ -210,9 +198,10 @@ def _histogram(split: dict) -> str:
     return f'<svg {size} xmlns="http://www.w3.org/2000/svg">{"".join(bars)}</svg>'
 
 
-def _card(found: Found) -> str:
-    images = [image for image in (found.image, found.twin) if image != ""]
-    return _figure(images, found.detail, f"{found.split}, {Path(found.file).name}: entry {found.entry}")
+def _card(finding: Finding) -> str:
+    images = [image for image in (finding.image, finding.twin) if image != ""]
+    where = f"{finding.split}, {Path(finding.file).name}: entry {finding.entry}"
+    return _figure(images, finding.detail, where)
 
 
 def _figure(images: list[str | Picture], text: str, where: str) -> str:

@@ -27,18 +27,22 @@ class Similar:
 
         groups = _groups(content)
         twin = _first_other(groups, content != 0)
-        self._add(Cause.SAME_CONTENT, twin, self.flags)
+        self._add(Cause.SAME_CONTENT_AS_ANOTHER_FILE, twin, self.flags)
         twin = np.where(is_evaluation, eval_only, _first_of(groups, is_evaluation & (content != 0)))
-        self._add(Cause.OVERLAP, np.where(is_training, twin, NONE), self.train_flags)
+        self._add(Cause.IMAGE_OF_AN_EVALUATION_SPLIT, np.where(is_training, twin, NONE), self.train_flags)
 
         looks, of_look = np.unique(look, return_inverse=True)
         pairs = near_pairs(looks[looks != 0]) + int((looks == 0).any())
         alike = _with_neighbours(_first_other(of_look, look != 0, groups), of_look, pairs, look != 0)
-        self._add(Cause.ALIKE, np.where(self.flags & Cause.SAME_CONTENT, NONE, alike), self.flags)
+        self._add(
+            Cause.LOOKS_LIKE_ANOTHER_IMAGE,
+            np.where(self.flags & Cause.SAME_CONTENT_AS_ANOTHER_FILE, NONE, alike),
+            self.flags,
+        )
         first_evaluation = _first_of(of_look, is_evaluation & (look != 0))
         alike = _with_neighbours(first_evaluation, of_look, pairs, is_evaluation & (look != 0))
-        is_other = is_training & (self.twins[Cause.OVERLAP] == NONE)
-        self._add(Cause.ALIKE_EVALUATION, np.where(is_other, alike, NONE), self.train_flags)
+        is_other = is_training & (self.twins[Cause.IMAGE_OF_AN_EVALUATION_SPLIT] == NONE)
+        self._add(Cause.LOOKS_LIKE_AN_EVALUATION_IMAGE, np.where(is_other, alike, NONE), self.train_flags)
 
     def _add(self, cause: Cause, twin: np.ndarray, flags: np.ndarray) -> None:
         self.twins[cause] = twin

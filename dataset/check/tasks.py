@@ -1,4 +1,4 @@
-"""Which files of a config hold what: each task's splits, read by the functions that its script reads with."""
+"""Files of a config by split: which task reads what, by the functions that its script reads with."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,39 +24,44 @@ from simla.dataset.vqa import (
 )
 from simla.utils import UserError, fill_in, is_url
 
-Said = tuple[list[str], list[str]]  # problems, notes
-NOTHING: Said = ([], [])
+ProblemsAndNotes = tuple[list[str], list[str]]
 
 
 @dataclass(frozen=True)
 class Split:
-    """read(file, config): entries with images and text; a text longer than `max_words` is cut; whole(config,
-    tokenizer, position_limit): the problems and the notes, a sentence each, of files that are right entry by
-    entry; raises UserError for a problem that hides others. takes_shards: whether the script reads shards,
-    too.
+    """How a script reads a split.
+
+    read(file, config): the entries; text: their field that has text; clean(text, max_words): what is made of
+    it; whole(config, tokenizer, position_limit): the problems and the notes, a sentence each, of files that
+    are right entry by entry, or UserError for a problem that hides others; takes_shards: whether the script
+    reads shards, too.
     """
 
     read: Callable[[str, dict], Sequence[dict]]
+    text: str = "text"
     clean: Callable[[str, int], str] = clean_caption
     max_words: int = 30
-    whole: Callable[[dict, object, int], "Said"] | None = None
+    whole: Callable[[dict, object, int], ProblemsAndNotes] | None = None
     takes_shards: bool = False
 
 
 @dataclass
 class Source:
-    """An annotation file, or the shards of a pattern; `problem` says why it has no entries where it cannot be
-    used. data_set, weight: number and weight of the data set of a mixture that it is of; else 0 and None.
+    """An annotation file, or the shards of a pattern, with entries that have images and text.
+
+    clean, max_words: see `Split`; max_tokens: a longer text is cut; problem: why it has no entries where it
+    cannot be used; data_set, weight: number and weight of its data set in a mixture, else 0 and None.
     """
 
     split: str
     name: str
-    spec: Split
-    max_tokens: int  # a longer text is cut
+    clean: Callable[[str, int], str]
+    max_words: int
+    max_tokens: int
     entries: Sequence[dict]
-    problem: str = ""
-    data_set: int = 0
-    weight: float | None = None
+    problem: str
+    data_set: int
+    weight: float | None
 
     @property
     def path(self) -> Path:
@@ -67,87 +72,69 @@ class Source:
         return self.entries if isinstance(self.entries, Shards) else None
 
 
-def _pairs(file: str, config: dict) -> Mapped:
-    return read_pairs(file, config.get("image_root", ""))
-
-
-def _at_root(file: str, config: dict, read: Callable) -> Sequence[dict]:
-    return read(file, config["image_root"])
-
-
-def _with_text(file: str, config: dict, read: Callable, field: str) -> Mapped:
-    """Return the items of entries that have their text in the field of that name."""
-    return Mapped(read(file, config), partial(item_of, text=field))
-
-
-def _answers_fit(config: dict, tokenizer, position_limit: int) -> Said:
+def _check_answers(config: dict, tokenizer, position_limit: int) -> ProblemsAndNotes:
     if config["answer_list"]:
         read_answer_list(config["answer_list"], tokenizer, config["eos"], position_limit)
-    return NOTHING
+    return [], []
 
 
-def _test_questions_fit(config: dict, *_) -> Said:
+def _check_test_questions(config: dict, *_) -> ProblemsAndNotes:
     VQAEvalData(config["test_file"], config, is_test=True)
-    return NOTHING
+    return [], []
 
 
-def _targets_fit(config: dict, *_) -> Said:
+def _check_targets(config: dict, *_) -> ProblemsAndNotes:
     GroundingEvalData(config)
-    return NOTHING
+    return [], []
 
 
-def _ids_fit(config: dict, *_) -> Said:
+def _check_ids(config: dict, *_) -> ProblemsAndNotes:
     identities = by_path_and_id(read_train_pairs(config["train_file"], config["image_root"]))
     return identities.problems, identities.notes
 
 
-def _rows_of_images(config: dict, *_, key: str) -> Said:
+def _check_rows(config: dict, *_, key: str) -> ProblemsAndNotes:
     note = CaptionedImages(read_captioned_images(config[key], config["image_root"])).note
     return [], [f"{config[key]}: {note}"] if note else []
 
 
-def _captions(read: Callable, whole: Callable) -> Split:
-    return Split(partial(_with_text, read=partial(_at_root, read=read), field="caption"), whole=whole)
+def _at_root(read: Callable[[str, str], Sequence[dict]]) -> Callable[[str, dict], Sequence[dict]]:
+    return lambda file, config: read(file, config.get("image_root", ""))
 
 
-def _expressions(read: Callable, whole: Callable | None = None) -> Split:
-    return Split(partial(_with_text, read=read, field="text"), whole=whole)
+def _captioned(key: str) -> Split:
+    return Split(_at_root(read_captioned_images), "caption", whole=partial(_check_rows, key=key))
 
 
 def _questions(max_words: int, whole: Callable | None = None, **fields: tuple) -> Split:
-    read = partial(_with_text, read=partial(read_questions, **fields), field="question")
-    return Split(read, clean_question, max_words, whole)
-
-
-def _sentences(read: Callable) -> dict[str, Split]:
-    return dict.fromkeys(("train", "val", "test"), Split(partial(_at_root, read=read)))
+    return Split(partial(read_questions, **fields), "question", clean_question, max_words, whole)
 
 
 # Script -> its splits, by the name of the config key: that of the file is train_file, ...
 SPLITS: dict[str, dict[str, Split]] = {
-    "Pretrain": {"train": Split(_pairs, takes_shards=True)},
+    "Pretrain": {"train": Split(_at_root(read_pairs), takes_shards=True)},
     "Retrieval": {
-        "train": _captions(read_train_pairs, _ids_fit),
-        "val": _captions(read_captioned_images, partial(_rows_of_images, key="val_file")),
-        "test": _captions(read_captioned_images, partial(_rows_of_images, key="test_file")),
+        "train": Split(_at_root(read_train_pairs), "caption", whole=_check_ids),
+        "val": _captioned("val_file"),
+        "test": _captioned("test_file"),
     },
     "Grounding": {
-        "train": _expressions(read_expressions),
-        "test": _expressions(read_located_expressions, _targets_fit),
+        "train": Split(read_expressions),
+        "test": Split(read_located_expressions, whole=_check_targets),
     },
     "VQA": {
-        "train": _questions(MAX_WORDS_IN_TRAINING, _answers_fit, answer=TEXTS),
+        "train": _questions(MAX_WORDS_IN_TRAINING, _check_answers, answer=TEXTS),
         "val": _questions(MAX_WORDS_IN_EVALUATION, answer=TEXTS),
-        "test": _questions(MAX_WORDS_IN_EVALUATION, _test_questions_fit, question_id=NUMBER_OR_TEXT),
+        "test": _questions(MAX_WORDS_IN_EVALUATION, _check_test_questions, question_id=NUMBER_OR_TEXT),
     },
-    "Pretrain_NLVR": {"train": Split(_pairs)},
-    "NLVR": _sentences(read_nlvr),
-    "VE": _sentences(read_ve),
+    "Pretrain_NLVR": {"train": Split(_at_root(read_pairs))},
+    "NLVR": dict.fromkeys(("train", "val", "test"), Split(_at_root(read_nlvr))),
+    "VE": dict.fromkeys(("train", "val", "test"), Split(_at_root(read_ve))),
 }
 
 
 def open_sources(splits: dict[str, Split], config: dict, position_limit: int) -> list[Source]:
-    """Return the annotation files and shards that the config names. Raises UserError where it names none."""
+    """Return the annotation files and shards that the config names; raise UserError where it names none."""
     sources = []
     for split, spec in splits.items():
         max_tokens = position_limit
@@ -160,13 +147,12 @@ def open_sources(splits: dict[str, Split], config: dict, position_limit: int) ->
                     if spec.takes_shards and is_shards(file):
                         found = read_set([file], "", must_count=True)
                     else:
-                        found = [spec.read(file, config)]
+                        found = [Mapped(spec.read(file, config), partial(item_of, text=spec.text))]
             except UserError as error:
                 problem = str(error)
             name = file if is_url(file) else fill_in(file)
-            sources += [
-                Source(split, name, spec, max_tokens, entries, problem, data_set, weight) for entries in found
-            ]
+            limits = (spec.clean, spec.max_words, max_tokens)
+            sources += [Source(split, name, *limits, entries, problem, data_set, weight) for entries in found]
     if not sources:
         raise UserError(f"the config names no annotation file ({', '.join(splits)})")
     return sources

@@ -1,8 +1,8 @@
 """One pass over the entries: which are wrong, which texts are empty or cut, and which images they name."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,105 +20,84 @@ MAX_LENGTH = 1024  # of the histogram; longer texts count as this long
 ALL_WORDS = 1 << 30
 
 
-@dataclass
-class Shared:
-    """What the jobs read."""
+class Shared(NamedTuple):
+    """All that the jobs read."""
 
     sources: list[Source]
     tokenizer: Tokenizer  # the bare one: transformers takes seconds to import in each process
 
 
-@dataclass
-class Texts:
-    """Of a source with N entries that name M images in all (those of wrong entries are not known)."""
+class Texts(NamedTuple):
+    """N entries that name M images in all (those of wrong entries are not known), 15 bytes for each."""
 
     flags: np.ndarray  # (N,) uint16, `Cause` bits
     lengths: np.ndarray  # (MAX_LENGTH + 1,) number of texts by their tokens
     images: np.ndarray  # (M,) uint64, keys of their paths
-    owners: np.ndarray  # (M,) uint32, the entries that name them
+    owners: np.ndarray  # (M,) uint32, indices of the entries that name them
     places: np.ndarray  # (M,) uint8, which of an entry's images each is
 
 
-@dataclass
-class _Part:
-    """Of the entries of a job."""
-
-    source: int
-    start: int
-    flags: np.ndarray
-    lengths: np.ndarray
-    images: list[int] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-
-
 def read_texts(workers: Workers, sources: list[Source]) -> list[Texts]:
-    """Of each source; 15 bytes an entry and an image stay in memory, no text and no path."""
+    """Return the texts of each source; no text and no path stays in memory."""
     jobs = [
         (number, start, min(start + ENTRIES_PER_JOB, len(source.entries)))
         for number, source in enumerate(sources)
         for start in range(0, len(source.entries), ENTRIES_PER_JOB)
     ]
-    parts = [[] for _ in sources]
+    shares = [[_as_arrays(np.zeros(0), np.zeros(MAX_LENGTH + 1), [])] for _ in sources]
     results = workers.map(check_texts, jobs)
-    for part in with_progress(results, len(jobs), f"Entries, {ENTRIES_PER_JOB} at a time", 25):
-        parts[part.source].append(part)
-    return [_joined(found) for found in parts]
+    results = with_progress(results, len(jobs), f"Entries, {ENTRIES_PER_JOB} at a time", 25)
+    for (number, *_), texts in zip(jobs, results, strict=True):
+        shares[number].append(texts)
+    return [_joined(of_source) for of_source in shares]
 
 
-def _joined(parts: list[_Part]) -> Texts:
-    def join(name: str, kind: type) -> np.ndarray:
-        arrays = [np.asarray(getattr(part, name), kind) for part in parts]
-        return np.concatenate(arrays) if arrays else np.zeros(0, kind)
-
-    return Texts(
-        join("flags", np.uint16),
-        sum((part.lengths for part in parts), np.zeros(MAX_LENGTH + 1, np.int64)),
-        join("images", np.uint64),
-        join("owners", np.uint32),
-        join("places", np.uint8),
-    )
+def _joined(shares: list[Texts]) -> Texts:
+    flags, lengths, *images = zip(*shares, strict=True)
+    return Texts(np.concatenate(flags), sum(lengths), *map(np.concatenate, images))
 
 
-def check_texts(shared: Shared, job: tuple[int, int, int]) -> _Part:
-    """job: number of the source, its first entry and the one after the last."""
+def _as_arrays(flags: np.ndarray, lengths: np.ndarray, images: list[tuple[int, int, int]]) -> Texts:
+    """Return the texts with `images`, key, owner and place of each, as arrays, which are small to send."""
+    columns = list(zip(*images, strict=True)) or [(), (), ()]
+    kinds = (np.uint64, np.uint32, np.uint8)
+    arrays = (np.array(column, kind) for column, kind in zip(columns, kinds, strict=True))
+    return Texts(flags.astype(np.uint16), lengths.astype(np.int64), *arrays)
+
+
+def check_texts(shared: Shared, job: tuple[int, int, int]) -> Texts:
+    """Return the texts of some entries; job: index of the source, of its first entry and after its last."""
     number, start, stop = job
-    source = shared.sources[number]
-    count = WordPieces.of(shared.tokenizer)
-    flags = np.zeros(stop - start, np.uint16)
-    part = _Part(number, start, flags, np.zeros(MAX_LENGTH + 1, np.int64))
+    source, count = shared.sources[number], WordPieces.of(shared.tokenizer)
+    flags, lengths, images = np.zeros(stop - start, np.uint16), np.zeros(MAX_LENGTH + 1, np.int64), []
     for index in range(start, stop):
         try:
             entry = source.entries[index]
         except (UserError, BadImage):  # the latter of a sample of a shard
             flags[index - start] |= Cause.WRONG_ENTRY
             continue
-        for length, is_cut in text_lengths(source, entry, count):
-            part.lengths[min(length, MAX_LENGTH)] += 1
-            if length <= 1:
-                flags[index - start] |= Cause.EMPTY_TEXT
-            if is_cut:
-                flags[index - start] |= Cause.TEXT_CUT
-        for place, image in enumerate(entry["images"]):
-            part.images.append(path_key(image))
-            part.owners.append(index)
-            part.places.append(place)
-    # as arrays, in which form they go from process to process
-    part.images = np.array(part.images, np.uint64)
-    part.owners, part.places = np.array(part.owners, np.uint32), np.array(part.places, np.uint8)
-    return part
+        for text in measured_texts(source, entry, count):
+            lengths[min(text.num_tokens, MAX_LENGTH)] += 1
+            flags[index - start] |= text.flags
+        images += [(path_key(image), index, place) for place, image in enumerate(entry["images"])]
+    return _as_arrays(flags, lengths, images)
 
 
-def text_lengths(source: Source, entry: dict, count: "WordPieces") -> Iterator[tuple[int, bool]]:
-    """Of each text after cleaning: its tokens, [CLS] included; whether words or tokens are cut off."""
-    texts = [entry["text"]] if isinstance(entry["text"], str) else entry["text"]
-    for text in texts:
-        text = source.spec.clean(text, ALL_WORDS)
-        is_cut = text.count(" ") >= source.spec.max_words
-        if is_cut:
-            text = source.spec.clean(text, source.spec.max_words)
-        length = count(text)
-        yield length, is_cut or length > source.max_tokens
+class Text(NamedTuple):
+    text: str
+    num_words: int  # after cleaning
+    num_tokens: int  # of the words that are kept, [CLS] included
+    flags: int  # `Cause` bits
+
+
+def measured_texts(source: Source, entry: dict, count: "WordPieces") -> Iterator[Text]:
+    """Yield each text of the entry with what cleaning and cutting leave of it."""
+    for text in [entry["text"]] if isinstance(entry["text"], str) else entry["text"]:
+        words = source.clean(text, ALL_WORDS).split(" ")
+        num_tokens = count(" ".join(words[: source.max_words]))
+        is_cut = len(words) > source.max_words or num_tokens > source.max_tokens
+        flags = (Cause.EMPTY_TEXT if num_tokens <= 1 else 0) | (Cause.TEXT_IS_CUT if is_cut else 0)
+        yield Text(text, len(words), num_tokens, flags)
 
 
 class WordPieces:
@@ -137,6 +116,5 @@ class WordPieces:
 
 
 def path_key(image: str | Picture) -> int:
-    """64 bits that stand for the path, or for the sample of a shard."""
-    name = image.sample if isinstance(image, Picture) else image
-    return hash_of(name)
+    """Return 64 bits that stand for the path, or for the sample of a shard."""
+    return hash_of(image.sample if isinstance(image, Picture) else image)
