@@ -5,7 +5,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the networ
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("suite", deadline=None, derandomize=True)  # the same examples at any load
+settings.load_profile("suite")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of what was started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -92,7 +92,7 @@ def scratch(tmp_path_factory):
     st.sampled_from([b"", b"\xef\xbb\xbf"]),
     st.sampled_from(["", " \n\t "]),
 )
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 def test_any_list_is_what_json_loads_says(scratch, entries, ascii_only, indent, block_bytes, mark, space):
     """Borders of blocks fall within characters, escapes, numbers and words."""
     text = space + json.dumps(entries, ensure_ascii=ascii_only, indent=indent) + space
@@ -110,7 +110,7 @@ def test_any_list_is_what_json_loads_says(scratch, entries, ascii_only, indent, 
     st.data(),
     st.integers(1, 60),
 )
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 def test_whatever_json_loads_refuses_is_refused(scratch, entries, data, block_bytes):
     """Cut anywhere, or with some bytes replaced; and what it takes is taken for the same."""
     content = json.dumps(entries, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -249,7 +249,7 @@ def test_a_table_of_parquet_or_arrow_is_called_what_it_is(tmp_path):
     st.sampled_from([b"", b"\xef\xbb\xbf"]),
     st.booleans(),
 )
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(max_examples=40)
 def test_json_lines_are_what_json_loads_says_of_each(
     scratch, entries, ascii_only, line_end, block_bytes, mark, is_ended
 ):

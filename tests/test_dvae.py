@@ -75,7 +75,7 @@ def test_equal_to_the_dall_e_package(dall_e, small, code_view):
     assert torch.allclose(small.logits(code_view), expected, atol=1e-6)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.integers(1, 3), st.integers(1, 3))
 def test_one_code_per_patch_in_raster_order(batch, side):
     model = DalleEncoder(n_hid=8, vocab_size=32, n_blk_per_group=1)
@@ -149,7 +149,7 @@ def pictures(num, seed=0, res=32):
     return 0.9 * torch.nn.functional.interpolate(coarse, size=(res, res)) + 0.1 * fine
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 20))
 def test_codes_are_the_nearest_centres(batch, side, num_codes):
     codebook = KMeansCodebook(num_codes)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from goldens_io import digest, fill_model, golden, golden_image
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models_for_tests import shake, tiny_texts, vit_sizes
 from PIL import Image
@@ -305,7 +305,6 @@ def pixels(box) -> set[tuple[int, int]]:
     return {(column, row) for column in range(x, x + w) for row in range(y, y + h)}
 
 
-@settings(derandomize=True, deadline=None)
 @given(WHOLE_BOXES, WHOLE_BOXES)
 def test_iou_counts_pixels(a, b):
     both = pixels(a) & pixels(b)
@@ -314,7 +313,6 @@ def test_iou_counts_pixels(a, b):
     assert box_iou(a, b) == overlap / (len(pixels(a)) + len(pixels(b)) - overlap)
 
 
-@settings(derandomize=True, deadline=None)
 @given(HEATS, st.lists(WHOLE_BOXES.map(lambda box: tuple(value + 0.25 for value in box)), max_size=5))
 def test_the_first_box_with_the_largest_score_above_0(heat, boxes):
     height, width = heat.shape
@@ -336,7 +334,6 @@ def test_the_first_box_with_the_largest_score_above_0(heat, boxes):
         assert chosen == list(boxes[close[0]]) or len({boxes[i] for i in close}) > 1
 
 
-@settings(derandomize=True, deadline=None)
 @given(HEATS)
 def test_heat_box_bounds_the_largest_connected_region(heat):
     hot = (heat >= HEAT_THRESHOLD * heat.max()) if heat.max() > 0 else torch.zeros_like(heat)
@@ -369,7 +366,6 @@ def test_heat_box_finds_a_bright_patch_whatever_the_scale():
         assert abs(x - 60) < 12 and abs(y - 20) < 6 and abs(w - 60) < 24 and abs(h - 30) < 12
 
 
-@settings(derandomize=True, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 0.49, 0.5, 0.51, 1.0]))))
 def test_accuracy_is_a_count(pairs):
     result = grounding_accuracy([split for split, _ in pairs], [iou for _, iou in pairs])
@@ -379,7 +375,6 @@ def test_accuracy_is_a_count(pairs):
         assert percent == 100 * sum(iou >= 0.5 for iou in own) / len(own)
 
 
-@settings(derandomize=True, deadline=None)
 @given(WHOLE_BOXES, st.lists(WHOLE_BOXES, max_size=6))
 def test_chance_is_the_mean_over_every_choice(truth, boxes):
     outcomes = [grounding_accuracy(["val"], [box_iou(truth, box)])["val"] / 100 for box in boxes]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from simla.models import losses
 
 CLOSE = {"rel": 1e-4, "abs": 1e-5}
-quickly = settings(deadline=None, derandomize=True, max_examples=40)
+quickly = settings(deadline=None, max_examples=40)
 seeds, alphas = st.integers(0, 2**16), st.one_of(st.just(0.0), st.just(1.0), st.floats(0, 1))
 
 

@@ -25,7 +25,7 @@ def test_recorded_masks_are_reproduced():
 
 
 @given(every_grid, st.data())
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 def test_any_grid_masks_at_least_one_patch_and_at_most_the_number_asked(grid, data):
     num_masked = data.draw(st.integers(0, grid[0] * grid[1]))
     mask = BlockMask(grid, num_masked)(random.Random(data.draw(st.integers(0, 99))))
@@ -40,7 +40,7 @@ def test_a_grid_without_room_for_blocks_gets_single_patches():
 
 
 @given(st.integers(8, 24), st.integers(0, 99))
-@settings(deadline=None, derandomize=True, max_examples=50)
+@settings(max_examples=50)
 def test_the_usual_share_is_nearly_met(side, seed):
     num_masked = side * side * 75 // 256
     assert BlockMask(side, num_masked)(random.Random(seed)).sum() > 0.7 * num_masked

@@ -33,7 +33,7 @@ def check_ring_buffer(queue_size: int, batches: list[int], dtype: torch.dtype = 
 
 
 @given(st.integers(1, 7), st.lists(st.integers(0, 17), max_size=6))
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(max_examples=150)
 def test_queue_is_a_ring_buffer_for_any_batch_size(queue_size, batches):
     check_ring_buffer(queue_size, batches)
 

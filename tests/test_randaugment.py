@@ -118,7 +118,7 @@ def noise(height: int, width: int, seed: int, low: int) -> np.ndarray:
 
 
 @given(images)
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 def test_histogram_operations_are_those_of_pil(shape):
     image = noise(*shape)
     assert np.array_equal(OPERATIONS["AutoContrast"](image, 0), ImageOps.autocontrast(Image.fromarray(image)))
@@ -126,7 +126,7 @@ def test_histogram_operations_are_those_of_pil(shape):
 
 
 @given(images, st.sampled_from(sorted(FULL_STRENGTH)), st.floats(0, 10), st.sampled_from([0.1, 0.9]))
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 def test_affine_operations_agree_with_floating_point_interpolation(shape, name, level, sign):
     """The grid of 1/32 pixel costs at most 1/64 of the range per axis, and rounding."""
     image = noise(*shape)
@@ -153,7 +153,7 @@ def test_affine_operations_agree_with_floating_point_interpolation(shape, name, 
 
 
 @given(st.integers(0, 10_000))
-@settings(deadline=None, derandomize=True, max_examples=50)
+@settings(max_examples=50)
 def test_any_draw_keeps_shape_and_input_and_global_state(seed):
     image = noise(24, 16, seed % 1000, 0)
     before, state = image.copy(), np.random.get_state()[1].copy()

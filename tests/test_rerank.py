@@ -91,7 +91,7 @@ def test_half_precision_is_close(small, precision):
     torch.testing.assert_close(found, logits, rtol=0, atol={"bf16": 0.3, "fp16": 0.04}[precision])
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 @given(st.data(), st.integers(0, 6), st.integers(1, 8), st.integers(1, 4), st.integers(1, 40))
 def test_every_pair_has_its_place_once(data, num_images, num_texts, most_images, most_tokens):
     rows = st.lists(st.booleans(), min_size=num_texts, max_size=num_texts)

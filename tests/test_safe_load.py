@@ -79,7 +79,7 @@ def test_all_plain_values_come_back(tmp_path, is_zip):
 shapes = st.lists(st.integers(0, 4), max_size=3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), min_size=1, max_size=4), st.booleans())
 def test_any_tensors_come_back(specs, is_zip):
     value = [(torch.randn(shape) * 3).to(dtype) for shape, dtype in specs]
@@ -273,7 +273,7 @@ def test_a_cut_file_is_a_clear_error(tmp_path, is_zip):
             safe_load(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda tail: b"\x80\x02" + tail))
 def test_any_bytes_give_a_clear_error(data):
     with tempfile.TemporaryDirectory() as folder:

@@ -133,7 +133,7 @@ READERS = (st.integers(1, 4), st.integers(0, 3), st.integers(1, 3), st.integers(
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), *READERS, st.integers(0, 3))
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(max_examples=150)
 def test_readers_share_the_shards_of_a_stream(sizes, num_ranks, workers, batch, accumulation, epoch):
     """Whatever there are of both: no sample twice, equally many steps, each process reads few shards, and
     what is resumed goes on as if it had not stopped.
@@ -207,7 +207,7 @@ def test_shares_are_in_proportion_and_add_up():
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.floats(0.05, 20), st.integers(1, 90), st.booleans())
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 def test_an_epoch_has_the_share_of_each_set(size, other, weight, total, is_stream):
     sets = [Numbers([size], is_stream), Numbers([other], is_stream=False)]
     mixture = Mixture(sets, [weight, 1.0], total)

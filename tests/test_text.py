@@ -62,7 +62,6 @@ def test_recorded_cleaning(case):
 
 
 @given(st.text())
-@settings(deadline=None, derandomize=True)
 def test_cleaning_any_text(text):
     clean = clean_caption(text, 7)
     assert clean == clean_caption(clean, 7) or "<" in text or "\n" in text
@@ -161,7 +160,7 @@ def test_padding_and_truncation(tokenizer):
     st.sampled_from(["longest", "max_length"]),
     st.integers(1, 50),
 )
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 def test_tokenize_any_lengths(tokenizer, num_words, max_length, padding, position_limit):
     if padding == "max_length" and max_length is None:
         max_length = 20
@@ -200,7 +199,7 @@ def test_the_share_of_masked_tokens_and_what_becomes_of_them():
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.floats(0, 1), st.integers(0, 999))
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 def test_what_holds_for_every_draw(num_texts, length, probability, seed):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 20, (num_texts, length), generator=generator)

@@ -309,7 +309,7 @@ def test_the_smallest_scale_is_taken_that_has_a_pixel_for_each_of_the_view(tmp_p
 @given(
     st.integers(200, 800), st.integers(200, 800), st.integers(24, 96), st.floats(0.05, 1), st.integers(0, 99)
 )
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(max_examples=40)
 def test_crops_of_scaled_decodes_are_those_of_a_full_decode(width, height, res, min_scale, seed):
     """At worst, where an eighth of a small picture makes a view of 24 pixels: 6 of 255 levels in the mean."""
     at_whole_pixels, as_drawn = differences(width, height, res, min_scale, seed)
@@ -468,7 +468,7 @@ def test_crops_are_distributed_as_those_of_torchvision(size, min_scale):
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000), st.floats(0.05, 1), st.integers(0, 99))
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 def test_any_crop_lies_inside_the_image(width, height, min_scale, seed):
     left, top, right, bottom = draw_crop(width, height, min_scale, random.Random(seed))
     assert 0 <= left < right <= width
@@ -516,7 +516,7 @@ def test_a_batch_becomes_the_floats_that_torchvision_makes_of_each_image():
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(8, 64), st.integers(0, 99))
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 def test_a_crop_is_that_of_torchvision_to_a_level(width, height, res, seed):
     """torch and PIL keep intermediate sums with different precision."""
     image = photo(width, height, seed)

@@ -16,7 +16,7 @@ from simla.evaluation.vqa import (
     normalize_answer,
 )
 
-quickly = settings(deadline=None, derandomize=True, max_examples=150)
+quickly = settings(deadline=None, max_examples=150)
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_the_published_switch_leaves_alpha_out():
 
 
 @given(seeds, st.integers(1, 4), st.integers(1, 4))
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(max_examples=40)
 def test_with_a_teacher_like_the_labels_alpha_changes_nothing(seed, answers, length):
     rng = generator(seed)
     logits = torch.randn(answers, length, 7, generator=rng)
@@ -358,7 +358,7 @@ def test_answers_that_end_after_a_word_are_ranked_too(lengths):
 
 
 @given(seeds, st.integers(1, 12), st.integers(1, 9))
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 def test_branches_are_the_beginnings_of_the_chosen_answers(seed, num_answers, k):
     """Few words and short answers, so that many begin alike."""
     rng = generator(seed)
