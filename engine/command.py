@@ -69,7 +69,10 @@ def run_command(
     except UserError as error:
         end(1, message=f"error: {error}")
     except KeyboardInterrupt:
-        end(128 + signal.SIGINT, message=interrupted)
+        if end is not leave:
+            end(128 + signal.SIGINT, message=interrupted)
+        print(interrupted, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)  # not at once: pools of processes give back what they hold
     except SystemExit:  # of argparse, which may have printed its help
         _end_where_output_is_lost(end)
         raise
