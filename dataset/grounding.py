@@ -22,12 +22,12 @@ REFS_FILE, INSTANCES_FILE = "refcoco+/refs(unc).p", "refcoco+/instances.json"
 
 
 def read_expressions(files: str | list[str], config: dict) -> Annotations:
-    """The entries of training files."""
+    """Return the entries of training files."""
     return read_annotations(files, FIELDS, config["image_root"])
 
 
 def read_located_expressions(files: str | list[str], config: dict) -> Annotations:
-    """The entries of test files, each with a box or with the ref_id of one."""
+    """Return the entries of test files, each with a box or with the ref_id of one."""
     return read_annotations(files, FIELDS, config["image_root"], check=_check_located)
 
 
@@ -45,16 +45,11 @@ def _check_located(entry: dict, where: str) -> None:
             f"{where}: 'box' must be [x, y, width, height] in pixels with width and height above 0, found "
             f"{entry['box']!r}"[:500]
         )
-    if _own_split(entry) not in (*SPLITS, "test"):
+    if entry.get("split") not in (None, *SPLITS, "test"):
         raise UserError(
             f"{where}: 'split' must be {', '.join(SPLITS)} or test, or missing, which means {OWN_SPLIT}; "
             f"found {entry['split']!r}"
         )
-
-
-def _own_split(entry: dict) -> str:
-    """Of an entry with a box."""
-    return OWN_SPLIT if entry.get("split") is None else entry["split"]
 
 
 def grounding_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
@@ -84,12 +79,12 @@ class Target:
 
     @property
     def score_name(self) -> str:
-        """val_d, testA_d, testB_d, or with _h where boxes come from the heat map alone."""
+        """Return val_d, testA_d, testB_d, or with _h where boxes come from the heat map alone."""
         return f"{self.split}_{'h' if self.candidates is None else 'd'}"
 
     @property
     def guesses(self) -> list[list[float]]:
-        """What to choose from without a heat map: the detector's boxes, or else the whole image."""
+        """Return what to choose from without a heat map: the detector's boxes, or else the whole image."""
         return [[0, 0, self.width, self.height]] if self.candidates is None else self.candidates
 
 
@@ -101,23 +96,19 @@ class GroundingEvalData(EvalItems):
 
     def __init__(self, config: dict):
         """Raises UserError, naming file and entry, where the files of the config do not fit together."""
-        found = read_located_expressions(config["test_file"], config)
-        entries = leave_out_unreadable(found, config)
+        in_files = read_located_expressions(config["test_file"], config)
+        entries = leave_out_unreadable(in_files, config)
         super().__init__(_items(entries), config["image_res"])
-        self.left_out = len(found) - len(entries)
-        refcoco, det_file = (
-            Path(config[key]) if config[key] else None for key in ("refcoco_data", "det_file")
-        )
-        self.targets = read_targets(entries, refcoco, det_file)
-        present = {target.split for target in self.targets} | set(SPLITS if refcoco else ())
+        self.left_out = len(in_files) - len(entries)
+        paths = (Path(config[key]) if config[key] else None for key in ("refcoco_data", "det_file"))
+        self.targets = read_targets(entries, *paths)
+        present = {target.split for target in self.targets} | set(SPLITS if config["refcoco_data"] else ())
         self.splits = [split for split in (*SPLITS, "test") if split in present]
 
 
 def read_targets(entries: Iterable[dict], refcoco: Path | None, det_file: Path | None) -> list[Target]:
-    """What each expression means; `refcoco`, the folder of RefCOCO+'s files, is read where an entry has no
-    box.
-    """
-    detections = None if det_file is None else Detections(det_file)
+    """Return what each expression means; `refcoco`, the folder of RefCOCO+, is read where one has no box."""
+    detections = Detections(det_file) if det_file else None
     references, size_of, targets = None, cache(_size_of), []
     for entry in entries:
         if entry.get("box") is not None:
@@ -141,14 +132,13 @@ class Detections:
         self.file, self.boxes = file, read_json(file, dict)
 
     def of(self, image: str, where: str) -> list[list[float]]:
-        """where: the image is asked for."""
-        return _boxes(look_up(self.boxes, image, where, self.file), f"{self.file}: image {image}")
-
-
-# ---- boxes in the entries ----
+        """Return the boxes of the image; where: what names it."""
+        boxes = look_up(self.boxes, image, where, self.file)
+        return _checked_boxes(boxes, f"{self.file}: image {image}")
 
 
 def _own_target(entry: dict, size_of: Callable, detections: Detections | None) -> Target:
+    """Return the target of an entry with a box."""
     x, y, w, h = box = entry["box"][:4]
     width, height = size_of(entry["images"][0], entry["where"])
     is_inside = min(x, y) >= -1 and x + w <= width + 1 and y + h <= height + 1
@@ -157,20 +147,17 @@ def _own_target(entry: dict, size_of: Callable, detections: Detections | None) -
             f"{entry['where']}: 'box' must be [x, y, width, height] in pixels, more than one wide and high "
             f"and inside the image of {width} x {height}, found {box}"
         )
-    candidates = None if detections is None else detections.of(entry["image"], f"{entry['where']}: image")
-    place = _own_split(entry), height, width
-    return Target(entry.get("ref_id"), *place, box, candidates, entry["where"])
+    candidates = detections.of(entry["image"], f"{entry['where']}: image") if detections else None
+    split = entry.get("split") or OWN_SPLIT
+    return Target(entry.get("ref_id"), split, height, width, box, candidates, entry["where"])
 
 
 def _size_of(file: str, where: str) -> tuple[int, int]:
-    """Width and height; UserError where the image cannot be read."""
+    """Return width and height; UserError where the image cannot be read."""
     try:
         return image_size(file)
     except BadImage as error:
         raise UserError(f"{error}; {where}: with skip_unreadable: true it is left out") from error
-
-
-# ---- RefCOCO+ ----
 
 
 class References:
@@ -186,6 +173,7 @@ class References:
         )
 
     def target(self, entry: dict, detections: Detections | None) -> Target:
+        """Return the target of an entry with a ref_id."""
         ref_id = entry["ref_id"]
         ref = look_up(self.refs, ref_id, f"{entry['where']}: ref_id", self.refs_file)
         where = f"{self.refs_file}: ref_id {ref_id}"
@@ -198,15 +186,15 @@ class References:
         image = look_up(self.images, image_id, f"{where}: image_id", self.instances_file)
         ann_id = checked(ref, "ann_id", int, where)
         annotation = look_up(self.annotations, ann_id, f"{where}: ann_id", self.instances_file)
-        candidates = None if detections is None else detections.of(str(image_id), f"{where}: image_id")
-        (box,) = _boxes([annotation.get("bbox")], f"{self.instances_file}: annotation {ann_id}")
+        candidates = detections.of(str(image_id), f"{where}: image_id") if detections else None
+        (box,) = _checked_boxes([annotation.get("bbox")], f"{self.instances_file}: annotation {ann_id}")
         where = f"{self.instances_file}: image {image_id}"
         height, width = (checked(image, side, int, where, least=1) for side in ("height", "width"))
         return Target(ref_id, split, height, width, box, candidates, entry["where"])
 
 
-def _boxes(boxes: object, where: str) -> list[list[float]]:
-    """The boxes as they are, each found to be [x, y, w, h, ...] with an area."""
+def _checked_boxes(boxes: object, where: str) -> list[list[float]]:
+    """Return the boxes as they are; UserError for one that is not [x, y, w, h, ...] with an area."""
     if not isinstance(boxes, list):
         raise UserError(f"{where} must have a list of boxes, found {boxes!r}"[:500])
     for number, box in enumerate(boxes):

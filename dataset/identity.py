@@ -17,15 +17,30 @@ import numpy as np
 from simla.dataset.readers.annotations import Annotations
 
 NO_ID = 0
+NO_IDS = (
+    "{} entries have no image_id (null or blank), the first is {}: for them the image's path says which it is"
+)
+SHARED_IDS = (
+    "{} image_ids stand for several image files, such as {} for {}: these count as one image, of which no "
+    "caption is wrong for another's; unless that is meant, give each image an id of its own"
+)
+SEVERAL_IDS = (
+    "{} images have several image_ids, such as {}: {}: entries of one file count as one image; image_id "
+    "numbers images, not captions"
+)
+ACROSS_FILES = (
+    "{} image_ids stand for different images in different files, such as {} for {}: an id counts within its "
+    "file, so these are different images"
+)
 
 
 def hash_of(text: str) -> int:
-    """64 bits that stand for the text."""
+    """Return 64 bits that stand for the text."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def resolved(path: str) -> str:
-    """The path of the file that this one leads to: absolute, without `..`, links followed."""
+    """Return the path of the file that this one leads to: absolute, without `..`, links followed."""
     folder, name = os.path.split(path)
     real, links = _folder(folder)
     if name in links or name == os.pardir:
@@ -36,8 +51,8 @@ def resolved(path: str) -> str:
 
 @lru_cache(1 << 16)
 def _folder(path: str) -> tuple[str, frozenset[str]]:
-    """Where it leads to, and which names in it are links: listing a folder once is much faster than asking
-    for each of its files.
+    """Return where it leads to, and which names in it are links: listing a folder once is much faster than
+    asking for each of its files.
     """
     with suppress(OSError, ValueError):  # no folder; no name that one can have
         path = os.path.realpath(path)
@@ -47,13 +62,13 @@ def _folder(path: str) -> tuple[str, frozenset[str]]:
 
 
 def first_equal(values: np.ndarray) -> np.ndarray:
-    """(N,) -> (N,): of each value the number of the first equal one."""
+    """Return (N,), of each value the number of the first equal one."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     return first[inverse.ravel()]
 
 
 def by_path(entries: Sequence[dict]) -> np.ndarray:
-    """The division (N,) by the files that the entries' paths lead to."""
+    """Return the division (N,) by the files that the entries' paths lead to."""
     hashes = (hash_of(resolved(entry["images"][0])) for entry in entries)
     return first_equal(np.fromiter(hashes, np.uint64, len(entries)))
 
@@ -67,66 +82,46 @@ class Identities(NamedTuple):
 
 
 def by_path_and_id(entries: Annotations) -> Identities:
-    """The division by path that also joins what has the same `image_id` in the same file.
+    """Return the division by path that also joins what has the same `image_id` in the same file.
 
     An id that is null, NaN or blank is none. 1.0 is 1, "1" is not.
     """
     paths, ids = (np.empty(len(entries), np.uint64) for _ in range(2))
     for number, entry in enumerate(entries):
         paths[number], ids[number] = hash_of(resolved(entry["images"][0])), _hash_of_id(entry["image_id"])
-    has_id, path = ids != NO_ID, first_equal(paths)
-    own_path, own_id = np.empty_like(path), np.empty_like(path)  # firsts within the same annotation file
+    has_id, path, id_in_all = ids != NO_ID, first_equal(paths), first_equal(ids)
+    path_in_file, id_in_file = np.empty_like(path), np.empty_like(path)
     for start, end in zip([0, *entries.ends], entries.ends, strict=False):
-        own_path[start:end] = start + first_equal(paths[start:end])
-        own_id[start:end] = start + first_equal(ids[start:end])
-    own_id = np.where(has_id, own_id, own_path)
-    is_shared = path[own_id] != path  # the first entry of this id has another image
-    first = _joined(path, own_id) if is_shared.any() else path
+        path_in_file[start:end] = start + first_equal(paths[start:end])
+        id_in_file[start:end] = start + first_equal(ids[start:end])
+    id_in_file = np.where(has_id, id_in_file, path_in_file)
+    is_shared = path[id_in_file] != path
+    first = _joined(path, id_in_file) if is_shared.any() else path
 
-    is_other = has_id & has_id[own_path] & (ids[own_path] != ids)  # the first of this image has another id
-    of_all = first_equal(ids)  # the first of this id in any file
-    is_across = has_id & (first[of_all] != first)
-
-    def places(is_odd: np.ndarray, partner: np.ndarray, field: str) -> str:
-        """The first odd entry and its partner, by what they say in the field."""
+    def odd(is_odd: np.ndarray, partner: np.ndarray, field: str, other_field: str, text: str) -> list[str]:
+        """Return the text, filled in with how many different partners the odd entries have, what the first of
+        these says in the field, and what its partner and itself say in the other one.
+        """
+        if not is_odd.any():
+            return []
         number = int(np.argmax(is_odd))
         pair = entries[int(partner[number])], entries[number]
-        return " and ".join(f"{entry[field]!r} ({entry['where']})" for entry in pair)
+        both = " and ".join(f"{entry[other_field]!r} ({entry['where']})" for entry in pair)
+        return [text.format(f"{len(np.unique(partner[is_odd])):,}", repr(pair[1][field]), both)]
 
-    def value(is_odd: np.ndarray, field: str) -> str:
-        return repr(entries[int(np.argmax(is_odd))][field])
-
-    problems, notes = [], []
+    problems = []
     if not has_id.all():
         where = entries[int(np.argmin(has_id))]["where"]
-        problems.append(
-            f"{np.count_nonzero(~has_id):,} of {len(ids):,} entries have no image_id (null or blank), the "
-            f"first is {where}: for them the image's path says which image it is"
-        )
-    if is_shared.any():
-        problems.append(
-            f"{_count(own_id[is_shared]):,} image_ids stand for several image files, such as "
-            f"{value(is_shared, 'image_id')} for {places(is_shared, own_id, 'image')}: these count as one "
-            "image, of which no caption is wrong for another's; unless that is meant, give each image an id "
-            "of its own"
-        )
-    if is_other.any():
-        problems.append(
-            f"{_count(own_path[is_other]):,} images have several image_ids, such as "
-            f"{value(is_other, 'image')}: {places(is_other, own_path, 'image_id')}: entries of one file "
-            "count as one image; image_id numbers images, not captions"
-        )
-    if is_across.any():
-        notes.append(
-            f"{_count(of_all[is_across]):,} image_ids stand for different images in different files, such as "
-            f"{value(is_across, 'image_id')} for {places(is_across, of_all, 'image')}: an id counts within "
-            "its file, so these are different images"
-        )
-    return Identities(first, problems, notes)
+        problems.append(NO_IDS.format(f"{np.count_nonzero(~has_id):,} of {len(ids):,}", where))
+    is_other = has_id & has_id[path_in_file] & (ids[path_in_file] != ids)
+    problems += odd(is_shared, id_in_file, "image_id", "image", SHARED_IDS)
+    problems += odd(is_other, path_in_file, "image", "image_id", SEVERAL_IDS)
+    is_across = has_id & (first[id_in_all] != first)
+    return Identities(first, problems, odd(is_across, id_in_all, "image_id", "image", ACROSS_FILES))
 
 
 def _hash_of_id(value: object) -> int:
-    """NO_ID for none."""
+    """Return the hash of an id, NO_ID for none."""
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return NO_ID  # NaN differs from itself
     if isinstance(value, float) and value.is_integer():
@@ -134,12 +129,8 @@ def _hash_of_id(value: object) -> int:
     return hash_of(repr(value))
 
 
-def _count(numbers: np.ndarray) -> int:
-    return len(np.unique(numbers))
-
-
 def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The finest division (N,) that joins what either of two does."""
+    """Return the finest division (N,) that joins what either of two does."""
     joined = one
     while True:
         before = joined

@@ -24,7 +24,7 @@ class BlockMask:
         self.log_aspect = abs(math.log(min_aspect))
 
     def __call__(self, rng: random.Random) -> np.ndarray:
-        """A boolean (height, width) mask: at most `num_masked` patches, often a few less, at least one."""
+        """Return a boolean (height, width) mask: at most `num_masked` patches, often a few less, not 0."""
         mask = np.zeros((self.height, self.width), dtype=bool)
         missing = self.num_masked
         while missing > 0 and (added := self._add_block(mask, missing, rng)):
@@ -34,7 +34,7 @@ class BlockMask:
         return mask
 
     def _add_block(self, mask: np.ndarray, missing: int, rng: random.Random) -> int:
-        """Masks one more rectangle in place; the number of patches added, 0 when ten tries found none."""
+        """Mask one more rectangle in place; return the number of patches added, 0 after ten tries in vain."""
         for _ in range(10):
             # With few missing the bounds swap: the block is then too large, unless it overlaps with others.
             area = rng.uniform(self.min_block, missing)

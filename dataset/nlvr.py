@@ -11,8 +11,8 @@ IDENTIFIER = re.compile(r"[^-,\s]+(-[^-,\s]+){3}")  # split, set of images, pair
 
 
 def read_nlvr(files: str | list[str], image_root: str) -> Mapped:
-    """Entries {"images": [path, path], "sentence", "label": "True" or "False" in any case, or a JSON boolean}
-    as items with a label 0 or 1 and their identifier, "" where it is no text.
+    """Return entries {"images": [path, path], "sentence", "label": "True" or "False" in any case, or a JSON
+    boolean} as items with a label 0 or 1 and their identifier, "" where it is no text.
 
     Raises UserError, naming file and entry, for another label or number of images.
     """

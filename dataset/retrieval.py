@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -10,9 +11,9 @@ from simla.dataset.identity import by_path, by_path_and_id, first_equal, hash_of
 from simla.dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from simla.dataset.readers.annotations import ANY, TEXT, TEXTS, Annotations, Mapped, item_of, read_annotations
 from simla.dataset.text import clean_caption
-from simla.utils import (
-    log,
-)
+from simla.utils import log
+
+MAX_TEXT_TOKENS = 30
 
 
 class WithIdentities(Sequence):
@@ -33,12 +34,12 @@ class WithIdentities(Sequence):
 
 
 def read_train_pairs(files: str | list[str], image_root: str) -> Annotations:
-    """Entries of training files."""
+    """Return the entries of training files."""
     return read_annotations(files, {"image": TEXT, "caption": TEXT, "image_id": ANY}, image_root)
 
 
 def read_captioned_images(files: str | list[str], image_root: str) -> Annotations:
-    """The rows of val and test files: an image has one, or several, as `CaptionedImages` merges them."""
+    """Return the rows of val and test files: an image has one, or several that `CaptionedImages` merges."""
     return read_annotations(files, {"image": TEXT, "caption": TEXTS}, image_root)
 
 
@@ -71,11 +72,12 @@ class CaptionedImages(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         rows = [self.rows[number] for number in self.numbers[index].tolist()]
-        return {**rows[0], "caption": [caption for row in rows for caption in _listed(row["caption"])]}
+        listed = ([row["caption"]] if isinstance(row["caption"], str) else row["caption"] for row in rows)
+        return {**rows[0], "caption": list(chain(*listed))}
 
     @property
     def note(self) -> str:
-        """What there is to say of rows that were merged, or nothing."""
+        """Return what there is to say of rows that were merged, or ""."""
         merged = next((numbers for numbers in self.numbers if len(numbers) > 1), None)
         if merged is None:
             return ""
@@ -86,10 +88,6 @@ class CaptionedImages(Sequence):
         )
 
 
-def _listed(caption: str | list[str]) -> list[str]:
-    return [caption] if isinstance(caption, str) else caption
-
-
 class RetrievalEvalData(EvalItems):
     """The images of a val or test file, and beside them its texts.
 
@@ -98,12 +96,12 @@ class RetrievalEvalData(EvalItems):
     """
 
     def __init__(self, file: str, config: dict, max_words: int = 30):
-        found = CaptionedImages(read_captioned_images(file, config["image_root"]))
-        if found.note:
-            log.info(found.note)
-        entries = leave_out_unreadable(found, config)
+        in_files = CaptionedImages(read_captioned_images(file, config["image_root"]))
+        if in_files.note:
+            log.info(in_files.note)
+        entries = leave_out_unreadable(in_files, config)
         super().__init__(Mapped(entries, _without_text), config["image_res"])
-        self.left_out = len(found) - len(entries)
+        self.left_out = len(in_files) - len(entries)
         self.texts: list[str] = []
         self.img2txt: list[list[int]] = []
         self.txt2img: list[int] = []

@@ -33,22 +33,22 @@ def clean_caption(text: str, max_words: int = 30) -> str:
 
 
 def clean_question(text: str, max_words: int = 50) -> str:
-    """Unlike `clean_caption`, keeps runs of white space (each empty word counts) and <person>."""
+    """Return the question cleaned; runs of white space (each empty word counts) and <person> stay."""
     return _first_words(text.lower().translate(CLEANED).rstrip(" "), max_words)
 
 
 def _first_words(text: str, max_words: int) -> str:
-    """Half of a surrogate pair, which no tokenizer takes, becomes a question mark."""
+    """Return the words; half of a surrogate pair, which no tokenizer takes, becomes a question mark."""
     return printable(" ".join(text.split(" ")[:max_words]))
 
 
 def names_side(text: str) -> bool:
-    """Whether the text says left or right, so that it would be wrong for the mirrored image."""
+    """Return whether the text says left or right, so that it would be wrong for the mirrored image."""
     return SIDE.search(text) is not None
 
 
 def build_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
-    """Uncased BERT WordPiece from a hub name, or a folder with vocab.txt or tokenizer.json."""
+    """Return uncased BERT's WordPiece from a hub name, or a folder with vocab.txt or tokenizer.json."""
     from tokenizers.processors import TemplateProcessing
     from transformers import BertTokenizer  # here, because this import takes seconds
 
@@ -76,7 +76,7 @@ def build_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
 
 
 def _words_after_a_mark(file: Path) -> dict[str, dict[str, int]]:
-    """{"vocab": word -> id} of a file that begins with a byte-order mark, {} for any other.
+    """Return {"vocab": word -> id} of a file that begins with a byte-order mark, {} for any other.
 
     BertTokenizer would take the mark for a part of the first word, which is [PAD].
     """
@@ -87,7 +87,7 @@ def _words_after_a_mark(file: Path) -> dict[str, dict[str, int]]:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """UserError where the tokenizer has words that the text encoder's embedding has no row for."""
+    """Raise UserError where the tokenizer has words that the text encoder's embedding has no row for."""
     if len(tokenizer) > vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} words, bert_config only {vocab_size}: raise its vocab_size "
@@ -103,11 +103,11 @@ def tokenize(
     position_limit: int = 512,
     names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Texts -> input_ids, attention_mask, each (B, T) int64.
+    """Return input_ids and attention_mask of the texts, each (B, T) int64.
 
-    `max_length`: tokens to cut to, [CLS] included; None cuts nothing that fits the text encoder's
+    max_length: tokens to cut to, [CLS] included; None cuts nothing that fits the text encoder's
     `position_limit` positions; a text cut there is logged, by its entry of `names` where they are given.
-    `padding`: to the longest text of the batch, or to max_length.
+    padding: to the longest text of the batch, or to max_length.
     """
     import torch  # here, as below, because converters of data clean texts alone
 
@@ -116,10 +116,9 @@ def tokenize(
     rows = tokenizer(list(texts))["input_ids"] if len(texts) else []
     longest = max(map(len, rows), default=0)
     limit = min(max_length or position_limit, position_limit)
-    if longest > position_limit and limit == position_limit:
-        for row, ids in enumerate(rows):
-            if len(ids) > position_limit:
-                _warn_cut(position_limit, "some texts" if names is None else names[row])
+    for row, ids in enumerate(rows):
+        if len(ids) > position_limit == limit:
+            _warn_cut(position_limit, "some texts" if names is None else names[row])
     width = limit if padding == "max_length" else min(longest, limit)
 
     input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
@@ -151,7 +150,7 @@ def mask_tokens(
     probability: float = 0.15,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The draw of masked language modelling (BERT): masked ids and labels, each (B, T) like `input_ids`.
+    """Return masked ids and labels of masked language modelling (BERT), each (B, T) like `input_ids`.
 
     A share `probability` of the tokens, never padding or [CLS], is to be predicted (labels elsewhere: -100).
     Of them 80% become [MASK], 10% a random token, 10% stay. Never waits for the device, on which `generator`

@@ -7,7 +7,8 @@ CLASSES = ("contradiction", "neutral", "entailment")  # in the published order: 
 
 
 def read_ve(files: str | list[str], image_root: str) -> Mapped:
-    """Entries {"image": path without .jpg, "sentence", "label": one of CLASSES} as items with a label 0 to 2.
+    """Return entries {"image": path without .jpg, "sentence", "label": one of CLASSES} as items with a label
+    0 to 2.
 
     Raises UserError, naming file and entry, for another label.
     """

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -25,8 +24,8 @@ MAX_WORDS_IN_TRAINING, MAX_WORDS_IN_EVALUATION = 30, 50
 
 
 def read_questions(files: str | list[str], config: dict, **fields: tuple) -> Mapped:
-    """The entries of VQA annotation files, which have `fields` beside FIELDS; image paths are relative to the
-    root of the entry's data set, or where the config has none to image_root, or else to the file.
+    """Return the entries of VQA annotation files, which have `fields` beside FIELDS; image paths are relative
+    to the root of the entry's data set, or where the config has none to image_root, or else to the file.
     """
     entries = read_annotations(files, {**FIELDS, **fields}, config["image_root"], check=_check_data_set)
     roots = {name: Path(config[key]).absolute() for name, key in ROOTS.items() if config[key]}
@@ -44,7 +43,7 @@ def _at_its_root(entry: dict, roots: dict[str, Path]) -> dict:
 
 
 def given_answers(entry: dict) -> list[str]:
-    """What the annotators said, one answer each."""
+    """Return what the annotators said, one answer each."""
     return [entry["answer"]] if isinstance(entry["answer"], str) else entry["answer"]
 
 
@@ -67,15 +66,14 @@ def _with_weights(entry: dict) -> dict:
     return {**item_of(entry, "question"), "answers": list(counts), "weights": weights}
 
 
+@dataclass(eq=False)
 class AnswerCollate(Collate):
     """Adds answer_ids, answer_mask (A, L): the answers of all questions in turn, each with the end mark
     `eos`; weights (A,): an answer's share of the annotators; num_answers (B,): of each question, A in all;
     answer_indices: see `VQABatch`.
     """
 
-    def __init__(self, tokenizer, position_limit: int, max_tokens: int, eos: str):
-        super().__init__(tokenizer, position_limit, max_tokens)
-        self.eos = eos
+    eos: str = "[SEP]"
 
     def __call__(self, items: list[dict]) -> dict[str, Tensor | list | str]:
         batch = super().__call__(items)
@@ -83,9 +81,8 @@ class AnswerCollate(Collate):
             return batch
         answers = [answer + self.eos for item in items for answer in item["answers"]]
         names = [item["where"] for item in items for _ in item["answers"]]
-        answer_ids, answer_mask = tokenize(
-            self.tokenizer, answers, position_limit=self.position_limit, names=names
-        )
+        limit = self.position_limit
+        answer_ids, answer_mask = tokenize(self.tokenizer, answers, position_limit=limit, names=names)
         return {
             **batch,
             "answer_ids": answer_ids,
@@ -123,11 +120,12 @@ class VQAEvalData(EvalItems):
         self.annotations = list(map(given_answers, questions)) if "answer" in fields else None
 
     def labels(self, field: str) -> list[str | None]:
-        """question_type or answer_type of every question, None where an entry does not say."""
+        """Return question_type or answer_type of every question, None where an entry does not say."""
         return [entry.get(field) for entry in self.questions]
 
 
 def check_question_ids(questions: Iterable[dict]) -> None:
+    """Raise UserError for a question_id that stands twice."""
     places: dict[int | str, str] = {}
     for entry in questions:
         number, where = entry["question_id"], entry["where"]
@@ -146,25 +144,25 @@ class AnswerList:
 
 
 def read_answer_list(file: str, tokenizer, eos: str, position_limit: int) -> AnswerList:
-    """Raises UserError for a file that is no list of texts, or has one too long for the decoder."""
+    """Return the answers; UserError for a file that is no list of texts, or has one too long to decode."""
     path = Path(file)
     return make_answer_list(read_json(path, list), f"answer_list {path}", tokenizer, eos, position_limit)
 
 
 def make_answer_list(texts: list, name: str, tokenizer, eos: str, position_limit: int) -> AnswerList:
-    """As `read_answer_list`, of what such a file holds; `name` is for messages.
+    """Return the answers of what such a file holds; `name` is for messages.
 
     Answers of the same tokens are one to the decoder: the first of them stays, and a message counts the rest.
     """
     wrong = [text for text in texts if not isinstance(text, str) or printable(text) != text]
     if wrong or not texts:
-        _refuse_answer(name, repr(wrong[0]) if wrong else "an empty list")
+        raise _no_answers(name, repr(wrong[0]) if wrong else "an empty list")
     no_word, *rows = tokenizer([eos, *(text + eos for text in texts)])["input_ids"]
     kept: dict[tuple[int, ...], str] = {}
     merged: list[tuple[str, str]] = []
     for text, ids in zip(texts, rows, strict=True):
         if ids == no_word:
-            _refuse_answer(name, repr(text))
+            raise _no_answers(name, repr(text))
         if len(ids) > position_limit:
             raise UserError(
                 f"{name}: {text[:60]!r} is {len(ids)} tokens long, the decoder has "
@@ -184,15 +182,15 @@ def make_answer_list(texts: list, name: str, tokenizer, eos: str, position_limit
     return AnswerList(texts, *tokenize(tokenizer, ended, position_limit=position_limit))
 
 
-def _refuse_answer(name: str, found: str) -> NoReturn:
-    raise UserError(
+def _no_answers(name: str, found: str) -> UserError:
+    return UserError(
         f"{name} must be a JSON list of answers, each a text, found {found[:100]}; make one "
         "with python -m simla.dataset.prepare answers"
     )
 
 
 def eos_token(tokenizer, eos: str) -> int:
-    """The id of the mark that ends an answer; UserError where the vocabulary has no such word."""
+    """Return the id of the mark that ends an answer; UserError where the vocabulary has no such word."""
     number = tokenizer.convert_tokens_to_ids(eos)
     if not eos or number == tokenizer.unk_token_id:
         raise UserError(f"config eos {eos!r} is no word of the vocabulary; BERT's end mark is '[SEP]'")

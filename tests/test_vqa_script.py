@@ -24,6 +24,7 @@ from simla.configs.schema import PRETRAIN
 from simla.configs.schema import VQA as TABLE
 from simla.dataset import vqa as vqa_data
 from simla.dataset.items import Collate
+from simla.dataset.prepare.answers import main as list_answers
 from simla.dataset.text import build_tokenizer, clean_question
 from simla.dataset.vqa import VQAEvalData, read_answer_list, vqa_loader
 from simla.engine.peers import leave_together
@@ -265,7 +266,7 @@ def test_a_training_answer_beyond_the_position_table_is_cut_and_said(tiny, tmp_p
     assert batch["answer_ids"].shape == (2, 64) and f"{path}: entry 0: more tokens than" in caplog.text
 
 
-def test_the_answer_list_builder(tiny, tmp_path, monkeypatch, capsys):
+def test_the_answer_list_builder(tiny, tmp_path, capsys):
     entries = [
         {**ENTRY, "answer": ["beach", "a Beach", "beach", "sea"]},
         {**ENTRY, "dataset": "vg", "answer": "two"},
@@ -274,9 +275,7 @@ def test_the_answer_list_builder(tiny, tmp_path, monkeypatch, capsys):
     out = tmp_path / "answers.json"
 
     def build(*flags: object) -> list[str]:
-        command = ["vqa.py", "answers", "--train", *map(str, train), "--out", str(out), *map(str, flags)]
-        monkeypatch.setattr(sys, "argv", command)
-        vqa_data.main()
+        list_answers(["--train", *map(str, train), "--out", str(out), *map(str, flags)])
         return json.loads(out.read_text())
 
     assert build() == ["two", "beach"]

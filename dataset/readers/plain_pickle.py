@@ -12,38 +12,35 @@ from simla.utils import UserError, other_file
 
 
 class _NumpyType:
-    """The type of a number; numpy.dtype's own __setstate__ could describe memory that is not there."""
+    """The type of a number or text; numpy.dtype's __setstate__ could describe memory that is not there."""
 
     def __init__(self, name: str | bytes, *_) -> None:
         self.dtype = np.dtype(_plain(name))
-        if self.dtype.kind not in "biufc":
-            raise pickle.UnpicklingError(f"numpy type {self.dtype} is no number")
+        if self.dtype.hasobject or self.dtype.kind == "V":
+            raise pickle.UnpicklingError(f"numpy type {self.dtype} is not plain data")
 
     def __setstate__(self, state: tuple) -> None:
         self.dtype = self.dtype.newbyteorder(_plain(state[1]))
 
 
-def _numpy_number(kind: _NumpyType, data: bytes) -> np.generic:
-    return np.frombuffer(data, kind.dtype, count=1)[0]
+def _bytes(data: str | bytes = b"", *_) -> bytes:
+    """Return the bytes that older protocols write as text."""
+    return data.encode("latin-1") if isinstance(data, str) else bytes(data)
 
 
-def _bytes_of(text: str, _encoding: object) -> bytes:
-    """Return the bytes that protocol 2 writes as text."""
-    return text.encode("latin-1")
-
-
-# By the names of Python 3 and of older numpy.
-ALLOWED = {
+PLAIN = (bool, int, float, complex, str, list, tuple, dict, set, frozenset)
+ALLOWED = {  # by the names of Python 3 and of older numpy
     "collections.OrderedDict": OrderedDict,
-    "_codecs.encode": _bytes_of,
+    "collections.defaultdict": lambda *_: {},
     "numpy.dtype": _NumpyType,
-    "numpy.core.multiarray.scalar": _numpy_number,
-    **{f"builtins.{kind.__name__}": kind for kind in (set, frozenset, bytes, bytearray, complex)},
+    "numpy.core.multiarray.scalar": lambda kind, data: np.ndarray((), kind.dtype, data)[()],
+    **dict.fromkeys(("_codecs.encode", "builtins.bytes", "builtins.bytearray"), _bytes),
+    **{f"builtins.{kind.__name__}": kind for kind in PLAIN},
 }
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Sets, ordered dicts, bytes and numpy's numbers are named by a pickle; any other name is refused."""
+    """Refuses every name that a pickle asks for but sets, dicts, bytes and numpy's numbers."""
 
     def __init__(self, file: BinaryIO, path: Path):
         super().__init__(file, encoding="bytes")  # Python 2's str, of which `_plain` makes text
@@ -84,7 +81,7 @@ def read_plain_pickle(path: Path) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, bytes | bytearray):
+    if isinstance(value, bytes | bytearray):  # protocol 5 has an opcode for the latter
         return _decoded(bytes(value))
     if isinstance(value, dict):
         return {_plain(key): _plain(item) for key, item in value.items()}

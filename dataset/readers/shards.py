@@ -59,14 +59,14 @@ class Shards(Sequence):
         return {**self.__dict__, "fetched": OrderedDict()}
 
     def passed_over(self) -> Counter[str]:
-        """Returns the number of members of local shards that are in no sample, by cause."""
+        """Return the number of members of local shards that are in no sample, by cause."""
         total = Counter()
         for shard in self.local or ():
             total.update({cause: number for cause, (number, _) in shard.passed_over.items()})
         return total
 
     def passed_over_beside(self, index: int) -> dict[str, dict[str, int]]:
-        """Returns the same of the fetched shard that the sample is in: shard -> cause -> number."""
+        """Return the same of the fetched shard that the sample is in: shard -> cause -> number."""
         fetched = self.fetched.get(bisect_right(self.ends, index))
         shard = fetched.shard if fetched else None
         if not isinstance(shard, Shard) or not shard.passed_over:
@@ -74,7 +74,7 @@ class Shards(Sequence):
         return {shard.name: {cause: number for cause, (number, _) in shard.passed_over.items()}}
 
     def notes(self) -> tuple[list[str], list[str]]:
-        """Returns what is wrong with local shards, and what is passed over in them, as sentences."""
+        """Return what is wrong with local shards, and what is passed over in them, as sentences."""
         shards = self.local or ()
         return [f"{s.name} {s.problem}" for s in shards if s.problem], passed_over_lines(shards)
 
@@ -88,13 +88,13 @@ class Shards(Sequence):
         return [self.names[0], len(self), blake2b(listed.encode(), digest_size=8).hexdigest()]
 
     def expect(self, index: int) -> None:
-        """The sample will soon be asked for: begins to fetch its shard."""
+        """Begin to fetch the shard of a sample that will soon be asked for."""
         if self.is_stream:
             self._fetch(bisect_right(self.ends, index))
 
     def near(self, index: int, num_tries: int) -> range:
-        """Where to look for a replacement of a bad sample: in its shard, unless that cannot be had, then in
-        the ones after it, so that few shards are fetched for it; in local shards anywhere.
+        """Return where to look for a replacement of a bad sample: in its shard, unless that cannot be had,
+        then in the ones after it, so that few shards are fetched for it; in local shards anywhere.
         """
         if not self.is_stream:
             return range(len(self))
@@ -120,22 +120,16 @@ class Shards(Sequence):
 
 
 def is_shards(path: str) -> bool:
-    """Whether an element of train_file names shards, compressed ones too, not an annotation file."""
+    """Return whether an element of train_file names shards, compressed ones too, not an annotation file."""
     return TAR.search(path) is not None or is_url(path)
 
 
 def expand_names(patterns: list[str]) -> list[str]:
-    """The shards of patterns with {000..123} and {a,b}. UserError for URLs that cannot be opened here."""
-    names = []
-    for pattern in patterns:
-        for name in _expand_braces(pattern):
-            name = name.removeprefix("file://")
-            if is_url(name):
-                _check_protocol(name)
-                names.append(name)
-                continue
-            names.append(fill_in(name))
-    return names
+    """Return the shards of patterns with {000..123} and {a,b}; UserError for URLs that cannot be opened."""
+    names = [name.removeprefix("file://") for pattern in patterns for name in _expand_braces(pattern)]
+    for name in filter(is_url, names):
+        _check_protocol(name)
+    return [name if is_url(name) else fill_in(name) for name in names]
 
 
 def _expand_braces(pattern: str) -> list[str]:

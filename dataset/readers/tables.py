@@ -13,7 +13,7 @@ WANTED = {int: "a whole number", str: "text", list: "a list"}
 
 
 def by_id(entries: object, key: str, file: Path, part: str = "") -> dict[int, dict]:
-    """Value of the key -> entry; UserError for what is no list of objects or has two entries of one id."""
+    """Return key's value -> entry; UserError for what is no list of objects or has two entries of one id."""
     if not isinstance(entries, list):
         raise UserError(
             f"{file}{part} must be a list of objects with {key!r}, found {type(entries).__name__}"
@@ -27,14 +27,14 @@ def by_id(entries: object, key: str, file: Path, part: str = "") -> dict[int, di
 
 
 def look_up(table: dict, key: int | str, where: str, file: Path) -> Any:
-    """The entry of the table, which was read from `file`; `where` it is asked for ends in the key's name."""
+    """Return the entry of a table read from `file`; `where` it is asked for ends in the key's name."""
     if key not in table:
         raise UserError(f"{where} {key} is not in {file}; the two files must be of the same release")
     return table[key]
 
 
 def value_of(entry: object, key: str, where: str) -> Any:
-    """The entry's value, whatever it is; UserError where there is none."""
+    """Return the entry's value, whatever it is; UserError where there is none."""
     if not isinstance(entry, dict) or key not in entry:
         found = f"an object of {', '.join(entry) or 'nothing'}" if isinstance(entry, dict) else repr(entry)
         raise UserError(f"{where} must be an object with {key!r}, found {found}"[:500])
@@ -42,7 +42,7 @@ def value_of(entry: object, key: str, where: str) -> Any:
 
 
 def checked(entry: object, key: str, kind: type, where: str, least: int | None = None) -> Any:
-    """The entry's value, found to be of this kind and not below `least`, which is 1; UserError otherwise."""
+    """Return the entry's value; UserError unless it is of this kind and not below `least`, which is 1."""
     if not isinstance(entry, dict):
         raise UserError(f"{where} must be an object, found {entry!r}"[:500])
     value = entry.get(key)
@@ -53,8 +53,8 @@ def checked(entry: object, key: str, kind: type, where: str, least: int | None =
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and content of each line, without its end, which alone parts lines, and without a
-    byte-order mark; UserError where the file cannot be read.
+    """Yield number, from 1, and content of each line, without its end and without a byte-order mark;
+    UserError where the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -65,7 +65,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """Where it stands and what it holds, of every line that is not blank; UserError naming a damaged one."""
+    """Yield place and content of every line that is not blank; UserError naming a damaged one."""
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
         if not line.strip():
