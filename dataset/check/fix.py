@@ -1,6 +1,5 @@
 """Cleaned copies of annotation files: the entries with a problem are left out, the others as they were."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import numpy as np
 
 from simla.dataset.check.causes import PROBLEMS, Cause
 from simla.dataset.check.findings import Findings
+from simla.dataset.prepare.common import Report
 from simla.dataset.readers.annotations import Annotations, Mapped
-from simla.utils import UserError, atomic_write, log, make_output_folder, with_progress
+from simla.utils import UserError, make_output_folder
 
 
 def write_fixed(findings: Findings, folder: str) -> dict:
@@ -45,7 +45,7 @@ def write_fixed(findings: Findings, folder: str) -> dict:
         left_out = {label: count for label, count in counts.items() if count}
         files.append({"file": source.name, "copy": "", "kept": len(kept), "left_out": left_out})
         if len(kept):
-            _write_copy(source.entries, kept, copy)
+            Report("--fix").write(copy, _entries(source.entries, kept))
             files[-1]["copy"] = str(copy)
             names.append(str(copy))
     config = {key: _value(data_sets) for key, data_sets in keys.items()}
@@ -63,19 +63,9 @@ def _value(data_sets: dict[int, tuple[float | None, list[str]]]) -> list:
     return value
 
 
-def _write_copy(entries: Mapped, kept: np.ndarray, path: Path) -> None:
-    with atomic_write(path) as file:
-        separator = "[\n"
-        for text in with_progress(_texts(entries, kept), len(kept), f"Writing {path}", 100_000):
-            file.write((separator + text).encode())
-            separator = ",\n"
-        file.write(b"\n]\n")
-    log.info(f"{path}: {len(kept)} entries")
-
-
-def _texts(entries: Mapped | Annotations, kept: np.ndarray) -> Iterator[str]:
-    """Yield the JSON of each entry as it is in its file; but an image path that was relative to that file is
-    made absolute, since the copy lies elsewhere.
+def _entries(entries: Mapped | Annotations, kept: np.ndarray) -> Iterator[dict]:
+    """Yield each entry as it is in its file; but an image path that was relative to that file is made
+    absolute, since the copy lies elsewhere.
     """
     annotations = entries
     while isinstance(annotations, Mapped):
@@ -90,4 +80,4 @@ def _texts(entries: Mapped | Annotations, kept: np.ndarray) -> Iterator[str]:
             for name, path in zip(names, entries[index]["images"], strict=True)
         ]
         images = {"images": absolute} if annotations.has_images else {"image": absolute[0]}
-        yield json.dumps({**entry, **images})
+        yield {**entry, **images}

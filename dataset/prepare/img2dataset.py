@@ -69,17 +69,19 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
 
 def is_output(folder: Path) -> bool:
     """Return whether img2dataset has written here."""
-    return folder.is_dir() and any(_shards(folder))
+    return folder.is_dir() and bool(_shards(folder))
 
 
-def _shards(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield name and ending of what lies there, "" for a folder of images."""
+def _shards(folder: Path) -> dict[str, set[str]]:
+    """Return the endings of each shard in order of their names, "" for a folder of images."""
+    shards: dict[str, set[str]] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             match = SHARD.fullmatch(entry.name)
             # A folder of images without .jpg may have files named by numbers, too.
             if match and entry.is_dir() == (match[2] == ""):
-                yield match[1], match[2]
+                shards.setdefault(match[1], set()).add(match[2])
+    return dict(sorted(shards.items()))
 
 
 def write_output(folder: Path, path: Path, start: str, report: Report, official: int | None = None) -> None:
@@ -88,13 +90,9 @@ def write_output(folder: Path, path: Path, start: str, report: Report, official:
     start: precedes the images' names; official: how many URLs were to be downloaded. Raises AlreadyShards for
     layout webdataset.
     """
-    shards: dict[str, set[str]] = {}
-    for name, ending in _shards(folder):
-        shards.setdefault(name, set()).add(ending)
-    packed = {name: endings for name, endings in sorted(shards.items()) if "" not in endings}
-    for ending, refuse in ((".tar", _refuse_tars), (".tfrecord", _refuse_tfrecords)):
-        if names := [name for name, endings in packed.items() if ending in endings]:
-            refuse(folder, names)
+    shards = _shards(folder)
+    packed = {name: endings for name, endings in shards.items() if "" not in endings}
+    _refuse_packed(folder, packed)
     columns = {
         name: column
         for name, endings in packed.items()
@@ -104,21 +102,20 @@ def write_output(folder: Path, path: Path, start: str, report: Report, official:
     report.count(urls, 0, official)
     if columns:
         number += _write_tars(folder, path.with_name(f"{path.stem}_shards"), columns, urls, report)
-    if names := sorted(shards.keys() - columns.keys()):
+    if not columns or len(packed) < len(shards):
         read = partial(_read_shard, folder=folder, urls=urls)
+        names = [name for name in shards if name not in columns]
         rows = chain.from_iterable(_each_shard(read, names, f"Reading {folder}", report))
         number += report.write(path, pairs(rows, start, report))
     report.count(f"{path.stem}: pairs with an image", number)
 
 
 def _each_shard(
-    function: Callable[[str], tuple[Any, Report]], names: Iterable[str], header: str, report: Report
+    function: Callable[[str], tuple[Any, Report]], names: list[str], header: str, report: Report
 ) -> Iterator:
     """Yield what the function, called in threads, makes of each shard; its reports are included."""
-    names = list(names)
-    for result, of_shard in with_progress(
-        in_parallel(function, names, NUM_AHEAD), len(names), header, LOG_SHARDS
-    ):
+    results = in_parallel(function, names, NUM_AHEAD)
+    for result, of_shard in with_progress(results, len(names), header, LOG_SHARDS):
         report.include(of_shard)
         yield result
 
@@ -229,15 +226,22 @@ def _content(path: Path) -> bytes:
 # ---- layouts of packed images ----
 
 
-def _refuse_tars(folder: Path, names: list[str]) -> None:
-    if not _has_captions(folder, names):
+def _refuse_packed(folder: Path, packed: dict[str, set[str]]) -> None:
+    tars, records = ([name for name in packed if kind in packed[name]] for kind in (".tar", ".tfrecord"))
+    if tars and _has_captions(folder, tars):
+        raise AlreadyShards(
+            f"{folder} holds WebDataset shards (img2dataset's layout webdataset), which pre-training reads "
+            f"as they are; there is nothing to convert. In the config: {train_file(folder, tars)}"
+        )
+    if tars:
         raise UserError(
             f"{folder} holds shards of img2dataset's (layout webdataset) without captions. {RERUN}"
         )
-    raise AlreadyShards(
-        f"{folder} holds WebDataset shards (img2dataset's layout webdataset), which pre-training reads as "
-        f"they are; there is nothing to convert. In the config: {train_file(folder, names)}"
-    )
+    if records:
+        raise UserError(
+            f"{folder}/{records[0]}.tfrecord: img2dataset's layout tfrecord is not read; download with "
+            "--output_format files, webdataset or parquet"
+        )
 
 
 def _has_captions(folder: Path, names: list[str]) -> bool:
@@ -254,13 +258,6 @@ def _has_captions(folder: Path, names: list[str]) -> bool:
         if kinds:
             return ".txt" in kinds or (isinstance(about, dict) and "caption" in about)
     return True
-
-
-def _refuse_tfrecords(folder: Path, names: list[str]) -> None:
-    raise UserError(
-        f"{folder}/{names[0]}.tfrecord: img2dataset's layout tfrecord is not read; download with "
-        "--output_format files, webdataset or parquet"
-    )
 
 
 def train_file(folder: Path, names: list[str]) -> str:
@@ -283,7 +280,7 @@ def _write_tars(folder: Path, out: Path, columns: dict[str, str], urls: str, rep
     """Write a shard of each table and return how many samples they have."""
     make_output_folder(out, "--out")
     write = partial(_write_tar, folder=folder, out=out, columns=columns, urls=urls)
-    number = sum(_each_shard(write, columns, f"Unpacking {folder}", report))
+    number = sum(_each_shard(write, list(columns), f"Unpacking {folder}", report))
     if not number:
         raise UserError(f"no image with a caption in the tables of {folder}, for the causes above")
     report.written.append((out, number))

@@ -1,15 +1,12 @@
 """NLVR2: sentences that are true of two images or not.
 
-Reads, below --root:
+Needs below --root:
     nlvr2/data/train.json, dev.json, test1.json     one JSON object a line, of github.com/lil-lab/nlvr
-    nlvr2/images/train/<directory>/...              the images, as the authors' archives unpack
-    nlvr2/dev/..., nlvr2/test1/...
-and, where they are there, nlvr2/data/test2.json, with its images in nlvr2/test2/..., and the authors' subsets
-    nlvr2/data/balanced/balanced_dev.json, balanced_test1.json
-    nlvr2/data/unbalanced/unbalanced_dev.json, unbalanced_test1.json
-
-Writes, below --out, nlvr_train.json, nlvr_dev.json and nlvr_test.json (the public test, test-P), and of the
-others nlvr_test2.json (test-U), nlvr_balanced_dev.json and so on, with {"images": [left, right], "sentence",
+    nlvr2/images/train/<directory>/..., nlvr2/dev/..., nlvr2/test1/...      as the archives unpack
+    if they are there: nlvr2/data/test2.json with nlvr2/test2/..., and the authors' subsets
+    nlvr2/data/balanced/balanced_dev.json, ..._test1.json, nlvr2/data/unbalanced/unbalanced_dev.json, ...
+Writes nlvr_train.json, nlvr_dev.json and nlvr_test.json (the public test, test-P), and of the others
+nlvr_test2.json (test-U), nlvr_balanced_dev.json and so on, with {"images": [left, right], "sentence",
 "label": "True" or "False", "identifier"}; image_root is nlvr2.
 """
 

@@ -1,13 +1,11 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: expressions that each mean one object in an image of COCO.
 
-Reads, below --root, in the folder refcoco, refcoco+ or refcocog:
+Needs below --root, in the folder refcoco, refcoco+ or refcocog, and with images in coco/images/train2014:
     refs(unc).p           the references; of RefCOCOg refs(umd).p or, where that is missing, refs(google).p
     instances.json        the objects and their boxes
     detections.json       if it is there: a detector's boxes as COCO's results format has them,
                           [{"image_id": 1, "bbox": [x, y, w, h], "score": 0.9}, ...]
-and the images in coco/images/train2014.
-
-Writes, below --out:
+Writes:
     NAME_train.json       {"image", "text"} of every expression
     NAME_val.json         {"image", "text", "ref_id"} of split val
     NAME_test.json        the same of all splits of evaluation, which Grounding.py tells apart by ref_id

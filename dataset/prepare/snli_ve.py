@@ -1,12 +1,11 @@
 """SNLI-VE: sentences that an image of Flickr30k entails, contradicts or leaves open.
 
-Reads, below --root:
+Needs below --root:
     snli_ve/snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl
     flickr30k-images/...                        the images
-
-Writes, below --out, ve_train.json, ve_dev.json and ve_test.json with {"image": number without .jpg,
-"sentence", "label": "entailment", "neutral" or "contradiction"}; image_root is flickr30k-images. Lines that
-have no label ("-") are left out.
+Writes ve_train.json, ve_dev.json and ve_test.json with {"image": number without .jpg, "sentence", "label":
+"entailment", "neutral" or "contradiction"}; image_root is flickr30k-images. Lines without a label ("-") are
+left out.
 """
 
 import argparse

@@ -47,38 +47,39 @@ NUM_TRIED = 10_000  # lines, to find out how images are named
 class UrlList(NamedTuple):
     """A list, and where the images are that were downloaded by it; patterns relative to --root."""
 
+    stem: str  # of the file written
     lists: list[str]
     images: list[str]
     num_lines: int  # official
-
-
-class Source(NamedTuple):
-    url_lists: dict[str, UrlList]  # by the name of the file written
-    page: str
-    counted_by: str
     namings: list[str] = NAMINGS
 
 
-CC3M_TRAIN = UrlList(["cc3m/[Tt]rain*.tsv", "Train*GCC*.tsv"], ["cc3m/train", "cc3m/training"], 3_318_333)
-CC3M_VAL = UrlList(["cc3m/[Vv]al*.tsv", "Validation*GCC*.tsv"], ["cc3m/val", "cc3m/validation"], 15_840)
-CC12M = UrlList(["cc12m/cc12m.tsv", "cc12m.tsv"], ["cc12m/images", "cc12m"], 12_423_374)
+class Source(NamedTuple):
+    page: str
+    counted_by: str
+    url_lists: list[UrlList]
+
+
+CC3M_TRAIN = (["cc3m/[Tt]rain*.tsv", "Train*GCC*.tsv"], ["cc3m/train", "cc3m/training"], 3_318_333)
+CC3M_VAL = (["cc3m/[Vv]al*.tsv", "Validation*GCC*.tsv"], ["cc3m/val", "cc3m/validation"], 15_840)
+CC12M = (["cc12m/cc12m.tsv", "cc12m.tsv"], ["cc12m/images", "cc12m"], 12_423_374)
 SBU_LISTS = ["sbu/sbu-captions-all.json", "sbu/SBU*urls.txt", "sbu/dataset/SBU*urls.txt"]
+SBU = (SBU_LISTS, ["sbu/images", "sbu"], 1_000_000, [*NAMINGS, "{file}"])
 SOURCES = {
     "cc3m": Source(
-        {"cc3m_train": CC3M_TRAIN, "cc3m_val": CC3M_VAL},
         "ai.google.com/research/ConceptualCaptions/download",
         '"Conceptual Captions" (Sharma et al., ACL 2018), release 1.1.0',
+        [UrlList("cc3m_train", *CC3M_TRAIN), UrlList("cc3m_val", *CC3M_VAL)],
     ),
     "cc12m": Source(
-        {"cc12m": CC12M},
         "github.com/google-research-datasets/conceptual-12m",
         'lines of cc12m.tsv, of "Conceptual 12M" (Changpinyo et al., CVPR 2021)',
+        [UrlList("cc12m", *CC12M)],
     ),
     "sbu": Source(
-        {"sbu": UrlList(SBU_LISTS, ["sbu/images", "sbu"], 1_000_000)},
         "cs.rice.edu/~vo9/sbucaptions",
         '"Im2Text: Describing Images Using 1 Million Captioned Photographs" (Ordonez et al., NIPS 2011)',
-        [*NAMINGS, "{file}"],
+        [UrlList("sbu", *SBU)],
     ),
 }
 
@@ -92,37 +93,26 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     source = SOURCES[options.name]
     report.source = source.counted_by
     written, shards = [], []
-    for stem, url_list in source.url_lists.items():
+    for url_list in source.url_lists:
         try:
-            if _write(stem, url_list, source.namings, root, out, options, report):
-                written.append(stem)
+            written.append(_write(url_list, root, out, options, report))
         except AlreadyShards as error:
             shards.append(str(error))
     if shards:
         raise UserError("; ".join(shards))
-    if not written:
-        wanted = "; or ".join(
-            f"images in {' or '.join(url_list.images)} with {' or '.join(url_list.lists)}"
-            for url_list in source.url_lists.values()
-        )
+    if not any(written):
+        wanted = (f"images in {' or '.join(u.images)} with {' or '.join(u.lists)}" for u in source.url_lists)
         raise UserError(
-            f"missing in --root {root}: {wanted}. The list is to be had from {source.page}, "
+            f"missing in --root {root}: {'; or '.join(wanted)}. The list is to be had from {source.page}, "
             "the images by img2dataset (output_format files or parquet; the list is not needed then) or "
             "another tool"
         )
 
 
-def _write(
-    stem: str,
-    url_list: UrlList,
-    namings: list[str],
-    root: Path,
-    out: Path,
-    options: argparse.Namespace,
-    report: Report,
-) -> bool:
+def _write(url_list: UrlList, root: Path, out: Path, options: argparse.Namespace, report: Report) -> bool:
     """Write the pre-training file of a list; return whether its images and the list are there."""
-    path, folder, listed = out / f"{stem}.json", find(root, url_list.images), find(root, url_list.lists)
+    stem, path = url_list.stem, out / f"{url_list.stem}.json"
+    folder, listed = find(root, url_list.images), find(root, url_list.lists)
     if folder is not None and is_output(folder):
         write_output(folder, path, prefix(folder, root, options), report, url_list.num_lines)
         return True
@@ -131,7 +121,7 @@ def _write(
         return False
     images, lines = Images(folder, report, "pairs whose image is"), _read_list(listed, report)
     first = [] if options.image_names else list(islice(lines, NUM_TRIED))
-    name_of = _Naming(options.image_names or _guess(first, listed, namings, images))
+    name_of = _Naming(options.image_names or _guess(first, listed, url_list.namings, images))
 
     def rows() -> Iterator[tuple[str, object]]:
         for row, url, caption in chain(first, lines):

@@ -1,27 +1,22 @@
 """VQA v2, the questions of Visual Genome, and the list of answers.
 
-Reads, below --root:
+Needs below --root:
     vqa/v2_OpenEnded_mscoco_{train2014,val2014,test2015}_questions.json     (or in a folder of vqa/)
     vqa/v2_mscoco_{train2014,val2014}_annotations.json
     visual_genome/question_answers.json, image_data.json
     coco/images/{train2014,val2014,test2015}/..., visual_genome/images/VG_100K/..., VG_100K_2/...
-
-Writes, below --out:
+Writes (config vqa_root: coco/images, vg_root: visual_genome/images):
     vqa_train.json, vqa_val.json    {"dataset": "vqa", "image", "question", "answer": [ten texts],
                                     "question_id", "question_type", "answer_type"}
     vqa_test.json                   the same without what only annotators know
     vg_qa.json                      {"dataset": "vg", "image", "question", "answer": text}
-    answer_list.json                the answers to rank
-and vqa_root is coco/images, vg_root visual_genome/images.
+    answer_list.json                the 3,128 answers to rank (the length of the published list), counted in
+                                    train and val as by `python -m simla.dataset.prepare answers`
 
-Visual Genome: its answers are sentences ("On the table."), so they go through the normalisation of the
-official VQA accuracy; those of which nothing is left are left out. So are questions on images of COCO that
-VQA v2 has in val or test, or its score there would not be on unseen images; image_data.json knows COCO's
-number of an image only if it is in train2014 or val2014.
-
-Answers to rank: the 3,128 (the length of the published list) most frequent ones of train and val, where a
-question counts for the answer that most of its annotators gave, normalised: what
-`python -m simla.dataset.prepare answers` writes.
+Visual Genome's answers are sentences ("On the table."), so they go through the normalisation of the official
+VQA accuracy; those of which nothing is left are left out. So are questions on images of COCO that VQA v2 has
+in val or test, or its score there would not be on unseen images; image_data.json knows COCO's number of an
+image only if it is in train2014 or val2014.
 """
 
 import argparse
