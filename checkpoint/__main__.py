@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from simla.configs.reader import add_overrides, task_name
-from simla.configs.schema import TASKS
+from simla.configs.schema import TABLES
 from simla.engine.command import run_command
 
 
@@ -21,13 +21,13 @@ def main() -> None:
     out.add_argument("source", help=".pth file, of this code or published")
     out.add_argument("target", help=".safetensors file; every script takes it as --checkpoint")
     out.add_argument(
-        "--task", type=task_name, choices=TASKS, help="leave out what this script has no place for"
+        "--task", type=task_name, choices=TABLES, help="leave out what this script has no place for"
     )
     out.add_argument("--inference", action="store_true", help="leave out momentum twins and queues")
     show = commands.add_parser("inspect", help="what a file holds, without reading its weights")
     show.add_argument("file")
     show.add_argument(
-        "--task", type=task_name, choices=TASKS, help="with --config: would this script take it?"
+        "--task", type=task_name, choices=TABLES, help="with --config: would this script take it?"
     )
     show.add_argument("--config", default="", help="YAML file of the task")
     add_overrides(show)

@@ -17,6 +17,7 @@ from simla.checkpoint.save import check_undamaged
 from simla.checkpoint.tasks import TASKS
 from simla.checkpoint.tokenizer import tokenizer_from_text
 from simla.configs.reader import read_config
+from simla.configs.schema import TABLES
 from simla.utils import UserError, check_weight
 
 MEBIBYTE = 2**20
@@ -90,9 +91,8 @@ def verdict(
     metadata: dict | None = None,
 ) -> str:
     """Return what the task's model of that config would take from the file, or why it would refuse it."""
-    table, build = TASKS[task]
     with torch.device("meta"):
-        model = build(read_config(config, table, overrides))
+        model = TASKS[task].build(read_config(config, TABLES[task], overrides))
     try:
         _, report = map_state(state, shapes_of(model), task, source, metadata)
     except UserError as error:

@@ -10,7 +10,7 @@ def _upper_half(layer: int, num_layers: int) -> int:
     return num_layers // 2 + layer
 
 
-def _upper_half_twice(layer: int, num_layers: int) -> int:
+def upper_half_twice(layer: int, num_layers: int) -> int:
     """Return the layer that the two-image encoder's starts from: it has each of the upper half twice in a
     row, one per image.
     """
@@ -50,40 +50,13 @@ DECODER = (
     ("text_decoder_m.", "text_encoder_m.", _upper_half),
 )
 BERT_DECODER = Row((("bert.", "bert.", _upper_half),))  # the decoder from plain BERT weights
-BERT_TWO_IMAGES = Row((("", "", _upper_half_twice),))  # the two-image encoder from plain BERT weights
+BERT_TWO_IMAGES = Row((("", "", upper_half_twice),))  # the two-image encoder from plain BERT weights
 MIM = ("mim_head", "concept_head", "visual_encoder.mask_token", "visual_encoder_m.mask_token")
 MLM = ("text_encoder.cls.", "text_encoder_m.cls.")
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
 PROJECTIONS = ("temp", "vision_proj", "text_proj")
 TWINS = ("visual_encoder_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.")
 
-RETRIEVAL_FROM_PRETRAIN = Row(BERT, fresh=("idx_queue",), unused=MIM + MLM)
-ROWS: dict[tuple[str, str], Row] = {
-    ("Pretrain", "pretrain"): Row(),
-    ("Retrieval", "pretrain"): RETRIEVAL_FROM_PRETRAIN,
-    ("Retrieval", "retrieval"): Row(),
-    ("Grounding", "pretrain"): RETRIEVAL_FROM_PRETRAIN,
-    ("Grounding", "retrieval"): Row(),
-    # Evaluation only: a model built without momentum twins and queues will do.
-    ("zero_shot_retrieval", "pretrain"): Row(BERT, fresh=("idx_queue",), unused=MIM + MLM + TWINS + QUEUES),
-    ("zero_shot_retrieval", "retrieval"): Row(fresh=("idx_queue",), unused=TWINS + QUEUES),
-    ("VQA", "pretrain"): Row(BERT + DECODER, unused=(*MIM, *QUEUES, *PROJECTIONS, "itm_head")),
-    ("VQA", "vqa"): Row(),
-    ("VE", "pretrain"): Row(
-        BERT, fresh=("cls_head",), unused=(*MIM, *MLM, *QUEUES, *PROJECTIONS, "itm_head")
-    ),
-    ("VE", "ve"): Row(),
-    ("Pretrain_NLVR", "pretrain"): Row(
-        (("text_encoder.", "text_encoder.bert.", _upper_half_twice),),
-        fresh=("ta_head", "text_encoder.embeddings.token_type_embeddings"),
-        unused=(*MIM, *MLM, *QUEUES, *TWINS, "itm_head"),
-    ),
-    ("Pretrain_NLVR", "pretrain_nlvr"): Row(),
-    ("NLVR", "pretrain_nlvr"): Row(
-        fresh=("cls_head", "visual_encoder_m.", "text_encoder_m."), unused=(*PROJECTIONS, "ta_head")
-    ),
-    ("NLVR", "nlvr"): Row(),
-}
 KINDS = (  # the first whose marker begins a name of the checkpoint
     ("vqa", "text_decoder."),
     ("pretrain_nlvr", "ta_head."),

@@ -1,9 +1,9 @@
 """Loads published and own weights into any task's model.
 
 A checkpoint is a plain dict {model, optimizer, lr_scheduler, config, epoch}; `model` has the published names.
-Which name of the file fills which name of the model is data: `ROWS` in key_maps.py, one row per task and kind
-of checkpoint. Loading is strict with an account: what a row does not expect to be missing or left over stops
-the run.
+Which name of the file fills which name of the model is data: `starts_from` in tasks.py, a row for each kind
+of checkpoint that a task reads. Loading is strict with an account: what a row does not expect to be missing
+or left over stops the run.
 """
 
 import json
@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simla.checkpoint.key_maps import KINDS, QUEUES, ROWS, TWIN, Row
+from simla.checkpoint.key_maps import KINDS, QUEUES, TWIN, Row
 from simla.checkpoint.safe_load import Inert, safe_load, to_plain
+from simla.checkpoint.tasks import TASKS
 from simla.configs.schema import BERT_CONFIG, VIT
 from simla.models.bert_config import BertConfig
 from simla.utils import UserError, check_weight, log
@@ -132,10 +133,12 @@ def kind_of(state: Mapping[str, Tensor], source: str = "the checkpoint", metadat
 
 def row_of(task: str, kind: str, source: str = "the checkpoint") -> Row:
     """Return how the task reads that kind. Raises UserError where it cannot start from it."""
-    if (task, kind) not in ROWS:
-        accepted = " or ".join(kind for row_task, kind in ROWS if row_task == task)
-        raise UserError(f"{source} is a {kind} checkpoint; {task} starts from a {accepted} checkpoint")
-    return ROWS[task, kind]
+    rows = TASKS[task].starts_from
+    if kind not in rows:
+        raise UserError(
+            f"{source} is a {kind} checkpoint; {task} starts from a {' or '.join(rows)} checkpoint"
+        )
+    return rows[kind]
 
 
 def map_state(

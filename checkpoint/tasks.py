@@ -1,10 +1,15 @@
-"""The table of tasks: what each script, its config table, its model class and its checkpoints are called."""
+"""The table of tasks: each script's model, the checkpoints that it starts from and writes.
 
-from collections.abc import Callable
+The keys of its config are in configs/schema.py, under the same name.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from torch import nn
 
-from simla.configs.schema import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA
+from simla.checkpoint import key_maps
+from simla.checkpoint.key_maps import BERT, DECODER, MIM, MLM, PROJECTIONS, QUEUES, TWINS, Row
 from simla.models.nlvr import SIMLANLVR
 from simla.models.pretrain import SIMLA
 from simla.models.pretrain_nlvr import SIMLAPretrainNLVR
@@ -12,31 +17,54 @@ from simla.models.retrieval import SIMLARetrieval
 from simla.models.ve import SIMLAVE
 from simla.models.vqa import SIMLAVQA
 
-TASKS: dict[str, tuple[dict, Callable[[dict], nn.Module]]] = {  # of the script: config table, model
-    "Pretrain": (PRETRAIN, lambda config: SIMLA.from_config(config, cls_id=0)),
-    "Retrieval": (RETRIEVAL, SIMLARetrieval.from_config),
-    "zero_shot_retrieval": (RETRIEVAL, lambda config: SIMLARetrieval.from_config(config, twins=False)),
-    "Grounding": (GROUNDING, SIMLARetrieval.from_config),
-    "VQA": (VQA, SIMLAVQA.from_config),
-    "Pretrain_NLVR": (PRETRAIN_NLVR, SIMLAPretrainNLVR.from_config),
-    "NLVR": (NLVR, SIMLANLVR.from_config),
-    "VE": (VE, SIMLAVE.from_config),
+
+class Task(NamedTuple):
+    """build: config -> model; writes: the kind of its checkpoints, "" for none; starts_from: kind -> which
+    name of the file fills which of the model; loads: the kinds that `simla.load` reads as this task does.
+    """
+
+    build: Callable[[dict], nn.Module]
+    writes: str
+    starts_from: dict[str, Row]
+    loads: tuple[str, ...] = ()
+
+
+TO_RETRIEVAL = Row(BERT, fresh=("idx_queue",), unused=MIM + MLM)
+TO_ZERO_SHOT = Row(BERT, fresh=("idx_queue",), unused=MIM + MLM + TWINS + QUEUES)
+TO_VQA = Row(BERT + DECODER, unused=(*MIM, *QUEUES, *PROJECTIONS, "itm_head"))
+TO_PRETRAIN_NLVR = Row(
+    (("text_encoder.", "text_encoder.bert.", key_maps.upper_half_twice),),
+    fresh=("ta_head", "text_encoder.embeddings.token_type_embeddings"),
+    unused=(*MIM, *MLM, *QUEUES, *TWINS, "itm_head"),
+)
+TO_NLVR = Row(fresh=("cls_head", "visual_encoder_m.", "text_encoder_m."), unused=(*PROJECTIONS, "ta_head"))
+TO_VE = Row(BERT, fresh=("cls_head",), unused=(*MIM, *MLM, *QUEUES, *PROJECTIONS, "itm_head"))
+
+TASKS = {  # by the script
+    "Pretrain": Task(lambda config: SIMLA.from_config(config, cls_id=0), "pretrain", {"pretrain": Row()}),
+    "Retrieval": Task(
+        SIMLARetrieval.from_config, "retrieval", {"pretrain": TO_RETRIEVAL, "retrieval": Row()}
+    ),
+    "zero_shot_retrieval": Task(  # evaluation only: a model without momentum twins and queues will do
+        lambda config: SIMLARetrieval.from_config(config, twins=False),
+        "",
+        {"pretrain": TO_ZERO_SHOT, "retrieval": Row(fresh=("idx_queue",), unused=TWINS + QUEUES)},
+        loads=("pretrain", "retrieval"),
+    ),
+    "Grounding": Task(
+        SIMLARetrieval.from_config, "retrieval", {"pretrain": TO_RETRIEVAL, "retrieval": Row()}
+    ),
+    "VQA": Task(SIMLAVQA.from_config, "vqa", {"pretrain": TO_VQA, "vqa": Row()}, loads=("vqa",)),
+    "Pretrain_NLVR": Task(
+        SIMLAPretrainNLVR.from_config,
+        "pretrain_nlvr",
+        {"pretrain": TO_PRETRAIN_NLVR, "pretrain_nlvr": Row()},
+    ),
+    "NLVR": Task(SIMLANLVR.from_config, "nlvr", {"pretrain_nlvr": TO_NLVR, "nlvr": Row()}, loads=("nlvr",)),
+    "VE": Task(SIMLAVE.from_config, "ve", {"pretrain": TO_VE, "ve": Row()}, loads=("ve",)),
 }
 
 
-LOADED_AS = {  # kind of checkpoint -> the task that reads it here, by the rows of `checkpoint`
-    "pretrain": "zero_shot_retrieval",
-    "retrieval": "zero_shot_retrieval",
-    "vqa": "VQA",
-    "ve": "VE",
-    "nlvr": "NLVR",
-}
-
-
-WRITTEN_BY = {  # kind of checkpoint -> the script that makes it
-    "pretrain": "Pretrain.py",
-    "retrieval": "Retrieval.py or Grounding.py",
-    "vqa": "VQA.py",
-    "ve": "VE.py",
-    "nlvr": "NLVR.py",
-}
+def written_by(kinds: Iterable[str]) -> str:
+    """Return the scripts that write checkpoints of these kinds, "Retrieval.py or Grounding.py"."""
+    return " or ".join(f"{name}.py" for kind in kinds for name, task in TASKS.items() if task.writes == kind)

@@ -20,7 +20,7 @@ from simla.configs.schema import (
     EMPTY,
     NUMBER,
     REQUIRED,
-    TASKS,
+    TABLES,
     TYPES,
     Key,
     Table,
@@ -36,6 +36,7 @@ PUBLISHED = {  # keys of published configs: what they are called here; none: no 
     "image_tokenizer_path": ("image_tokenizer",),
     **dict.fromkeys(("mlm_probability", "eval_ema", "save_sims"), ()),
 }
+OF_CONFIG = {"NLVR_Pretrain": "Pretrain_NLVR"}  # a published config that is not called as its script
 YES, NO = ("yes", "on", "true"), ("no", "off", "false")
 
 
@@ -51,13 +52,13 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 def task_name(text: str) -> str:
     """Return the task that a command line means by the name of its script, with or without .py, or config."""
     name = text.removesuffix(".py")
-    return "Pretrain_NLVR" if name == "NLVR_Pretrain" else name
+    return OF_CONFIG.get(name, name)
 
 
 def task_of(config_file: str) -> str | None:
     """Return the task that the file is named after, as those of configs/ are: Retrieval_coco.yaml."""
     stem = f"{Path(config_file).stem.lower()}_"
-    fitting = [name for name in (*TASKS, "NLVR_Pretrain") if stem.startswith(f"{name.lower()}_")]
+    fitting = [name for name in (*TABLES, *OF_CONFIG) if stem.startswith(f"{name.lower()}_")]
     return task_name(max(fitting, key=len)) if fitting else None
 
 
@@ -242,14 +243,14 @@ def _other_task(values: dict, table: Table, path: str) -> str:
     Raises UserError where both fit, but the file is named after the other task.
     """
     named, own = task_of(path), scripts_of(table)
-    if not own or (named and TASKS[named] is table):
+    if not own or (named and TABLES[named] is table):
         return ""
     fitting = {
         scripts_of(other): None
-        for other in TASKS.values()
+        for other in TABLES.values()
         if not _missing(values, other) and not set(values) - set(other) - set(PUBLISHED)
     }
-    if named and scripts_of(TASKS[named]) in fitting:
+    if named and scripts_of(TABLES[named]) in fitting:
         if own in fitting:
             raise UserError(
                 f"config {path}: this looks like a config of {named}.py, not of {own}; rename it if it is not"

@@ -334,7 +334,7 @@ PRETRAIN_NLVR = {
 }
 
 
-TASKS = {  # of the script without .py
+TABLES = {  # of the script without .py
     "Pretrain": PRETRAIN,
     "Retrieval": RETRIEVAL,
     "zero_shot_retrieval": RETRIEVAL,
@@ -348,7 +348,7 @@ TASKS = {  # of the script without .py
 
 def scripts_of(table: Table) -> str:
     """Return the names of the scripts that read the table, "Retrieval.py, zero_shot_retrieval.py"."""
-    return ", ".join(f"{task}.py" for task, known in TASKS.items() if known is table)
+    return ", ".join(f"{task}.py" for task, known in TABLES.items() if known is table)
 
 
 def flat(table: Table, section: str = "") -> dict[str, Key]:
@@ -378,7 +378,7 @@ def reference() -> str:
         "Every script but Pretrain.py": {name: FINETUNE[name] for name in FINETUNE if name not in common},
     }
     shared = {id(key) for table in sections.values() for key in table.values()}
-    for table in TASKS.values():
+    for table in TABLES.values():
         sections[scripts_of(table)] = {name: key for name, key in table.items() if id(key) not in shared}
     head = ["", "| key | default | values | meaning |", "| --- | --- | --- | --- |"]
     return "\n\n".join("\n".join([f"## {title}", *head, *describe(sections[title])]) for title in sections)

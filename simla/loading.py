@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from simla.checkpoint.load import config_in, kind_of, load_weights, metadata_in, tokenizer_in, weights_in
 from simla.checkpoint.safe_load import safe_load
-from simla.checkpoint.tasks import LOADED_AS, TASKS
+from simla.checkpoint.tasks import TASKS
 from simla.checkpoint.tokenizer import tokenizer_from_text
 from simla.configs.reader import check_values, read_yaml
-from simla.configs.schema import CONTRAST, ENCODERS, Key
+from simla.configs.schema import CONTRAST, ENCODERS, TABLES, Key
 from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.model import Simla
 from simla.models.bert_config import BertConfig
@@ -67,13 +67,13 @@ def _load(
     content = safe_load(checkpoint)
     state = weights_in(content, source)
     kind = kind_of(state, source, metadata_in(content))
-    if kind not in LOADED_AS:
+    task = next((name for name, task in TASKS.items() if kind in task.loads), None)
+    if task is None:
         raise UserError(
             f"{source} is a {kind} checkpoint, half-way to NLVR2, which answers nothing itself; load what "
             "NLVR.py made of it"
         )
-    task = LOADED_AS[kind]
-    table, build = TASKS[task]
+    table = TABLES[task]
     if config is None:
         values, where = _stored_config(content, source)
         values = fill_in_what_is_missing(values, table, state, kind, source)
@@ -87,7 +87,7 @@ def _load(
     else:
         tokenizer = build_tokenizer(settings["text_encoder"])
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        model = build(settings).float()  # torch's default dtype may be another
+        model = TASKS[task].build(settings).float()  # torch's default dtype may be another
         concepts = _concept_head(state, source) if kind == "pretrain" else None
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
     load_weights(model, checkpoint, task, None if config is None else settings)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from simla.answers import ranking, writing
-from simla.checkpoint.tasks import WRITTEN_BY
+from simla.checkpoint.tasks import written_by
 from simla.dataset.nlvr import CLASSES as NLVR_CLASSES
 from simla.dataset.text import MAX_TEXT_TOKENS, clean_caption, clean_question, tokenize
 from simla.dataset.transforms import EVALUATION_VIEW, normalise
@@ -388,7 +388,7 @@ class Simla:
 
     def _need(self, method: str, part: str, *kinds: str) -> None:
         if self.kind not in kinds:
-            scripts = " or ".join(WRITTEN_BY[kind] for kind in kinds)
+            scripts = written_by(kinds)
             raise UserError(
                 f"{self.source} is a {self.kind} checkpoint, which has no {part}; {method} needs a "
                 f"checkpoint of {scripts}"

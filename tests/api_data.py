@@ -11,6 +11,7 @@ from torch import nn
 from simla.checkpoint.initial import starting_weights
 from simla.checkpoint.tasks import TASKS
 from simla.configs.reader import read_config
+from simla.configs.schema import TABLES
 from simla.dataset.text import build_tokenizer
 
 TASK_OF = {"pretrain": "Pretrain", "retrieval": "Retrieval", "vqa": "VQA", "ve": "VE", "nlvr": "NLVR"}
@@ -24,12 +25,12 @@ class Tiny(NamedTuple):
     configs: dict[str, Path]
 
     def config(self, task: str, *overrides: str) -> dict:
-        return read_config(str(self.configs[task]), TASKS[task][0], list(overrides))
+        return read_config(str(self.configs[task]), TABLES[task], list(overrides))
 
     def script_model(self, task: str, kind: str) -> tuple[nn.Module, dict]:
         """Model and config as the task's script has them when it evaluates the checkpoint."""
         config = self.config(task)
-        model = TASKS[task][1](config)
+        model = TASKS[task].build(config)
         starting_weights(model, config, task, str(self.checkpoints[kind]))
         return model.eval(), config
 
@@ -63,7 +64,7 @@ def make_checkpoints(folder: Path) -> Tiny:
     own["zero_shot_retrieval"] = own["Retrieval"]
     own["Grounding"] = {**files, "test_file": str(data / "grounding_test.json")}
     configs, checkpoints = {}, {}
-    for task, (table, _) in TASKS.items():
+    for task, table in TABLES.items():
         configs[task] = folder / f"{task}_api.yaml"
         content = {key: value for key, value in {**MODEL, **own[task]}.items() if key in table}
         configs[task].write_text(json.dumps(content))  # JSON is YAML
@@ -71,7 +72,7 @@ def make_checkpoints(folder: Path) -> Tiny:
     for seed, (kind, task) in enumerate({**TASK_OF, "pretrain_nlvr": "Pretrain_NLVR"}.items()):
         config = tiny.config(task)
         torch.manual_seed(seed)
-        model = TASKS[task][1](config)
+        model = TASKS[task].build(config)
         rng = torch.Generator().manual_seed(seed)  # of its own, whatever building a model draws
         for parameter in model.parameters():
             if parameter.dim() > 1:  # attention far from even, answers that depend on picture and words

@@ -20,7 +20,7 @@ import Retrieval
 import zero_shot_retrieval
 from simla.checkpoint.image_tokenizers import save_codebook
 from simla.configs.reader import read_config
-from simla.configs.schema import PRETRAIN, TASKS
+from simla.configs.schema import PRETRAIN, TABLES
 from simla.dataset.loaders import train_loader
 from simla.dataset.pretrain import pretrain_loader, read_sets
 from simla.dataset.readers.annotations import TEXT, TEXTS, read_annotations
@@ -547,5 +547,5 @@ def test_masked_words_belong_to_the_item_not_to_the_batch(tiny, tmp_path):
 
 def test_one_value_of_a_bert_config_file_can_be_overridden():
     """As the message about a larger vocabulary advises."""
-    config = read_config("configs/VE.yaml", TASKS["VE"], ["bert_config.vocab_size=31000"])
+    config = read_config("configs/VE.yaml", TABLES["VE"], ["bert_config.vocab_size=31000"])
     assert config["bert_config"]["vocab_size"] == 31000 and config["bert_config"]["hidden_size"] == 768

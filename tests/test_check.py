@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import demo_config
 
 from simla.configs.reader import read_config, task_of
-from simla.configs.schema import TASKS
+from simla.configs.schema import TABLES
 from simla.dataset.check import images, texts
 from simla.dataset.check.__main__ import main
 from simla.dataset.check.images import CACHE, RECORD, check_image, ends_whole, look_hash
@@ -84,7 +84,7 @@ def test_the_demo_s_data_is_clean(path, demo, tmp_path, capsys):
     code, report = check(config, tmp_path / "out", "--full")
     assert code == 0 and not report["has_problems"] and report["files"] == []
     assert set(report["splits"]) == set(SPLITS[report["task"]])
-    values = read_config(str(config), TASKS[report["task"]])
+    values = read_config(str(config), TABLES[report["task"]])
     for split, found in report["splits"].items():
         entries = json.loads(Path(values[f"{split}_file"]).read_bytes())
         assert found["entries"] == len(entries) and sum(found["lengths"]) >= len(entries)
@@ -98,7 +98,7 @@ def test_the_demo_s_data_is_clean(path, demo, tmp_path, capsys):
 
 def test_every_shipped_config_is_named_after_its_task():
     for path in set(Path("configs").rglob("*.yaml")) - {Path("configs/demo/common.yaml")}:
-        read_config(str(path), TASKS[task_of(str(path))])
+        read_config(str(path), TABLES[task_of(str(path))])
     assert task_of("output/VQA/config.yaml") is None
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tiny import full_disk
 from torch import nn
 
-from simla.checkpoint.key_maps import ROWS
 from simla.checkpoint.load import check_same_build, interpolate_pos_embed, load_weights, map_state
 from simla.checkpoint.save import Saver, load_checkpoint
+from simla.checkpoint.tasks import TASKS
 from simla.engine.resume import resume
 from simla.optim import create_optimizer
 from simla.scheduler import create_scheduler
@@ -110,7 +110,8 @@ def test_nlvr_does_not_start_from_a_pretraining_checkpoint():
 
 
 @pytest.mark.parametrize(
-    ("task", "kind"), [(task, kind) for task, kind in ROWS if not kind.startswith("pretrain")]
+    ("task", "kind"),
+    [(t, kind) for t in TASKS for kind in TASKS[t].starts_from if not kind.startswith("pretrain")],
 )
 def test_finetuned_checkpoints_load_into_their_own_task(task, kind):
     shapes = shapes_of(kind)

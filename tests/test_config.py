@@ -18,7 +18,7 @@ from simla.checkpoint import __main__ as checkpoint_tools
 from simla.checkpoint.image_tokenizers import load_flava
 from simla.checkpoint.initial import load_bert, load_vit
 from simla.configs.reader import add_overrides, check_values, parse, read_config, task_name, task_of
-from simla.configs.schema import EMPTY, NUMBER, TASKS, Key
+from simla.configs.schema import EMPTY, NUMBER, TABLES, Key
 from simla.dataset.check.__main__ import CHECKED
 from simla.dataset.check.__main__ import main as check_main
 from simla.dataset.check.tasks import SPLITS
@@ -27,14 +27,14 @@ from simla.engine.launch import script_arguments
 from simla.scheduler import WarmupCosine
 from simla.utils import UserError
 
-SHIPPED = {task: next((ROOT / "configs" / "demo").glob(f"{task}.yaml"), None) for task in TASKS}
+SHIPPED = {task: next((ROOT / "configs" / "demo").glob(f"{task}.yaml"), None) for task in TABLES}
 SHIPPED["Pretrain_NLVR"] = ROOT / "configs" / "demo" / "NLVR_Pretrain.yaml"
 SHIPPED["zero_shot_retrieval"] = SHIPPED["Retrieval"]
 PRETRAIN = str(ROOT / "configs" / "Pretrain.yaml")
 
 
 def read(overrides: list[str], path: str = PRETRAIN, task: str = "Pretrain") -> dict:
-    return read_config(path, TASKS[task], overrides)
+    return read_config(path, TABLES[task], overrides)
 
 
 def refusal(override: str, path: str = PRETRAIN, task: str = "Pretrain") -> str:
@@ -58,7 +58,7 @@ def numeric_keys(table: dict[str, Key], section: str = "") -> dict[str, Key]:
 
 
 def test_every_number_has_a_range_and_is_finite():
-    for task, table in TASKS.items():
+    for task, table in TABLES.items():
         for name, key in numeric_keys(table).items():
             low = key.least if key.least is not None else key.above
             assert low is not None, f"{task}: {name} has no smallest value"
@@ -137,7 +137,7 @@ def test_sizes_of_the_text_encoder(override, expected, monkeypatch, tmp_path):
     flags = ["--config", SHIPPED["VE"], "--output_dir", tmp_path, "--overrides", f"bert_config.{override}"]
     monkeypatch.setattr(sys, "argv", ["VE.py", *map(str, flags)])
     with pytest.raises(UserError, match=expected):
-        parse(script_arguments("x", "", ""), TASKS["VE"])
+        parse(script_arguments("x", "", ""), TABLES["VE"])
 
 
 def test_a_codebook_is_not_fitted_for_a_config_that_cannot_be_trained(tmp_path, monkeypatch):
@@ -187,8 +187,8 @@ def test_what_is_meant_is_read(override, name, value):
     [("VQA", "val_file"), ("VQA", "answer_list"), ("Retrieval", "val_file"), ("Retrieval", "train_file")],
 )
 def test_an_empty_value_means_none_on_the_command_line_and_in_yaml(task, name, tmp_path):
-    assert TASKS[task][name].default in EMPTY
-    empty = TASKS[task][name].default
+    assert TABLES[task][name].default in EMPTY
+    empty = TABLES[task][name].default
     assert read([f"{name}="], str(SHIPPED[task]), task)[name] == empty
     path = tmp_path / f"{task}.yaml"
     path.write_text(f"base: {SHIPPED[task]}\n{name}:")
@@ -337,7 +337,7 @@ def test_what_is_wrong_names_the_file_it_stands_in(base, variant, named, expecte
 def test_old_names_are_read_in_every_file_of_a_variant(write):
     write("base.yaml", PUBLISHED["NLVR"])
     path, notes = write("NLVR.yaml", "base: base.yaml\nbatch_size_train: 3\nscheduler: {epochs: 2}\n"), []
-    config = read_config(path, TASKS["NLVR"], [], notes)
+    config = read_config(path, TABLES["NLVR"], [], notes)
     assert (config["batch_size_train"], config["batch_size_test"], config["schedular"]["epochs"]) == (3, 8, 2)
     assert notes[0].startswith(f"config {path.replace('NLVR.yaml', 'base.yaml')}: batch_size is read as")
 
@@ -365,7 +365,7 @@ def test_a_base_that_cannot_be_read_is_named(line, expected, write, tmp_path):
 def test_a_rate_that_a_variant_changes_needs_no_second_one(write):
     notes = []
     path = write("c.yaml", f"base: {PRETRAIN}\noptimizer: {{lr: 5e-5}}")
-    assert read_config(path, TASKS["Pretrain"], [], notes)["optimizer"]["lr"] == 5e-5 and not notes
+    assert read_config(path, TABLES["Pretrain"], [], notes)["optimizer"]["lr"] == 5e-5 and not notes
 
 
 # ---- overrides and flags ----
@@ -410,7 +410,7 @@ def test_an_override_without_effect_says_so(name):
 def test_rates_that_may_not_be_meant_are_said():
     def said(*overrides: str, path: str = PRETRAIN) -> str:
         notes = []
-        read_config(path, TASKS["Pretrain"], list(overrides), notes)
+        read_config(path, TABLES["Pretrain"], list(overrides), notes)
         return " ".join(notes)
 
     assert said() == said("optimizer.lr=5e-5") == ""
@@ -423,7 +423,7 @@ def test_a_file_with_two_rates_says_which_counts(tmp_path):
     path.write_text(
         (ROOT / "configs" / "Pretrain.yaml").read_text().replace("cosine, lr: 1e-4", "cosine, lr: 1e-3")
     )
-    assert read_config(str(path), TASKS["Pretrain"], [], notes)["optimizer"]["lr"] == 1e-4
+    assert read_config(str(path), TABLES["Pretrain"], [], notes)["optimizer"]["lr"] == 1e-4
     assert len(notes) == 1 and "schedular.lr 0.001 has no effect; optimizer.lr 0.0001 counts" in notes[0]
 
 
@@ -435,7 +435,7 @@ def test_min_lr_is_the_rate_of_the_epoch_after_the_last():
         schedule.resume_at(epoch)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates[-1] == pytest.approx(0.1) and rates[-2] == pytest.approx(0.23, abs=0.01)
-    assert "one after the last" in TASKS["VE"]["schedular"].type["min_lr"].help
+    assert "one after the last" in TABLES["VE"]["schedular"].type["min_lr"].help
 
 
 def test_a_warm_up_longer_than_epoch_0_is_said(tmp_path, caplog, monkeypatch):
@@ -463,8 +463,8 @@ def test_a_warm_up_longer_than_epoch_0_is_said(tmp_path, caplog, monkeypatch):
 
 def test_the_config_of_another_task_is_recognised():
     for task, path in SHIPPED.items():
-        for other in TASKS:
-            if TASKS[other] is TASKS[task]:
+        for other in TABLES:
+            if TABLES[other] is TABLES[task]:
                 continue
             with pytest.raises(UserError, match=rf"this looks like a config of {task_of(path.name)}\.py"):
                 read([], str(path), other)
@@ -545,7 +545,7 @@ PUBLISHED = {  # the keys of the configs in github.com/codezakh/SIMLA and github
 def test_published_configs_are_read(task, said, tmp_path):
     path, notes = tmp_path / f"{task}.yaml", []
     path.write_text(PUBLISHED[task])
-    config = read_config(str(path), TASKS[task], [], notes)
+    config = read_config(str(path), TABLES[task], [], notes)
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True)), (
         notes
     )

@@ -11,7 +11,7 @@ from tiny import ROOT
 
 from simla.configs import reader as config_module
 from simla.configs.reader import read_config, task_of
-from simla.configs.schema import DATA, OTHER, TASKS
+from simla.configs.schema import DATA, OTHER, TABLES
 from simla.dataset.grounding import GroundingEvalData, grounding_loader
 from simla.dataset.nlvr import read_nlvr
 from simla.dataset.pretrain import code_views, pretrain_loader, read_pairs, read_sets
@@ -25,7 +25,7 @@ SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.ste
 
 
 def table_of(path: Path) -> dict:
-    return TASKS[task_of(path.name)]
+    return TABLES[task_of(path.name)]
 
 
 def paths_in(config: dict, table: dict, place: str) -> dict[str, list[str]]:
@@ -51,7 +51,7 @@ def test_every_shipped_config_takes_a_data_root(path):
 
 
 def test_every_key_that_names_a_file_or_a_folder_is_marked():
-    for table in TASKS.values():
+    for table in TABLES.values():
         for name, key in {**table, **table.get("image_tokenizer", config_module.Key({}, {})).type}.items():
             names_one = name.endswith(("_file", "_root", "_data", "_list", "_encoder")) or name in (
                 "bert_config",
@@ -77,12 +77,12 @@ def test_variables_and_home_are_filled_in_everywhere(tmp_path, monkeypatch):
             "schedular": {"epochs": 1},
         },
     )
-    config = read_config(str(path), TASKS["Pretrain"])
+    config = read_config(str(path), TABLES["Pretrain"])
     local, others = config["train_file"][:3], config["train_file"][3:]
     assert local == ["/sets/all/a.json", "/home/me/b.json", "/sets/c.json"]
     assert others == ["s3://d.tar", "pipe:cat $X/{0..9}.tar"]
     overrides = ["train_file=[{path: '{0..9}.tar', weight: 1}, {path: [~/b.json, 'pipe:x'], weight: 2}]"]
-    assert read_config(str(path), TASKS["Pretrain"], overrides)["train_file"] == [
+    assert read_config(str(path), TABLES["Pretrain"], overrides)["train_file"] == [
         {"path": "/sets/all/{0..9}.tar", "weight": 1},
         {"path": ["/home/me/b.json", "pipe:x"], "weight": 2},
     ]
@@ -90,13 +90,13 @@ def test_variables_and_home_are_filled_in_everywhere(tmp_path, monkeypatch):
     assert config["image_tokenizer"]["path"] == "/home/me/codes/encoder.pkl"
     assert config["image_encoder"] == "/sets/vit.pth" and config["bert_config"] == "/home/me/bert.json"
     assert config["text_encoder"] == "./bert"  # a folder; "bert" would be looked up on the hub
-    rooted = read_config(str(path), TASKS["Pretrain"], ["image_root=pictures"])
+    rooted = read_config(str(path), TABLES["Pretrain"], ["image_root=pictures"])
     assert rooted["image_root"] == "/sets/all/pictures"
 
 
 def test_the_copy_beside_the_results_means_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source, table = str(ROOT / "configs" / "VQA.yaml"), TASKS["VQA"]
+    source, table = str(ROOT / "configs" / "VQA.yaml"), TABLES["VQA"]
     config = read_config(source, table, ["data_root=sets", "vg_root=''"])
     assert config["train_file"][0] == f"{tmp_path}/sets/data/vqa_train.json"
     save_config(config, str(tmp_path))
@@ -132,7 +132,7 @@ def moved(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
 
 def config_of(moved: tuple, name: str) -> dict:
     root, configs = moved
-    return read_config(str(write_config(root.parent / f"{name}.yaml", configs[name])), TASKS[name])
+    return read_config(str(write_config(root.parent / f"{name}.yaml", configs[name])), TABLES[name])
 
 
 def assert_found(entries, expected: int | None = None) -> None:
@@ -201,7 +201,7 @@ def test_an_image_root_goes_before_the_data_root_and_an_absolute_path_before_bot
         ([], tmp_path / "root" / "lists"),
     ):
         file = "lists/train.json" if flags else f"{tmp_path}/root/lists/train.json"
-        path, table = str(ROOT / "configs" / "Pretrain.yaml"), TASKS["Pretrain"]
+        path, table = str(ROOT / "configs" / "Pretrain.yaml"), TABLES["Pretrain"]
         config = read_config(path, table, [*flags, f"train_file={file}"])
         found = read_pairs(config["train_file"], config["image_root"])
         assert [entry["images"] for entry in found] == [[f"{folder}/a.jpg"], ["/abs/b.jpg"]]

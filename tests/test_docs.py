@@ -18,7 +18,7 @@ from test_house import tracked
 from tiny import ROOT
 
 from simla.configs import reader as config
-from simla.configs.schema import TASKS, describe
+from simla.configs.schema import TABLES, describe
 from simla.engine import launch
 
 PAGES = sorted(
@@ -207,7 +207,7 @@ def test_flags_and_keys_in_the_text_exist(page):
     known = OTHERS_FLAGS | {
         flag for file in SOURCES for flag in re.findall(r'"(--[\w-]+)"', file.read_text())
     }
-    keys = {row.split("`")[1] for table in TASKS.values() for row in describe(table)}
+    keys = {row.split("`")[1] for table in TABLES.values() for row in describe(table)}
     keys |= {"base"} | {".".join(key.split(".")[:i]) for key in keys for i in range(1, key.count(".") + 2)}
     leaves = {key.split(".")[-1] for key in keys}
     for span in spans(page):

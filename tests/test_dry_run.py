@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import VE
 from simla.configs.reader import read_config
-from simla.configs.schema import TASKS
+from simla.configs.schema import TABLES
 from simla.engine.data_parallel import set_checkpointing
 from simla.engine.dry_run import (
     CLS,
@@ -66,7 +66,7 @@ def tiny_config(script: str, folder: Path, **changes) -> Path:
     }
     path = folder / f"{script}.yaml"
     with path.open("w") as file:
-        YAML(typ="safe", pure=True).dump({k: v for k, v in given.items() if k in TASKS[script]}, file)
+        YAML(typ="safe", pure=True).dump({k: v for k, v in given.items() if k in TABLES[script]}, file)
     return path
 
 
@@ -160,7 +160,7 @@ def test_a_pair_that_both_directions_want_is_counted_once(num_images, num_texts,
 
 
 def test_the_arithmetic_of_an_evaluation_is_what_it_computes(tmp_path):
-    config = read_config(str(tiny_config("Retrieval", tmp_path)), TASKS["zero_shot_retrieval"])
+    config = read_config(str(tiny_config("Retrieval", tmp_path)), TABLES["zero_shot_retrieval"])
     make_model = partial(SIMLARetrieval.from_config, config, twins=False)
     model = make_model().eval()
     for name, (_, work) in retrieval_work(config, 7, torch.device("cpu"), "cuda").items():
@@ -211,7 +211,7 @@ def test_the_estimate_is_what_torch_allocates(again, tmp_path):
     """By the profiler's account of a forward and a backward pass; a CPU's attention keeps no map without
     dropout, as a GPU's.
     """
-    config = read_config(str(middle_size(tmp_path, checkpoint_activations=again)), TASKS["VE"])
+    config = read_config(str(middle_size(tmp_path, checkpoint_activations=again)), TABLES["VE"])
     config["bert_config"] |= {"attention_probs_dropout_prob": 0.0}
     batch = random_batch(config)
     found = estimate_training(VE.SIMLAVE.from_config, VE.losses, batch, config)
@@ -233,7 +233,7 @@ def test_the_estimate_is_what_torch_allocates(again, tmp_path):
 @pytest.mark.parametrize("task", ["pretrain", "retrieval"])
 def test_the_arithmetic_is_what_is_computed(task, tmp_path):
     script = {"pretrain": "Pretrain", "retrieval": "Retrieval"}[task]
-    config = read_config(str(tiny_config(script, tmp_path)), TASKS[script])
+    config = read_config(str(tiny_config(script, tmp_path)), TABLES[script])
     make = partial(SIMLA.from_config, cls_id=CLS) if task == "pretrain" else SIMLARetrieval.from_config
     losses = {"pretrain": pretrain_losses, "retrieval": importlib.import_module("Retrieval").losses}[task]
     batch = random_batch(config)
@@ -262,8 +262,8 @@ def script_of(preset: Path) -> str:
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_loads_and_keeps_the_published_number_of_samples_in_a_step(preset):
-    script, config = script_of(preset), read_config(str(preset), TASKS[script_of(preset)])
-    published = read_config(str(preset.parents[1] / f"{preset.stem.rsplit('_', 1)[0]}.yaml"), TASKS[script])
+    script, config = script_of(preset), read_config(str(preset), TABLES[script_of(preset)])
+    published = read_config(str(preset.parents[1] / f"{preset.stem.rsplit('_', 1)[0]}.yaml"), TABLES[script])
     key = "batch_size" if script == "Pretrain" else "batch_size_train"
     per_step = config[key] * config["grad_accumulation_steps"]
     assert per_step == 8 * published[key]  # of 8 GPUs
@@ -280,7 +280,7 @@ def test_a_preset_loads_and_keeps_the_published_number_of_samples_in_a_step(pres
 def test_the_model_of_a_preset_is_built(script):
     module = importlib.import_module(script)
     preset = next(path for path in PRESETS if script_of(path) == script)
-    config = read_config(str(preset), TASKS[script])
+    config = read_config(str(preset), TABLES[script])
     names = {name for name in vars(module) if name.startswith("SIMLA")}
     (model,) = (getattr(module, name) for name in names)
     make = partial(model.from_config, cls_id=CLS) if script == "Pretrain" else model.from_config
@@ -291,7 +291,7 @@ def test_the_model_of_a_preset_is_built(script):
 @pytest.mark.parametrize("name", ["VE_12gb", "VE_24gb"])
 def test_the_figure_of_a_preset_is_what_the_estimate_says_today(name):
     preset = ROOT / "configs" / "single_gpu" / f"{name}.yaml"
-    config = read_config(str(preset), TASKS["VE"])
+    config = read_config(str(preset), TABLES["VE"])
     found = estimate_training(VE.SIMLAVE.from_config, VE.losses, random_batch(config), config)
     stated = float(re.search(r"Peak memory: ([\d.]+) GiB", preset.read_text())[1])
     assert found.peak / 2**30 == pytest.approx(stated, rel=0.05)

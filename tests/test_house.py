@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-SCRIPTS = {"Pretrain", "Retrieval", "zero_shot_retrieval", "Grounding", "VQA", "Pretrain_NLVR", "NLVR", "VE"}
+from simla.configs.schema import TABLES
+
+SCRIPTS = set(TABLES)
 FOLDERS = {
     "models": "networks",
     "dataset": "data",

@@ -4,7 +4,7 @@ from goldens_io import golden
 from torch import nn
 
 from simla.configs.reader import read_config
-from simla.configs.schema import TASKS
+from simla.configs.schema import TABLES
 from simla.scheduler import create_scheduler
 from simla.utils import UserError
 
@@ -92,7 +92,7 @@ def test_only_cosine():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_our_configs_have_the_published_values(name):
     recorded = golden("schedules")[name]
-    config = read_config(f"configs/{name}", TASKS[recorded["script"].removesuffix(".py")])
+    config = read_config(f"configs/{name}", TABLES[recorded["script"].removesuffix(".py")])
     for section in ("optimizer", "schedular"):
         for key, value in recorded[section].items():
             assert config[section][key] == value, (section, key)

@@ -35,7 +35,6 @@ from simla.dataset.items import MAX_TRIES
 from simla.dataset.loaders import EpochSampler, train_loader
 from simla.dataset.masking import BlockMask
 from simla.dataset.mixture import Mixture, shares
-from simla.dataset.prepare import shards as prepare_shards
 from simla.dataset.prepare.__main__ import main
 from simla.dataset.prepare.shards import Job, fill_of, write_shard
 from simla.dataset.pretrain import PretrainData, code_views, read_pairs, read_sets
@@ -780,7 +779,7 @@ class Deadly(Sequence):
 
 def test_a_worker_that_is_killed_ends_the_run_which_can_go_on(made, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_shards, "read_pairs", lambda *args: Deadly(read_pairs(*args)))
+        patch.setattr("simla.dataset.pretrain.read_pairs", lambda *args: Deadly(read_pairs(*args)))
         with pytest.raises(UserError, match="one of the worker processes was killed"):
             make(made.file, tmp_path, "--samples_per_shard", "5", "--workers", "2")
     make(made.file, tmp_path)

@@ -19,12 +19,12 @@ import os
 import sys
 
 from simla.configs.reader import add_overrides, read_config, task_name, task_of
-from simla.configs.schema import TASKS
+from simla.configs.schema import TABLES
 from simla.engine.command import GOES_ON, run_command
 from simla.models.bert_config import BertConfig
 from simla.utils import UserError, log, make_output_folder, num_cores, printable
 
-CHECKED = [task for task in TASKS if task != "zero_shot_retrieval"]  # which reads Retrieval's configs
+CHECKED = [task for task in TABLES if task != "zero_shot_retrieval"]  # which reads Retrieval's configs
 
 
 def check(args: argparse.Namespace) -> bool:
@@ -35,7 +35,7 @@ def check(args: argparse.Namespace) -> bool:
             f"{args.config} is not named after a task; say which one with --task: {', '.join(CHECKED)}"
         )
     notes = []
-    config = read_config(args.config, TASKS[name], args.overrides, notes)
+    config = read_config(args.config, TABLES[name], args.overrides, notes)
     for note in notes:
         log.info(note)
     folder = make_output_folder(args.output_dir)

@@ -11,7 +11,7 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from simla.checkpoint.tasks import WRITTEN_BY
+from simla.checkpoint.tasks import written_by
 from simla.dataset.images import load_image
 from simla.folders import describe
 from simla.index import Index
@@ -64,7 +64,7 @@ def build_page(
         ):
             with gr.Tab(title):
                 if model is None:
-                    scripts = " or ".join(WRITTEN_BY[kind] for kind in kinds)
+                    scripts = written_by(kinds)
                     gr.Markdown(
                         f"This needs a checkpoint of {scripts}: start the page with it after `--checkpoint`, "
                         "beside the others."
