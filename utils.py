@@ -68,18 +68,22 @@ def _rank_and_size() -> tuple[int, int]:
 
 
 def world_size() -> int:
+    """Return the number of processes that compute together."""
     return _rank_and_size()[1]
 
 
 def rank() -> int:
+    """Return the number of this process among them, from 0."""
     return _rank_and_size()[0]
 
 
 def is_main() -> bool:
+    """Return whether this process is the one that writes and logs."""
     return rank() == 0
 
 
 def barrier() -> None:
+    """Wait until all processes have come here."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -220,6 +224,9 @@ CONTENTS = {
     rb"\x80[\x02-\x05]": "a pickle of Python; write what it holds in the format that is asked for",
     rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF(?s:.{4})WEBP": PICTURE,
     rb"%PDF-": "a PDF",
+    rb"\x89HDF": "an HDF5 file, as TensorFlow writes them; of weights get those of PyTorch",
+    rb"\x93NUMPY": "a NumPy array; write what it holds in the format that is asked for",
+    rb"GGUF": "a GGUF file; get the weights of PyTorch",
     rb"\xff\xfe|\xfe\xff|(?s:(?:\0[^\0]){4}|(?:[^\0]\0){4})": "text in UTF-16 or UTF-32; save it as UTF-8 "
     "(`iconv -f UTF-16 -t UTF-8`)",
 }
@@ -247,6 +254,7 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or else its type."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -314,19 +322,18 @@ def free_port() -> int:
 # ---- values that are not finite ----
 
 
-def is_finite(values: Tensor) -> bool:
-    """Return whether no value is NaN or infinite; one pass, which needs no memory."""
+def num_not_finite(values: Tensor) -> int:
+    """Return how many values are NaN or infinite; where none is, in one pass, which needs no memory."""
     if not values.is_floating_point() or not values.numel():
-        return True
+        return 0
     values = values.detach().float() if values.element_size() == 1 else values.detach()
     least, most = values.aminmax()
-    return bool(least.isfinite() & most.isfinite())
+    return 0 if least.isfinite() & most.isfinite() else int((~values.isfinite()).sum())
 
 
 def check_weight(values: Tensor, name: str, source: str) -> None:
     """Raise UserError where weights are not finite: every score they give would mean nothing."""
-    if not is_finite(values):
-        num_bad = int((~values.isfinite()).sum())
+    if num_bad := num_not_finite(values):
         raise UserError(
             f"{source}: {num_bad} of the {values.numel()} values of {name} are NaN or infinite; its training "
             "diverged or the file is damaged. Use an earlier checkpoint, or get the file again"
@@ -334,9 +341,8 @@ def check_weight(values: Tensor, name: str, source: str) -> None:
 
 
 def check_scores(values: Tensor, what: str, precision: str) -> Tensor:
-    """Return the values. Raises UserError where some are not finite, as after an overflow in fp16."""
-    if not is_finite(values):
-        num_bad = int((~values.isfinite()).sum())
+    """Return the values. Raises UserError where some are not finite, as after overflows in half precision."""
+    if num_bad := num_not_finite(values):
         remedy = "the weights give no meaningful scores for these inputs; use another checkpoint"
         if precision in ("fp16", "bf16"):
             remedy = f"numbers have probably grown too large for {precision}; compute in fp32"
@@ -415,7 +421,7 @@ def atomic_write(path: str | Path, text: bool = False) -> Iterator[IO]:
     On failure the file that was there stays. Raises UserError when writing fails (disk full, no permission).
     """
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # other hosts may write it, too
     try:
         with temporary.open("x", encoding="utf-8") if text else temporary.open("xb") as file:
             yield file
@@ -433,11 +439,6 @@ def atomic_write(path: str | Path, text: bool = False) -> Iterator[IO]:
                 "some space or choose another folder"
             ) from error
         raise
-
-
-def _temporary(path: Path) -> Path:
-    """Return a name of its own: other processes, of other hosts too, may be writing the same file."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:

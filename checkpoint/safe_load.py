@@ -220,11 +220,6 @@ def safe_load(path: str | Path) -> Any:
 
 
 LEGACY_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # of torch.save before 1.6
-OTHER_WEIGHTS = {  # how they begin, what they are and what to do
-    b"\x89HDF": "an HDF5 file, as TensorFlow writes them; get the PyTorch weights",
-    b"GGUF": "a GGUF file; get the PyTorch weights",
-    b"\x93NUMPY": "a NumPy array; get the file of torch.save",
-}
 
 
 def what_it_is(path: Path) -> str:
@@ -240,8 +235,7 @@ def what_it_is(path: Path) -> str:
         return "a tar archive; unpack it and name the checkpoint inside"
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return "" if path.suffix == ".safetensors" else "a safetensors file; rename it to end in .safetensors"
-    others = [what for beginning, what in OTHER_WEIGHTS.items() if head.startswith(beginning)]
-    if what := "".join(others) or other_content(head):
+    if what := other_content(head):
         return what
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut

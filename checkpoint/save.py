@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from simla.checkpoint.safe_load import safe_load
-from simla.utils import UserError, _temporary, atomic_write, first_line, is_main, log
+from simla.utils import UserError, atomic_write, first_line, is_main, log
 
 NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 BEST = "checkpoint_best.pth"
@@ -49,17 +49,13 @@ BEST = "checkpoint_best.pth"
 
 def _same_file(source: Path, path: Path) -> None:
     """Make `path` another name of `source`, or a copy where the disk knows no second names."""
-    temporary = _temporary(path)
-    try:
+    with atomic_write(path) as file:
+        name = Path(file.name)
+        name.unlink()  # what has this name at the end takes the place of `path`
         try:
-            temporary.hardlink_to(source)
+            name.hardlink_to(source)
         except OSError:
-            shutil.copyfile(source, temporary)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); an earlier one is unchanged") from error
+            shutil.copyfile(source, name)
 
 
 def _plain(value: Any, name: str, tensor: Callable[[Tensor], Tensor]) -> Any:
