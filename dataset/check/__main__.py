@@ -66,13 +66,10 @@ def check(args: argparse.Namespace) -> bool:
         texts = read_texts(workers, sources)
         images = read_images(workers, texts, folder, args.full)
 
-    whole = [source.problem for source in sources if source.problem]
-    findings = Findings(shared, texts, images, whole)
+    findings = Findings(shared, texts, images)
     for split, spec in splits.items():
-        own = [number for number, source in enumerate(sources) if source.split == split]
-        # The script's own reading stops at a wrong entry, of which there is more to say above.
-        is_right = not any(sources[n].problem or findings.has_wrong_entries(n) for n in own)
-        if own and is_right and spec.whole is not None:
+        # The script's own reading would stop at a wrong entry.
+        if spec.whole is not None and findings.all_entries_are_right(split):
             try:
                 problems, notes = spec.whole(config, tokenizer, position_limit)
             except UserError as error:

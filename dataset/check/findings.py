@@ -48,8 +48,9 @@ class Findings:
     whole; notes: what else there is to say of them.
     """
 
-    def __init__(self, shared: Shared, texts: list[Texts], images: Images, whole: list[str]):
-        self.shared, self.texts, self.images, self.whole = shared, texts, images, whole
+    def __init__(self, shared: Shared, texts: list[Texts], images: Images):
+        self.shared, self.texts, self.images = shared, texts, images
+        self.whole = [source.problem for source in shared.sources if source.problem]
         self.notes: list[str] = []
         for shards in filter(None, (source.shards for source in shared.sources)):
             problems, notes = shards.notes()
@@ -73,8 +74,13 @@ class Findings:
     def has_problems(self) -> bool:
         return bool(self.whole) or any((flags & PROBLEMS).any() for flags in self.flags)
 
-    def has_wrong_entries(self, number: int) -> bool:
-        return bool((self.flags[number] & Cause.WRONG_ENTRY).any())
+    def all_entries_are_right(self, split: str) -> bool:
+        """Return whether the split has files and could read all their entries."""
+        of_split = [n for n, source in enumerate(self.shared.sources) if source.split == split]
+        wrong = (
+            self.shared.sources[n].problem or (self.flags[n] & Cause.WRONG_ENTRY).any() for n in of_split
+        )
+        return bool(of_split) and not any(wrong)
 
     def splits(self) -> dict[str, dict]:
         """Return of each split the numbers of files, entries and different images, and of entries of each

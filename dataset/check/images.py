@@ -70,7 +70,7 @@ def read_images(workers: Workers, texts: list[Texts], folder: Path, full: bool) 
     places = np.concatenate([text.places for text in texts])[first]
     records = np.zeros(len(paths), RECORD)
     records["path"] = paths
-    known = _find(read_cache(folder), records)
+    known = _known_records(folder, paths)
     chunks = [slice(start, start + IMAGES_PER_JOB) for start in range(0, len(records), IMAGES_PER_JOB)]
     jobs = [(full, sources[chunk], entries[chunk], places[chunk], known[chunk]) for chunk in chunks]
     results = workers.map(check_images, jobs)
@@ -86,22 +86,15 @@ def read_images(workers: Workers, texts: list[Texts], folder: Path, full: bool) 
 # ---- the cache ----
 
 
-def read_cache(folder: Path) -> np.ndarray:
-    """Return all whole records, (n,) RECORD, the latest of each path, sorted by it."""
+def _known_records(folder: Path, paths: np.ndarray) -> np.ndarray:
+    """Return the latest whole record of each path, (U,) RECORD, zeros where there is none."""
     content = b""
     with suppress(FileNotFoundError):
         content = (folder / CACHE).read_bytes()
-    records = np.frombuffer(content, RECORD, len(content) // RECORD.itemsize)[::-1]
-    return records[np.unique(records["path"], return_index=True)[1]]
-
-
-def _find(cache: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the records of the wanted paths, zeros where there is none."""
-    records = np.zeros_like(wanted)
-    if len(cache):
-        indices = np.searchsorted(cache["path"], wanted["path"]).clip(max=len(cache) - 1)
-        is_known = cache["path"][indices] == wanted["path"]
-        records[is_known] = cache[indices[is_known]]
+    cache = np.frombuffer(content, RECORD, len(content) // RECORD.itemsize)[::-1]
+    records = np.zeros(len(paths), RECORD)
+    _, ours, theirs = np.intersect1d(paths, cache["path"], return_indices=True)  # the first of equal ones
+    records[ours] = cache[theirs]
     return records
 
 

@@ -54,9 +54,9 @@ class Report:
         self.noticed[what] += 1
         self._show(what, [example])
 
-    def include(self, other: "Report") -> None:
-        """Add the numbers and causes of the report on a share of the work."""
-        self.counts.update(other.counts)
+    def include(self, other: "Report", prefix: str = "") -> None:
+        """Add numbers and causes of the report on a share of the work; `prefix` precedes what it counts."""
+        self.counts.update({prefix + what: number for what, number in other.counts.items()})
         self.left_out.update(other.left_out)
         self.noticed.update(other.noticed)
         for what, examples in other.examples.items():

@@ -42,6 +42,7 @@ NUM_AHEAD = 32  # shards, of some 10,000 rows each
 LOG_SHARDS = 50
 BATCH_ROWS = 4096  # read at a time
 BATCH_IMAGES = 64  # likewise, of a table that has the images in it
+URLS = "URLs"
 RERUN = "img2dataset keeps captions where its --caption_col names their column: download again with it"
 
 
@@ -98,32 +99,31 @@ def write_output(folder: Path, path: Path, start: str, report: Report, official:
         for name, endings in packed.items()
         if ".parquet" in endings and (column := _image_column(folder / f"{name}.parquet"))
     }
-    urls, number = f"{path.stem}: URLs", 0
-    report.count(urls, 0, official)
+    stem, number = f"{path.stem}: ", 0
+    report.count(f"{stem}{URLS}", 0, official)
     if columns:
-        number += _write_tars(folder, path.with_name(f"{path.stem}_shards"), columns, urls, report)
+        number += _write_tars(folder, path.with_name(f"{path.stem}_shards"), columns, stem, report)
     if not columns or len(packed) < len(shards):
-        read = partial(_read_shard, folder=folder, urls=urls)
         names = [name for name in shards if name not in columns]
-        rows = chain.from_iterable(_each_shard(read, names, f"Reading {folder}", report))
-        number += report.write(path, pairs(rows, start, report))
-    report.count(f"{path.stem}: pairs with an image", number)
+        rows = _each_shard(partial(_read_shard, folder), names, f"Reading {folder}", stem, report)
+        number += report.write(path, pairs(chain.from_iterable(rows), start, report))
+    report.count(f"{stem}pairs with an image", number)
 
 
 def _each_shard(
-    function: Callable[[str], tuple[Any, Report]], names: list[str], header: str, report: Report
+    function: Callable[[str], tuple[Any, Report]], names: list[str], header: str, stem: str, report: Report
 ) -> Iterator:
-    """Yield what the function, called in threads, makes of each shard; its reports are included."""
+    """Yield what the function, called in threads, makes of each shard; its reports are included in ours."""
     results = in_parallel(function, names, NUM_AHEAD)
     for result, of_shard in with_progress(results, len(names), header, LOG_SHARDS):
-        report.include(of_shard)
+        report.include(of_shard, stem)
         yield result
 
 
 # ---- layout files ----
 
 
-def _read_shard(shard: str, folder: Path, urls: str) -> tuple[Rows, Report]:
+def _read_shard(folder: Path, shard: str) -> tuple[Rows, Report]:
     report = Report(shard)
     files, empty, _ = list_folder(folder, shard) if (folder / shard).is_dir() else ([], [], [])
     images, damaged = (
@@ -134,30 +134,27 @@ def _read_shard(shard: str, folder: Path, urls: str) -> tuple[Rows, Report]:
         report.leave_out("downloads that are empty files", name)
     table = folder / f"{shard}.parquet"
     if table.is_file():
-        rows = sorted(_of_table(table, images, damaged, urls, report), key=itemgetter(0))
+        rows = sorted(_of_table(table, images, damaged, report), key=itemgetter(0))
     else:
         rows = sorted(_of_small_files(folder, shard, images, {*files, *empty}, report), key=itemgetter(0))
         _count_failed(folder / f"{shard}_stats.json", len(images) + len(damaged), report)
-        report.count(urls, len(rows) + report.left_out.total())
+        report.count(URLS, len(rows) + report.left_out.total())
     return rows, report
 
 
-def _of_table(path: Path, images: dict[str, str], damaged: dict[str, str], urls: str, report: Report) -> Rows:
-    for key, row in _downloaded(path, [], urls, report):
+def _of_table(path: Path, images: dict[str, str], damaged: dict[str, str], report: Report) -> Rows:
+    for key, row in _downloaded(path, [], report):
         if key in images:
             yield images[key], row["caption"]
         elif key not in damaged:
             report.leave_out("downloads that are missing", f"{path.stem}/{key}")
 
 
-def _downloaded(path: Path, more: list[str], urls: str, report: Report) -> Iterator[tuple[str, dict]]:
-    """Yield key and row of each success; all rows are counted as `urls`, the others reported.
-
-    more: columns to read beside the usual ones.
-    """
+def _downloaded(path: Path, more: list[str], report: Report) -> Iterator[tuple[str, dict]]:
+    """Yield key and row of each success; the others are reported. more: columns beside the usual ones."""
     for row in read_parquet(path, [*COLUMNS, *more], BATCH_IMAGES if more else BATCH_ROWS):
         key = str(row["key"])
-        report.count(urls)
+        report.count(URLS)
         if row["status"] == "success":
             yield key, row
         else:
@@ -194,9 +191,8 @@ def _count_failed(statistics: Path, num_downloaded: int, report: Report) -> None
     if not statistics.is_file():
         return
     parsed, shard = _parsed(statistics), statistics.name.removesuffix("_stats.json")
-    causes, count = (
-        parsed.get(key) if isinstance(parsed, dict) else None for key in ("status_dict", "count")
-    )
+    known = parsed if isinstance(parsed, dict) else {}
+    causes, count = known.get("status_dict"), known.get("count")
     if isinstance(causes, dict) and all(type(number) is int for number in causes.values()):
         for cause, number in causes.items():
             if cause != "success":
@@ -276,11 +272,11 @@ def _image_column(table: Path) -> str | None:
         return next((column for column in IMAGE_COLUMNS if column in file.schema_arrow.names), None)
 
 
-def _write_tars(folder: Path, out: Path, columns: dict[str, str], urls: str, report: Report) -> int:
+def _write_tars(folder: Path, out: Path, columns: dict[str, str], stem: str, report: Report) -> int:
     """Write a shard of each table and return how many samples they have."""
     make_output_folder(out, "--out")
-    write = partial(_write_tar, folder=folder, out=out, columns=columns, urls=urls)
-    number = sum(_each_shard(write, list(columns), f"Unpacking {folder}", report))
+    write = partial(_write_tar, folder, out, columns)
+    number = sum(_each_shard(write, list(columns), f"Unpacking {folder}", stem, report))
     if not number:
         raise UserError(f"no image with a caption in the tables of {folder}, for the causes above")
     report.written.append((out, number))
@@ -288,12 +284,12 @@ def _write_tars(folder: Path, out: Path, columns: dict[str, str], urls: str, rep
     return number
 
 
-def _write_tar(shard: str, folder: Path, out: Path, columns: dict[str, str], urls: str) -> tuple[int, Report]:
+def _write_tar(folder: Path, out: Path, columns: dict[str, str], shard: str) -> tuple[int, Report]:
     """Return how many samples it has, and the report."""
     report, column = Report(shard), columns[shard]
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for key, row in _downloaded(folder / f"{shard}.parquet", [column], urls, report):
+        for key, row in _downloaded(folder / f"{shard}.parquet", [column], report):
             where = f"{shard}/{key}"
             if not row[column]:
                 report.leave_out("downloads that are empty files", where)
