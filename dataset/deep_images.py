@@ -3,19 +3,18 @@
 PIL clips or cuts them to 8 bits, so that a picture of 12 bits, of 32 or of floats comes out black or white.
 """
 
-import struct
 from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from simla.dataset.png_texts import SIGNATURE, chunks
 from simla.utils import log
 
 # TIFF's tags and their values.
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT, S_MIN_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE = 258, 262, 339, 340, 341
 WHITE_IS_ZERO, SIGNED = 0, 2
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DARK = 16  # shades of 256, that a picture with 4 bits less than its range uses at most
 REMEDY = "save it with 8 bits, or with its range in the file (PNG: sBIT, TIFF: SMaxSampleValue)"
 
@@ -115,19 +114,16 @@ def _first(value: Any) -> float:
 
 def _png_depth(content: bytes) -> int:
     """Return the bits a channel of a PNG file, 0 of any other."""
-    return content[24] if content.startswith(PNG_SIGNATURE) and len(content) > 24 else 0
+    return content[24] if content.startswith(SIGNATURE) and len(content) > 24 else 0
 
 
 def _significant_bits(content: bytes) -> int:
     """Return the largest number in a PNG file's chunk sBIT, which stands before the palette and the pixels; 0
     where it has none.
     """
-    at = len(PNG_SIGNATURE)
-    while at + 8 <= len(content):
-        size, kind = struct.unpack_from(">I4s", content, at)
+    for kind, begin, end in chunks(content):
         if kind == b"sBIT":
-            return max(content[at + 8 : at + 8 + size], default=0)
+            return max(content[begin + 8 : end - 4], default=0)
         if kind in (b"PLTE", b"IDAT"):
-            return 0
-        at += 12 + size
+            break
     return 0

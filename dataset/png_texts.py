@@ -2,12 +2,23 @@
 
 import struct
 import zlib
+from collections.abc import Iterator
 
 from PIL import PngImagePlugin
 
-from simla.dataset.deep_images import PNG_SIGNATURE
-
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # nothing of them is read but, of short ones, the orientation
+
+
+def chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield kind, first byte and the byte after the last of each chunk of a PNG file: length and kind take 8
+    bytes, the checksum at its end 4; nothing of any other file.
+    """
+    at = len(SIGNATURE) if content.startswith(SIGNATURE) else len(content)
+    while at + 12 <= len(content):
+        size, kind = struct.unpack_from(">I4s", content, at)
+        yield kind, at, at + 12 + size
+        at += 12 + size
 
 
 def without_long_texts(content: bytes) -> bytes:
@@ -15,19 +26,14 @@ def without_long_texts(content: bytes) -> bytes:
 
     They are not unpacked beyond PIL's limits, so that a decompression bomb in them does no harm either.
     """
-    if not content.startswith(PNG_SIGNATURE):
-        return content
-    kept, begin, at, num_bytes = [], 0, len(PNG_SIGNATURE), 0
-    while at + 12 <= len(content):
-        size, kind = struct.unpack_from(">I4s", content, at)
-        end = at + 12 + size  # of length, kind, content, checksum
+    kept, begin, num_bytes = [], 0, 0
+    for kind, at, end in chunks(content):
         if kind in TEXTS:
             length = _length(kind, content[at + 8 : end - 4])
             num_bytes += length
             if length > PngImagePlugin.MAX_TEXT_CHUNK or num_bytes > PngImagePlugin.MAX_TEXT_MEMORY:
                 kept.append(content[begin:at])
                 begin = end
-        at = end
     return b"".join([*kept, content[begin:]]) if kept else content
 
 

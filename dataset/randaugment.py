@@ -58,22 +58,6 @@ def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     return out
 
 
-def shear_x(image: np.ndarray, factor: float) -> np.ndarray:
-    return _warp(image, np.float32([[1, factor, 0], [0, 1, 0]]))
-
-
-def shear_y(image: np.ndarray, factor: float) -> np.ndarray:
-    return _warp(image, np.float32([[1, 0, 0], [factor, 1, 0]]))
-
-
-def translate_x(image: np.ndarray, pixels: float) -> np.ndarray:
-    return _warp(image, np.float32([[1, 0, -pixels], [0, 1, 0]]))
-
-
-def translate_y(image: np.ndarray, pixels: float) -> np.ndarray:
-    return _warp(image, np.float32([[1, 0, 0], [0, 1, -pixels]]))
-
-
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
     height, width = image.shape[:2]
     return _warp(image, cv2.getRotationMatrix2D((width / 2, height / 2), degrees, 1))
@@ -110,10 +94,10 @@ OPERATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "Equalize": equalize,
     "Brightness": brightness,
     "Sharpness": sharpness,
-    "ShearX": shear_x,
-    "ShearY": shear_y,
-    "TranslateX": translate_x,
-    "TranslateY": translate_y,
+    "ShearX": lambda image, slope: _warp(image, np.float32([[1, slope, 0], [0, 1, 0]])),
+    "ShearY": lambda image, slope: _warp(image, np.float32([[1, 0, 0], [slope, 1, 0]])),
+    "TranslateX": lambda image, pixels: _warp(image, np.float32([[1, 0, -pixels], [0, 1, 0]])),
+    "TranslateY": lambda image, pixels: _warp(image, np.float32([[1, 0, 0], [0, 1, -pixels]])),
     "Rotate": rotate,
 }
 # What level 10 means: a slope, pixels, degrees. The others take a factor from 0.1 to 1.9, or ignore theirs.

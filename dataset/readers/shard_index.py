@@ -131,7 +131,8 @@ class Shard:
             is_it = False
         if not is_it:
             raise BadImage(self.name, f"changed since its index was made: at byte {at}")
-        name = f"{self.name}: {header[:100].partition(bytes(1))[0].decode('utf-8', 'replace')}"
+        member, _, _ = header[:100].partition(b"\0")
+        name = f"{self.name}: {member.decode('utf-8', 'replace')}"
         if len(content) < size:
             raise BadImage(name, "cut short: the shard ends before it")
         return name, content
