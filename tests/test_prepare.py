@@ -137,6 +137,7 @@ def test_captions_of_coco_s_formats_that_are_no_text_are_counted(tmp_path, capsy
         ("version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
         ("", "empty, as after a copy"),
         ('{"images": [', "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
     ],
 )
 def test_a_download_that_is_something_else_is_called_that(coco, content, what):

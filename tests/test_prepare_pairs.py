@@ -166,6 +166,19 @@ def test_splits_of_another_kind_name_their_entry(genome, file, change, message):
         prepare("visual_genome", genome)
 
 
+@pytest.mark.parametrize("ids", [("102", float("nan")), (102.0, None)])
+def test_ids_of_images_that_went_through_a_table_are_known(genome, capsys, ids):
+    data = load(genome / "visual_genome/image_data.json")
+    data[1] |= dict(zip(("coco_id", "flickr_id"), ids, strict=True))
+    put(genome / "visual_genome/image_data.json", data)
+    prepare("visual_genome", genome)
+    counted = numbers(capsys.readouterr().out)
+    assert counted["regions of images of val and test in dataset_coco.json"] == 1
+    put(genome / "visual_genome/image_data.json", [*data[1:], {**data[0], "coco_id": "one"}])
+    with pytest.raises(UserError, match="image_id 1: 'coco_id' must be a whole number or null, found 'one'"):
+        prepare("visual_genome", genome)
+
+
 def test_damaged_region_descriptions_name_their_entry(genome):
     put(genome / "visual_genome/region_descriptions.json", [{"id": 1, "regions": [{"id": 3}]}])
     with pytest.raises(
@@ -276,8 +289,15 @@ def test_sbu_by_its_json_and_by_its_two_texts(tmp_path):
 
 
 def test_captions_and_urls_of_sbu_that_are_no_text_are_counted(tmp_path, capsys):
-    urls = ["http://f/1.jpg", "http://f/2.jpg", "http://f/3.jpg", "http://f/4.jpg", None]
-    captions = ["a", None, ["c", "d"], 4, "e"]
+    urls = [
+        "http://f/1.jpg",
+        "http://f/2.jpg",
+        "http://f/3.jpg",
+        "http://f/4.jpg",
+        None,
+        "http://f/\ud83d.jpg",
+    ]
+    captions = ["a", None, ["c", "d"], 4, "e", "f"]
     put(tmp_path / "sbu/sbu-captions-all.json", {"image_urls": urls, "captions": captions})
     for number in range(1, 5):
         put(tmp_path / f"sbu/images/{number}.jpg")
@@ -286,6 +306,7 @@ def test_captions_and_urls_of_sbu_that_are_no_text_are_counted(tmp_path, capsys)
     found = numbers(capsys.readouterr().out)
     assert found["pairs without a caption"] == found["URLs that are no text"] == 1
     assert found["captions that are no text but numbers"] == 1
+    assert found[f"pairs whose image is not in {tmp_path}/sbu/images"] == 1
 
 
 def test_a_line_that_is_not_utf_8_is_counted_and_keeps_its_number(tmp_path, capsys):

@@ -292,7 +292,7 @@ def make_vqa(data: Path) -> None:
 def make_vg(data: Path) -> None:
     """Image 5 is none of COCO's, 6 is in COCO's training set, 7 in VQA v2's val, 8 in its test."""
     images, groups = [], []
-    for number, coco_id in ((5, None), (6, 1), (7, 2), (8, 3)):
+    for number, coco_id in ((5, None), (6, 1), (7, 2), (8, 3.0)):
         folder = "VG_100K_2" if number == 5 else "VG_100K"
         url = f"https://cs.stanford.edu/people/rak248/{folder}/{number}.jpg"
         images.append(

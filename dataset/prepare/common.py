@@ -142,7 +142,7 @@ def read_source(path: Path) -> list | dict:
     try:
         with path.open("rb") as file:
             return json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if what := other_file(path):
             raise UserError(f"{path} is {what}") from error
         raise UserError(f"{path} cannot be read ({error}); download or unpack it again") from error

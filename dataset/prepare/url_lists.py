@@ -34,11 +34,17 @@ from simla.dataset.readers.tables import checked, read_lines
 from simla.utils import UserError
 
 NAMINGS = ["{row}_{crc32}", "{crc32}", "{md5}"]  # each with .jpg, too
+
+
+def _utf_8(url: str) -> bytes:
+    return url.encode("utf-8", "replace")  # JSON may hold half of a surrogate pair
+
+
 FIELDS: dict[str, Callable[[int, str], int | str]] = {  # of the number of a line and its URL
     "row": lambda row, _: row,
     "row1": lambda row, _: row + 1,
-    "crc32": lambda _, url: zlib.crc32(url.encode()),
-    "md5": lambda _, url: md5(url.encode(), usedforsecurity=False).hexdigest(),
+    "crc32": lambda _, url: zlib.crc32(_utf_8(url)),
+    "md5": lambda _, url: md5(_utf_8(url), usedforsecurity=False).hexdigest(),
     "file": lambda _, url: re.split("[?#]", url, maxsplit=1)[0].rpartition("/")[2],
 }
 NUM_TRIED = 10_000  # lines, to find out how images are named

@@ -46,12 +46,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     if options.regions < 0:
         raise UserError(f"--regions {options.regions}: 0 takes all, a number above 0 so many of each image")
-    files = ("region_descriptions.json", "image_data.json")
-    regions, about_file = find_all(
-        root, SITE, {file: [f"visual_genome/{file}", file] for file in files}
-    ).values()
-    folders = {"images": ["visual_genome/images", "visual_genome", "images"]}
-    images = Images(find_all(root, SITE, folders)["images"], report, "regions whose image is")
+    wanted = {
+        file: [f"visual_genome/{file}", file] for file in ("region_descriptions.json", "image_data.json")
+    }
+    wanted["images"] = ["visual_genome/images", "visual_genome", "images"]
+    regions, about_file, folder = find_all(root, SITE, wanted).values()
+    images = Images(folder, report, "regions whose image is")
     about = by_id(read_source(about_file), "image_id", about_file)
     held_out = {name: _held_out(root, name, options.allow_leaks, report) for name in EVALUATED}
     report.count("images described", len(about), NUM_IMAGES)
@@ -75,12 +75,8 @@ def _held_out(root: Path, name: str, allow_leaks: bool, report: Report) -> set[i
     if path is None:
         report.notes.append(f"vg.json may hold images of {name}'s val and test splits")
         return set()
-    id_of = _coco_id if key == "coco_id" else _flickr_id
+    id_of = _flickr_id if key == "flickr_id" else lambda image, where: checked(image, "cocoid", int, where)
     return {id_of(image, where) for where, split, image in read_images(path) if split != "train"}
-
-
-def _coco_id(image: dict, where: str) -> int:
-    return checked(image, "cocoid", int, where)
 
 
 def _flickr_id(image: dict, where: str) -> int:
@@ -105,9 +101,10 @@ def _phrases(
         if image_id not in about:
             report.leave_out("regions of images that image_data.json lacks", str(image_id), len(regions))
             continue
-        name = image_name(about[image_id], f"image_data.json: image_id {image_id}")
-        ids = {file: about[image_id].get(key) for file, (_, key) in EVALUATED.items()}
-        if leaks := [file for file, id in ids.items() if id is not None and int(id) in held_out[file]]:
+        where = f"image_data.json: image_id {image_id}"
+        name = image_name(about[image_id], where)
+        ids = {file: id_elsewhere(about[image_id], key, where) for file, (_, key) in EVALUATED.items()}
+        if leaks := [file for file, id in ids.items() if id in held_out[file]]:
             report.leave_out(f"regions of images of val and test in {leaks[0]}", name, len(regions))
             continue
         if not images.has(name, len(regions)):
@@ -130,6 +127,15 @@ def _phrases(
 def image_name(about: dict, where: str) -> str:
     """Return VG_100K/1.jpg or VG_100K_2/1.jpg, as at the end of the URL in image_data.json."""
     return "/".join(checked(about, "url", str, where).split("/")[-2:])
+
+
+def id_elsewhere(about: dict, key: str, where: str) -> int | None:
+    """Return the image's id in COCO (key coco_id) or Flickr, None where it has none."""
+    value = about.get(key)
+    try:
+        return None if value is None or value != value else int(value)  # a table's null is not a number
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {key!r} must be a whole number or null, found {value!r}"[:500]) from error
 
 
 def number_of_image(entry: object, where: str) -> int:

@@ -26,7 +26,7 @@ from sys import intern
 
 from simla.dataset.prepare.answers import NUM_ANSWERS, covered_share, frequent_answers
 from simla.dataset.prepare.common import Images, Report, find_all, read_source
-from simla.dataset.prepare.visual_genome import NUM_IMAGES, image_name, number_of_image
+from simla.dataset.prepare.visual_genome import NUM_IMAGES, id_elsewhere, image_name, number_of_image
 from simla.dataset.readers.json_list import JsonList
 from simla.dataset.readers.tables import by_id, checked, look_up
 from simla.evaluation.vqa import most_common_answer, normalize_answer
@@ -160,12 +160,15 @@ def _vg_entries(
     for group in groups:
         number, questions = number_of_image(group, "question_answers.json"), group["qas"]
         image = look_up(about, number, "question_answers.json: id", images_file)
-        coco_id = image.get("coco_id")
-        if coco_id and any(coco_image(folder, coco_id) in held_out for folder in FOLDERS.values()):
+        where = f"{images_file}: image_id {number}"
+        coco_id = id_elsewhere(image, "coco_id", where)
+        if coco_id is not None and any(
+            coco_image(folder, coco_id) in held_out for folder in FOLDERS.values()
+        ):
             cause = "Visual Genome questions on an image of VQA v2's val or test"
             report.leave_out(cause, f"image {number}", len(questions))
             continue
-        name = image_name(image, f"{images_file}: image_id {number}")
+        name = image_name(image, where)
         for question in questions:
             answer = normalize_answer(question["answer"])
             if answer:
