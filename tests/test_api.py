@@ -573,7 +573,7 @@ def test_what_is_wrong_is_said(models, images, kind, ask, message):
 def test_no_message_of_the_api_names_flags():
     """Nor one of the models, of texts or devices, which it shares with the scripts."""
     shared = [*(ROOT / "simla").glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("evaluation/*.py")]
-    of_programs = ("command_line.py", "page.py", "initial.py")
+    of_programs = ("__main__.py", "page.py", "initial.py")
     for file in [path for path in shared if path.name not in of_programs] + [ROOT / "dataset" / "text.py"]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":

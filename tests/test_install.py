@@ -28,7 +28,7 @@ import simla
 assert "torch" not in sys.modules, "import simla takes no time"
 assert callable(simla.load)
 from simla.models.bert import BertModel
-from simla.configs.schema import TABLES
+from simla.configs.schema import PRETRAIN
 import simla.checkpoint.load, simla.dataset.text, simla.engine.launch, simla.evaluation.rerank
 files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
 ours = {name for name, file in files.items() if file.startswith(sys.argv[2:][0])}
