@@ -67,7 +67,7 @@ def _items(entries: Sequence[dict]) -> Mapped:
 
 @dataclass(frozen=True)
 class Target:
-    """What an expression means. Boxes are [x, y, w, h, ...] in pixels of the image of height x width."""
+    """The object that an expression means; boxes are [x, y, w, h, ...] in pixels of the image."""
 
     ref_id: int | None
     split: str

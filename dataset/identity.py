@@ -74,7 +74,7 @@ def by_path(entries: Sequence[dict]) -> np.ndarray:
 
 
 class Identities(NamedTuple):
-    """first: a division (N,); problems and notes: one sentence for each thing that is odd about the ids."""
+    """A division `first` (N,); `problems` and `notes`: a sentence for each oddity of the ids."""
 
     first: np.ndarray
     problems: list[str]

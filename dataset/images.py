@@ -124,7 +124,7 @@ class JpegFile(NamedTuple):
 
 @contextmanager
 def _opened(source: Source, name: str = "") -> Iterator[tuple[Image.Image, bytes, str]]:
-    """Give the image, of which the header alone is read, the file's content and name. Raises `BadImage`."""
+    """Yield the image, of which the header alone is read, the file's content and name. Raises `BadImage`."""
     is_path = isinstance(source, str | Path)
     name = name or str(source if is_path else getattr(source, "name", "an image"))
     with _bad_image(name):

@@ -29,8 +29,8 @@ MAX_TRIES = 50
 
 @dataclass(eq=False)
 class TrainItems(Dataset):
-    """Of several texts one is drawn each time; images are not mirrored under a text, or an answer to it, that
-    says left or right, unless `flip_captions`.
+    """Training items. One of several texts is drawn each time; images are not mirrored under a text, or an
+    answer to it, that says left or right, unless `flip_captions`.
     """
 
     entries: Sequence[dict]

@@ -9,6 +9,8 @@ from simla.utils import UserError
 
 
 class BlockMask:
+    """Draws which patches of an image are hidden."""
+
     def __init__(
         self, grid_size: int | tuple[int, int], num_masked: int, min_block: int = 16, min_aspect: float = 0.3
     ) -> None:

@@ -27,6 +27,7 @@ SPECIAL_TOKENS = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
 
 
 def clean_caption(text: str, max_words: int = 30) -> str:
+    """Return the caption in lower case, without punctuation, its first words."""
     text = text.lower().translate(CLEANED).replace("<person>", "person")
     text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
     return _first_words(text, max_words)

@@ -81,7 +81,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 class View(NamedTuple):
-    """What to show: a box of the image (None: all of it), whether mirrored, at (res, res) pixels."""
+    """A view to show: a box of the image (None: all of it), whether mirrored, at (res, res) pixels."""
 
     box: Box | None
     mirrored: bool
@@ -155,6 +155,7 @@ class TrainTransform:
         return to_tensor(rand_augment(pixels, rng.numpy, *self.randaugment))
 
     def draw_view(self, size: tuple[int, int], rng: ItemRandom, may_flip: bool) -> View:
+        """Return the view to show of an image of this width and height."""
         box = draw_crop(*size, self.min_scale, rng.python) if self.crop else None
         heads = rng.python.random() < 0.5  # drawn in any case, so that the text does not shift later draws
         return View(box, heads and may_flip, self.image_res)

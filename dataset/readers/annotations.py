@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -37,22 +38,20 @@ def checked_late() -> Iterator[None]:
         _checks_late.reset(token)
 
 
+@dataclass(eq=False)
 class Annotations(Sequence):
     """The entries of several files, as `read_annotations` says; each is made when it is asked for, and only
     then checked where `late_check` is given.
     """
 
-    def __init__(
-        self,
-        lists: list[JsonList],
-        roots: list[Path],
-        has_images: bool,
-        suffix: str,
-        late_check: Callable[[object, str], None] | None = None,
-    ):
-        self.lists, self.roots, self.has_images, self.suffix = lists, roots, has_images, suffix
-        self.late_check = late_check
-        self.ends = list(accumulate(map(len, lists)))
+    lists: list[JsonList]
+    roots: list[Path]
+    has_images: bool
+    suffix: str
+    late_check: Callable[[object, str], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.ends = list(accumulate(map(len, self.lists)))
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -69,11 +68,12 @@ class Annotations(Sequence):
         return {**entry, "images": [str(root / (image + self.suffix)) for image in images], "where": where}
 
 
+@dataclass(eq=False)
 class Mapped(Sequence):
     """function(entry) of all entries, called when one is asked for; picklable where the function is."""
 
-    def __init__(self, entries: Sequence, function: Callable[[dict], dict]):
-        self.entries, self.function = entries, function
+    entries: Sequence
+    function: Callable[[dict], dict]
 
     def __len__(self) -> int:
         return len(self.entries)

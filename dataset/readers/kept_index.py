@@ -20,7 +20,7 @@ HEADER_BYTES = 4096
 
 
 class Index(NamedTuple):
-    """content: header and records; notes: what its maker noted; kept_as: its file, None where it has none."""
+    """Header and records; what its maker noted; and its file, None where it has none."""
 
     content: bytearray | memoryview
     notes: list

@@ -84,6 +84,10 @@ class Shard:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "index": None if self.kept_as else bytes(self.index)}
 
+    def counts(self) -> dict[str, int]:
+        """Return the number of members that are passed over, by cause."""
+        return {cause: number for cause, (number, _) in self.passed_over.items()}
+
     def entry(self, number: int) -> dict:
         """Return the sample as an entry for training; its image is a `Picture`. Raises `BadImage`."""
         if self.index is None:  # in a process that got this object pickled
@@ -183,6 +187,7 @@ class _Members:
         self.passed_over: PassedOver = {}
 
     def add(self, member: tarfile.TarInfo) -> None:
+        """Count a member to its key's samples, or to what is passed over."""
         name = member.name.removeprefix("./")
         key, _, kind = name.rpartition(".")
         kind = kind.lower()

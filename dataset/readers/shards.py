@@ -48,30 +48,25 @@ class Shards(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         number_of_pass, index = divmod(index, len(self)) if self.is_stream else (0, index)
-        place = bisect_right(self.ends, index)
-        shard = self.local[place] if self.local else self._fetch(place).result()
+        number = bisect_right(self.ends, index)
+        shard = self.local[number] if self.local else self._fetch(number).result()
         if not len(shard):
             raise BadImage(shard.name, "no samples")
-        size = self.sizes[place]
-        return shard.entry((index - self.ends[place] + size + number_of_pass * size) % len(shard))
+        size = self.sizes[number]
+        return shard.entry((index - self.ends[number] + size + number_of_pass * size) % len(shard))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "fetched": OrderedDict()}
 
     def passed_over(self) -> Counter[str]:
         """Return the number of members of local shards that are in no sample, by cause."""
-        total = Counter()
-        for shard in self.local or ():
-            total.update({cause: number for cause, (number, _) in shard.passed_over.items()})
-        return total
+        return sum((Counter(shard.counts()) for shard in self.local or ()), Counter())
 
     def passed_over_beside(self, index: int) -> dict[str, dict[str, int]]:
         """Return the same of the fetched shard that the sample is in: shard -> cause -> number."""
         fetched = self.fetched.get(bisect_right(self.ends, index))
         shard = fetched.shard if fetched else None
-        if not isinstance(shard, Shard) or not shard.passed_over:
-            return {}
-        return {shard.name: {cause: number for cause, (number, _) in shard.passed_over.items()}}
+        return {shard.name: shard.counts()} if isinstance(shard, Shard) and shard.passed_over else {}
 
     def notes(self) -> tuple[list[str], list[str]]:
         """Return what is wrong with local shards, and what is passed over in them, as sentences."""
@@ -98,22 +93,22 @@ class Shards(Sequence):
         """
         if not self.is_stream:
             return range(len(self))
-        place = bisect_right(self.ends, index)
-        tried = self.fetched.get(place)
+        number = bisect_right(self.ends, index)
+        tried = self.fetched.get(number)
         is_lost = tried is not None and isinstance(tried.shard, BadImage)
-        place = (place + (1 if is_lost else num_tries // 4)) % len(self.names)
-        while not self.sizes[place]:
-            place = (place + 1) % len(self.names)
-        return range(self.ends[place] - self.sizes[place], self.ends[place])
+        number = (number + (1 if is_lost else num_tries // 4)) % len(self.names)
+        while not self.sizes[number]:
+            number = (number + 1) % len(self.names)
+        return range(self.ends[number] - self.sizes[number], self.ends[number])
 
-    def _fetch(self, place: int) -> "Fetch":
-        if place not in self.fetched:
-            self.fetched[place] = Fetch(self.names[place])
-            self.fetched[place].start()
+    def _fetch(self, number: int) -> "Fetch":
+        if number not in self.fetched:
+            self.fetched[number] = Fetch(self.names[number])
+            self.fetched[number].start()
             if len(self.fetched) > KEPT_OPEN:
                 self.fetched.popitem(last=False)
-        self.fetched.move_to_end(place)
-        return self.fetched[place]
+        self.fetched.move_to_end(number)
+        return self.fetched[number]
 
 
 # ---- the names of shards ----
