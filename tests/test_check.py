@@ -604,7 +604,7 @@ def test_200_000_entries_take_a_few_bytes_each(tmp_path, tokenizer):
     with Workers(Shared(sources, tokenizer.backend_tokenizer), 1) as workers:
         (found,) = read_texts(workers, sources)
     assert resident() - before < 64 * num  # one string for each would take more
-    assert sum(array.nbytes for array in (found.flags, found.images, found.owners, found.places)) <= 15 * num
+    assert found.flags.nbytes + found.images.nbytes <= 15 * num
     assert len(found.flags) == num and np.flatnonzero(found.flags).tolist() == [num - 2, num - 1]
-    assert len(np.unique(found.images)) == num // 5 + 1 and found.lengths.sum() == num - 1
-    assert found.images[-1] == path_key(str(tmp_path / "a.jpg"))
+    assert len(np.unique(found.images["key"])) == num // 5 + 1 and found.lengths.sum() == num - 1
+    assert found.images["key"][-1] == path_key(str(tmp_path / "a.jpg"))

@@ -4,7 +4,7 @@ from enum import IntFlag, auto
 
 
 class Cause(IntFlag):
-    """In the order of the report; those before TEXT_IS_CUT are problems, the others notes."""
+    """A cause, in the order of the report; those before TEXT_IS_CUT are problems, the others notes."""
 
     WRONG_ENTRY = auto()
     EMPTY_TEXT = auto()

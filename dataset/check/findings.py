@@ -2,6 +2,7 @@
 
 import re
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ class Findings:
         for flags, source, text, numbers in zip(
             self.flags, shared.sources, texts, images.numbers, strict=True
         ):
-            np.bitwise_or.at(flags, text.owners, self.image_flags(source)[numbers])
+            np.bitwise_or.at(flags, text.images["entry"], self.image_flags(source)[numbers])
 
     def image_flags(self, source: Source) -> np.ndarray:
         """Return the flags (U,) of every file, as an image of this source."""
@@ -117,10 +118,10 @@ class Findings:
         if cause in Cause.EMPTY_TEXT | Cause.TEXT_IS_CUT:
             finding.image, finding.detail = entry["images"][0], self._text_detail(source, entry, cause)
             return finding
-        images = self.images.numbers[number][np.searchsorted(self.texts[number].owners, index) :]
+        images = self.images.numbers[number][bisect_left(self.texts[number].images["entry"], index) :]
         flags = self.image_flags(source)[images[: len(entry["images"])]]
-        place = int(np.flatnonzero(flags & cause)[0])
-        image, finding.image = images[place], entry["images"][place]
+        position = int(np.flatnonzero(flags & cause)[0])
+        image, finding.image = images[position], entry["images"][position]
         if cause in self.similar.twins:
             twin = self.similar.twins[cause][image]
             finding.twin = self.images.image(twin, self.shared)

@@ -48,31 +48,32 @@ class Images(NamedTuple):
     """The U different image files that the entries name, in the order in which they do so first."""
 
     records: np.ndarray  # (U,) RECORD
-    sources: np.ndarray  # (U,) uint16, source, entry and place of an entry that names the file
-    entries: np.ndarray  # (U,) uint32
-    places: np.ndarray  # (U,) uint8
+    sources: np.ndarray  # (U,) uint16, of an entry that names the file
+    named: np.ndarray  # (U,) NAMED, by that entry
     numbers: list[np.ndarray]  # of each source (M,) the file of each image that its entries name
 
     def image(self, number: int, shared: Shared) -> str | Picture:
-        entry = shared.sources[self.sources[number]].entries[int(self.entries[number])]
-        return entry["images"][self.places[number]]
+        return _image(shared, self.sources[number], self.named[number])
+
+
+def _image(shared: Shared, source: int, named: np.void) -> str | Picture:
+    return shared.sources[source].entries[int(named["entry"])]["images"][named["position"]]
 
 
 def read_images(workers: Workers, texts: list[Texts], folder: Path, full: bool) -> Images:
     """Return the images, each looked at once, or known from the folder's cache."""
-    names = np.concatenate([text.images for text in texts])
-    paths, first, numbers = np.unique(names, return_index=True, return_inverse=True)
+    named = np.concatenate([text.images for text in texts])
+    paths, first, numbers = np.unique(named["key"], return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")  # that of the annotation files, often that on the disk, too
     paths, first, numbers = paths[order], first[order], np.argsort(order)[numbers.ravel()]
     ends = np.cumsum([len(text.images) for text in texts])
     sources = np.searchsorted(ends, first, side="right").astype(np.uint16)
-    entries = np.concatenate([text.owners for text in texts])[first]
-    places = np.concatenate([text.places for text in texts])[first]
+    named = named[first]
     records = np.zeros(len(paths), RECORD)
     records["path"] = paths
     known = _known_records(folder, paths)
     chunks = [slice(start, start + IMAGES_PER_JOB) for start in range(0, len(records), IMAGES_PER_JOB)]
-    jobs = [(full, sources[chunk], entries[chunk], places[chunk], known[chunk]) for chunk in chunks]
+    jobs = [(full, sources[chunk], named[chunk], known[chunk]) for chunk in chunks]
     results = workers.map(check_images, jobs)
     results = with_progress(results, len(jobs), f"Images, {IMAGES_PER_JOB} at a time", 25)
     with _append_to_cache(folder) as cache:
@@ -80,7 +81,7 @@ def read_images(workers: Workers, texts: list[Texts], folder: Path, full: bool) 
             records[chunk] = checked
             cache.write(checked[checked != known[chunk]].tobytes())
             cache.flush()
-    return Images(records, sources, entries, places, np.split(numbers, ends[:-1]))
+    return Images(records, sources, named, np.split(numbers, ends[:-1]))
 
 
 # ---- the cache ----
@@ -115,14 +116,13 @@ def _append_to_cache(folder: Path) -> Iterator[io.BufferedWriter]:
 
 
 def check_images(shared: Shared, job: tuple) -> np.ndarray:
-    """Return (n,) RECORD; job: whether to decode; sources, entries, places and known records of n images."""
-    full, sources, entries, places, known = job
-    images = zip(sources.tolist(), entries.tolist(), places.tolist(), strict=True)
-    images = (shared.sources[source].entries[entry]["images"][place] for source, entry, place in images)
-    records = np.zeros_like(known)
-    for index, image in enumerate(images):
-        records[index] = check_image(image, full, known[index])
-    return records
+    """Return (n,) RECORD; job: whether to decode; source, NAMED and known record of n images."""
+    full, *columns = job
+    records = [
+        check_image(_image(shared, source, named), full, known)
+        for source, named, known in zip(*columns, strict=True)
+    ]
+    return np.array(records, RECORD)
 
 
 def check_image(image: str | Picture, full: bool, known: np.void | None = None) -> np.void:

@@ -29,7 +29,7 @@ ProblemsAndNotes = tuple[list[str], list[str]]
 
 @dataclass(frozen=True)
 class Split:
-    """How a script reads a split.
+    """A split as its script reads it.
 
     read(file, config): the entries; text: their field that has text; clean(text, max_words): what is made of
     it; whole(config, tokenizer, position_limit): the problems and the notes, a sentence each, of files that
@@ -141,18 +141,20 @@ def open_sources(splits: dict[str, Split], config: dict, position_limit: int) ->
         if split == "train" and "max_tokens" in config:
             max_tokens = min(max_tokens, config["max_tokens"])
         for file, data_set, weight in files_of(config, split):
-            problem, found = "", [[]]
+            problem, opened = "", [[]]
             try:
                 with checked_late():
                     if spec.takes_shards and is_shards(file):
-                        found = read_set([file], "", must_count=True)
+                        opened = read_set([file], "", must_count=True)
                     else:
-                        found = [Mapped(spec.read(file, config), partial(item_of, text=spec.text))]
+                        opened = [Mapped(spec.read(file, config), partial(item_of, text=spec.text))]
             except UserError as error:
                 problem = str(error)
             name = file if is_url(file) else fill_in(file)
             limits = (spec.clean, spec.max_words, max_tokens)
-            sources += [Source(split, name, *limits, entries, problem, data_set, weight) for entries in found]
+            sources += [
+                Source(split, name, *limits, entries, problem, data_set, weight) for entries in opened
+            ]
     if not sources:
         raise UserError(f"the config names no annotation file ({', '.join(splits)})")
     return sources

@@ -27,14 +27,15 @@ class Shared(NamedTuple):
     tokenizer: Tokenizer  # the bare one: transformers takes seconds to import in each process
 
 
+NAMED = np.dtype([("key", "<u8"), ("entry", "<u4"), ("position", "u1")])  # an image that an entry names
+
+
 class Texts(NamedTuple):
     """N entries that name M images in all (those of wrong entries are not known), 15 bytes for each."""
 
     flags: np.ndarray  # (N,) uint16, `Cause` bits
     lengths: np.ndarray  # (MAX_LENGTH + 1,) number of texts by their tokens
-    images: np.ndarray  # (M,) uint64, keys of their paths
-    owners: np.ndarray  # (M,) uint32, indices of the entries that name them
-    places: np.ndarray  # (M,) uint8, which of an entry's images each is
+    images: np.ndarray  # (M,) NAMED, in the order of the entries
 
 
 def read_texts(workers: Workers, sources: list[Source]) -> list[Texts]:
@@ -44,25 +45,17 @@ def read_texts(workers: Workers, sources: list[Source]) -> list[Texts]:
         for number, source in enumerate(sources)
         for start in range(0, len(source.entries), ENTRIES_PER_JOB)
     ]
-    shares = [[_as_arrays(np.zeros(0), np.zeros(MAX_LENGTH + 1), [])] for _ in sources]
+    empty = Texts(np.zeros(0, np.uint16), np.zeros(MAX_LENGTH + 1, np.int64), np.zeros(0, NAMED))
+    shares = [[empty] for _ in sources]
     results = workers.map(check_texts, jobs)
     results = with_progress(results, len(jobs), f"Entries, {ENTRIES_PER_JOB} at a time", 25)
     for (number, *_), texts in zip(jobs, results, strict=True):
         shares[number].append(texts)
-    return [_joined(of_source) for of_source in shares]
-
-
-def _joined(shares: list[Texts]) -> Texts:
-    flags, lengths, *images = zip(*shares, strict=True)
-    return Texts(np.concatenate(flags), sum(lengths), *map(np.concatenate, images))
-
-
-def _as_arrays(flags: np.ndarray, lengths: np.ndarray, images: list[tuple[int, int, int]]) -> Texts:
-    """Return the texts with `images`, key, owner and place of each, as arrays, which are small to send."""
-    columns = list(zip(*images, strict=True)) or [(), (), ()]
-    kinds = (np.uint64, np.uint32, np.uint8)
-    arrays = (np.array(column, kind) for column, kind in zip(columns, kinds, strict=True))
-    return Texts(flags.astype(np.uint16), lengths.astype(np.int64), *arrays)
+    columns = (zip(*of_source, strict=True) for of_source in shares)
+    return [
+        Texts(np.concatenate(flags), sum(lengths), np.concatenate(images))
+        for flags, lengths, images in columns
+    ]
 
 
 def check_texts(shared: Shared, job: tuple[int, int, int]) -> Texts:
@@ -79,8 +72,8 @@ def check_texts(shared: Shared, job: tuple[int, int, int]) -> Texts:
         for text in measured_texts(source, entry, count):
             lengths[min(text.num_tokens, MAX_LENGTH)] += 1
             flags[index - start] |= text.flags
-        images += [(path_key(image), index, place) for place, image in enumerate(entry["images"])]
-    return _as_arrays(flags, lengths, images)
+        images += [(path_key(image), index, position) for position, image in enumerate(entry["images"])]
+    return Texts(flags, lengths, np.array(images, NAMED))
 
 
 class Text(NamedTuple):

@@ -171,7 +171,7 @@ def detected_boxes(file: Path, image_ids: list[int], report: Report) -> Boxes:
             report.leave_out("detections without an area", where)
         else:
             boxes[image_id].append([*box, score])
-    num_empty = sum(not found for found in boxes.values())
+    num_empty = sum(not of_image for of_image in boxes.values())
     if num_empty == len(boxes):
         raise UserError(f"{file} has no box in any of the {len(boxes)} images; is it of another data set?")
     report.count("detections", sum(map(len, boxes.values())))

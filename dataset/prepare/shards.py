@@ -64,9 +64,9 @@ def prepare(_: Path, out: Path, options: argparse.Namespace, report: Report) -> 
 
     entries, res = read_pairs(options.annotations, options.root), options.image_res
     per_shard = options.samples_per_shard or fill_of(entries, options.shard_mb * 1e6, res)
-    status = {(path := Path(fill_in(file)).absolute()): path.stat() for file in options.annotations}
+    files = {(path := Path(fill_in(file)).absolute()): path.stat() for file in options.annotations}
     settings = {
-        "annotations": [[str(path), found.st_size, found.st_mtime_ns] for path, found in status.items()],
+        "annotations": [[str(path), file.st_size, file.st_mtime_ns] for path, file in files.items()],
         "root": options.root,
         "samples_per_shard": per_shard,
         "image_res": res,
@@ -125,9 +125,9 @@ def _size_in_tar(content: bytes) -> int:
 
 def write_shard(job: Job, number: int) -> dict:
     """Make a shard, unless it is there, and return its statistics."""
-    path, statistics = job.out / f"{number:05}.tar", job.out / f"{number:05}_stats.json"
-    if path.is_file() and statistics.is_file():
-        return json.loads(statistics.read_bytes())
+    path, statistics_file = job.out / f"{number:05}.tar", job.out / f"{number:05}_stats.json"
+    if path.is_file() and statistics_file.is_file():
+        return json.loads(statistics_file.read_bytes())
     indices = range(len(job.entries))[number * job.per_shard : (number + 1) * job.per_shard]
     left_out: dict[str, tuple[int, str]] = {}  # cause -> how many, the first
 
@@ -140,9 +140,9 @@ def write_shard(job: Job, number: int) -> dict:
                 count, first = left_out.get(cause, (0, error.path))
                 left_out[cause] = count + 1, first
 
-    found = {"count": len(indices), "successes": write_tar(path, samples()), "left_out": left_out}
-    write_json(statistics, found)
-    return found
+    statistics = {"count": len(indices), "successes": write_tar(path, samples()), "left_out": left_out}
+    write_json(statistics_file, statistics)
+    return statistics
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
