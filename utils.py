@@ -7,7 +7,6 @@ it takes seconds, and commands such as `python -m simla.dataset.prepare` do with
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -15,7 +14,6 @@ import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -193,19 +191,6 @@ def is_url(path: str) -> bool:
     return path.startswith("pipe:") or "://" in path
 
 
-def file_status(path: str | Path) -> os.stat_result:
-    """Return the status of a file or folder. OSError for what is neither: reading a pipe to which nobody
-    writes would take for ever.
-    """
-    try:
-        status = Path(path).stat()
-    except ValueError as error:  # NUL, or half of a surrogate pair
-        raise OSError(errno.EINVAL, f"no name that a file can have ({error})") from error
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        raise OSError(errno.EINVAL, "not a file, but a pipe, socket or device")
-    return status
-
-
 PICTURE = "a picture"
 # What a file begins with that should have been something else -> what it is, and what to do.
 CONTENTS = {
@@ -239,13 +224,6 @@ def other_content(head: bytes) -> str:
     head: its first CONTENT_BYTES, all of a shorter one.
     """
     return next((what for begin, what in CONTENTS.items() if re.match(begin, head, re.IGNORECASE)), "")
-
-
-def other_file(path: Path) -> str:
-    """Return the same of a file; "" where it cannot be read either."""
-    with suppress(OSError), path.open("rb") as file:
-        return other_content(file.read(CONTENT_BYTES))
-    return ""
 
 
 def printable(text: str) -> str:

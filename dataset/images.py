@@ -13,8 +13,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from simla.dataset.deep_images import WrongRange, eight_bits, value_range
+from simla.dataset.files import file_status
 from simla.dataset.png_texts import without_long_texts
-from simla.utils import CONTENT_BYTES, PICTURE, file_status, first_line, other_content
+from simla.utils import CONTENT_BYTES, PICTURE, first_line, other_content
 
 REDUCED = {  # scale -> the decoder's flag for a picture of 1/scale, which it makes in less time
     8: cv2.IMREAD_REDUCED_COLOR_8,

@@ -17,11 +17,12 @@ from PIL import Image, UnidentifiedImageError
 
 from simla.dataset.check.causes import NO_PIXELS, Cause
 from simla.dataset.check.texts import Shared, Texts, path_key
+from simla.dataset.files import file_status
 from simla.dataset.images import BadImage, load_image, open_content, open_image
 from simla.dataset.readers.shard_index import Picture
 from simla.dataset.transforms import View, crops
 from simla.dataset.workers import Workers
-from simla.utils import UserError, file_status, with_progress
+from simla.utils import UserError, with_progress
 
 CACHE = "checked_images.1.bin"  # another number whenever RECORD or what it means changes
 IMAGES_PER_JOB = 256

@@ -11,7 +11,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from simla.utils import UserError, atomic_write, log, other_file, with_progress
+from simla.dataset.files import other_file
+from simla.utils import UserError, atomic_write, log, with_progress
 
 NUM_EXAMPLES = 3  # shown of all that is left out for one cause
 NUM_CAUSES = 30  # shown one by one, the most frequent ones

@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+from simla.dataset.files import other_file
 from simla.dataset.prepare.captions import is_missing, pairs, values_in
 from simla.dataset.prepare.common import Report, add_name, add_relative, in_parallel
 from simla.dataset.prepare.img2dataset import read_parquet
 from simla.dataset.readers.tables import read_json_lines, read_lines
-from simla.utils import UserError, other_file
+from simla.utils import UserError
 
 IMAGE_NAMES = ["image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "file", "img"]
 CAPTION_NAMES = ["caption", "captions", "text", "texts", "title", "sentence", "description"]

@@ -19,6 +19,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
+from simla.dataset.files import file_status
 from simla.dataset.readers.kept_index import (
     HEADER_BYTES,
     Index,
@@ -28,7 +29,7 @@ from simla.dataset.readers.kept_index import (
     make_index,
     read_index,
 )
-from simla.utils import CONTENT_BYTES, UserError, file_status, is_main, log, other_content, with_progress
+from simla.utils import CONTENT_BYTES, UserError, is_main, log, other_content, with_progress
 
 FORMAT = 2  # raise it whenever an index is laid out differently or a check of entries becomes stricter
 BLOCK_BYTES = 1 << 20  # read and parsed at a time

@@ -8,7 +8,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from simla.utils import UserError, other_file
+from simla.dataset.files import other_file
+from simla.utils import UserError
 
 
 class _NumpyType:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simla.utils import UserError, other_file
+from simla.dataset.files import other_file
+from simla.utils import UserError
 
 MAX_PIXEL, MIN_SIDE = 1e9, 1e-9  # of a box: within them its area is neither infinite nor 0
 WANTED = {int: "a whole number", str: "text", list: "a list"}
