@@ -42,7 +42,7 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
         stem, images, splits = "coco", *_karpathy(root, report)
     else:
         stem, images, splits = f"coco{options.split}", *_official(root, options.split, report)
-    splits = write_retrieval(out, stem, splits, images, OFFICIAL[options.split], report)
+    splits = write_retrieval(out, stem, splits, images, OFFICIAL[options.split])
     start = prefix(images.folder, root, options)
     entries = (
         {"image": start + picture.name, "caption": caption}

@@ -27,5 +27,5 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     )
     report.source = SOURCE
     images = Images(paths["images"], report, "images that are")
-    write_retrieval(out, "flickr30k", splits, images, OFFICIAL, report)
+    write_retrieval(out, "flickr30k", splits, images, OFFICIAL)
     report.notes.append(f"configs/Retrieval_flickr.yaml: image_root: {images.folder}")

@@ -2,11 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from simla.dataset.prepare.captions import captions_in
-from simla.dataset.prepare.common import Images, Report, read_source
+from simla.dataset.prepare.common import Images, read_source
 from simla.dataset.readers.tables import checked, value_of
 from simla.utils import UserError
 
@@ -54,23 +55,18 @@ def read_karpathy(path: Path, name_of: Callable[[dict, str], str], id_key: str) 
 
 
 def write_retrieval(
-    out: Path,
-    stem: str,
-    splits: Splits,
-    images: Images,
-    official: dict[str, tuple[int, int]],
-    report: Report,
+    out: Path, stem: str, splits: Splits, images: Images, official: dict[str, tuple[int, int]]
 ) -> Splits:
     """Write {stem}_train.json, a caption an entry, {stem}_val.json and {stem}_test.json, an image an entry.
 
     Returns the splits without images that are missing and captions that are none. official: split -> number
     of its images and captions.
     """
-    splits = {split: list(_present(pictures, images, report)) for split, pictures in splits.items()}
+    splits = {split: list(_present(pictures, images)) for split, pictures in splits.items()}
     for split, (num_images, num_captions) in official.items():
         pictures = splits.get(split, [])
-        report.count(f"{split} images", len(pictures), num_images)
-        report.count(f"{split} captions", sum(len(p.captions) for p in pictures), num_captions)
+        images.report.count(f"{split} images", len(pictures), num_images)
+        images.report.count(f"{split} captions", sum(len(p.captions) for p in pictures), num_captions)
     for split, pictures in splits.items():
         if split == "train":
             entries = (
@@ -80,14 +76,14 @@ def write_retrieval(
             )
         else:
             entries = ({"image": picture.name, "caption": picture.captions} for picture in pictures)
-        report.write(out / f"{stem}_{split}.json", entries)
+        images.report.write(out / f"{stem}_{split}.json", entries)
     return splits
 
 
-def _present(pictures: list[Picture], images: Images, report: Report) -> Iterator[Picture]:
+def _present(pictures: list[Picture], images: Images) -> Iterator[Picture]:
     for picture in filter(lambda picture: images.has(picture.name), pictures):
-        captions = [text for cell in picture.captions for text in captions_in(cell, picture.name, report)]
-        if captions:
+        cells = (captions_in(cell, picture.name, images.report) for cell in picture.captions)
+        if captions := list(chain.from_iterable(cells)):
             yield picture._replace(captions=captions)
         else:
-            report.leave_out("images without a caption", picture.name)
+            images.report.leave_out("images without a caption", picture.name)

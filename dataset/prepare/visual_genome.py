@@ -57,7 +57,7 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     report.count("images described", len(about), NUM_IMAGES)
     report.source = "visualgenome.org"
     groups = JsonList(regions, _check, f"{__name__}._check")  # some 700 MB, read image by image
-    phrases = _phrases(groups, about, held_out, images, options.regions, report)
+    phrases = _phrases(groups, about, held_out, images, options.regions)
     start = prefix(images.folder, root, options)
     entries = ({"image": start + name, "caption": phrase} for name, phrase in phrases)
     report.count("pairs", report.write(out / "vg.json", entries))
@@ -88,14 +88,10 @@ def _flickr_id(image: dict, where: str) -> int:
 
 
 def _phrases(
-    groups: JsonList,
-    about: dict[int, dict],
-    held_out: dict[str, set[int]],
-    images: Images,
-    num_regions: int,
-    report: Report,
+    groups: JsonList, about: dict[int, dict], held_out: dict[str, set[int]], images: Images, num_regions: int
 ) -> Iterator[tuple[str, str]]:
     """Yield image name and phrase of the regions to write, at most `num_regions` of an image where not 0."""
+    report = images.report
     for group in groups:
         image_id, regions = number_of_image(group, str(groups.path)), group["regions"]
         if image_id not in about:
