@@ -1,4 +1,4 @@
-"""What every script shares: errors for people, distributed helpers, the training log.
+"""Helpers of every script: errors for people, ranks and gathers, device and precision, paths, progress.
 
 Every helper works without a process group, as one process of one. Those that need torch import it themselves:
 it takes seconds, and commands such as `python -m simla.dataset.prepare` do without.

@@ -1,4 +1,4 @@
-"""What a checkpoint file holds, and what a task would take of it."""
+"""A report on a checkpoint file: what it holds, and what a task would take of it."""
 
 import io
 import json

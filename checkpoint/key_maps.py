@@ -19,7 +19,7 @@ def upper_half_twice(layer: int, num_layers: int) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """How a task reads a kind of checkpoint; all names are prefixes.
+    """A task's way of reading a kind of checkpoint; all names are prefixes.
 
     `renames`: (model prefix, prefix in the file, rule for the layer number or None), the first that fits.
     `fresh`: model entries that may be absent from the file and stay as built.
@@ -33,6 +33,7 @@ class Row:
     may_lack_twins: bool = True  # and queues: all of them, as exported files do; not some
 
     def name_in_file(self, name: str, num_layers: int) -> str:
+        """Return what fills the model's `name`, in a file whose text encoder has so many layers."""
         for prefix, source, layer_rule in self.renames:
             if name.startswith(prefix):
                 name = source + name.removeprefix(prefix)

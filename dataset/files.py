@@ -1,4 +1,4 @@
-"""What a path names, before anything reads it."""
+"""Looks at what a path names, before anything reads it."""
 
 import errno
 import os

@@ -1,1 +1,1 @@
-"""What `make demo` and `make demo-all` run, and the embedded scenes that they make."""
+"""The commands of `make demo` and `make demo-all`, and the embedded scenes that they make."""

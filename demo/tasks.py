@@ -1,8 +1,8 @@
 """The demo data's annotations for grounding, VQA, NLVR2 and SNLI-VE, made from its scene records.
 
 Pure functions: scene records (data.py describes them) and a random generator in, entries out; `make_tasks`
-puts them together. No text tells its answer: a statement is drawn first, then pictures of which
-it is true or false, so that each sentence is as often the one as the other. Chance levels are percentages.
+puts them together. No text tells its answer: a statement is drawn first, then pictures of which it is true or
+false, so that each sentence is as often the one as the other. Chance levels are percentages.
 """
 
 import json
@@ -193,6 +193,7 @@ Question = tuple[str, str, list[str]]  # text, true answer, what the other annot
 
 
 def ask_presence(scene: dict, rng: random.Random, answer: str) -> Question:
+    """Ask for a kind that is there, or that is not, as the answer says."""
     counts = contents(scene)
     kind = rng.choice([kind for kind in KINDS if bool(counts[kind]) == (answer == "yes")])
     text = f"is there {phrase(kind)}{rng.choice(('', ' in the picture'))}"
@@ -200,6 +201,7 @@ def ask_presence(scene: dict, rng: random.Random, answer: str) -> Question:
 
 
 def ask_number(scene: dict, rng: random.Random) -> Question:
+    """Ask how many there are of a kind or category."""
     counts, nouns = contents(scene), {}
     for noun in (*KINDS, *COUNTED):
         nouns.setdefault(counts[noun], []).append(noun)
@@ -209,11 +211,13 @@ def ask_number(scene: dict, rng: random.Random) -> Question:
 
 
 def ask_place(scene: dict, rng: random.Random) -> Question:
+    """Ask for the background."""
     place = scene["background"]
     return rng.choice(("where is this", "what scene is this")), place, [ALSO[place]]
 
 
 def ask_kind(scene: dict, rng: random.Random) -> Question | None:
+    """Ask for the one thing of its category."""
     category = rng.choice(("animal", "vehicle", "food"))
     kinds = [thing["kind"] for thing in scene["objects"] if KINDS[thing["kind"]].category == category]
     text = f"what {category} is {rng.choice(('this', 'in the picture'))}"
