@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 
 from simla.dataset.loaders import train_loader
 from simla.dataset.pretrain import read_pairs
-from simla.dataset.readers.kept_index import index_places
+from simla.dataset.readers.kept_index import index_files
 
 MAX_PLAIN = 2_000_000
 NUM_READ, BATCH, NUM_WORKERS = 200_000, 5_000, 2
@@ -139,7 +139,7 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     path, small, plain = (args.out / f"{name}.json" for name in ("pairs", "small", "plain"))
-    index = next(index_places(path))
+    index = next(index_files(path))
     index.unlink(missing_ok=True)
     try:
         for file, num in ((path, args.entries), (small, NUM_WORKERS * BATCH)):

@@ -108,10 +108,9 @@ def read_sets(train_file: str | list, samples_per_epoch: int = 0, image_root: st
     listed, weights = weighted(train_file)
     sets, set_weights = [], []
     for paths, weight in zip(listed, weights, strict=True):
-        parts = read_set(paths, image_root, samples_per_epoch == 0)
-        size = sum(map(len, parts))
-        sets += parts
-        set_weights += [weight * len(part) / size for part in parts]
+        new = read_set(paths, image_root, samples_per_epoch == 0)
+        set_weights += [weight * len(each) / sum(map(len, new)) for each in new]
+        sets += new
     return Mixture(sets, set_weights, samples_per_epoch)
 
 
@@ -119,14 +118,13 @@ def read_set(paths: list[str], image_root: str, must_count: bool) -> list[Sequen
     """Return what one weight is for: annotation files, local shards and others, as far as there are any."""
     files = [path for path in paths if not is_shards(path)]
     names = expand_names([path for path in paths if is_shards(path)])
-    local = [name for name in names if not is_url(name)]
-    streams = [name for name in names if is_url(name)]
-    found = [read_pairs(files, image_root)] if files else []
-    found += [Shards(local)] if local else []
+    local, streams = ([name for name in names if is_url(name) == is_stream] for is_stream in (False, True))
+    sets = [read_pairs(files, image_root)] if files else []
+    sets += [Shards(local)] if local else []
     if streams:
         # Where the epoch's length is known the shards may be taken to have as many samples as the first.
-        found.append(Shards(streams, None if must_count else count_samples(streams[:1]) * len(streams)))
-    return found
+        sets.append(Shards(streams, None if must_count else count_samples(streams[:1]) * len(streams)))
+    return sets
 
 
 def pretrain_loader(

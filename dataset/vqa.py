@@ -126,12 +126,12 @@ class VQAEvalData(EvalItems):
 
 def check_question_ids(questions: Iterable[dict]) -> None:
     """Raise UserError for a question_id that stands twice."""
-    places: dict[int | str, str] = {}
+    seen: dict[int | str, str] = {}
     for entry in questions:
         number, where = entry["question_id"], entry["where"]
-        if number in places:
-            raise UserError(f"{where}: question_id {number!r} is that of {places[number]} too; remove one")
-        places[number] = where
+        if number in seen:
+            raise UserError(f"{where}: question_id {number!r} is that of {seen[number]} too; remove one")
+        seen[number] = where
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def captions(path: Path) -> list[str]:
 
 
 def index_of(path: Path) -> Path:
-    return next(kept_index.index_places(path))
+    return next(kept_index.index_files(path))
 
 
 # ---- what is in the file ----
@@ -454,7 +454,7 @@ def test_where_the_folder_cannot_be_written_the_users_cache_has_the_index(monkey
     index_of(path).mkdir()  # stands in the way, for root too
     expected = captions(path)
     (cached,) = (tmp_path / "cache" / "simla").iterdir()
-    assert list(kept_index.index_places(path)) == [index_of(path), cached]
+    assert list(kept_index.index_files(path)) == [index_of(path), cached]
     assert [found.name for found in tmp_path.iterdir() if found.is_file()] == ["a.json"]
     monkeypatch.setattr(json_list, "_scan", no_scan)
     assert captions(path) == expected

@@ -545,7 +545,7 @@ def test_more_local_shards_than_a_process_may_have_files_open(tmp_path):
 
 
 def test_without_a_place_for_the_index_the_shard_is_looked_through_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept_index, "index_places", lambda _: [])
+    monkeypatch.setattr(kept_index, "index_files", lambda _: [])
     path = write_tar(tmp_path / "0.tar", samples(3))
     for _ in range(2):
         entries = pickle.loads(pickle.dumps(Shards([str(path)])))

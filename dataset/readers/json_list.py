@@ -25,7 +25,7 @@ from simla.dataset.readers.kept_index import (
     Index,
     checksum,
     find_index,
-    index_places,
+    index_files,
     make_index,
     read_index,
 )
@@ -172,9 +172,9 @@ def _index(path: Path, file: BinaryIO, stamp: list, check: Check, check_name: st
 
     index = make_index(path, file, stamp, make, check_name)
     if index.kept_as is None:
-        places = " nor as ".join(map(str, index_places(path)))
+        files = " nor as ".join(map(str, index_files(path)))
         log.warning(
-            f"{path}: its index cannot be kept, neither as {places}; each start looks through it again"
+            f"{path}: its index cannot be kept, neither as {files}; each start looks through it again"
         )
     return index
 
@@ -202,15 +202,15 @@ class _Window:
         """Drop what is done with, read a block or as much again as is left; return False at the end of the
         file. Raises ValueError for bytes that are no UTF-8.
         """
-        missing, parts = max(len(self.text) - self.begin, 1), []
+        missing, texts = max(len(self.text) - self.begin, 1), []
         while missing > 0 and (block := next(self.blocks, b"")):
-            parts.append(self._decode(block))
-            missing -= len(parts[-1])
-        if not parts:
+            texts.append(self._decode(block))
+            missing -= len(texts[-1])
+        if not texts:
             self._decode(b"")
             return False
         self.line += self.text.count("\n", 0, self.begin)
-        self.text = self.text[self.begin :] + "".join(parts)
+        self.text = self.text[self.begin :] + "".join(texts)
         self.begin, self.at = 0, self.at - self.begin
         return True
 

@@ -32,7 +32,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simla"
 
 
-def index_places(path: Path) -> Iterator[Path]:
+def index_files(path: Path) -> Iterator[Path]:
     """Yield the files in which the index of `path` may be, the preferred one first."""
     yield path.with_name(f".{path.name}.simla")
     with suppress(RuntimeError):
@@ -42,7 +42,7 @@ def index_places(path: Path) -> Iterator[Path]:
 
 def find_index(path: Path, stamp: list, note: object = None) -> Index | None:
     """Return the kept index of a file that has this stamp, one with the note if there is any."""
-    indexes = [index for place in index_places(path) if (index := read_index(place, stamp))]
+    indexes = [index for index_file in index_files(path) if (index := read_index(index_file, stamp))]
     return max(indexes, key=lambda index: note in index.notes, default=None)
 
 
@@ -53,7 +53,7 @@ def make_index(
     make: Callable[[list], tuple[bytearray, list]],
     note: object = None,
 ) -> Index:
-    """Return a new index of the opened file, kept in the first place that takes it, or the one that another
+    """Return a new index of the opened file, kept in the first file that takes it, or the one that another
     process of this machine has made meanwhile (if a note is given, with it).
 
     make: returns header (empty yet) and records, and the notes, of the notes that there are already.
@@ -65,30 +65,30 @@ def make_index(
         content, notes = make(index.notes if index else [])
         header = {"file": stamp, "crc": checksum(content), "notes": notes}
         content[:HEADER_BYTES] = json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n"
-        for place in index_places(path):
+        for index_file in index_files(path):
             with suppress(OSError, UserError):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(place) as output:
+                index_file.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(index_file) as output:
                     output.write(content)
-                if index := read_index(place, stamp):
+                if index := read_index(index_file, stamp):
                     return index
         return Index(content, notes, None)
 
 
-def read_index(place: Path, stamp: list) -> Index | None:
+def read_index(index_file: Path, stamp: list) -> Index | None:
     """Return the index in this file; None where there is none for a file of this stamp."""
     try:
-        content = _mapped(place)
+        content = _mapped(index_file)
         header = json.loads(bytes(content[:HEADER_BYTES]))
         if header["file"] != stamp:
             return None
         if checksum(content) == header["crc"]:
-            return Index(content, list(header["notes"]), place)
+            return Index(content, list(header["notes"]), index_file)
     except (OSError, RuntimeError):
         return None
     except (ValueError, KeyError, TypeError):
         pass
-    log.warning(f"{place} is damaged and will be made anew")
+    log.warning(f"{index_file} is damaged and will be made anew")
     return None
 
 
@@ -98,15 +98,15 @@ def checksum(content: bytearray | memoryview) -> int:
         return zlib.crc32(records)
 
 
-def _mapped(place: Path) -> memoryview:
+def _mapped(index_file: Path) -> memoryview:
     """Return the file, in memory that processes share. Raises RuntimeError where torch cannot have it.
 
     Python's mmap would hold a descriptor, and of shards there may be thousands.
     """
-    size = place.stat().st_size
+    size = index_file.stat().st_size
     import torch  # here, because the converters' --help imports this file, too
 
-    return memoryview(torch.from_file(str(place), size=size, dtype=torch.uint8).numpy()).toreadonly()
+    return memoryview(torch.from_file(str(index_file), size=size, dtype=torch.uint8).numpy()).toreadonly()
 
 
 @contextmanager

@@ -96,13 +96,13 @@ class Shard:
                 raise UserError(f"{self.name} or its index {self.kept_as} has changed; start again")
             self.index = index.content
         sample = f"{self.name}: sample {number}"
-        *places, kind = RECORD.unpack_from(self.index, HEADER_BYTES + number * RECORD.size)
-        image_at, text_at = places[::2]
+        record = RECORD.unpack_from(self.index, HEADER_BYTES + number * RECORD.size)
+        image_at, image_size, text_at, text_size, kind = record
         if not image_at and not text_at:
             raise BadImage(sample, "a link, sparse or of more than 4 GB")
         with self._descriptor() as descriptor:
-            image_name, image = self._member(descriptor, *places[:2])
-            text_name, text = self._member(descriptor, *places[2:])
+            image_name, image = self._member(descriptor, image_at, image_size)
+            text_name, text = self._member(descriptor, text_at, text_size)
         if kind == UNCLEAR:
             cause = "a key that comes again with other members: which belong together?"
             raise BadImage(image_name or text_name, cause)

@@ -63,7 +63,7 @@ def fetch(name: str) -> Shard:
             file = _download(name)
             shard = Shard(name, Index(*scan(file, name), None), file)
             break
-        except Exception as error:  # each kind of URL has its own types
+        except Exception as error:  # each kind of URL has its names_of_rank types
             if seconds is None:
                 raise BadImage(name, f"cannot be fetched: {first_line(error)}") from error
             time.sleep(seconds)
@@ -94,25 +94,25 @@ def count_samples(names: list[str]) -> list[int]:
     """Return how many samples each shard has that is not local: as img2dataset and dataset.prepare say in the
     NAME_stats.json beside it, or else by fetching it once. Kept in the user's cache folder, by the names.
     """
-    digest, place, kept = blake2b("\n".join(names).encode(), digest_size=16).hexdigest(), None, None
+    digest, counts_file, kept = blake2b("\n".join(names).encode(), digest_size=16).hexdigest(), None, None
     with suppress(OSError, ValueError, RuntimeError):  # where there is no home nothing is kept
-        place = cache_folder() / f"shards-{digest}.json"
-        kept = json.loads(place.read_bytes())
+        counts_file = cache_folder() / f"shards-{digest}.json"
+        kept = json.loads(counts_file.read_bytes())
     if (known := all_gather_objects(kept)[0]) is not None:
         return known
-    own = names[rank() :: world_size()]
+    names_of_rank = names[rank() :: world_size()]
     log.info(f"{len(names)} shards are being counted, once; see docs/shards.md")
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        counts = list(with_progress(pool.map(_count, own), len(own), "Shards", 100))
+        counts = list(with_progress(pool.map(_count, names_of_rank), len(names_of_rank), "Shards", 100))
     sizes = [0] * len(names)
     for number, counts_of_rank in enumerate(all_gather_objects(counts)):
         sizes[number :: world_size()] = counts_of_rank
     if not any(sizes):
         raise UserError(f"no samples in {names[0]} and {len(names) - 1} more shards")
-    if is_main() and place:
+    if is_main() and counts_file:
         with suppress(OSError, UserError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(place, text=True) as file:
+            counts_file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(counts_file, text=True) as file:
                 json.dump(sizes, file)
     return sizes
 
