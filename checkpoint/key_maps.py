@@ -1,4 +1,4 @@
-"""Which parameters of one task's file start which parameters of another task's model: tables of names."""
+"""Tables of names: the parameters of one task's file that start those of another task's model."""
 
 import re
 from collections.abc import Callable

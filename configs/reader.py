@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a checked dict; the keys are in schema.py."""
+"""Reads a YAML file and overrides into a checked dict; the keys are in schema.py."""
 
 import argparse
 import copy

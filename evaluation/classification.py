@@ -7,17 +7,19 @@ from torch import Tensor
 
 
 def confusion_counts(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """labels, predicted (n,) -> counts (C, C), rows the true class, columns the predicted one"""
+    """Return counts (C, C) of labels and predicted, both (n,): rows the true class, columns the predicted
+    one.
+    """
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1)
 
 
 def accuracy(counts: Tensor) -> float:
-    """Percentage on the diagonal of a confusion matrix (C, C)."""
+    """Return the percentage on the diagonal of a confusion matrix (C, C)."""
     return 100.0 * counts.trace().item() / max(counts.sum().item(), 1)
 
 
 def majority_accuracy(counts: Tensor) -> float:
-    """What always answering the most frequent class would get: confusion matrix (C, C) -> percentage"""
+    """Return the percentage of the most frequent class as the only answer, of a confusion matrix (C, C)."""
     return 100.0 * counts.sum(1).max().item() / max(counts.sum().item(), 1)
 
 
@@ -35,7 +37,9 @@ def consistency(identifiers: Sequence[str], right: Sequence[bool]) -> float:
 
 
 def confusion_table(counts: Tensor, classes: Sequence[str]) -> str:
-    """A confusion matrix (C, C) as lines of text: a row for each true class, a column for each predicted."""
+    """Return a confusion matrix (C, C) as lines of text: a row for each true class, a column for each
+    predicted.
+    """
     corner = "true \\ predicted"
     rows = [[corner, *classes]]
     rows += [[name, *map(str, row)] for name, row in zip(classes, counts.tolist(), strict=True)]

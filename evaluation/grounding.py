@@ -19,14 +19,14 @@ HEAT_THRESHOLD = 0.2  # of a heat map's maximum: the object is what is above, as
 
 
 def resize_heat(heat: Tensor, height: int, width: int) -> Tensor:
-    """A heat map (h, w) at the size of the image, bicubic -> (height, width)"""
+    """Return a heat map (h, w) at the size of the image, (height, width), bicubic."""
     resized = F.interpolate(heat[None, None], (height, width), mode="bicubic", align_corners=False)
     return resized[0, 0]
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union as the published evaluation has it: boxes end at the pixels x + w - 1 and y + h
-    - 1, and an overlap of a single row or column of pixels, or less, counts as none.
+    """Return the intersection over union as the published evaluation has it: boxes end at the pixels x + w -
+    1 and y + h - 1, and an overlap of a single row or column of pixels, or less, counts as none.
     """
     left, top = max(a[0], b[0]), max(a[1], b[1])
     right = min(a[0] + a[2], b[0] + b[2]) - 1
@@ -36,8 +36,8 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 def box_score(heat: Tensor, box: Box) -> float:
-    """Heat inside the box / sqrt(area): heat (H, W), rows int(y) to int(y + h), columns int(x) to int(x + w),
-    ends excluded, what lies outside the image left out.
+    """Return the heat inside the box / sqrt(area): heat (H, W), rows int(y) to int(y + h), columns int(x) to
+    int(x + w), ends excluded, what lies outside the image left out.
     """
     left, top, width, height = box[:4]
     rows = slice(max(int(top), 0), max(int(top + height), 0))
@@ -46,8 +46,8 @@ def box_score(heat: Tensor, box: Box) -> float:
 
 
 def choose_box(heat: Tensor, boxes: Iterable[Box]) -> list[float] | None:
-    """The first of the boxes with the largest score above 0, [x, y, w, h]; None where none scores above 0 (an
-    empty or undefined heat map, or no boxes at all).
+    """Return the first of the boxes with the largest score above 0, [x, y, w, h]; None where none scores
+    above 0 (an empty or undefined heat map, or no boxes at all).
     """
     chosen, largest = None, 0.0
     for box in boxes:
@@ -58,8 +58,8 @@ def choose_box(heat: Tensor, boxes: Iterable[Box]) -> list[float] | None:
 
 
 def heat_box(heat: Tensor) -> list[float] | None:
-    """A box without a detector: round the largest connected region (diagonals connect, most pixels, the first
-    of equals) of those pixels of heat (H, W) that have at least HEAT_THRESHOLD of its maximum.
+    """Return a box without a detector: round the largest connected region (diagonals connect, most pixels,
+    the first of equals) of those pixels of heat (H, W) that have at least HEAT_THRESHOLD of its maximum.
 
     None where the maximum is not above 0.
     """
@@ -73,7 +73,8 @@ def heat_box(heat: Tensor) -> list[float] | None:
 
 
 def grounding_accuracy(splits: list[str], ious: list[float]) -> dict[str, float]:
-    """Percentage of expressions whose chosen box has an IoU of at least RIGHT_IOU, for each split there is.
+    """Return the percentage of expressions whose chosen box has an IoU of at least RIGHT_IOU, for each split
+    there is.
 
     splits, ious (n): of each expression, IoU 0 where no box was chosen.
     """
@@ -84,5 +85,5 @@ def grounding_accuracy(splits: list[str], ious: list[float]) -> dict[str, float]
 
 
 def grounding_chance(true_box: Box, boxes: Sequence[Box]) -> float:
-    """The probability that an even choice among the boxes is right; 0 where there are none."""
+    """Return the probability that an even choice among the boxes is right; 0 where there are none."""
     return sum(box_iou(true_box, box) >= RIGHT_IOU for box in boxes) / max(len(boxes), 1)

@@ -30,10 +30,8 @@ SIZES = {"cuda": (16, 16384), "cpu": (1, 2048)}
 
 
 def candidate_pairs(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Which pairs each direction wants scored.
-
-    similarity (images, texts); k may exceed the number of candidates -> two bool masks (images, texts): for
-    image queries and for text queries
+    """Return the pairs that each direction wants scored, two bool masks (images, texts): for image queries
+    and for text queries. similarity (images, texts); k may exceed the number of candidates.
     """
     for_images = torch.zeros_like(similarity, dtype=torch.bool)
     for_texts = torch.zeros_like(for_images)
@@ -58,7 +56,7 @@ class Group:
 
 
 def make_groups(wanted: Tensor, lengths: Tensor, num_images: int, num_tokens: int) -> list[Group]:
-    """All pairs of `wanted` (images, texts), whose scores are numbered row by row.
+    """Return groups with all pairs of `wanted` (images, texts), whose scores are numbered row by row.
 
     lengths (texts,); num_images: most images to a group; num_tokens: most tokens to a call, unless a single
     text of each image has more
@@ -94,7 +92,7 @@ def rerank(
     sizes: tuple[int, int] | None = None,
     progress: Callable[[list[Group]], Iterable[Group]] = iter,
 ) -> tuple[Tensor, Tensor]:
-    """Score matrices of both directions, equal on all ranks.
+    """Return score matrices of both directions, equal on all ranks.
 
     similarity (images, texts) on every rank; image_embeds (n, N, D): this rank's images, anywhere (pinned
     memory is read ahead); text_ids, text_mask (texts, T); sizes: see SIZES -> scores_i2t (images, texts),
@@ -126,7 +124,7 @@ def score_group(
     text_mask: Tensor,
     scores: Tensor,
 ) -> None:
-    """Writes the scores of a group's pairs to their places in `scores`."""
+    """Write the scores of a group's pairs into `scores`, each at its number."""
     device = scores.device
     states = torch.stack([image_embeds[image].to(device, non_blocking=True) for image in group.images])
     cross = model.text_encoder.project(states)

@@ -1,4 +1,4 @@
-"""Scores as pure functions: no files, no processes."""
+"""Scores of retrieval as pure functions: ranks, recalls, and what a random order would get."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ from simla.utils import UserError
 
 
 def pessimistic_ranks(scores: np.ndarray, relevant: list[list[int]]) -> np.ndarray:
-    """Rank of each query's best-scored relevant candidate, 0 = first: scores (queries, candidates) ->
-    (queries,)
+    """Return the rank of each query's best-scored relevant candidate, 0 = first: scores (queries, candidates)
+    -> (queries,)
 
     Ties and NaN count against the query: every irrelevant candidate with an equal score stands before it, so
     a model that gives everything the same score gets no credit and the result does not depend on a sort.
@@ -21,14 +21,14 @@ def pessimistic_ranks(scores: np.ndarray, relevant: list[list[int]]) -> np.ndarr
 
 
 def recall_at(ranks: np.ndarray, k: int) -> float:
-    """Percentage of queries with a rank below k."""
+    """Return the percentage of queries with a rank below k."""
     return 100.0 * float((ranks < k).mean())
 
 
 def retrieval_recall(
     scores_i2t: np.ndarray, scores_t2i: np.ndarray, img2txt: list[list[int]], txt2img: list[int]
 ) -> dict[str, float]:
-    """Recall@1/5/10 in percent, both ways.
+    """Return recall@1/5/10 in percent, both ways.
 
     scores_i2t (images, texts), scores_t2i (texts, images); img2txt: the captions of each image, any of which
     is right; txt2img: the image of each caption -> txt_r1 ... (image -> text), img_r1 ... (text -> image),
@@ -52,7 +52,7 @@ def retrieval_recall(
 
 
 def retrieval_chance(img2txt: list[list[int]], txt2img: list[int]) -> dict[str, float]:
-    """Expected recall of a random order, in percent: the same keys as `retrieval_recall`."""
+    """Return the expected recall of a random order, in percent: the same keys as `retrieval_recall`."""
     num_texts, num_images = len(txt2img), len(img2txt)
     result = {}
     for k in (1, 5, 10):
@@ -66,7 +66,7 @@ def retrieval_chance(img2txt: list[list[int]], txt2img: list[int]) -> dict[str, 
 
 
 def _all_missed(num_candidates: int, num_relevant: int, k: int) -> float:
-    """Probability that k candidates drawn without replacement hold none of the relevant ones."""
+    """Return the probability that k candidates drawn without replacement hold none of the relevant ones."""
     probability = 1.0
     for i in range(min(k, num_candidates)):
         probability *= max(0, num_candidates - num_relevant - i) / (num_candidates - i)

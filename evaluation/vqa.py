@@ -41,7 +41,8 @@ CONTRACTIONS["somebody'd"] = "somebodyd"
 
 @cache  # the same few answers come again and again
 def normalize_answer(answer: str) -> str:
-    """Lower case, no punctuation, no articles, digits for number words, contractions with their apostrophes.
+    """Return the answer in lower case, with no punctuation, no articles, digits for number words,
+    contractions with their apostrophes.
 
     A punctuation mark vanishes where one like it stands beside a space, or where the answer has a comma
     between digits; else it becomes a space. Periods vanish unless a digit follows.
@@ -62,17 +63,17 @@ def _plain(answer: str) -> str:
 
 
 def _rule(answers: Sequence[str]) -> Callable[[str], str]:
-    """How these annotators' answers and a prediction are made comparable."""
+    """Return the function that makes these annotators' answers and a prediction comparable."""
     return normalize_answer if len(set(map(_plain, answers))) > 1 else _plain
 
 
 def most_common_answer(answers: Sequence[str]) -> str:
-    """Normalised; of equally many the first."""
+    """Return the most common answer, normalised; of equally many the first."""
     return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
 
 
 def answer_scores(predictions: Sequence[str], annotations: Sequence[Sequence[str]]) -> list[float]:
-    """The accuracy of each prediction in percent; annotations: all answers to each question."""
+    """Return the accuracy of each prediction in percent; annotations: all answers to each question."""
     scores = []
     for prediction, answers in zip(predictions, annotations, strict=True):
         normalise = _rule(answers)
@@ -82,7 +83,7 @@ def answer_scores(predictions: Sequence[str], annotations: Sequence[Sequence[str
 
 
 def mean_by_label(scores: Sequence[float], labels: Sequence[str | None]) -> dict[str, float]:
-    """The mean score of each label, in order of the labels; rows without one (None) are left out."""
+    """Return the mean score of each label, in order of the labels; rows without one (None) are left out."""
     groups = defaultdict(list)
     for score, label in zip(scores, labels, strict=True):
         groups[label].append(score)
@@ -91,7 +92,7 @@ def mean_by_label(scores: Sequence[float], labels: Sequence[str | None]) -> dict
 
 
 def best_constant(annotations: Sequence[Sequence[str]]) -> tuple[str, float]:
-    """The answer that would score most if it were given to every question, and that score in percent."""
+    """Return the answer that would score most if given to every question, and that score in percent."""
     totals: dict[str, float] = defaultdict(float)
     for answers in annotations:
         for answer, matches in Counter(map(_rule(answers), answers)).items():
@@ -101,7 +102,7 @@ def best_constant(annotations: Sequence[Sequence[str]]) -> tuple[str, float]:
 
 
 def _score(matches: int, num_annotators: int) -> float:
-    """In percent, by the rule at the head of this file."""
+    """Return the score in percent, by the rule at the head of this file."""
     needed = min(MATCHES_FOR_FULL_SCORE, num_annotators - 1)
     if needed == 0:
         return 100.0 * matches

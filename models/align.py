@@ -1,5 +1,5 @@
-"""What pre-training and retrieval share: features of both encoders, their contrast with queues (ITA), and the
-matching of pairs with hard negatives (ITM).
+"""The part that pre-training and retrieval share: features of both encoders, their contrast with queues
+(ITA), and the matching of pairs with hard negatives (ITM).
 
 B batch, Q queue, N image tokens, T text tokens, D width, E shared embedding.
 """

@@ -26,8 +26,8 @@ PADDING_SCORE = -10000.0  # finite, so that a row of nothing but padding stays f
 
 
 class KeysValues(NamedTuple):
-    """What the B rows of an attention's query read: B' rows, either those that `index` says, or each one the
-    same for B / B' consecutive rows.
+    """The keys and values that the B rows of an attention's query read: B' rows, either those that `index`
+    says, or each one the same for B / B' consecutive rows.
     """
 
     keys: Tensor  # (B', H, S, d)
