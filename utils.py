@@ -453,13 +453,14 @@ def check_picture_name(out: str | Path) -> None:
 
 
 def save_figure(figure, out: str | Path | BinaryIO, dpi: int, **settings) -> None:
-    """Write a picture of the kind that the name's ending says, or, without a name, PNG."""
-    if not isinstance(out, str | Path):
+    """Write a picture of the kind that the name's ending says, or, without a name, PNG; close the figure."""
+    if isinstance(out, str | Path):
+        check_picture_name(out)
+        with atomic_write(out) as file:
+            figure.savefig(file, dpi=dpi, format=Path(out).suffix[1:].lower(), **settings)
+    else:
         figure.savefig(out, dpi=dpi, **settings)
-        return
-    check_picture_name(out)
-    with atomic_write(out) as file:
-        figure.savefig(file, dpi=dpi, format=Path(out).suffix[1:].lower(), **settings)
+    import_pyplot().close(figure)
 
 
 def code_revision() -> str:

@@ -68,7 +68,6 @@ def plot_keywords(
         pad=14,
     )
     save_figure(figure, out, 110)
-    plt.close(figure)
 
 
 def draw_keywords(checkpoint: str | Path, config: dict, entries: Sequence[dict], out: str | Path) -> None:

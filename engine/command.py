@@ -1,5 +1,6 @@
 """How every command begins and ends: closed streams, Ctrl-C, errors in one sentence, output that is lost."""
 
+import argparse
 import errno
 import logging
 import os
@@ -87,6 +88,17 @@ def run_command(
     _end_where_output_is_lost(end)
     if isinstance(code, int) and code:  # a task script returns its scores
         sys.exit(code)
+
+
+def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return the `type` of a flag that takes whole numbers in this range."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from {least} to {most}, got {text!r}")
+        return int(text)
+
+    return read
 
 
 def _reader_has_left() -> bool:

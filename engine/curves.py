@@ -135,7 +135,6 @@ def plot_curves(folders: list[str | Path], out: str | Path) -> None:
         num_columns = min(len(runs), max(1, int(12 * size[0] / letters)))
         figure.legend(lines, names, loc="outside lower center", ncols=num_columns, frameon=False)
     save_figure(figure, out, 130, bbox_inches="tight")  # a name may be wider than the panels
-    plt.close(figure)
 
 
 def colour(number: int) -> str:

@@ -28,14 +28,7 @@ __all__ = ["Grounding", "Hit", "Index", "Simla", "UserError", "load"]
 if not Path(__file__).with_name("models").is_dir():  # a checkout without links has small files in their place
     __path__.insert(0, str(Path(__file__).resolve().parents[1]))
 
-_HOMES = {
-    "Grounding": "heat",
-    "Hit": "index",
-    "Index": "index",
-    "Simla": "model",
-    "UserError": "utils",
-    "load": "loading",
-}
+_HOMES = dict(zip(__all__, ("heat", "index", "index", "model", "utils", "loading"), strict=True))
 
 
 def __getattr__(name: str) -> object:

@@ -7,13 +7,14 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from simla.dataset.text import MAX_TEXT_TOKENS
-from simla.engine.command import run_command
+from simla.engine.command import run_command, whole_number
 from simla.folders import describe as describe_passed_over
 from simla.utils import UserError, atomic_write, check_picture_name
 
@@ -36,19 +37,15 @@ Without the package installed: python -m simla ..."""
 
 
 def match(model: Simla, args: argparse.Namespace) -> dict:
-    values = getattr(model, args.command)(args.image, args.text, args.max_tokens)
+    values = getattr(model, args.command)(args.image, args.text, args.max_tokens).tolist()
     name = {"match": "probability", "similarity": "cosine"}[args.command]
-    return {
-        "image": args.image,
-        "results": _rows(("text", name), zip(args.text, values.tolist(), strict=True)),
-    }
+    return {"image": args.image, "results": _rows(("text", name), zip(args.text, values, strict=True))}
 
 
 def encode(model: Simla, args: argparse.Namespace) -> dict:
-    if args.texts:
-        features = model.encode_text(args.inputs, args.max_tokens)
-    else:
-        features = model.encode_image(args.inputs)
+    features = (
+        model.encode_text(args.inputs, args.max_tokens) if args.texts else model.encode_image(args.inputs)
+    )
     with atomic_write(args.out) as file:
         np.save(file, features.numpy())
     return {"inputs": args.inputs, "file": args.out, "shape": list(features.shape)}
@@ -56,19 +53,21 @@ def encode(model: Simla, args: argparse.Namespace) -> dict:
 
 def ground(model: Simla, args: argparse.Namespace) -> dict:
     proposals = _read_boxes(args.boxes) if args.boxes else None
-    found = model.ground(args.image, args.text, proposals, args.mode, args.block, args.max_tokens)
-    result = {"image": args.image, "text": found.text, "width": found.width, "height": found.height}
-    result |= {"box": found.box, "boxes": _rows(("box", "score"), found.ranked)}
-    result |= {"heat": found.heat.tolist(), "words": _rows(("word", "heat"), found.words)}
+    grounding = model.ground(args.image, args.text, proposals, args.mode, args.block, args.max_tokens)
+    result = {"image": args.image, "text": grounding.text}
+    result |= {"width": grounding.width, "height": grounding.height, "box": grounding.box}
+    result |= {"boxes": _rows(("box", "score"), grounding.ranked), "heat": grounding.heat.tolist()}
+    result["words"] = [{"word": word, "heat": heat.tolist()} for word, heat in grounding.words]
     if args.out:
         from simla.evaluation.grounding import choose_box
         from simla.inputs import read_image
         from simla.plots import plot_word_maps
 
-        best = choose_box(found.at_image_size(), [box for box, _ in found.ranked])
-        boxes = [("heat alone", found.box), ("best proposal", best)]
-        shown = [(label, box) for label, box in boxes if box is not None]
-        plot_word_maps(read_image(args.image), found.text, found.heat, found.words, shown, args.out)
+        best = choose_box(grounding.at_image_size(), [box for box, _ in grounding.ranked])
+        boxes = [("heat alone", grounding.box), ("best proposal", best)]
+        boxes = [(label, box) for label, box in boxes if box is not None]
+        image = read_image(args.image)
+        plot_word_maps(image, grounding.text, grounding.heat, grounding.words, boxes, args.out)
         result["file"] = args.out
     return result
 
@@ -83,9 +82,9 @@ def _contents(index: Index) -> dict:
 
 
 def search(model: Simla, args: argparse.Namespace) -> dict:
-    if args.index:
-        from simla.model import kept_index
+    from simla.model import kept_index
 
+    if args.index:
         index = kept_index(model, args.folder, args.index, args.everything)
     else:
         index = model.index(args.folder, everything=args.everything)
@@ -109,9 +108,8 @@ def search(model: Simla, args: argparse.Namespace) -> dict:
 def answer(model: Simla, args: argparse.Namespace) -> dict:
     answers = args.answers
     if answers is not None and not os.path.isfile(answers):  # noqa: PTH113  is False for a name too long
-        answers = [part.strip() for part in answers.split(",")]
-    found = model.answer(args.image, args.question, answers, args.top)
-    results = _rows(("answer", "probability"), found)
+        answers = [answer.strip() for answer in answers.split(",")]
+    results = _rows(("answer", "probability"), model.answer(args.image, args.question, answers, args.top))
     return {"image": args.image, "question": args.question, "results": results}
 
 
@@ -121,33 +119,28 @@ def keywords(model: Simla, args: argparse.Namespace) -> dict:
 
 
 def entails(model: Simla, args: argparse.Namespace) -> dict:
-    found = sorted(model.entails(args.image, args.sentence).items(), key=lambda pair: -pair[1])
-    return {"image": args.image, "sentence": args.sentence, "results": _rows(("class", "probability"), found)}
+    ranked = sorted(model.entails(args.image, args.sentence).items(), key=lambda pair: -pair[1])
+    results = _rows(("class", "probability"), ranked)
+    return {"image": args.image, "sentence": args.sentence, "results": results}
 
 
 def compare(model: Simla, args: argparse.Namespace) -> dict:
-    found = model.compare(args.first, args.second, args.statement)
+    probability = model.compare(args.first, args.second, args.statement)
     images = {"first": args.first, "second": args.second, "statement": args.statement}
-    return {**images, "results": _rows(("statement", "probability"), [(args.statement, found)])}
+    return {**images, "results": _rows(("statement", "probability"), [(args.statement, probability)])}
 
 
-def _rows(names: tuple[str, str], pairs) -> list[dict]:
-    return [
-        {
-            name: value.tolist() if hasattr(value, "tolist") else value
-            for name, value in zip(names, pair, strict=True)
-        }
-        for pair in pairs
-    ]
+def _rows(names: tuple[str, str], pairs: Iterable[tuple]) -> list[dict]:
+    return [dict(zip(names, pair, strict=True)) for pair in pairs]
 
 
 def _name(path: str) -> str:
-    """A file's or folder's own name, for a picture; bytes in it that are no text, escaped."""
+    """Return a file's or folder's name, for a picture; bytes in it that are no text, escaped."""
     return Path(path).absolute().name.encode(errors="backslashreplace").decode()
 
 
 def _read_boxes(text: str) -> list:
-    """A JSON list, or the file that holds one."""
+    """Return a JSON list, or that in a file."""
     try:
         is_file = os.path.isfile(text)  # noqa: PTH113  is False for a name too long
         return json.loads(Path(text).read_bytes() if is_file else text)
@@ -161,7 +154,7 @@ def _read_boxes(text: str) -> list:
 
 
 def describe(result: dict) -> str:
-    """The result in lines, numbers first."""
+    """Return the result in lines, numbers first."""
     lines = []
     if "heat" in result:
         box = result["box"] or "none, as nothing is hot, or nearly everything"
@@ -176,26 +169,29 @@ def describe(result: dict) -> str:
             lines.append(f"{value:10.4f}  {name}")
     if "num_images" in result and "results" not in result:
         lines.append(f"{result['num_images']} images")
-    if "passed_over" in result:
-        lines += filter(None, [describe_passed_over(result["passed_over"])])
+    if note := describe_passed_over(result.get("passed_over", {})):
+        lines.append(note)
     if "shape" in result:
         lines.append(f"{result['shape'][0]} rows of {result['shape'][1]}")
-    return "\n".join([*lines, *([f"written: {result['file']}"] if "file" in result else [])])
+    if "file" in result:
+        lines.append(f"written: {result['file']}")
+    return "\n".join(lines)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared, tokens, everything = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     options = shared.add_argument_group("model")
-    options.add_argument(
-        "--checkpoint",
-        default=os.environ.get(VARIABLE),
-        help=f"the file; else the variable {VARIABLE} names it",
-    )
+    default = os.environ.get(VARIABLE)
+    options.add_argument("--checkpoint", default=default, help=f"file; else the variable {VARIABLE} names it")
     options.add_argument("--config", help="the task's YAML file, where the checkpoint holds no config")
     options.add_argument("--text_encoder", help="tokenizer: hub name or folder; replaces the config's")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options.add_argument("--dtype", default="fp32", help="fp32, tf32, bf16 or fp16 (default: %(default)s)")
     shared.add_argument("--json", action="store_true", help="print one JSON object")
+    text = "tokens of a text that are read, and at most 30 words (default: %(default)s)"
+    tokens.add_argument("--max_tokens", type=whole_number(1), default=MAX_TEXT_TOKENS, help=text)
+    text = "hidden folders, thumbnails and waste, too"
+    everything.add_argument("--everything", action="store_true", help=text)
 
     parser = argparse.ArgumentParser(
         "simla",
@@ -205,107 +201,60 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, function, help: str, *positionals: str, many: str = "") -> argparse.ArgumentParser:
-        own = commands.add_parser(name, parents=[shared], help=help, description=help[0].upper() + help[1:])
-        own.set_defaults(function=function)
-        for positional in positionals:
-            own.add_argument(positional)
-        if many:
-            own.add_argument(many, nargs="+")
-        return own
+    def command(name: str, function: Callable, help: str, positionals: str, *parents) -> Callable:
+        """Add a command and return its `add_argument`; of a positional NAME... there are one or more."""
+        description = help[0].upper() + help[1:]
+        added = commands.add_parser(name, parents=[shared, *parents], help=help, description=description)
+        added.set_defaults(function=function)
+        for positional in positionals.split():
+            added.add_argument(positional.rstrip("."), nargs="+" if positional.endswith("...") else None)
+        return added.add_argument
 
-    def add_max_tokens(*parsers: argparse.ArgumentParser) -> None:
-        for own in parsers:
-            own.add_argument(
-                "--max_tokens",
-                type=_count,
-                default=MAX_TEXT_TOKENS,
-                help="tokens of a text that are read, and at most 30 words (default: %(default)s)",
-            )
-
-    add_max_tokens(
-        command(
-            "match", match, "probability that a text describes an image, read jointly", "image", many="text"
-        ),
-        command("similarity", match, "cosine of the features of image and text", "image", many="text"),
-    )
-    own = command("ground", ground, "where an image shows a text and each of its words", "image", "text")
-    add_max_tokens(own)
-    own.add_argument("-o", "--out", help="picture of the heat maps")
-    own.add_argument("--boxes", help="proposals to rank: JSON list of [x, y, width, height], or its file")
-    own.add_argument(
-        "--mode", default="itm", choices=("itm", "itc"), help="which score is explained (default: itm)"
-    )
-    own.add_argument(
-        "--block", type=int, help="layer whose attention is used, from 0 (default: two thirds up)"
-    )
-
-    def add_everything(own: argparse.ArgumentParser) -> None:
-        own.add_argument(
-            "--everything", action="store_true", help="hidden folders, thumbnails and waste, too"
-        )
-
-    own = command("search", search, "the images of a folder that match a text best", "folder", many="query")
-    add_max_tokens(own)
-    own.add_argument("-o", "--out", help="picture of the images found")
-    own.add_argument("--index", help="folder that keeps what was computed of the images; made when missing")
-    own.add_argument("--top", type=_count, default=5, help="images for each query (default: %(default)s)")
-    own.add_argument(
-        "--candidates",
-        type=_count,
-        help="images that are read jointly, on which the first hits depend (default: the config's k_test, or "
-        "--top if more)",
-    )
-    add_everything(own)
-    own = command("index", index, "keep what `search --index` needs of a folder of images", "folder", "index")
-    own.add_argument(
-        "--update",
-        action="store_true",
-        help="of an index that is there, encode new and changed images alone, and drop those that are gone",
-    )
-    add_everything(own)
-    own = command("answer", answer, "answers to a question about an image", "image", "question")
-    own.add_argument(
-        "--answers", help="answers to rank: JSON file, or a list with commas; else they are written"
-    )
-    own.add_argument("--top", type=_count, default=5, help="answers (default: %(default)s)")
-    own = command(
-        "keywords", keywords, "the words that an image calls up (pre-training checkpoints)", "image"
-    )
-    own.add_argument("--top", type=_count, default=5, help="words (default: %(default)s)")
-    own.add_argument(
-        "--words", nargs="+", action="extend", help="words to choose from (default: all but function words)"
-    )
+    text = "probability that a text describes an image, read jointly"
+    command("match", match, text, "image text...", tokens)
+    command("similarity", match, "cosine of the features of image and text", "image text...", tokens)
+    text = "where an image shows a text and each of its words"
+    add = command("ground", ground, text, "image text", tokens)
+    add("-o", "--out", help="picture of the heat maps")
+    add("--boxes", help="proposals to rank: JSON list of [x, y, width, height], or its file")
+    add("--mode", default="itm", choices=("itm", "itc"), help="which score is explained (default: itm)")
+    add("--block", type=int, help="layer whose attention is used, from 0 (default: two thirds up)")
+    text = "the images of a folder that match a text best"
+    add = command("search", search, text, "folder query...", tokens, everything)
+    add("-o", "--out", help="picture of the images found")
+    add("--index", help="folder that keeps what was computed of the images; made when missing")
+    add("--top", type=whole_number(1), default=5, help="images for each query (default: %(default)s)")
+    text = "images that are read jointly, on which the first hits depend (default: k_test, or --top if more)"
+    add("--candidates", type=whole_number(1), help=text)
+    text = "keep what `search --index` needs of a folder of images"
+    add = command("index", index, text, "folder index", everything)
+    text = "of an index that is there, encode new and changed images alone, and drop those that are gone"
+    add("--update", action="store_true", help=text)
+    add = command("answer", answer, "answers to a question about an image", "image question")
+    add("--answers", help="answers to rank: JSON file, or a list with commas; else they are written")
+    add("--top", type=whole_number(1), default=5, help="answers (default: %(default)s)")
+    text = "the words that an image calls up (pre-training checkpoints)"
+    add = command("keywords", keywords, text, "image")
+    add("--top", type=whole_number(1), default=5, help="words (default: %(default)s)")
+    add("--words", nargs="+", action="extend", help="words to choose from (default: all but function words)")
+    text = "does the image entail, contradict or leave open a sentence?"
+    command("entails", entails, text, "image sentence")
     command(
-        "entails", entails, "does the image entail, contradict or leave open a sentence?", "image", "sentence"
+        "compare", compare, "probability that a statement is true of two images", "first second statement"
     )
-    command(
-        "compare",
-        compare,
-        "probability that a statement is true of two images",
-        "first",
-        "second",
-        "statement",
-    )
-    own = command("encode", encode, "unit-length features of images, or of texts, as .npy", many="inputs")
-    add_max_tokens(own)
-    own.add_argument("-o", "--out", required=True, help="file to write, (N, E) float32")
-    own.add_argument("--texts", action="store_true", help="the inputs are texts, not image files")
+    text = "unit-length features of images, or of texts, as .npy"
+    add = command("encode", encode, text, "inputs...", tokens)
+    add("-o", "--out", required=True, help="file to write, (N, E) float32")
+    add("--texts", action="store_true", help="the inputs are texts, not image files")
     return parser
 
 
 def _check_out(out: str, is_picture: bool) -> None:
-    """UserError, before anything is computed, where the result could not be written."""
+    """Raise UserError, before anything is computed, where the result could not be written."""
     if not Path(out).absolute().parent.is_dir():
         raise UserError(f"-o {out}: there is no folder {Path(out).parent}; create it, or name another")
     if is_picture:
         check_picture_name(out)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
-    return int(text)
 
 
 def main() -> None:

@@ -25,8 +25,9 @@ Answers = list[list[tuple[str, float]]]  # of each question (answer, probability
 def ranking(
     model: SIMLAVQA, tokenizer, config: dict, answers: Sequence[str] | str | Path
 ) -> Callable[[Questions], Answers]:
-    """Ranks a list of answers, or those of a JSON file; UserError for what is none, or a list that holds the
-    name of a file. A single answer, which is certain whatever the image shows, is logged.
+    """Return a function that ranks a list of answers, or those of a JSON file. A single answer, which is
+    certain whatever the image shows, is logged. Raises UserError for what is no list, or one that holds the
+    name of a file.
     """
     settings = tokenizer, config["eos"], model.text_encoder.config.max_position_embeddings
     if isinstance(answers, str | Path):
@@ -40,9 +41,8 @@ def ranking(
         check_no_file(answers)
         candidates = make_answer_list(answers, "answers", *settings)
     if len(candidates.texts) == 1:
-        log.warning(
-            f"there is one answer to rank, {candidates.texts[0]!r}: its probability is 1 for any image"
-        )
+        (answer,) = candidates.texts
+        log.warning(f"there is one answer to rank, {answer!r}: its probability is 1 for any image")
     device = next(model.parameters()).device
     tree = AnswerTree.build(candidates.ids, candidates.mask).to(device)
 
@@ -55,19 +55,17 @@ def ranking(
 
 
 def check_no_file(answers: Sequence[object]) -> None:
-    """UserError where an answer has the name of a data file, or is all there is and looks like a path."""
-    alone = len(answers) == 1
+    """Raise UserError where an answer is named like a data file, or is the only one and looks like a path."""
+    of_path = NAME_OF_DATA if len(answers) > 1 else PATH
     for answer in answers:
-        if isinstance(answer, str) and (NAME_OF_DATA.search(answer) or (alone and PATH.search(answer))):
+        if isinstance(answer, str) and (NAME_OF_DATA.search(answer) or of_path.search(answer)):
             there = "which is a file" if os.path.isfile(answer) else "and there is no such file"  # noqa: PTH113
-            raise UserError(
-                f"one of the answers is {answer!r}, {there}; give the path of a JSON list by itself, or the "
-                "answers"
-            )
+            remedy = "give the path of a JSON list by itself, or the answers"
+            raise UserError(f"one of the answers is {answer!r}, {there}; {remedy}")
 
 
 def writing(model: SIMLAVQA, tokenizer, config: dict) -> Callable[[Questions], Answers]:
-    """Writes answers by beam search."""
+    """Return a function that writes answers by beam search."""
     ends = tokenizer.cls_token_id, eos_token(tokenizer, config["eos"]), tokenizer.pad_token_id
 
     def write(questions: Questions) -> Answers:

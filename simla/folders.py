@@ -42,7 +42,7 @@ class Listing(NamedTuple):
 
 
 def list_images(folder: Path, known: Collection[str] = (), everything: bool = False) -> Listing:
-    """Returns the images of a folder and its subfolders, each file once; `known` ones without a look at them.
+    """Return the images of a folder and its subfolders, each file once; `known` ones without a look at them.
 
     What is no image to PIL by its first bytes, and has no ending of one, is passed over. No pipe or device is
     opened. Links to files and folders are followed, but not to a folder that they lie in. everything: hidden
@@ -69,13 +69,13 @@ def list_images(folder: Path, known: Collection[str] = (), everything: bool = Fa
 
 
 def describe(passed_over: dict[str, int]) -> str:
-    """Returns what was passed over in words, "" for nothing."""
+    """Return what was passed over in words, "" for nothing."""
     causes = ", ".join(f"{number} {cause}" for cause, number in passed_over.items())
     return f"passed over: {causes}" if causes else ""
 
 
 def waste(name: str, is_folder: bool) -> str:
-    """Returns what kind of hidden folder, thumbnails or waste has such a name, "" for anything else."""
+    """Return what kind of hidden folder, thumbnails or waste has such a name, "" for anything else."""
     if is_folder:
         is_waste = name.lower() in WASTE_FOLDERS
         return f"folders named {name}" if is_waste else HIDDEN if name.startswith(".") else ""
@@ -86,7 +86,9 @@ def waste(name: str, is_folder: bool) -> str:
 
 
 def is_picture(path: str) -> bool:
-    """Whether PIL takes the file for an image, of which no more than the header is read. Raises OSError."""
+    """Return whether PIL takes the file for an image, of which no more than the header is read. Raises
+    OSError.
+    """
     try:
         with Path(path).open("rb") as file, Image.open(file, formats=PICTURES):
             return True
@@ -101,7 +103,7 @@ def is_picture(path: str) -> bool:
 
 
 def _files(folder: Path, passed_over: Counter[str], everything: bool) -> Iterator[tuple[str, str, bool]]:
-    """Yields the files below the folder: their path, the same without links, whether the file is a link.
+    """Yield the files below the folder: their path, the same without links, whether the file is a link.
 
     Links come when all that lies in the folder itself is done. everything: see `list_images`.
     """

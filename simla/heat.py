@@ -35,21 +35,21 @@ class Grounding:
     ranked: list[tuple[list[float], float]]
 
     def at_image_size(self, heat: Tensor | None = None) -> Tensor:
-        """A map (h, w), by default that of the whole text, over the image's pixels -> (height, width)"""
+        """Return a map (h, w), by default the whole text's, over the image's pixels, (height, width)."""
         return resize_heat(self.heat if heat is None else heat, self.height, self.width)
 
 
 def text_words(tokenizer, text: str, num_tokens: int) -> tuple[str, list[tuple[str, list[int]]]]:
-    """The text as far as its first `num_tokens` tokens go, its words there, and the places of their tokens,
-    [CLS] being place 0.
+    """Return the text as far as its first `num_tokens` tokens go, and its words there with the positions of
+    their tokens, [CLS] being 0.
     """
     encoded = tokenizer(text)
     numbers = encoded.word_ids(0)
     end = len(text) if len(numbers) == num_tokens else encoded.token_to_chars(num_tokens - 1).end
     words: dict[int, list[int]] = {}
-    for place, number in enumerate(numbers[:num_tokens]):
+    for position, number in enumerate(numbers[:num_tokens]):
         if number is not None:
-            words.setdefault(number, []).append(place)
+            words.setdefault(number, []).append(position)
     spans = [encoded.word_to_chars(number) for number in words]
     pieces = [text[span.start : min(span.end, end)] for span in spans]
     return text[:end], list(zip(pieces, words.values(), strict=True))
@@ -64,7 +64,7 @@ def heat_maps(
     texts: Sequence[str],
     max_tokens: int,
 ) -> list[tuple[str, Tensor, list[tuple[str, Tensor]]]]:
-    """Every text as far as `max_tokens` go, its map and those of its words, each (h, w) on the CPU.
+    """Return every text as far as `max_tokens` go, its map and those of its words, each (h, w) on the CPU.
 
     image (B, 3, R, R), B texts. itm: a word's map is what its tokens add to that of the text. itc, which has
     one map for a whole text: the word's map is that of the word alone.
@@ -77,25 +77,23 @@ def heat_maps(
     if mode == "itm":
         grid = model.visual_encoder.patch_embed.grid_size
         maps = itm_token_maps(model, block, image, text_ids, text_mask).unflatten(2, grid).float().cpu()
-        found = []
-        for row, length, (text, words) in zip(maps, lengths, read, strict=True):
-            by_word = [(word, row[places].sum(0) / length) for word, places in words]
-            found.append((text, row[:length].mean(0), by_word))
-        return found
+        return [
+            (text, row[:length].mean(0), [(word, row[tokens].sum(0) / length) for word, tokens in words])
+            for row, length, (text, words) in zip(maps, lengths, read, strict=True)
+        ]
     wholes = grad_cam(model, mode, block, image, text_ids, text_mask).float().cpu()
-    found = []
-    for number, (text, words) in enumerate(read):
-        inputs = tokenize(tokenizer, [word for word, _ in words], position_limit=limit)
-        ids, mask = (part.to(image.device) for part in inputs)
-        rows = image[number : number + 1].expand(len(words), -1, -1, -1)
-        maps = grad_cam(model, mode, block, rows, ids, mask).float().cpu()
-        by_word = [(word, heat) for (word, _), heat in zip(words, maps, strict=True)]
-        found.append((text, wholes[number], by_word))
-    return found
+    results = []
+    for pixels, whole, (text, words) in zip(image, wholes, read, strict=True):
+        words = [word for word, _ in words]
+        inputs = tokenize(tokenizer, words, position_limit=limit)
+        ids, mask = (side.to(image.device) for side in inputs)
+        maps = grad_cam(model, mode, block, pixels.expand(len(words), -1, -1, -1), ids, mask).float().cpu()
+        results.append((text, whole, list(zip(words, maps, strict=True))))
+    return results
 
 
 def check_boxes(boxes: object, name: str) -> list[list[float]]:
-    """Proposals as [x, y, width, height] each; UserError for what is none."""
+    """Return the proposals as [x, y, width, height] each. Raises UserError for what is none."""
     try:
         rows = [[float(value) for value in list(box)[:4]] for box in boxes]
     except (TypeError, ValueError, OverflowError) as error:
@@ -104,9 +102,7 @@ def check_boxes(boxes: object, name: str) -> list[list[float]]:
         ) from error
     for row in rows:
         if not has_area(row):
-            raise UserError(
-                f"{name}: {row} is no [x, y, width, height] in pixels with width and height above 0"
-            )
+            raise UserError(f"{name}: {row} is no [x, y, width, height] with width and height above 0")
     return rows
 
 
@@ -118,7 +114,7 @@ def grounding(
     width: int,
     boxes: list[list[float]],
 ) -> Grounding:
-    """Adds to the maps what they say of boxes, by the rules of Grounding.py."""
+    """Return the maps with what they say of boxes, by the rules of Grounding.py."""
     full = resize_heat(heat, height, width)
     box = heat_box(full)
     if box is not None and box[2] * box[3] >= EVERYWHERE * height * width:

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +29,6 @@ from simla.dataset.images import BadImage
 from simla.folders import HIDDEN, Listing, describe, list_images
 from simla.inputs import read_pictures
 from simla.utils import PRECISIONS, UserError, atomic_write, dtype_of, log, num_cores, with_progress
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 4
 MADE_BY = {  # what of `Simla.image_side` may differ, and how that is called
@@ -91,7 +89,7 @@ class Index:
         return len(self.files)
 
     def check(self, files: Iterable[str]) -> None:
-        """Raises UserError where one of the files is not as it was when it was encoded."""
+        """Raise UserError where one of the files is not as it was when it was encoded."""
         for file in files:
             now = _see(file, self.seen[file])
             if not now.has_content_of(self.seen[file]):
@@ -113,24 +111,24 @@ class Hit(NamedTuple):
 
 
 def image_files(images: str | Path | Sequence[str | Path], everything: bool = False) -> Listing:
-    """The absolute paths of the image files of a folder and its subfolders, sorted, or of those of a list."""
-    if isinstance(images, str | Path):
-        folder = Path(images).absolute()
-        if not folder.is_dir():
-            raise UserError(f"{folder} is no folder; search looks through a folder or a list of image files")
-        listing = list_images(folder, everything=everything)
-        if not listing.files:
-            found = [describe(listing.passed_over)] if listing.passed_over else []
-            if any(cause == HIDDEN or " named " in cause for cause in listing.passed_over):
-                found.append("everything=True searches hidden folders and waste, too")
-            raise UserError("; ".join([f"{folder} holds no image", *found]))
-        return listing
-    files = list(images)
-    wrong = [file for file in files if not isinstance(file, str | Path)]
-    if wrong or not files:
-        found = f"a {type(wrong[0]).__name__}" if wrong else "an empty list"
-        raise UserError(f"an index is made of a folder or a list of image files, found {found}")
-    return Listing([str(Path(file).absolute()) for file in files], {})
+    """Return the absolute paths of the images of a folder and its subfolders, sorted, or of a list."""
+    if not isinstance(images, str | Path):
+        files = list(images)
+        wrong = [file for file in files if not isinstance(file, str | Path)]
+        if wrong or not files:
+            found = f"a {type(wrong[0]).__name__}" if wrong else "an empty list"
+            raise UserError(f"an index is made of a folder or a list of image files, found {found}")
+        return Listing([str(Path(file).absolute()) for file in files], {})
+    folder = Path(images).absolute()
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; search looks through a folder or a list of image files")
+    listing = list_images(folder, everything=everything)
+    if not listing.files:
+        more = [describe(listing.passed_over)] if listing.passed_over else []
+        if any(cause == HIDDEN or " named " in cause for cause in listing.passed_over):
+            more.append("everything=True searches hidden folders and waste, too")
+        raise UserError("; ".join([f"{folder} holds no image", *more]))
+    return listing
 
 
 def build_index(
@@ -144,7 +142,7 @@ def build_index(
     update: bool = False,
     everything: bool = False,
 ) -> Index:
-    """Encodes the images batch by batch, into a new `folder`, or in memory where there is none.
+    """Encode the images batch by batch, into a new `folder`, or in memory where there is none.
 
     encode: pixels, each (3, R, R) uint8 -> states (B, N, D), features (B, E); sizes: N, D, E; update: where
     `folder` holds an index, only images of a new content are encoded; everything: see `list_images`. Files
@@ -157,22 +155,21 @@ def build_index(
         log.info(f"{images}: {len(files)} images; {describe(passed_over)}")
     num_tokens, width, embed_dim = sizes
     shapes = {FEATURES: (len(files), embed_dim), STATES: (len(files), num_tokens, width)}
-    dtypes = _stored_dtypes(made_by)
+    dtypes, fill = _stored_dtypes(made_by), partial(_fill, encode=encode, sizes=(image_res, batch_size))
     source = str(Path(images).absolute()) if isinstance(images, str | Path) else None
-    found = {"made_by": made_by, "folder": source, "passed_over": passed_over, "everything": everything}
+    about = {"made_by": made_by, "folder": source, "passed_over": passed_over, "everything": everything}
     if folder is None:
         if update:
             raise UserError("update=True is for an index that was written to a folder: name the folder")
         arrays, seen = _new_arrays(shapes, dtypes), {}
-        kept, unreadable = _fill(arrays, 0, files, seen, encode, image_res, batch_size)
-        return Index(kept, *_tensors(arrays, len(kept), made_by), unreadable=unreadable, seen=seen, **found)
+        kept, unreadable = fill(arrays, 0, files, seen)
+        return Index(kept, *_tensors(arrays, len(kept), made_by), unreadable=unreadable, seen=seen, **about)
     folder = Path(folder)
     with _writing(folder, update):
+        old, contents, seen, rows, unreadable = None, {}, {}, {}, {}
         if (folder / CONTENTS).exists():
             old, contents = _load(folder, made_by, source)
-        else:
-            old, contents = None, {}
-        seen, rows, unreadable = ({}, {}, {}) if old is None else _known(old, files, f"the index {folder}")
+            seen, rows, unreadable = _known(old, files, f"the index {folder}")
         kept = sorted((file for file in files if file in rows), key=rows.__getitem__)
         new = [file for file in files if file not in rows and file not in unreadable]
         if old is not None and not new and [rows[file] for file in kept] == list(range(len(kept))):
@@ -181,29 +178,29 @@ def build_index(
             contents = {"id": uuid.uuid4().hex, "shapes": shapes}
             arrays = _new_arrays(shapes, dtypes, folder, contents["id"])
             for start in range(0, len(kept), COPY_AT_A_TIME):
-                part = [rows[file] for file in kept[start : start + COPY_AT_A_TIME]]
-                arrays[FEATURES][start : start + len(part)] = old.features[part].numpy()
-                arrays[STATES][start : start + len(part)] = _stored(old.states[part])
-            encoded, broken = _fill(arrays, len(kept), new, seen, encode, image_res, batch_size)
+                copied = [rows[file] for file in kept[start : start + COPY_AT_A_TIME]]
+                _put(arrays, start, old.features[copied], old.states[copied])
+            encoded, broken = fill(arrays, len(kept), new, seen)
             kept, unreadable = kept + encoded, unreadable | broken
             for array in arrays.values():
                 array.flush()
             tensors = _tensors(arrays, len(kept), made_by)
         contents |= {
-            **found,
+            **about,
             "format": FORMAT,
             "files": [[_in_folder(file, source), *seen[file]] for file in kept],
             "unreadable": [[_in_folder(file, source), *seen[file], unreadable[file]] for file in unreadable],
         }
         with atomic_write(folder / CONTENTS) as file:
             file.write(json.dumps(contents).encode())
-    return Index(kept, *tensors, unreadable=unreadable, seen=seen, **found)
+    return Index(kept, *tensors, unreadable=unreadable, seen=seen, **about)
 
 
 @contextmanager
 def _writing(folder: Path, update: bool) -> Iterator[None]:
-    """Inside, no other process writes the index `folder`. Raises UserError where one does, or where something
-    is there already. Arrays that no index.json names are deleted, and a folder that has come to hold none.
+    """Keep other processes from writing the index `folder` inside. Arrays that no index.json names are
+    deleted, and a folder that has come to hold none. Raises UserError where another process writes there, or
+    something is there already.
     """
     try:
         is_other = folder.exists() and not (folder / CONTENTS).exists()
@@ -223,9 +220,7 @@ def _writing(folder: Path, update: bool) -> Iterator[None]:
                         (folder / LOCK).unlink()
                         folder.rmdir()
     except Timeout as error:
-        raise UserError(
-            f"another process is writing the index {folder}; wait until it has finished"
-        ) from error
+        raise UserError(f"another process is writing the index {folder}; wait for its end") from error
     except OSError as error:
         raise UserError(f"the index {folder} could not be written ({error.strerror or error})") from error
 
@@ -236,16 +231,15 @@ def _new_arrays(
     folder: Path | None = None,
     identity: str = "",
 ) -> dict[str, np.ndarray]:
-    """Empty arrays, in files of the folder if one is given. UserError where they do not fit."""
+    """Return empty arrays, in files of the folder if one is given. Raises UserError where they do not fit."""
     num_bytes = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes)
     needed = f"an index of {shapes[FEATURES][0]} images takes {num_bytes / 1e9:.3g} GB"
     if folder is None:
         try:
             return {name: np.empty(shapes[name], dtypes[name]) for name in shapes}
         except MemoryError as error:
-            raise UserError(
-                f"{needed}, more than there is of memory; write it to a folder, or index fewer images"
-            ) from error
+            remedy = "write it to a folder, or index fewer images"
+            raise UserError(f"{needed}, more than there is of memory; {remedy}") from error
     free = shutil.disk_usage(folder).free
     if num_bytes > free:  # writing to a map of a file that the disk has no place for ends the process
         raise UserError(f"{needed}, {free / 1e9:.3g} GB are free at {folder}; choose another disk")
@@ -254,7 +248,7 @@ def _new_arrays(
 
 
 def _is_left_over(path: Path) -> bool:
-    """Whether a file may be of a process that was killed while it wrote an index."""
+    """Return whether a file may be of a process that was killed while it wrote an index."""
     return path.name == LOCK or path.name.startswith((f"{FEATURES}-", f"{STATES}-", f".{CONTENTS}."))
 
 
@@ -266,8 +260,8 @@ def _delete_left_over(folder: Path) -> None:
 
 
 def _known(old: Index, files: list[str], name: str) -> tuple[dict[str, Seen], dict[str, int], dict[str, str]]:
-    """How the files are now, the rows of those whose content `old` has, and those that are still unreadable
-    with their causes. UserError where not one is known; `name`: of the index.
+    """Return how the files are now, the rows of those whose content `old` has, and the causes of those that
+    are still unreadable. Raises UserError, which calls the index `name`, where not one is known.
     """
     seen, rows, unreadable = _look(files, old.seen), {}, {}
     by_file = {file: row for row, file in enumerate(old.files)}
@@ -295,14 +289,13 @@ def _fill(
     files: list[str],
     seen: dict[str, Seen],
     encode: Callable,
-    image_res: int,
-    batch_size: int,
+    sizes: tuple[int, int],
 ) -> tuple[list[str], dict[str, str]]:
-    """Writes the images that can be read to the rows after the first `num_rows` -> their files, and the
-    others with their causes. How the files are is noted in `seen`, where it is not there, before they are
-    read: a later change is noticed.
+    """Write the images that can be read to the rows after the first `num_rows`; return their files, and the
+    others with their causes. sizes: image_res, batch_size. How the files are is noted in `seen`, where it is
+    not there, before they are read: a later change is noticed.
     """
-    kept, unreadable = [], {}
+    kept, unreadable, (image_res, batch_size) = [], {}, sizes
     starts = range(0, len(files), batch_size)
     for start in with_progress(starts, len(starts), "Indexing", LOG_STEPS):
         batch, good = files[start : start + batch_size], []
@@ -314,23 +307,19 @@ def _fill(
             else:
                 good.append((file, picture))
         if good:
-            rows = slice(num_rows + len(kept), num_rows + len(kept) + len(good))
             states, features = encode([picture.pixels for _, picture in good])
-            arrays[STATES][rows] = _stored(states.cpu())
-            arrays[FEATURES][rows] = features.cpu().numpy()
+            _put(arrays, num_rows + len(kept), features.cpu(), states.cpu())
             kept += [file for file, _ in good]
     if not kept and not num_rows:
-        raise UserError(
-            f"none of {len(files)} images can be read, the first: {files[0]} ({unreadable[files[0]]})"
-        )
+        first = f"{files[0]} ({unreadable[files[0]]})"
+        raise UserError(f"none of {len(files)} images can be read, the first: {first}")
     return kept, unreadable
 
 
 def open_index(folder: str | Path, made_by: dict, images: str | Path | None = None) -> Index:
-    """A saved index, memory-mapped. Raises UserError where it is damaged, was made by other weights or in
-    another precision than `made_by` says, or where the images are not those any more that it was made of.
-
-    images: where the indexed folder is now, if it has been moved or copied.
+    """Return a saved index, memory-mapped. images: where the indexed folder is now, if it has been moved or
+    copied. Raises UserError where the index is damaged, was made by other weights or in another precision
+    than `made_by` says, or its images are not those any more that it was made of.
     """
     index, contents = _load(Path(folder), made_by, images)
     source = contents["folder"]
@@ -338,28 +327,23 @@ def open_index(folder: str | Path, made_by: dict, images: str | Path | None = No
     if source is None and is_elsewhere:
         raise UserError(f"the index {folder} is of a list of files, not of {images}; name another one")
     if index.folder is not None and not Path(index.folder).is_dir():
-        raise UserError(
-            f"{index.folder} is no folder; the index {folder} is of {source}: where that has been moved, "
-            "give its new place"
-        )
+        what = f"{index.folder} is no folder; the index {folder} is of {source}"
+        raise UserError(f"{what}: where that has been moved, give its new place")
     now = _look(list(index.seen), index.seen)
     for problem, changed in _changes(index, now):
         if is_elsewhere:
-            raise UserError(
-                f"the index {folder} is of {source}, not of {images}; name another one, or {UPDATE}"
-            )
+            what = f"the index {folder} is of {source}, not of {images}"
+            raise UserError(f"{what}; name another one, or {UPDATE}")
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(f"the index {folder} is out of date: {changed[0]}{more} {problem}; {UPDATE}")
     if num_touched := sum(now[file].stamp != seen.stamp for file, seen in index.seen.items()):
-        log.info(
-            f"{folder}: {num_touched} of {len(now)} files had to be compared by their contents, which are the"
-            " same; after an update (`index` with update=True) they need not be"
-        )
+        what = f"{num_touched} of {len(now)} files had to be compared by their contents, which are the same"
+        log.info(f"{folder}: {what}; after an update (`index` with update=True) they need not be")
     return index
 
 
 def _load(folder: Path, made_by: dict, images: str | Path | None) -> tuple[Index, dict]:
-    """The index as it was written, its files below `images` where that is given, and what its JSON holds."""
+    """Return the index as it was written, its files below `images` where that is given, and its JSON."""
     remedy, text = "delete it and index again", b""
     if not (folder / CONTENTS).is_file():  # it may be anything: no word of deleting it
         raise UserError(f"{folder} holds no index ({CONTENTS}); name a folder that an index was written to")
@@ -399,23 +383,20 @@ def _load(folder: Path, made_by: dict, images: str | Path | None) -> tuple[Index
                 return _load(folder, made_by, images)
         raise UserError(f"{folder} is no readable index ({error.strerror or error}); {remedy}") from error
     except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
-        raise UserError(
-            f"the index {folder} is damaged ({type(error).__name__}: {error}); {remedy}"
-        ) from error
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"the index {folder} is damaged ({what}); {remedy}") from error
 
 
 def check_made_by(theirs: dict, ours: dict, name: str) -> None:
-    """UserError where an index was not computed as this model would."""
+    """Raise UserError where an index was not computed as this model would."""
     for key, what in MADE_BY.items():
         if theirs[key] != ours[key]:
-            raise UserError(
-                f"{name} was made by {what} ({theirs[key]}, this model has {ours[key]}); index the images "
-                "again with this model"
-            )
+            both = f"{theirs[key]}, this model has {ours[key]}"
+            raise UserError(f"{name} was made by {what} ({both}); index the images again with this model")
 
 
 def _changes(index: Index, now: Mapping[str, Seen]) -> Iterator[tuple[str, list[str]]]:
-    """What is not as it was when the index was made: the problem and the files that have it."""
+    """Yield (problem, files that have it) for what is not as it was when the index was made."""
     found = {"is gone": [], "has changed": [], "is new": []}
     for file, then in index.seen.items():
         if not now[file].has_content_of(then):
@@ -427,14 +408,14 @@ def _changes(index: Index, now: Mapping[str, Seen]) -> Iterator[tuple[str, list[
 
 
 def _look(files: Sequence[str], before: Mapping[str, Seen]) -> dict[str, Seen]:
-    """How the files are now. The content is read of those alone that have not the stamp that they had."""
+    """Return how the files are now. Only those that have not the stamp that they had are read."""
     found = {}
     starts = range(0, len(files), LOOK_AT_A_TIME)
     shown = with_progress(starts, len(starts), "Comparing files", 1) if len(starts) > 1 else starts
     with ThreadPoolExecutor(num_cores()) as threads:
         for start in shown:
-            part = files[start : start + LOOK_AT_A_TIME]
-            found |= zip(part, threads.map(_see, part, map(before.get, part)), strict=True)
+            some = files[start : start + LOOK_AT_A_TIME]
+            found |= zip(some, threads.map(_see, some, map(before.get, some)), strict=True)
     return found
 
 
@@ -462,17 +443,20 @@ def _array_file(folder: Path, name: str, identity: str) -> Path:
 
 
 def _tensors(arrays: Mapping[str, np.ndarray], num_rows: int, made_by: dict) -> tuple[Tensor, Tensor]:
-    """Features and states of the first rows."""
+    """Return features and states of the first rows."""
     features, states = (torch.from_numpy(arrays[name][:num_rows]) for name in (FEATURES, STATES))
     return features, states.view(dtype_of(made_by["precision"]))
 
 
 def _stored_dtypes(made_by: dict) -> dict[str, np.dtype]:
-    """What numpy calls them; bfloat16, which it does not know, is stored as integers of the same bits."""
+    """Return what numpy calls them; bfloat16, which it lacks, is stored as integers of the same bits."""
     precision = made_by["precision"]
     kind = "int16" if precision == "bf16" else PRECISIONS[precision]
     return {FEATURES: np.dtype(np.float32), STATES: np.dtype(kind)}
 
 
-def _stored(states: Tensor) -> np.ndarray:
-    return (states.view(torch.int16) if states.dtype == torch.bfloat16 else states).numpy()
+def _put(arrays: Mapping[str, np.ndarray], first: int, features: Tensor, states: Tensor) -> None:
+    """Write rows from row `first` on."""
+    rows = slice(first, first + len(features))
+    arrays[FEATURES][rows] = features.numpy()
+    arrays[STATES][rows] = (states.view(torch.int16) if states.dtype == torch.bfloat16 else states).numpy()

@@ -37,7 +37,7 @@ class Picture(NamedTuple):
 
 
 def listed(inputs: object, what: str) -> tuple[list, bool]:
-    """One input or several -> a list, and whether it was a single one. Raises UserError for an empty list."""
+    """Return one input or several as a list, and whether it was a single one. Raises UserError for none."""
     if isinstance(inputs, np.ndarray | Tensor):
         is_single = inputs.ndim < 4
     else:
@@ -49,8 +49,8 @@ def listed(inputs: object, what: str) -> tuple[list, bool]:
 
 
 def read_image(image: OneImage, name: str = "image") -> Image.Image:
-    """RGB, upright, as the task scripts read it. Raises UserError, `name` saying which image it is, for what
-    is no image, and BadImage for a file or PIL image that cannot be read.
+    """Return the image in RGB, upright, as the task scripts read it. Raises BadImage for a file or PIL image
+    that cannot be read, and UserError for what is no image; name: how to call it.
     """
     if isinstance(image, str | Path):
         return load_image(image)
@@ -70,9 +70,8 @@ def read_image(image: OneImage, name: str = "image") -> Image.Image:
     wanted, channels = ("(H, W, 3)", -1) if isinstance(image, np.ndarray) else ("(3, H, W)", 0)
     kind = str(image.dtype).removeprefix("torch.")
     if image.ndim != 3 or image.shape[channels] != 3 or 0 in image.shape or kind != "uint8":
-        raise UserError(
-            f"{name} is {kind} of shape {tuple(image.shape)}; expected uint8 {wanted}, RGB from 0 to 255"
-        )
+        what = f"{kind} of shape {tuple(image.shape)}"
+        raise UserError(f"{name} is {what}; expected uint8 {wanted}, RGB from 0 to 255")
     pixels = image if isinstance(image, np.ndarray) else image.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(pixels))
 
@@ -87,8 +86,8 @@ def _copy(image: Image.Image) -> Image.Image:
 
 
 def read_pictures(images: Sequence[OneImage], image_res: int, first: int = 0) -> list[Picture | BadImage]:
-    """The images resized as for evaluation, in threads; one that is there several times is read once. In
-    place of one that cannot be read stands the error. `first`: the number of the first image, for messages.
+    """Return the images resized as for evaluation, or the error in place of one that cannot be read. One that
+    is there several times is read once. first: the number of the first image, for messages.
     """
     transform = EvalTransform(image_res)
 
@@ -106,7 +105,7 @@ def read_pictures(images: Sequence[OneImage], image_res: int, first: int = 0) ->
 
 
 def good_pictures(images: Sequence[OneImage], image_res: int, first: int = 0) -> list[Picture]:
-    """As `read_pictures`; UserError naming the first that cannot be read."""
+    """Return what `read_pictures` does. Raises UserError that names the first that cannot be read."""
     pictures = read_pictures(images, image_res, first)
     for picture in pictures:
         if isinstance(picture, BadImage):
@@ -115,7 +114,7 @@ def good_pictures(images: Sequence[OneImage], image_res: int, first: int = 0) ->
 
 
 def check_count(value: int, name: str, least: int = 1) -> int:
-    """The value; UserError where it is no whole number from `least` on."""
+    """Return the value. Raises UserError where it is no whole number from `least` on."""
     if not isinstance(value, int | np.integer) or value < least:
         raise UserError(f"{name} {value!r}: expected a whole number from {least} on")
     return value
@@ -148,16 +147,13 @@ def read_texts(
     cut = [number for number, row in enumerate(rows) if len(row) < len(whole[number]) - 1]
     _say(cut, texts, f"read up to {max_words} words and {max_tokens} tokens, and not to the end")
     unknown = [n for n, row in enumerate(rows) if 2 * row.count(tokenizer.unk_token_id) > len(row)]
-    _say(
-        unknown,
-        texts,
-        f"mostly {tokenizer.unk_token}: the vocabulary lacks the words, and results mean little",
-    )
+    what = f"mostly {tokenizer.unk_token}: the vocabulary lacks the words, and results mean little"
+    _say(unknown, texts, what)
     return cleaned
 
 
 def _say(numbers: list[int], texts: Sequence[str], what: str) -> None:
-    """Warns once of all the texts of these numbers."""
+    """Warn once of all the texts of these numbers."""
     if len(numbers) == 1:
         log_texts.warning(f"text {numbers[0]}, {_shortened(texts[numbers[0]])!r}, is {what}")
     elif numbers:
@@ -170,14 +166,13 @@ def _shortened(text: str) -> str:
 
 
 def paired(first: tuple[list, bool], second: tuple[list, bool], names: str) -> tuple[list, list, bool]:
-    """Two results of `listed` as pairs, a single input going with all of the others, and whether both were
-    single. Raises UserError where the numbers differ.
+    """Return two results of `listed` as pairs, a single input going with all of the others, and whether both
+    were single. Raises UserError where the numbers differ.
     """
     (ours, our_single), (theirs, their_single) = first, second
     total = max(len(ours), len(theirs))
     ours, theirs = ours * (total if our_single else 1), theirs * (total if their_single else 1)
     if len(ours) != len(theirs):
-        raise UserError(
-            f"{len(ours)} and {len(theirs)} {names}: give as many of both, or a single one of either"
-        )
+        numbers = f"{len(ours)} and {len(theirs)} {names}"
+        raise UserError(f"{numbers}: give as many of both, or a single one of either")
     return ours, theirs, our_single and their_single

@@ -25,17 +25,13 @@ class Concepts:
 
     def __init__(self, head: nn.Linear, tokenizer):
         self.head, self.tokenizer = head, tokenizer
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        special = set(tokenizer.all_special_tokens)
-        is_word = [
-            token not in special and token not in FUNCTION_WORDS and token.isalpha() and len(token) > 1
-            for token in tokens
-        ]
-        numbers = [number for number, kept in enumerate(is_word) if kept]
-        self.words = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        left_out = {*tokenizer.all_special_tokens, *FUNCTION_WORDS}
+        tokens = enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+        ids = [i for i, token in tokens if token.isalpha() and len(token) > 1 and token not in left_out]
+        self.words = torch.tensor(ids, dtype=torch.int64, device="cpu")
 
     def best(self, features: Tensor, top: int, words: Sequence[str] | None) -> list[list[tuple[str, float]]]:
-        """The (word, probability) of features (I, E), best first; words: those to choose from."""
+        """Return (word, probability) for each of the features (I, E), best first, among `words` or all."""
         chosen = self.words if words is None else torch.tensor(list(map(self._number, words)))
         probabilities = self.head(features).sigmoid()[:, chosen.to(features.device)]
         check_scores(probabilities, "probabilities of keywords", "fp32")

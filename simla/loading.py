@@ -18,17 +18,9 @@ from simla.model import Simla
 from simla.models.bert_config import BertConfig
 from simla.utils import PRECISIONS, ROOT, UserError, check_weight, log, own_surroundings, pick_device
 
-MAY_CHANGE = (
-    "image_res",
-    "k_test",
-    "batch_size_test",
-    "eos",
-    "num_beams",
-    "max_answer_tokens",
-    "text_encoder",
-)
-USED_KEYS = {*ENCODERS, *CONTRAST, "vit_mask_token", "decoder_layers", "batch_size_test", "k_test", "eos"}
-USED_KEYS |= {"num_beams", "max_answer_tokens"}
+CHOICES = ("k_test", "batch_size_test", "eos", "num_beams", "max_answer_tokens")
+MAY_CHANGE = ("image_res", *CHOICES, "text_encoder")
+USED_KEYS = {*ENCODERS, *CONTRAST, *CHOICES, "vit_mask_token", "decoder_layers"}
 
 
 def load(
@@ -38,7 +30,7 @@ def load(
     config: str | Path | Mapping | None = None,
     text_encoder: str | None = None,
 ) -> Simla:
-    """The model of a checkpoint of any task, ours or published, .pth or .safetensors, ready to be asked.
+    """Return the model of a checkpoint of any task, ours or published, .pth or .safetensors, to be asked.
 
     device: auto (a GPU where there is one), cpu, cuda or cuda:N; dtype: what the encoders compute in, fp32,
     tf32, bf16 or fp16, or the torch dtype; config: a task's YAML file or mapping, for a file that holds none,
@@ -78,7 +70,8 @@ def _load(
         values, where = _stored_config(content, source)
         values = fill_in_what_is_missing(values, table, state, kind, source)
     else:
-        values, where = _given_config(config)
+        is_mapping = isinstance(config, Mapping)
+        values, where = (dict(config), "given") if is_mapping else (read_yaml(config), str(config))
     settings = model_config(values, table, where)
     settings["text_encoder"] = text_encoder or settings["text_encoder"]
     settings["vit_mask_token"] = kind != "pretrain" and "visual_encoder.mask_token" in state
@@ -99,7 +92,7 @@ def _load(
 
 
 def _say_changes(settings: dict, content: dict, table: dict[str, Key], source: str) -> None:
-    """Logs what a given config changes that a user may mean to: how much is read, shown and chosen."""
+    """Log what a given config changes that a user may mean to: how much is read, shown and chosen."""
     stored = config_in(content, source)
     theirs = {name: _found(stored.get(name, table[name].default)) for name in MAY_CHANGE if name in table}
     changed = {name: value for name, value in theirs.items() if stored and settings[name] != value}
@@ -117,21 +110,18 @@ def _precision(dtype: str | torch.dtype) -> str:
 
 
 def _stored_config(content: dict, source: str) -> tuple[dict, str]:
-    """The config in the checkpoint, and how to call it in messages."""
-    stored = config_in(content, source)
-    if not stored:
-        raise UserError(
-            f"{source} holds no config, which says how large the model is and how images are read; give that "
-            "of its training, config='configs/...yaml'"
-        )
-    return stored, f"in {source}"
+    """Return the config in the checkpoint, and how to call it in messages."""
+    if stored := config_in(content, source):
+        return stored, f"in {source}"
+    what = f"{source} holds no config, which says how large the model is and how images are read"
+    raise UserError(f"{what}; give that of its training, config='configs/...yaml'")
 
 
 def fill_in_what_is_missing(
     values: dict, table: dict[str, Key], state: Mapping[str, Tensor], kind: str, source: str
 ) -> dict:
-    """The stored config; what it names of another machine, and this one lacks, is taken from the shapes of
-    the weights and the published sizes, and said.
+    """Return the stored config; what it names of another machine, and this one lacks, is taken from the
+    shapes of the weights and the published sizes, and logged.
     """
     values, default = {**values}, {name: table[name].default for name in ("bert_config", "text_encoder")}
     path, name = (values.get(key, default[key]) for key in default)
@@ -151,13 +141,13 @@ def fill_in_what_is_missing(
 
 
 def _text_encoder_shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Of the entries of the text encoder, by their names inside it."""
+    """Return the shapes of the text encoder's entries, by their names inside it."""
     of_text = (name for name in state if name.startswith("text_encoder."))
     return {name.removeprefix("text_encoder.").removeprefix("bert."): state[name].shape for name in of_text}
 
 
 def text_encoder_sizes(state: Mapping[str, Tensor], kind: str, source: str, path: str) -> dict:
-    """The sizes of the text encoder that the weights show, and of those that they do not, the published ones.
+    """Return the text encoder's sizes that the weights show, and the published ones of those they do not.
 
     Raises UserError where the width is not the published one: the shapes do not say how many heads share it.
     """
@@ -184,15 +174,9 @@ def text_encoder_sizes(state: Mapping[str, Tensor], kind: str, source: str, path
     return {**asdict(BertConfig()), **shown}
 
 
-def _given_config(config: str | Path | Mapping) -> tuple[dict, str]:
-    if isinstance(config, Mapping):
-        return dict(config), "given"
-    return read_yaml(config), str(config)
-
-
 def model_config(values: dict, table: dict[str, Key], where: str) -> dict:
-    """What model and scoring need of a task's config, checked, defaults filled in; training, data, and keys
-    that other versions have, are passed over. Raises UserError for what is missing or of a wrong type.
+    """Return what model and scoring need of a task's config, checked, defaults filled in; training, data, and
+    keys that other versions have, are passed over. Raises UserError for what is missing or of a wrong type.
     """
     used = {name: key for name, key in table.items() if name in USED_KEYS}
     known = {name: value for name, value in values.items() if name in used}
@@ -204,19 +188,20 @@ def model_config(values: dict, table: dict[str, Key], where: str) -> dict:
 
 
 def _found(path: str | dict) -> str | dict:
-    """A relative path as it is, or, where nothing is there, from the folder of the scripts."""
+    """Return a relative path as it is, or, where nothing is there, from the folder of the scripts."""
     if isinstance(path, str) and not Path(path).exists() and (ROOT / path).exists():
         return str(ROOT / path)
     return path
 
 
 def _concept_head(state: Mapping[str, Tensor], source: str) -> nn.Linear | None:
-    """The head that names an image's keywords, where the file has it."""
+    """Return the head that names an image's keywords, None where the file lacks it."""
     if "concept_head.weight" not in state:
         return None
     vocab_size, embed_dim = state["concept_head.weight"].shape
     head = nn.Linear(embed_dim, vocab_size, dtype=torch.float32)
-    for name in ("weight", "bias"):
-        check_weight(state[f"concept_head.{name}"], f"concept_head.{name}", source)
-    head.load_state_dict({name: state[f"concept_head.{name}"] for name in ("weight", "bias")})
+    weights = {name: state[f"concept_head.{name}"] for name in ("weight", "bias")}
+    for name, value in weights.items():
+        check_weight(value, f"concept_head.{name}", source)
+    head.load_state_dict(weights)
     return head

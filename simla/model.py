@@ -26,23 +26,16 @@ from simla.inputs import Images, Texts, check_count, good_pictures, listed, pair
 from simla.keywords import Concepts
 from simla.models.align import unit_features
 from simla.models.gradcam import MODES, check_block, default_block
-from simla.utils import (
-    UserError,
-    autocast,
-    check_scores,
-    dtype_of,
-    own_surroundings,
-    set_precision,
-)
+from simla.utils import UserError, autocast, check_scores, dtype_of, own_surroundings, set_precision
 
-FEATURES = "projection to features", "pretrain", "retrieval"  # a part, and the kinds that have it
+FEATURES = "projection to features", "pretrain", "retrieval"  # a module, and the kinds that have it
 MATCHING = "matching head", "pretrain", "retrieval"
 PAIRS_AT_A_TIME = 512  # in `match`
 MAX_WORDS = {clean_caption: 30, clean_question: MAX_WORDS_IN_EVALUATION}  # as the scripts read texts
 
 
 def _asked(method: Callable) -> Callable:
-    """A method that computes without dropout and as the model was loaded, whatever the caller has set."""
+    """Make a method compute without dropout and as the model was loaded, whatever the caller has set."""
 
     @wraps(method)
     def ask(self: "Simla", *args, **kwargs):
@@ -92,7 +85,7 @@ class Simla:
 
     @_asked
     def encode_image(self, images: Images) -> Tensor:
-        """Unit-length features of the images, (I, E) float32 on the CPU."""
+        """Return unit-length features of the images, (I, E) float32 on the CPU."""
         self._need("encode_image", *FEATURES)
         images, _ = listed(images, "image")
         with self._scoring():
@@ -101,7 +94,7 @@ class Simla:
 
     @_asked
     def encode_text(self, texts: Texts, max_tokens: int = MAX_TEXT_TOKENS) -> Tensor:
-        """Unit-length features of the texts, (T, E) float32 on the CPU."""
+        """Return unit-length features of the texts, (T, E) float32 on the CPU."""
         self._need("encode_text", *FEATURES)
         ids, mask = self._captions(listed(texts, "text")[0], max_tokens)
         return self._encode_captions(ids, mask)
@@ -115,16 +108,17 @@ class Simla:
 
     @_asked
     def similarity(self, images: Images, texts: Texts, max_tokens: int = MAX_TEXT_TOKENS) -> Tensor:
-        """Cosine of every image's and every text's features, (I, T); a single image or text has no axis."""
+        """Return the cosine of every image's and text's features, (I, T); a single one has no axis."""
         self._need("similarity", *FEATURES)
         (images, one_image), (texts, one_text) = listed(images, "image"), listed(texts, "text")
         cosines = self.encode_image(images) @ self.encode_text(texts, max_tokens).T
-        return cosines[0 if one_image else slice(None), ..., 0 if one_text else slice(None)]
+        return _without_single_axes(cosines, one_image, one_text)
 
     @_asked
     def match(self, images: Images, texts: Texts, max_tokens: int = MAX_TEXT_TOKENS) -> Tensor:
-        """The matching head's probability that a text describes an image, (I, T); a single image or text has
-        no axis. Reads every pair jointly, which takes longer than `similarity` and tells more apart.
+        """Return the matching head's probability that a text describes an image, (I, T); a single image or
+        text has no axis. Every pair is read jointly, which takes longer than `similarity` and tells more
+        apart.
         """
         self._need("match", *MATCHING)
         (images, one_image), (texts, one_text) = listed(images, "image"), listed(texts, "text")
@@ -132,20 +126,17 @@ class Simla:
         rows = []
         with self._scoring():
             for image in self._batches(images):
-                cross = self.model.text_encoder.project(self.model.visual_encoder(image))
-                parts = []
-                for part in zip(
-                    *(side.split(max(1, PAIRS_AT_A_TIME // len(image))) for side in (ids, mask)), strict=True
-                ):
+                cross, num = self.model.text_encoder.project(self.model.visual_encoder(image)), len(image)
+                size, logits = max(1, PAIRS_AT_A_TIME // num), []
+                for some_ids, some_mask in zip(ids.split(size), mask.split(size), strict=True):
                     # All texts for image 0, for image 1, ...
-                    own = (side.repeat(len(image), 1) for side in part)
-                    hidden = self.model.text_encoder(*own, cross, first_only=True)
-                    logits = self.model.match_logits(hidden[:, 0])
-                    parts.append(logits.view(len(image), -1, 2).cpu())
-                rows.append(torch.cat(parts, dim=1))
+                    texts = some_ids.repeat(num, 1), some_mask.repeat(num, 1)
+                    hidden = self.model.text_encoder(*texts, cross, first_only=True)
+                    logits.append(self.model.match_logits(hidden[:, 0]).view(num, -1, 2).cpu())
+                rows.append(torch.cat(logits, dim=1))
         # The scores, since one that is infinite would pass as the probability 0 or 1.
-        found = self._finite(torch.cat(rows), "matching scores").softmax(-1)[..., 1]
-        return found[0 if one_image else slice(None), ..., 0 if one_text else slice(None)]
+        probabilities = self._finite(torch.cat(rows), "matching scores").softmax(-1)[..., 1]
+        return _without_single_axes(probabilities, one_image, one_text)
 
     # ---- search ----
 
@@ -157,7 +148,7 @@ class Simla:
         update: bool = False,
         everything: bool = False,
     ) -> Index:
-        """Encodes a folder of images, subfolders included, or a list of files, for `search`.
+        """Encode a folder of images, subfolders included, or a list of files, for `search`.
 
         folder: a new one to write the index to, for `open_index`; None: it stays in memory. An image takes
         4 N D bytes (1.8 MB at 384 x 384 for the base size), half of it in bf16 or fp16. update: `folder` may
@@ -170,10 +161,8 @@ class Simla:
         def encode(pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
             with self._scoring():
                 states, features = self.model.encode_image(normalise(torch.stack(pixels).to(self.device)))
-            states = states.to(dtype_of(self.precision))
-            return self._finite(states, "token states of images"), self._finite(
-                features, "features of images"
-            )
+            states = self._finite(states.to(dtype_of(self.precision)), "token states of images")
+            return states, self._finite(features, "features of images")
 
         sizes = (*self.model.visual_encoder.pos_embed.shape[1:], self.model.embed_dim)
         res, batch_size = self.config["image_res"], self.config["batch_size_test"]
@@ -182,9 +171,9 @@ class Simla:
 
     @_asked
     def open_index(self, folder: str | Path, images: str | Path | None = None) -> Index:
-        """An index that `index` has written, memory-mapped. images: where the folder that was indexed is now,
-        if it has been moved or copied. Raises UserError where the index is damaged, its images have changed,
-        or this model would have computed it otherwise.
+        """Return an index that `index` has written, memory-mapped. images: where the folder that was indexed
+        is now, if it has been moved or copied. Raises UserError where the index is damaged, its images have
+        changed, or this model would have computed it otherwise.
         """
         self._need("open_index", *FEATURES)
         return open_index(folder, self.image_side, images)
@@ -198,7 +187,7 @@ class Simla:
         candidates: int | None = None,
         max_tokens: int = MAX_TEXT_TOKENS,
     ) -> list:
-        """The images that match a text best: for each query a list of Hit, best first; one list for one text.
+        """Return the images that match a text best: a list of Hit, best first, or one for each of many texts.
 
         The features choose `candidates` images (None: k_test of the config, or `top` if more), which the
         matching head then ranks, exactly as zero_shot_retrieval.py does. So the first hits depend on the
@@ -239,8 +228,8 @@ class Simla:
 
     @property
     def image_side(self) -> dict:
-        """What an index depends on: the weights that read images, by their hash, how the encoder is built,
-        how an image comes to it, and the precision.
+        """Return what an index depends on: the weights that read images, by their hash, how the encoder is
+        built, how an image comes to it, and the precision.
         """
         return {
             "weights": self._hash_of_weights(),
@@ -250,8 +239,9 @@ class Simla:
         }
 
     def _hash_of_weights(self) -> str:
-        """Computed anew where the weights are not those of the last time: `load_state_dict` and optimisers
-        raise their versions, writing to `.data` does not, but changes their sums.
+        """Return a hash that is computed anew where the weights are not those of the last time:
+        `load_state_dict` and optimisers raise their versions; writing to `.data` does not, but changes their
+        sums.
         """
         weights = {
             name: value.detach()
@@ -280,7 +270,7 @@ class Simla:
         block: int | None = None,
         max_tokens: int = MAX_TEXT_TOKENS,
     ) -> Grounding | list[Grounding]:
-        """Where in the image a text and each of its words is seen, for every pair of image and text.
+        """Return where in the image a text and each of its words is seen, for every pair of image and text.
 
         boxes: proposals to rank, [[x, y, width, height, ...], ...] in pixels of the image, a list of those
         for many pairs; mode: itm (cross-attention, by the matching head) or itc (the image encoder's
@@ -320,7 +310,7 @@ class Simla:
         answers: Sequence[str] | str | Path | None = None,
         top: int = 5,
     ) -> list:
-        """The best answers as (answer, probability), best first: a list for each pair of image and question.
+        """Return the best answers as (answer, probability), best first, for every pair of image and question.
 
         answers: those to rank, as a list or the path of a JSON list; probabilities are among the k_test
         likeliest. None: free answers by beam search, num_beams of them, the probability being that of the
@@ -337,7 +327,7 @@ class Simla:
 
     @_asked
     def entails(self, images: Images, sentences: Texts) -> dict[str, float] | list[dict[str, float]]:
-        """The probabilities of contradiction, neutral and entailment for every pair of image and sentence."""
+        """Return {class: probability} of `dataset.ve.CLASSES` for every pair of image and sentence."""
         self._need("entails", "entailment head", "ve")
         images, sentences, is_single = self._pairs(images, sentences, clean_caption, "sentences")
         with self._scoring():
@@ -350,7 +340,7 @@ class Simla:
 
     @_asked
     def compare(self, first: Images, second: Images, statements: Texts) -> float | list[float]:
-        """The probability that a statement is true of two images, for every triple of them."""
+        """Return the probability that a statement is true of two images, for every triple of them."""
         self._need("compare", "two-image head", "nlvr")
         left, right, one_pair = paired(listed(first, "image"), listed(second, "image"), "images")
         couples, statements, is_single = self._pairs(
@@ -368,8 +358,8 @@ class Simla:
 
     @_asked
     def keywords(self, images: Images, top: int = 5, words: str | Sequence[str] | None = None) -> list:
-        """The words that the concept head of pre-training sees in an image: for each image a list of (word,
-        probability), best first. Each word has a probability of its own; they do not sum to 1.
+        """Return the words that the concept head of pre-training sees in an image, for each image a list of
+        (word, probability), best first. Each word has a probability of its own; they do not sum to 1.
 
         words: those to choose from, single words of the vocabulary; None: all, function words left out.
         """
@@ -388,20 +378,17 @@ class Simla:
 
     def _need(self, method: str, part: str, *kinds: str) -> None:
         if self.kind not in kinds:
-            scripts = written_by(kinds)
-            raise UserError(
-                f"{self.source} is a {self.kind} checkpoint, which has no {part}; {method} needs a "
-                f"checkpoint of {scripts}"
-            )
+            what = f"{self.source} is a {self.kind} checkpoint, which has no {part}"
+            raise UserError(f"{what}; {method} needs a checkpoint of {written_by(kinds)}")
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        """As the task scripts score: no gradients, the precision of the model."""
+        """Score as the task scripts do: no gradients, the precision of the model."""
         with torch.no_grad(), autocast(self.device, self.precision):
             yield
 
     def _probabilities(self, *inputs: Tensor) -> Tensor:
-        """Of the classes, (B, C): inputs as `predict` of the model takes them."""
+        """Return those of the classes, (B, C); inputs: what `predict` of the model takes."""
         return self._finite(self.model.predict(*inputs).float(), "scores of classes").softmax(-1)
 
     def _finite(self, values: Tensor, what: str) -> Tensor:
@@ -415,7 +402,7 @@ class Simla:
         return min(check_count(max_tokens, "max_tokens", least=2), self._position_limit)
 
     def _captions(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-        """Ids and mask (T, max_tokens or less) as retrieval reads them."""
+        """Return ids and mask (T, max_tokens or less) as retrieval reads them."""
         limit = self._token_limit(max_tokens)
         texts = read_texts(texts, self.tokenizer, clean_caption, MAX_WORDS[clean_caption], limit)
         ids, mask = tokenize(self.tokenizer, texts, limit, position_limit=self._position_limit)
@@ -430,8 +417,8 @@ class Simla:
         max_tokens: int | None = None,
         one_image: bool | None = None,
     ) -> tuple[list, list[str], bool]:
-        """As `paired`, the texts clean; max_tokens: None = all that there are positions for; one_image: of a
-        list, whether it stands for a single input.
+        """Return what `paired` does, with clean texts. max_tokens: None = all that there are positions for;
+        one_image: whether a list stands for a single input.
         """
         images, is_single = listed(images, "image")
         texts, one_text = listed(texts, names.removesuffix("s"))
@@ -441,7 +428,7 @@ class Simla:
         return paired((images, is_single), (texts, one_text), f"images and {names}")
 
     def _pictures(self, images: list) -> Iterator[tuple[int, list]]:
-        """The images read, batch by batch, with the number of the first."""
+        """Yield the images read, batch by batch, with the number of the first."""
         size = self.config["batch_size_test"]
         for start in range(0, len(images), size):
             yield start, good_pictures(images[start : start + size], self.config["image_res"], start)
@@ -450,12 +437,12 @@ class Simla:
         return normalise(torch.stack(pixels).to(self.device))
 
     def _batches(self, images: list) -> Iterator[Tensor]:
-        """The images as the encoder takes them, (B, 3, R, R) each."""
+        """Yield batches (B, 3, R, R) as the encoder takes them."""
         for _, pictures in self._pictures(images):
             yield self._normalised([picture.pixels for picture in pictures])
 
     def _pair_batches(self, images: list, texts: list[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Image (B, 3, R, R), ids and mask (B, T) of the pairs, as the task scripts collate them."""
+        """Yield image (B, 3, R, R), ids and mask (B, T) of the pairs, as the task scripts collate them."""
         size = self.config["batch_size_test"]
         for start, image in zip(range(0, len(images), size), self._batches(images), strict=True):
             own = texts[start : start + size]
@@ -463,15 +450,18 @@ class Simla:
             yield image, ids.to(self.device), mask.to(self.device)
 
 
+def _without_single_axes(values: Tensor, one_image: bool, one_text: bool) -> Tensor:
+    return values[0 if one_image else slice(None), ..., 0 if one_text else slice(None)]
+
+
 def kept_index(model: "Simla", images: str | Path, folder: str | Path, everything: bool = False) -> Index:
-    """The index of a folder of images that `folder` keeps, made where it is missing. UserError where it is of
-    other images, and for what `open_index` and `build_index` refuse.
+    """Return the index of a folder of images that `folder` keeps, made where it is missing. Raises UserError
+    where it is of other images, and for what `open_index` and `build_index` refuse.
     """
     if not Path(folder, CONTENTS).exists():
         return model.index(images, folder, everything=everything)
     index = model.open_index(folder, images)
     if everything and not index.everything:
-        raise UserError(
-            f"the index {folder} is without hidden folders and waste; {UPDATE} and everything=True"
-        )
+        what = f"the index {folder} is without hidden folders and waste"
+        raise UserError(f"{what}; {UPDATE} and everything=True")
     return index

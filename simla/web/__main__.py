@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simla.dataset.text import MAX_TEXT_TOKENS
-from simla.engine.command import run_command
+from simla.engine.command import run_command, whole_number
 from simla.utils import ROOT, UserError, log
 
 if TYPE_CHECKING:  # torch takes seconds: what needs it is imported once the command line is read
@@ -32,12 +32,11 @@ DEMO = ROOT / "data" / "demo"
 
 
 def load_models(args: argparse.Namespace) -> dict[str, Simla]:
-    """kind -> model. UserError for two checkpoints of a kind, of which the page could ask one."""
+    """Return kind -> model. Raises UserError for two checkpoints of a kind: the page could ask one."""
     configs = args.config or [None] * len(args.checkpoint)
     if len(configs) != len(args.checkpoint):
-        raise UserError(
-            f"{len(configs)} --config for {len(args.checkpoint)} --checkpoint: give one for each, or none"
-        )
+        numbers = f"{len(configs)} --config for {len(args.checkpoint)} --checkpoint"
+        raise UserError(f"{numbers}: give one for each, or none")
     from simla.loading import load
 
     models = {}
@@ -45,9 +44,8 @@ def load_models(args: argparse.Namespace) -> dict[str, Simla]:
         log.info(f"loading {file}")
         model = load(file, args.device, args.dtype, config, args.text_encoder)
         if other := models.get(model.kind):
-            raise UserError(
-                f"{other.source} and {file} are both {model.kind} checkpoints; leave one of them out"
-            )
+            both = f"{other.source} and {file}"
+            raise UserError(f"{both} are both {model.kind} checkpoints; leave one of them out")
         models[model.kind] = model
     return models
 
@@ -55,7 +53,7 @@ def load_models(args: argparse.Namespace) -> dict[str, Simla]:
 def searched_images(
     model: Simla | None, images: str | Path | None, folder: str | None, default: Path
 ) -> Index | None:
-    """The images of the search tab: those of --images, or of the default where it exists."""
+    """Return the images of the search tab: those of --images, or of the default where it exists."""
     if model is None and (images or folder):
         raise UserError("--images and --index need a checkpoint of Pretrain.py or Retrieval.py, which search")
     if folder and not images:
@@ -70,7 +68,7 @@ def searched_images(
 
 
 def serve(page, examples: dict[str, list[list]], host: str, port: int) -> None:
-    """Starts the page in threads of this process. UserError where the address cannot be used."""
+    """Start the page in threads of this process. Raises UserError where the address cannot be used."""
     import gradio as gr
     from starlette.middleware import Middleware
 
@@ -79,10 +77,8 @@ def serve(page, examples: dict[str, list[list]], host: str, port: int) -> None:
     cells = [cell for rows in examples.values() for row in rows for cell in row]
     name = f"[{host}]" if ":" in host else host  # as Gradio writes addresses of IPv6
     # Gradio asks the page whether it is up, which a proxy could not tell.
-    around = ",".join(
-        filter(None, [os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), LOCAL, "localhost"])
-    )
-    os.environ["no_proxy"] = f"{around},{host}"
+    around = [os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), LOCAL, "localhost", host]
+    os.environ["no_proxy"] = ",".join(filter(None, around))
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass  # Gradio would not say why it cannot listen
@@ -101,22 +97,8 @@ def serve(page, examples: dict[str, list[list]], host: str, port: int) -> None:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        cause = error.strerror or error
-        raise UserError(
-            f"port {port} of {host} cannot be used ({cause}); choose another --port or --host"
-        ) from error
-
-
-def port_number(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 65536:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, got {text!r}")
-    return int(text)
-
-
-def token_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"expected a number from 2 on, got {text!r}")
-    return int(text)
+        what = f"port {port} of {host} cannot be used ({error.strerror or error})"
+        raise UserError(f"{what}; choose another --port or --host") from error
 
 
 def is_local(host: str) -> bool:
@@ -128,35 +110,21 @@ def is_local(host: str) -> bool:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m simla.web", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--checkpoint", nargs="+", action="extend", required=True, help="files of any tasks, one of each kind"
-    )
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        action="extend",
-        help="a YAML file for each checkpoint, where they hold no config",
-    )
-    parser.add_argument(
-        "--images", help="folder that the search tab looks through (default: the demo's test scenes)"
-    )
-    parser.add_argument("--index", help="folder that keeps what was computed of --images; made when missing")
-    parser.add_argument(
-        "--demo_data", default=DEMO, help="the demo's data set, for examples (default: data/demo)"
-    )
-    parser.add_argument(
-        "--host", default=LOCAL, help="address to listen on; 0.0.0.0: all (default: %(default)s)"
-    )
-    parser.add_argument("--port", type=port_number, default=7860, help="(default: %(default)s)")
-    parser.add_argument(
-        "--max_tokens",
-        type=token_count,
-        default=MAX_TEXT_TOKENS,
-        help="tokens of a description that are read, and at most 30 words (default: %(default)s)",
-    )
-    parser.add_argument("--text_encoder", help="tokenizer: hub name or folder; replaces the configs'")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--dtype", default="fp32", help="fp32, tf32, bf16 or fp16 (default: %(default)s)")
+    add = parser.add_argument
+    text = "files of any tasks, one of each kind"
+    add("--checkpoint", nargs="+", action="extend", required=True, help=text)
+    text = "a YAML file for each checkpoint, where they hold no config"
+    add("--config", nargs="+", action="extend", help=text)
+    add("--images", help="folder that the search tab looks through (default: the demo's test scenes)")
+    add("--index", help="folder that keeps what was computed of --images; made when missing")
+    add("--demo_data", default=DEMO, help="the demo's data set, for examples (default: data/demo)")
+    add("--host", default=LOCAL, help="address to listen on; 0.0.0.0: all (default: %(default)s)")
+    add("--port", type=whole_number(1, 65535), default=7860, help="(default: %(default)s)")
+    text = "tokens of a description that are read, and at most 30 words (default: %(default)s)"
+    add("--max_tokens", type=whole_number(2), default=MAX_TEXT_TOKENS, help=text)
+    add("--text_encoder", help="tokenizer: hub name or folder; replaces the configs'")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--dtype", default="fp32", help="fp32, tf32, bf16 or fp16 (default: %(default)s)")
     return parser
 
 

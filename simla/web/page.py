@@ -47,9 +47,9 @@ Examples = dict[str, list[list]]  # of each tab, rows of its inputs
 def build_page(
     models: dict[str, Simla], index: Index | None, examples: Examples, max_tokens: int = MAX_TEXT_TOKENS
 ) -> gr.Blocks:
-    """The page of the models (kind -> model); index: the images of the search tab, made by the model that
-    `describing` returns; max_tokens: of what is looked for and of descriptions. A tab that no model serves
-    says which script writes its checkpoint.
+    """Return the page of the models (kind -> model). index: the images of the search tab, made by the model
+    that `describing` returns; max_tokens: of what is looked for and of descriptions. A tab that no model
+    serves says which script writes its checkpoint.
     """
     describes = describing(models)
     with gr.Blocks(title="SIMLA", analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -64,10 +64,9 @@ def build_page(
         ):
             with gr.Tab(title):
                 if model is None:
-                    scripts = written_by(kinds)
                     gr.Markdown(
-                        f"This needs a checkpoint of {scripts}: start the page with it after `--checkpoint`, "
-                        "beside the others."
+                        f"This needs a checkpoint of {written_by(kinds)}: start the page with it after "
+                        "`--checkpoint`, beside the others."
                     )
                 else:
                     build(model, examples.get(title, []))
@@ -75,17 +74,17 @@ def build_page(
 
 
 def describing(models: dict[str, Simla]) -> Simla | None:
-    """The model for search, matching and heat maps."""
+    """Return the model for search, matching and heat maps."""
     return next((models[kind] for kind in DESCRIBING if kind in models), None)
 
 
 def demo_examples(data: Path) -> Examples:
-    """A few inputs for each tab from the test splits of the demo's data set, none where there is no split, or
-    its images are gone. UserError for other data.
+    """Return a few inputs for each tab from the test splits of the demo's data set, none where there is no
+    split, or its images are gone. Raises UserError for other data.
     """
 
     def spread(name: str) -> list[dict]:
-        """Entries of a split, far from each other."""
+        """Return entries of a split, far from each other."""
         file = data / f"{name}_test.json"
         entries = json.loads(file.read_bytes()) if file.is_file() else []
         return [entries[number * len(entries) // NUM_EXAMPLES] for number in range(NUM_EXAMPLES) if entries]
@@ -103,18 +102,13 @@ def demo_examples(data: Path) -> Examples:
             "Match and ground": [[path(entry["image"]), entry["caption"][0]] for entry in scenes],
             "Keywords": [[path(entry["image"])] for entry in scenes],
             "Questions": [[path(entry["image"]), entry["question"]] for entry in spread("vqa")],
-            "Statements on two images": [
-                [*map(path, entry["images"]), entry["sentence"]] for entry in spread("nlvr")
-            ],
-            "Entailment": [
-                [path(f"images/{entry['image']}.jpg"), entry["sentence"]] for entry in spread("ve")
-            ],
+            "Statements on two images": [[*map(path, e["images"]), e["sentence"]] for e in spread("nlvr")],
+            "Entailment": [[path(f"images/{e['image']}.jpg"), e["sentence"]] for e in spread("ve")],
         }
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{data} is not the demo's data set ({type(error).__name__}: {error}); delete it and run "
-            "`make demo`, or name another with --demo_data"
-        ) from error
+        what = f"{data} is not the demo's data set ({type(error).__name__}: {error})"
+        remedy = "delete it and run `make demo`, or name another with --demo_data"
+        raise UserError(f"{what}; {remedy}") from error
     return {tab: list(filter(is_whole, rows)) for tab, rows in examples.items()}
 
 
@@ -127,7 +121,7 @@ def _heading(models: dict[str, Simla]) -> str:
 
 
 def _notes(index: Index) -> str:
-    """Returns what the folder holds that is not searched, without a name of this machine's files."""
+    """Return what the folder holds that is not searched, without a name of this machine's files."""
     unreadable = f"{len(index.unreadable)} images cannot be read" if index.unreadable else ""
     return "; ".join(filter(None, [unreadable, describe(index.passed_over)]))
 
@@ -266,17 +260,10 @@ def _upload(label: str) -> gr.Image:
 def _wire(
     function: Callable, inputs: Sequence, outputs, button: gr.Button, text: gr.Textbox | None = None
 ) -> None:
-    """Runs the function on a click, or Enter in the text; all tabs take their turns in one queue."""
+    """Run the function on a click, or Enter in the text; all tabs take their turns in one queue."""
     triggers = [button.click] if text is None else [button.click, text.submit]
-    one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "models"}
-    gr.on(
-        triggers,
-        told_to_sender(function),
-        list(inputs),
-        outputs,
-        api_name=function.__name__,
-        **one_at_a_time,
-    )
+    queue = {"concurrency_limit": 1, "concurrency_id": "models", "api_name": function.__name__}
+    gr.on(triggers, told_to_sender(function), list(inputs), outputs, **queue)
 
 
 def _offer(examples: list[list], inputs: list) -> None:

@@ -22,8 +22,8 @@ MAX_SCANS = 50  # of a JPEG, each a pass over all of its pixels; 10 are usual
 
 
 def told_to_sender(function: Callable) -> Callable:
-    """Shows what is wrong with the inputs on the page, files by their names alone, and what is said of texts,
-    such as that one is cut.
+    """Make a function show on the page what is wrong with its inputs, files by their names alone, and what is
+    said of texts, such as that one is cut.
     """
 
     @wraps(function)
@@ -51,7 +51,7 @@ def told_to_sender(function: Callable) -> Callable:
 
 
 class _Said(logging.Handler):
-    """Keeps the different messages of this thread, in order."""
+    """A log handler that keeps the different messages of this thread, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,8 +63,8 @@ class _Said(logging.Handler):
 
 
 def checked_image(file: str | None, name: str = "an image") -> str:
-    """The path of an upload; UserError for none, for a rare format, and for a picture too large to be
-    decoded.
+    """Return the path of an upload. Raises UserError for none, for a rare format, and for a picture that is
+    too large to be decoded.
     """
     if not file:
         raise UserError(f"upload {name} first")
@@ -76,17 +76,15 @@ def checked_image(file: str | None, name: str = "an image") -> str:
     if form not in FORMATS:
         raise UserError(f"{Path(file).name} is of the format {form}; read are {', '.join(FORMATS)}")
     if width * height > MAX_PIXELS:
-        raise UserError(
-            f"{Path(file).name} has {width} x {height} pixels; at most {MAX_PIXELS // 1_000_000} million are "
-            "read"
-        )
+        what = f"{Path(file).name} has {width} x {height} pixels"
+        raise UserError(f"{what}; at most {MAX_PIXELS // 1_000_000} million are read")
     if form in ("JPEG", "MPO") and Path(file).read_bytes().count(b"\xff\xda") > MAX_SCANS:
         raise UserError(f"{Path(file).name} is written in more than {MAX_SCANS} scans; save it anew")
     return file
 
 
 def bounded(text: str | None) -> str:
-    """The text; UserError for one too long. What comes from a program has not passed the text box."""
+    """Return the text. Raises UserError where it is too long: not all of them come through the text box."""
     text = text or ""
     if len(text) > MAX_LETTERS:
         raise UserError(f"{len(text)} letters are too many: at most {MAX_LETTERS}")
@@ -100,7 +98,7 @@ def checked_text(text: str | None, name: str) -> str:
 
 
 def checked_lines(texts: str | None) -> list[str]:
-    """The different lines of a text."""
+    """Return the different lines of a text."""
     lines = list(dict.fromkeys(line.strip() for line in (texts or "").splitlines() if line.strip()))
     if len(lines) > MAX_TEXTS:
         raise UserError(f"{len(lines)} descriptions are too many: at most {MAX_TEXTS}")
@@ -108,7 +106,7 @@ def checked_lines(texts: str | None) -> list[str]:
 
 
 def only_files(component: gr.components.Component) -> gr.components.Component:
-    """Refuses an address in place of a file: Gradio would fetch what is there, however large."""
+    """Refuse an address in place of a file: Gradio would fetch what is there, however large."""
     move = component.async_move_resource_to_block_cache
 
     async def move_file(path: str | None) -> str | None:
@@ -121,7 +119,7 @@ def only_files(component: gr.components.Component) -> gr.components.Component:
 
 
 class FetchNothing:
-    """ASGI middleware: refuses /file=https://..., for which Gradio would fetch the address."""
+    """ASGI middleware that refuses /file=https://..., for which Gradio would fetch the address."""
 
     def __init__(self, app: Callable) -> None:
         self.app = app
