@@ -117,17 +117,15 @@ def tokenize(
     rows = tokenizer(list(texts))["input_ids"] if len(texts) else []
     longest = max(map(len, rows), default=0)
     limit = min(max_length or position_limit, position_limit)
-    for row, ids in enumerate(rows):
-        if len(ids) > position_limit == limit:
-            _warn_cut(position_limit, "some texts" if names is None else names[row])
     width = limit if padding == "max_length" else min(longest, limit)
 
     input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(rows):
-        kept = ids[:width]
-        input_ids[row, : len(kept)] = torch.tensor(kept)
-        attention_mask[row, : len(kept)] = 1
+        if len(ids) > position_limit == limit:
+            _warn_cut(position_limit, "some texts" if names is None else names[row])
+        kept = torch.tensor(ids[:width])
+        input_ids[row, : len(kept)], attention_mask[row, : len(kept)] = kept, 1
     return input_ids, attention_mask
 
 

@@ -71,8 +71,13 @@ class JsonList(Sequence):
     def __getitem__(self, number: int) -> object:
         if not 0 <= number < self.num_entries:
             raise IndexError(number)
-        if self.file is None:
-            self._open_again()
+        if self.file is None:  # in a process that got this object pickled
+            self.file = _open(self.path)
+        if self.index is None:
+            index = read_index(self.kept_as, self.stamp)
+            if index is None:
+                raise UserError(f"{self.path} or its index {self.kept_as} has changed; start again")
+            self.index = index.content
         begin, crc, end = RECORD_AND_NEXT.unpack_from(self.index, HEADER_BYTES + number * RECORD.size)
         try:
             text = os.pread(self.file.fileno(), end - begin, begin)
@@ -94,15 +99,6 @@ class JsonList(Sequence):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "file": None, "index": None if self.kept_as else bytes(self.index)}
-
-    def _open_again(self) -> None:
-        """Open file and index in a process that got this object pickled."""
-        if self.index is None:
-            index = read_index(self.kept_as, self.stamp)
-            if index is None:
-                raise UserError(f"{self.path} or its index {self.kept_as} has changed; start again")
-            self.index = index.content
-        self.file = _open(self.path)
 
 
 def read_json(path: Path, kind: type[list] | type[dict]) -> list | dict:
