@@ -15,86 +15,111 @@ if __name__ == "__main__":
     prepare()
 
 import argparse
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+import math
 
 from simla.checkpoint.initial import starting_weights
+from simla.checkpoint.load import load_weights
 from simla.configs.reader import parse
 from simla.configs.schema import NLVR
+from simla.dataset.items import EvalItems, evaluation_items, finetune_loader
 from simla.dataset.nlvr import CLASSES, official_identifiers, read_nlvr
 from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.engine.dry_run import dry_run
+from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
 from simla.engine.results import result_path
+from simla.engine.training import Training
 from simla.evaluation.classification import consistency
 from simla.models.nlvr import SIMLANLVR
-from simla.utils import atomic_write, is_main, log
-from VE import SPLITS, losses, report, train_and_evaluate
+from simla.optim import create_optimizer
+from simla.scheduler import create_scheduler
+from simla.utils import append_log, atomic_write, is_main, log
+from VE import evaluate, losses, report
 
 
-class OfficialScores:
-    """What NLVR2's own script scores: consistency, and each split's predictions in a file."""
+def chance(config: dict) -> dict[str, float]:
+    """Return what an even guess has."""
+    return {"loss": math.log(len(CLASSES))}
 
-    def __init__(self, output_dir: str):
-        self.output_dir = output_dir
-        self.predictions: dict[str, str] = {}  # split -> lines "identifier,prediction" of the last evaluation
 
-    def score(self, split: str, items: Sequence[dict], classes: Tensor) -> dict[str, float]:
-        """Return `val_consistency`, if it can be known; classes: the true and predicted ones, (N, 2)."""
-        identifiers = official_identifiers(items)
+def report_predictions(
+    data: dict[str, EvalItems], predicted: dict[str, list[int]], config: dict, output_dir: str
+) -> None:
+    """Write result/nlvr_val_predictions.csv and nlvr_test_predictions.csv, lines "identifier,True" as NLVR2's
+    own script takes them, or say what they need.
+    """
+    for split, items in data.items():
+        identifiers = official_identifiers(items.entries)
         if identifiers is None:
-            return {}
-        true, predicted = classes.unbind(1)
-        rows = zip(identifiers, predicted.tolist(), strict=True)
-        self.predictions[split] = "".join(f"{name},{CLASSES[number]}\n" for name, number in rows)
-        return {f"{split}_consistency": consistency(identifiers, (true == predicted).tolist())}
-
-    def save(self) -> None:
-        """Write result/nlvr_val_predictions.csv and so on, of the last evaluation; on the main rank only."""
-        if not is_main():
-            return
-        for split, lines in self.predictions.items():
-            path = result_path(self.output_dir, f"nlvr_{split}_predictions.csv")
-            with atomic_write(path, text=True) as file:
-                file.write(lines)
-
-
-def main(args: argparse.Namespace, config: dict) -> dict:
-    # start
-    device = start(args, config)
-    if args.dry_run:
-        return dry_run(SIMLANLVR.from_config, losses, config, args, device, "end", num_images=2)
-
-    # data
-    tokenizer = build_tokenizer(config["text_encoder"])
-    splits = SPLITS if args.evaluate else ("train", *SPLITS)
-    entries = {split: read_nlvr(config[f"{split}_file"], config["image_root"]) for split in splits}
-
-    # model
-    torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them
-    model = SIMLANLVR.from_config(config)
-    check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
-    copy_twins = not config["released_code"]["nlvr_teacher_unloaded"]
-    weights = starting_weights(model, config, "NLVR", args.checkpoint, args.resume, tokenizer, copy_twins)
-    log.info(weights)
-    model = model.to(device)
-
-    # train, evaluate and save: the losses and scores of VE.py
-    official = OfficialScores(args.output_dir)
-    settings = len(CLASSES), weights, config, args, device
-    weights, scores = train_and_evaluate(model, entries, tokenizer, *settings, official.score, official.save)
-
-    # report
-    report("nlvr", scores, CLASSES, weights, entries, config, args.output_dir)
-    for split in SPLITS:
-        if f"{split}_consistency" not in scores:
             log.info(
                 f"{config[f'{split}_file']}: no consistency, and no file of predictions; for them every "
                 "entry needs an 'identifier' of its own like dev-850-0-0: python -m simla.dataset.prepare "
                 "nlvr2"
             )
+        elif is_main():
+            rows = zip(identifiers, predicted[split], strict=True)
+            path = result_path(output_dir, f"nlvr_{split}_predictions.csv")
+            with atomic_write(path, text=True) as file:
+                file.write("".join(f"{identifier},{CLASSES[number]}\n" for identifier, number in rows))
+
+
+def main(args: argparse.Namespace, config: dict) -> dict[str, float | list]:
+    # start
+    run = start(args, config, chance(config))
+    if run.dry_run:
+        return dry_run(SIMLANLVR.from_config, losses, config, run, num_images=2)
+
+    # data
+    tokenizer = build_tokenizer(config["text_encoder"])
+    splits = ("val", "test") if run.evaluate else ("train", "val", "test")
+    entries = {split: read_nlvr(config[f"{split}_file"], config["image_root"]) for split in splits}
+    data = {split: evaluation_items(entries[split], config) for split in ("val", "test")}
+
+    # model
+    model = SIMLANLVR.from_config(config)
+    check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
+    copy_twins = not config["released_code"]["nlvr_teacher_unloaded"]
+    weights = starting_weights(model, config, "NLVR", run.checkpoint, run.resume, tokenizer, copy_twins)
+    log.info(weights)
+    model = model.to(run.device)
+    predicted: dict[int, dict[str, list[int]]] = {}  # epoch -> split -> classes; -1: without training
+
+    def evaluate_epoch(epoch: int = -1) -> dict[str, float | list]:
+        scores, predicted[epoch] = {}, {}
+        for split, items in data.items():
+            found = evaluate(model, items, tokenizer, config, run.device, split)
+            predicted[epoch][split] = found["predicted"]
+            scores |= {f"{split}_{name}": found[name] for name in ("acc", "confusion")}
+            if identifiers := official_identifiers(items.entries):
+                pairs = zip(items.entries, found["predicted"], strict=True)
+                right = [entry["label"] == number for entry, number in pairs]
+                scores[f"{split}_consistency"] = consistency(identifiers, right)
+        return scores
+
+    if run.evaluate:
+        epoch, scores = -1, evaluate_epoch()
+        append_log(run.output_dir, scores)
+    else:
+        # optimiser and schedule
+        optimizer = create_optimizer(model, config["optimizer"])
+        schedule = create_scheduler(optimizer, config["schedular"], epoch_step="end")
+
+        # resume
+        loader = finetune_loader(entries["train"], config, tokenizer, run.seed)
+        training = Training(model, optimizer, schedule, loader, losses, config, run, best="val_acc")
+        if run.resume:
+            training.resume(run.checkpoint)
+
+        # train, evaluate and save
+        weights, scores = fit(training, evaluate_epoch)
+        epoch = scores["epoch"]
+        if epoch not in predicted:  # the best one was before the resume
+            log.info(load_weights(model, weights, "NLVR"))
+            evaluate_epoch(epoch)
+
+    # report
+    report("nlvr", scores, CLASSES, weights, data, config, run.output_dir)
+    report_predictions(data, predicted[epoch], config, run.output_dir)
     return scores
 
 

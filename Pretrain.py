@@ -13,6 +13,7 @@ if __name__ == "__main__":
     prepare()
 
 import argparse
+import math
 from functools import partial
 from pathlib import Path
 
@@ -29,21 +30,38 @@ from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.engine.dry_run import CLS, dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
+from simla.engine.training import Training
+from simla.models.align import alignment_chance
+from simla.models.bert_config import BertConfig
 from simla.models.dvae import STRIDE
 from simla.models.pretrain import SIMLA, PretrainBatch
+from simla.optim import create_optimizer
+from simla.scheduler import create_scheduler
 from simla.utils import UserError, barrier, is_main, log
 
 
 def losses(model: nn.Module, batch: dict, alpha: float, image_tokenizer: nn.Module) -> dict[str, Tensor]:
-    """The five losses, summed with weight 1. The visual codes are MIM's targets."""
+    """Return the five losses, summed with weight 1. The visual codes are MIM's targets."""
     fields = {name: batch[name] for name in PretrainBatch._fields if name != "visual_codes"}
     visual_codes = image_tokenizer(batch["code_view"])  # (B, h * w)
     return model(PretrainBatch(**fields, visual_codes=visual_codes), alpha)
 
 
+def chance(config: dict) -> dict[str, float]:
+    """Return what even guesses have: among the vocabulary (MLM), among the codes (MIM), a half for any word
+    (PSL).
+    """
+    return {
+        **alignment_chance(config["batch_size"] + config["queue_size"]),
+        "loss_mlm": math.log(BertConfig.read(config["bert_config"]).vocab_size),
+        "loss_mim": math.log(config["image_tokenizer"]["vocab_size"]),
+        "loss_psl": math.log(2),
+    }
+
+
 def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, device: torch.device) -> nn.Module:
-    """The image tokenizer of the config; a k-means codebook that is not there yet is fitted on the main
-    rank.
+    """Return the image tokenizer of the config; a k-means codebook that is not there yet is fitted on the
+    main rank.
     """
     settings = config["image_tokenizer"]
     if settings["kind"] == "kmeans" and is_main() and not Path(settings["path"]).is_file():
@@ -59,39 +77,41 @@ def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, device: 
 def main(args: argparse.Namespace, config: dict) -> None:
     # start
     check_batch(config, args.config)
-    device = start(args, config)
-    if args.evaluate:
+    run = start(args, config, chance(config))
+    if run.evaluate:
         raise UserError("Pretrain.py only trains; zero_shot_retrieval.py --evaluate scores its checkpoints")
-    if args.dry_run:
-        dry_run(partial(SIMLA.from_config, cls_id=CLS), losses, config, args, device, "start")
+    if run.dry_run:
+        dry_run(partial(SIMLA.from_config, cls_id=CLS), losses, config, run)
         return
 
     # data
     entries = read_sets(config["train_file"], config["samples_per_epoch"], config["image_root"])
-    grid_size = config["image_res"] // config["vit"]["patch_size"]
-    code_res = grid_size * STRIDE  # one code for each patch
+    code_res = config["image_res"] // config["vit"]["patch_size"] * STRIDE  # one code for each patch
     tokenizer = build_tokenizer(config["text_encoder"])
+    loader = pretrain_loader(entries, config, tokenizer, code_res, run.seed)
 
     # model
     model = SIMLA.from_config(config, tokenizer.cls_token_id)
-    bert = model.text_encoder.bert.config
-    check_vocabulary(tokenizer, bert.vocab_size)
-    limit, pin = bert.max_position_embeddings, device.type == "cuda"
-    loader = pretrain_loader(entries, config, tokenizer, code_res, grid_size, limit, args.seed, pin)
-    log.info(starting_weights(model, config, "Pretrain", args.checkpoint, args.resume, tokenizer))
+    check_vocabulary(tokenizer, model.text_encoder.bert.config.vocab_size)
+    log.info(starting_weights(model, config, "Pretrain", run.checkpoint, run.resume, tokenizer))
+    model = model.to(run.device)
     # Last, because to fit a codebook takes minutes.
-    image_tokenizer = make_image_tokenizer(config, entries, code_res, device)
+    image_tokenizer = make_image_tokenizer(config, entries, code_res, run.device)
+
+    def losses_of(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
+        return losses(model, batch, alpha, image_tokenizer)
+
+    # optimiser and schedule
+    optimizer = create_optimizer(model, config["optimizer"])
+    schedule = create_scheduler(optimizer, config["schedular"], epoch_step="start")
+
+    # resume
+    training = Training(model, optimizer, schedule, loader, losses_of, config, run)
+    if run.resume:
+        training.resume(run.checkpoint)
 
     # train and save
-    fit(
-        model,
-        loader,
-        lambda model, batch, alpha: losses(model, batch, alpha, image_tokenizer),
-        config,
-        args,
-        device,
-        epoch_step="start",
-    )
+    fit(training)
 
 
 def parse_and_run() -> None:

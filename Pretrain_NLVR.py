@@ -12,8 +12,8 @@ if __name__ == "__main__":
     prepare()
 
 import argparse
+import math
 
-import torch
 from torch import Tensor, nn
 
 from simla.checkpoint.initial import starting_weights
@@ -25,40 +25,55 @@ from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
+from simla.engine.training import Training
 from simla.models.pretrain_nlvr import SIMLAPretrainNLVR
+from simla.optim import create_optimizer
+from simla.scheduler import create_scheduler
 from simla.utils import UserError, log
 
 
 def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
-    """Text assignment; there are no momentum targets to weigh with alpha."""
+    """Return that of text assignment; there are no momentum targets to weigh with alpha."""
     return model(batch["image"], batch["text_ids"], batch["text_mask"])
+
+
+def chance(config: dict) -> dict[str, float]:
+    """Return what an even guess has: one of the two images, or neither."""
+    return {"loss": math.log(3)}
 
 
 def main(args: argparse.Namespace, config: dict) -> None:
     # start
     check_batch(config, args.config, least=3)  # the pair of neither image takes two others
-    device = start(args, config)
-    if args.dry_run:
-        dry_run(SIMLAPretrainNLVR.from_config, losses, config, args, device, "start")
-        return
-    if args.evaluate:
+    run = start(args, config, chance(config))
+    if run.evaluate:
         raise UserError("Pretrain_NLVR.py only trains; NLVR.py --evaluate scores what was fine-tuned from it")
+    if run.dry_run:
+        dry_run(SIMLAPretrainNLVR.from_config, losses, config, run)
+        return
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])
     entries = read_pairs(config["train_file"], config["image_root"])
+    loader = finetune_loader(entries, config, tokenizer, run.seed, config["max_tokens"])
 
     # model
-    torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them
     model = SIMLAPretrainNLVR.from_config(config)
-    bert = model.text_encoder.config
-    check_vocabulary(tokenizer, bert.vocab_size)
-    log.info(starting_weights(model, config, "Pretrain_NLVR", args.checkpoint, args.resume, tokenizer))
+    check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
+    log.info(starting_weights(model, config, "Pretrain_NLVR", run.checkpoint, run.resume, tokenizer))
+    model = model.to(run.device)
+
+    # optimiser and schedule
+    optimizer = create_optimizer(model, config["optimizer"])
+    schedule = create_scheduler(optimizer, config["schedular"], epoch_step="start")
+
+    # resume
+    training = Training(model, optimizer, schedule, loader, losses, config, run)
+    if run.resume:
+        training.resume(run.checkpoint)
 
     # train and save
-    limit, pin = bert.max_position_embeddings, device.type == "cuda"
-    loader = finetune_loader(entries, config, tokenizer, limit, args.seed, pin, config["max_tokens"])
-    fit(model, loader, losses, config, args, device, epoch_step="start")
+    fit(training)
 
 
 def parse_and_run() -> None:

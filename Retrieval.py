@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import argparse
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from simla.checkpoint.initial import starting_weights
@@ -27,20 +26,28 @@ from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import add_flag, run_script, script_arguments, start
-from simla.engine.results import record_evaluation, result_path
+from simla.engine.results import result_path
+from simla.engine.training import Training
+from simla.models.align import alignment_chance
 from simla.models.retrieval import RetrievalBatch, SIMLARetrieval
-from simla.utils import UserError, log
+from simla.optim import create_optimizer
+from simla.scheduler import create_scheduler
+from simla.utils import UserError, append_log, log
 from zero_shot_retrieval import evaluate, report
 
 
 def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
-    """ITA and ITM, summed with weight 1."""
+    """Return ITA and ITM, summed with weight 1."""
     return model(RetrievalBatch(*(batch[name] for name in RetrievalBatch._fields)), alpha)
 
 
-def make_model(args: argparse.Namespace, config: dict) -> SIMLARetrieval:
+def chance(config: dict) -> dict[str, float]:
+    return alignment_chance(config["batch_size_train"] + config["queue_size"])
+
+
+def make_model(config: dict, freeze_visual_encoder: bool) -> SIMLARetrieval:
     model = SIMLARetrieval.from_config(config)
-    model.visual_encoder.requires_grad_(not args.freeze_visual_encoder)
+    model.visual_encoder.requires_grad_(not freeze_visual_encoder)
     return model
 
 
@@ -48,55 +55,59 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
     if not args.evaluate:
         check_batch(config, args.config)
-    device = start(args, config)
-    if args.dry_run:
-        return dry_run(partial(make_model, args), losses, config, args, device, "end")
+    run = start(args, config, chance(config))
+    build = partial(make_model, freeze_visual_encoder=args.freeze_visual_encoder)
+    if run.dry_run:
+        return dry_run(build, losses, config, run)
     select_on_test = config["released_code"]["select_on_test"]
-    if not args.evaluate and not (config["train_file"] and (config["val_file"] or select_on_test)):
+    if not run.evaluate and not (config["train_file"] and (config["val_file"] or select_on_test)):
         raise UserError(f"config {args.config}: fine-tuning needs train_file and val_file (or --evaluate)")
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])
-    splits = {
+    data = {
         split: RetrievalEvalData(config[f"{split}_file"], config)
         for split in ("val", "test")
-        if config[f"{split}_file"] and (split == "test" or not args.evaluate)
+        if config[f"{split}_file"] and (split == "test" or not run.evaluate)
     }
 
     # model
-    torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them
-    model = make_model(args, config)
-    bert = model.text_encoder.config
-    check_vocabulary(tokenizer, bert.vocab_size)
-    weights = starting_weights(model, config, "Retrieval", args.checkpoint, args.resume, tokenizer)
+    model = build(config)
+    check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
+    weights = starting_weights(model, config, "Retrieval", run.checkpoint, run.resume, tokenizer)
     log.info(weights)
-    model = model.to(device)
+    model = model.to(run.device)
 
-    def evaluate_splits(epoch: int = 0) -> dict[str, float]:
-        scores_file = result_path(args.output_dir, "retrieval_scores.pt") if config["save_scores"] else None
+    def evaluate_splits(epoch: int = -1) -> dict[str, float]:
+        files = {"test": result_path(run.output_dir, "retrieval_scores.pt")} if config["save_scores"] else {}
         scores = {}
-        for split, data in splits.items():
-            recall = evaluate(
-                model, data, tokenizer, config, device, scores_file if split == "test" else None
-            )
+        for split, items in data.items():
+            recall = evaluate(model, items, tokenizer, config, run.device, files.get(split))
             scores |= {f"{split}_{name}": value for name, value in recall.items()}
         return scores
 
-    # train, evaluate and save
-    if args.evaluate:
+    if run.evaluate:
         scores = evaluate_splits()
-        record_evaluation(scores, config, args.output_dir)
+        append_log(run.output_dir, scores)
     else:
-        loader = retrieval_loader(
-            config, tokenizer, bert.max_position_embeddings, args.seed, device.type == "cuda"
-        )
+        # optimiser and schedule
+        optimizer = create_optimizer(model, config["optimizer"])
+        schedule = create_scheduler(optimizer, config["schedular"], epoch_step="end")
+
+        # resume
+        loader = retrieval_loader(config, tokenizer, run.seed)
         best = "test_r_mean" if select_on_test else "val_r_mean"
-        weights, scores = fit(model, loader, losses, config, args, device, "end", evaluate_splits, best)
+        training = Training(model, optimizer, schedule, loader, losses, config, run, best)
+        if run.resume:
+            training.resume(run.checkpoint)
+
+        # train, evaluate and save
+        weights, scores = fit(training, evaluate_splits)
         weights = f"{weights}, best by {best}"
 
     # report
     recall = {name.removeprefix("test_"): value for name, value in scores.items() if name.startswith("test_")}
-    report(splits["test"], recall, weights, config, args.output_dir)
+    report(data["test"], recall, weights, config, run.output_dir)
     return recall
 
 

@@ -22,17 +22,17 @@ from torch import Tensor
 from simla.checkpoint.initial import starting_weights
 from simla.configs.reader import parse
 from simla.configs.schema import RETRIEVAL
-from simla.dataset.items import Collate
-from simla.dataset.loaders import stop_at_unreadable, test_loader, to_device
+from simla.dataset.items import evaluation_batches, position_limit
 from simla.dataset.retrieval import RetrievalEvalData
 from simla.dataset.text import MAX_TEXT_TOKENS, build_tokenizer, check_vocabulary, tokenize
 from simla.engine.dry_run import dry_run_retrieval
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import record_evaluation, result_path, save_result
+from simla.engine.results import result_path, save_result
 from simla.evaluation.rerank import rerank
 from simla.evaluation.retrieval import retrieval_chance, retrieval_recall
 from simla.models.retrieval import SIMLARetrieval
 from simla.utils import (
+    append_log,
     atomic_write,
     autocast,
     check_scores,
@@ -46,64 +46,61 @@ from simla.utils import (
 )
 
 
-@torch.no_grad()
-def score(model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: dict, device: torch.device):
-    """The two score matrices of `rerank`, equal on all ranks: images (I), texts (T) -> (I, T), (T, I)
-
-    Raises UserError for a score that is not finite.
-    """
-    model.eval()
-    limit = model.text_encoder.config.max_position_embeddings
-    text_ids, text_mask = tokenize(tokenizer, data.texts, MAX_TEXT_TOKENS, "max_length", limit)
-    texts = text_ids.to(device), text_mask.to(device)
-    with autocast(device, config["precision"]):
-        image_embeds, image_feats = encode_images(model, data, Collate(tokenizer, limit), config, device)
-        text_feats = encode_texts(model, *texts, config["batch_size_test"])
-    similarity = image_feats @ text_feats.T  # never in half precision
-    check_scores(similarity, "similarities of images and texts", config["precision"])
-    with autocast(device, config["precision"]):
-        scores = rerank(
-            model,
-            similarity,
-            config["k_test"],
-            image_embeds,
-            *texts,
-            progress=lambda groups: with_progress(groups, len(groups), "Re-ranking", config["log_steps"]),
-        )
-    for values in scores:
-        check_scores(values, "matching scores of images and texts", config["precision"])
-    return scores
-
-
 def encode_images(
-    model: SIMLARetrieval, data: RetrievalEvalData, collate: Collate, config: dict, device: torch.device
+    model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: dict, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Token states of this rank's images (n, N, D), on the host; features of all (I, E)
+    """Return the token states of this rank's images (n, N, D), on the host, and the features of all (I, E).
 
     The states, 0.9 MB an image of 384 x 384 in half precision, would fill a GPU; that precision costs
     nothing, since autocast rounds them so anyway before it projects them.
     """
-    own = len(range(rank(), len(data), world_size()))
-    precision, pinned = dtype_of(config["precision"]), device.type == "cuda"
+    num_images, precision = len(range(rank(), len(data), world_size())), dtype_of(config["precision"])
     size = model.visual_encoder.pos_embed.shape[1:]  # N, D
-    states = torch.empty(own, *size, dtype=precision, pin_memory=pinned)
-    feats = torch.empty(own, model.embed_dim, device=device)
-    loader = test_loader(data, config["batch_size_test"], config, collate, pinned)
-    for batch in with_progress(stop_at_unreadable(loader), len(loader), "Images", config["log_steps"]):
+    states = torch.empty(num_images, *size, dtype=precision, pin_memory=device.type == "cuda")
+    feats = torch.empty(num_images, model.embed_dim, device=device)
+    for batch in evaluation_batches(data, config, tokenizer, device, "Images"):
         rows = batch["index"] // world_size()
-        embeds, feat = model.encode_image(to_device(batch, device)["image"])
-        states[rows], feats[rows] = embeds.to("cpu", precision), feat.float()
+        embeds, feat = model.encode_image(batch["image"])
+        states[rows.to("cpu")], feats[rows] = embeds.to("cpu", precision), feat.float()
     return states, gather_in_order(feats, len(data))
 
 
 def encode_texts(model: SIMLARetrieval, text_ids: Tensor, text_mask: Tensor, batch_size: int) -> Tensor:
-    """text_ids, text_mask (T, L) -> features (T, E); every rank computes its share"""
-    ids, mask = (part[rank() :: world_size()] for part in (text_ids, text_mask))
+    """Return the features (T, E) of text_ids, text_mask (T, L); every rank computes its share."""
+    ids, mask = text_ids[rank() :: world_size()], text_mask[rank() :: world_size()]
     feats = torch.empty(len(ids), model.text_proj.out_features, device=ids.device)  # none on some ranks
     for first in range(0, len(ids), batch_size):
         rows = slice(first, first + batch_size)
         feats[rows] = model.encode_text(ids[rows], mask[rows]).float()
     return gather_in_order(feats, len(text_ids))
+
+
+@torch.no_grad()
+def score(
+    model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: dict, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the score matrices of `rerank`, (I, T) and (T, I), on all ranks: contrast picks, matching ranks.
+
+    Raises UserError for a score that is not finite.
+    """
+    model.eval()
+    limit, precision = position_limit(config), config["precision"]
+    text_ids, text_mask = tokenize(tokenizer, data.texts, MAX_TEXT_TOKENS, "max_length", limit)
+    texts = text_ids.to(device), text_mask.to(device)
+    with autocast(device, precision):
+        image_embeds, image_feats = encode_images(model, data, tokenizer, config, device)
+        text_feats = encode_texts(model, *texts, config["batch_size_test"])
+    similarity = image_feats @ text_feats.T  # never in half precision
+    check_scores(similarity, "similarities of images and texts", precision)
+
+    def progress(groups: list):
+        return with_progress(groups, len(groups), "Re-ranking", config["log_steps"])
+
+    with autocast(device, precision):
+        scores = rerank(model, similarity, config["k_test"], image_embeds, *texts, progress=progress)
+    for values in scores:
+        check_scores(values, "matching scores of images and texts", precision)
+    return scores
 
 
 def evaluate(
@@ -114,7 +111,7 @@ def evaluate(
     device: torch.device,
     scores_file: Path | None = None,
 ) -> dict[str, float]:
-    """Recall@1/5/10 in percent both ways; the main rank writes the score matrices to `scores_file`."""
+    """Return recall@1/5/10 in percent both ways; the main rank writes the score matrices to `scores_file`."""
     scores_i2t, scores_t2i = score(model, data, tokenizer, config, device)
     if scores_file is not None and is_main():
         with atomic_write(scores_file) as file:
@@ -125,7 +122,7 @@ def evaluate(
 def report(
     data: RetrievalEvalData, recall: dict[str, float], weights: str, config: dict, output_dir: str
 ) -> None:
-    """The protocol and the recalls beside their chance levels, on the screen and in result/."""
+    """Tell the protocol and the recalls beside their chance levels, on the screen and in result/."""
     chance = retrieval_chance(data.img2txt, data.txt2img)
     protocol = {
         "test_file": config["test_file"],
@@ -143,30 +140,29 @@ def report(
 
 def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # start
-    device = start(args, config)
-    if args.dry_run:
+    run = start(args, config)
+    if run.dry_run:
         make_model = partial(SIMLARetrieval.from_config, config, twins=False)
-        return dry_run_retrieval(make_model, config, args, MAX_TEXT_TOKENS, device)
+        return dry_run_retrieval(make_model, config, run, MAX_TEXT_TOKENS)
 
     # data
     data = RetrievalEvalData(config["test_file"], config)
     tokenizer = build_tokenizer(config["text_encoder"])
 
     # model
-    torch.manual_seed(args.seed)  # the same weights on every rank, also where no checkpoint fills them
     model = SIMLARetrieval.from_config(config, twins=False)
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
-    weights = starting_weights(model, config, "zero_shot_retrieval", args.checkpoint, tokenizer=tokenizer)
+    weights = starting_weights(model, config, "zero_shot_retrieval", run.checkpoint, tokenizer=tokenizer)
     log.info(weights)
-    model = model.to(device)
+    model = model.to(run.device)
 
-    # evaluate
-    scores_file = result_path(args.output_dir, "retrieval_scores.pt") if config["save_scores"] else None
-    recall = evaluate(model, data, tokenizer, config, device, scores_file)
+    # evaluate and save
+    scores_file = result_path(run.output_dir, "retrieval_scores.pt") if config["save_scores"] else None
+    recall = evaluate(model, data, tokenizer, config, run.device, scores_file)
+    append_log(run.output_dir, {f"test_{name}": value for name, value in recall.items()})
 
     # report
-    record_evaluation({f"test_{name}": value for name, value in recall.items()}, config, args.output_dir)
-    report(data, recall, f"without fine-tuning here, {weights}", config, args.output_dir)
+    report(data, recall, f"without fine-tuning here, {weights}", config, run.output_dir)
     return recall
 
 

@@ -86,7 +86,7 @@ def measure(name: str, is_plain: bool) -> dict:
     entries = plain_pairs(name) if is_plain else read_pairs(name)
     seconds, peak = time.perf_counter() - begin, peak_bytes() - before
     config = {"num_workers": NUM_WORKERS, "grad_accumulation_steps": 1, "batch_timeout_minutes": 1}
-    epoch = iter(train_loader(Texts(entries), BATCH, 0, config, memory, pin=False))
+    epoch = iter(train_loader(Texts(entries), BATCH, 0, config, memory))
     begin = time.perf_counter()
     workers = {found["process"]: found for found in islice(epoch, NUM_READ // BATCH)}
     return {

@@ -137,7 +137,7 @@ def two_workers(files: list[str]) -> dict[str, float]:
     """Batches on the CPU as the model takes them, so the normalisation of ours in the main process too."""
     config = {"num_workers": NUM_WORKERS, "grad_accumulation_steps": 1, "batch_timeout_minutes": 1}
     loaders = {
-        name: train_loader(dataset, BATCH_SIZE, 0, config, collate, pin=False)
+        name: train_loader(dataset, BATCH_SIZE, 0, config, collate)
         for name, dataset in formulations(files * (240 // len(files))).items()
     }
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+from torch.utils.data import DataLoader
+
 from simla.dataset.identity import by_path
 from simla.dataset.images import BadImage, image_size
 from simla.dataset.items import EvalItems, finetune_loader, leave_out_unreadable
@@ -52,13 +54,13 @@ def _check_located(entry: dict, where: str) -> None:
         )
 
 
-def grounding_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
-    """Training batches as `retrieval_loader`'s; identity is the image file. The whole image is shown, since a
-    crop could lose the object.
+def grounding_loader(config: dict, tokenizer, seed: int) -> DataLoader:
+    """Return training batches as `retrieval_loader` does; identity is the image file. The whole image is
+    shown, since a crop could lose the object.
     """
     entries = read_expressions(config["train_file"], config)
     identified = WithIdentities(_items(entries), by_path(entries))
-    return finetune_loader(identified, config, tokenizer, position_limit, seed, pin, crop=False)
+    return finetune_loader(identified, config, tokenizer, seed, crop=False)
 
 
 def _items(entries: Sequence[dict]) -> Mapped:

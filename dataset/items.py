@@ -4,21 +4,22 @@ An entry is {"images": [file, ...], "text": str or list of texts, "where": its p
 and what else the task needs}, as `read_annotations` makes it. B items of n images each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from simla.dataset.images import BadImage, load_image, open_image
-from simla.dataset.loaders import test_loader, train_loader
+from simla.dataset.loaders import stop_at_unreadable, test_loader, to_device, train_loader
 from simla.dataset.mixture import near
 from simla.dataset.readers.annotations import Mapped
 from simla.dataset.text import clean_caption, names_side, tokenize
 from simla.dataset.transforms import EvalTransform, ItemRandom, TrainTransform
+from simla.models.bert_config import BertConfig
 from simla.utils import UserError, all_gather_objects, log, with_progress
 
 if TYPE_CHECKING:
@@ -101,20 +102,6 @@ class EvalItems(Dataset):
         return {**entry, "images": images, "text": self.clean(entry["text"]), "index": index}
 
 
-def finetune_items(entries: Sequence[dict], config: dict, seed: int, **changes) -> TrainItems:
-    """Training items with the crops, flips and RandAugment of a fine-tuning config; `changes` go to
-    TrainItems or, `crop=False`, to the transform.
-    """
-    augment = config["randaugment"]
-    transform = TrainTransform(
-        config["image_res"],
-        config["min_crop_scale"],
-        (augment["num_ops"], augment["magnitude"]),
-        crop=changes.pop("crop", True),
-    )
-    return TrainItems(entries, transform, seed, config["released_code"]["flip_captions"], **changes)
-
-
 @dataclass(eq=False)
 class Collate:
     """Makes a batch of items: image (n * B, 3, R, R) uint8, all first images first; text_ids, text_mask
@@ -147,22 +134,52 @@ class Collate:
         return {**batch, "image": image, "text_ids": text_ids, "text_mask": text_mask, "bad": bad}
 
 
+# ---- loaders ----
+
+
+def position_limit(config: dict) -> int:
+    """Return how many tokens the text encoder of the config has positions for."""
+    return BertConfig.read(config["bert_config"]).max_position_embeddings
+
+
+def finetune_items(
+    entries: Sequence[dict],
+    config: dict,
+    seed: int,
+    crop: bool = True,
+    clean: Callable[[str], str] = clean_caption,
+) -> TrainItems:
+    """Return training items with the crops, flips and RandAugment of a fine-tuning config."""
+    augment = config["randaugment"]
+    operations = augment["num_ops"], augment["magnitude"]
+    transform = TrainTransform(config["image_res"], config["min_crop_scale"], operations, crop=crop)
+    return TrainItems(entries, transform, seed, config["released_code"]["flip_captions"], clean)
+
+
 def finetune_loader(
     entries: Sequence[dict],
     config: dict,
     tokenizer,
-    position_limit: int,
     seed: int,
-    pin: bool,
     max_tokens: int | None = None,
-    **changes,
-):
-    """Training batches of a fine-tuning config, augmented; texts are cut as `Collate` says, `changes` are
-    those of `finetune_items`.
+    crop: bool = True,
+) -> DataLoader:
+    """Return the training batches of a fine-tuning config, augmented; texts are cut as `Collate` says."""
+    items = finetune_items(entries, config, seed, crop)
+    collate = Collate(tokenizer, position_limit(config), max_tokens)
+    return train_loader(items, config["batch_size_train"], seed, config, collate)
+
+
+def evaluation_batches(
+    items: Dataset, config: dict, tokenizer, device: torch.device, header: str
+) -> Iterator[dict]:
+    """Yield this rank's share of the items in batches on the device, and log progress under the header. Raise
+    UserError for an item that cannot be read.
     """
-    items = finetune_items(entries, config, seed, **changes)
-    collate = Collate(tokenizer, position_limit, max_tokens)
-    return train_loader(items, config["batch_size_train"], seed, config, collate, pin)
+    collate = Collate(tokenizer, position_limit(config))
+    loader = test_loader(items, config["batch_size_test"], config, collate)
+    for batch in with_progress(stop_at_unreadable(loader), len(loader), header, config["log_steps"]):
+        yield to_device(batch, device)
 
 
 def _problem(file: str) -> tuple[str, str] | None:
@@ -183,7 +200,7 @@ def leave_out_unreadable(entries: Sequence[dict], config: dict) -> Sequence[dict
     if not config["skip_unreadable"]:
         return entries
     files = list(dict.fromkeys(file for entry in entries for file in entry["images"]))
-    loader = test_loader(Mapped(files, _problem), config["batch_size_test"], config, list, False)
+    loader = test_loader(Mapped(files, _problem), config["batch_size_test"], config, list)
     batches = with_progress(loader, len(loader), "Checking images", config["log_steps"])
     problems_of_rank = [problem for batch in batches for problem in batch if problem]
     problems = dict(problem for share in all_gather_objects(problems_of_rank) for problem in share)
@@ -198,8 +215,9 @@ def leave_out_unreadable(entries: Sequence[dict], config: dict) -> Sequence[dict
     return Subset(entries, kept)
 
 
-def evaluation_loader(entries: Sequence[dict], config: dict, tokenizer, position_limit: int, pin: bool):
-    """This rank's share of the entries that `leave_out_unreadable` leaves, none twice."""
-    items = EvalItems(leave_out_unreadable(entries, config), config["image_res"])
-    collate = Collate(tokenizer, position_limit)
-    return test_loader(items, config["batch_size_test"], config, collate, pin)
+def evaluation_items(entries: Sequence[dict], config: dict) -> EvalItems:
+    """Return the entries that `leave_out_unreadable` leaves, as items."""
+    kept = leave_out_unreadable(entries, config)
+    items = EvalItems(kept, config["image_res"])
+    items.left_out = len(entries) - len(kept)
+    return items

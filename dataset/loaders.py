@@ -56,9 +56,16 @@ class EpochSampler(Sampler):
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """`first`: samples at the head of the epoch's order that all ranks together have had already."""
-        self.epoch, self.first = epoch, first
+        self.epoch, self.first = epoch, self._first(first)
+
+    def num_steps(self, first: int) -> int:
+        """Return how many whole global batches of an epoch's order come after its first samples."""
+        return (self.num_items - self._first(first)) // self.global_batch
+
+    def _first(self, first: int) -> int:
         if self.readers:  # who reads what is settled for whole steps
-            self.first = min(-(-first // self.global_batch) * self.global_batch, self.num_items)
+            return min(-(-first // self.global_batch) * self.global_batch, self.num_items)
+        return first
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         order = self.order(self.seed, self.epoch)
@@ -70,7 +77,7 @@ class EpochSampler(Sampler):
         return ((epoch, *map(int, indices)) for indices in own)
 
     def __len__(self) -> int:
-        return (self.num_items - self.first) // self.global_batch * (self.global_batch // world_size())
+        return self.num_steps(self.first) * (self.global_batch // world_size())
 
     def _shuffled(self, seed: int, epoch: int) -> Tensor:
         return torch.randperm(
@@ -117,10 +124,9 @@ def train_loader(
     seed: int,
     config: dict,
     collate: Callable,
-    pin: bool,
     mixture: Mixture | None = None,
-):
-    """Batches of a training set; `grad_accumulation_steps` of them make a step, and only whole ones come.
+) -> DataLoader:
+    """Return batches of a training set; `grad_accumulation_steps` of them make a step, only whole ones come.
 
     mixture: whose epochs they are; by default one has all items once.
     """
@@ -139,7 +145,7 @@ def train_loader(
         persistent_workers=num_workers > 0,
         worker_init_fn=_start_worker,
         collate_fn=collate,
-        pin_memory=pin,
+        pin_memory=torch.cuda.is_initialized(),  # where a GPU is used: it is copied to while that computes
         drop_last=True,
         timeout=_timeout_seconds(config),
         generator=torch.Generator(),
@@ -190,8 +196,8 @@ def data_difference(old: dict, new: dict) -> str:
     return ""
 
 
-def test_loader(dataset: Dataset, batch_size: int, config: dict, collate: Callable, pin: bool) -> DataLoader:
-    """This rank's share of the items (every world_size-th), in order, none left out and none twice."""
+def test_loader(dataset: Dataset, batch_size: int, config: dict, collate: Callable) -> DataLoader:
+    """Return this rank's share of the items (every world_size-th), in order, none left out and none twice."""
     share = range(rank(), len(dataset), world_size())
     return DataLoader(
         dataset,
@@ -200,7 +206,7 @@ def test_loader(dataset: Dataset, batch_size: int, config: dict, collate: Callab
         num_workers=config["num_workers"],
         worker_init_fn=_start_worker,
         collate_fn=collate,
-        pin_memory=pin,
+        pin_memory=torch.cuda.is_initialized(),
         timeout=_timeout_seconds(config),
         generator=torch.Generator(),  # so that an evaluation does not move the training's
     )

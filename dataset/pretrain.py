@@ -6,10 +6,11 @@ from functools import partial
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from simla.configs.reader import weighted
 from simla.dataset.images import BadImage, open_image
-from simla.dataset.items import Collate, TrainItems
+from simla.dataset.items import Collate, TrainItems, position_limit
 from simla.dataset.loaders import train_loader
 from simla.dataset.masking import BlockMask
 from simla.dataset.mixture import Mixture
@@ -127,17 +128,8 @@ def read_set(paths: list[str], image_root: str, must_count: bool) -> list[Sequen
     return sets
 
 
-def pretrain_loader(
-    entries: Mixture,
-    config: dict,
-    tokenizer,
-    code_res: int,
-    grid_size: int,
-    position_limit: int,
-    seed: int,
-    pin: bool,
-):
-    """The training loader of a pre-training config."""
+def pretrain_loader(entries: Mixture, config: dict, tokenizer, code_res: int, seed: int) -> DataLoader:
+    """Return the training batches of a pre-training config, with code views of code_res x code_res."""
     augment, released = config["randaugment"], config["released_code"]
     transform = PretrainTransform(
         config["image_res"],
@@ -146,10 +138,12 @@ def pretrain_loader(
         code_res=code_res,
         independent_code_view=released["mim_independent_views"],
     )
+    grid_size = config["image_res"] // config["vit"]["patch_size"]
     block_mask = BlockMask(grid_size, config["num_masking_patches"], config["min_num_patches"])
     dataset = PretrainData(entries, transform, block_mask, seed, released["flip_captions"])
-    collate = PretrainCollate(tokenizer, config["max_tokens"], position_limit, config["mlm_probability"])
-    return train_loader(dataset, config["batch_size"], seed, config, collate, pin, entries)
+    limit, probability = position_limit(config), config["mlm_probability"]
+    collate = PretrainCollate(tokenizer, config["max_tokens"], limit, probability)
+    return train_loader(dataset, config["batch_size"], seed, config, collate, entries)
 
 
 def code_views(entries: Mixture, code_res: int, num_images: int) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from simla.dataset.identity import by_path, by_path_and_id, first_equal, hash_of
 from simla.dataset.items import EvalItems, finetune_loader, leave_out_unreadable
@@ -43,9 +44,9 @@ def read_captioned_images(files: str | list[str], image_root: str) -> Annotation
     return read_annotations(files, {"image": TEXT, "caption": TEXTS}, image_root)
 
 
-def retrieval_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
-    """Training batches with image, text_ids, text_mask and idx (B,), the identity of each row's image, as
-    `by_path_and_id` has it; what is odd about the ids is logged.
+def retrieval_loader(config: dict, tokenizer, seed: int) -> DataLoader:
+    """Return training batches with image, text_ids, text_mask and idx (B,), the identity of each row's image,
+    as `by_path_and_id` has it; log what is odd about the ids.
     """
     entries = read_train_pairs(config["train_file"], config["image_root"])
     pairs, identities = Mapped(entries, partial(item_of, text="caption")), by_path_and_id(entries)
@@ -54,7 +55,7 @@ def retrieval_loader(config: dict, tokenizer, position_limit: int, seed: int, pi
     for note in identities.notes:
         log.info(note)
     identified = WithIdentities(pairs, identities.first)
-    return finetune_loader(identified, config, tokenizer, position_limit, seed, pin)
+    return finetune_loader(identified, config, tokenizer, seed)
 
 
 class CaptionedImages(Sequence):

@@ -9,8 +9,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from simla.dataset.items import Collate, EvalItems, finetune_items, leave_out_unreadable
+from simla.dataset.items import (
+    Collate,
+    EvalItems,
+    finetune_items,
+    leave_out_unreadable,
+    position_limit,
+)
 from simla.dataset.loaders import train_loader
 from simla.dataset.readers.annotations import NUMBER_OR_TEXT, TEXT, TEXTS, Mapped, item_of, read_annotations
 from simla.dataset.readers.json_list import read_json
@@ -50,13 +57,13 @@ def given_answers(entry: dict) -> list[str]:
 # ---- training ----
 
 
-def vqa_loader(config: dict, tokenizer, position_limit: int, seed: int, pin: bool):
-    """Training batches: see `AnswerCollate`."""
+def vqa_loader(config: dict, tokenizer, seed: int) -> DataLoader:
+    """Return training batches as `AnswerCollate` makes them."""
     entries = Mapped(read_questions(config["train_file"], config, answer=TEXTS), _with_weights)
     clean = partial(clean_question, max_words=MAX_WORDS_IN_TRAINING)
     items = finetune_items(entries, config, seed, clean=clean)
-    collate = AnswerCollate(tokenizer, position_limit, config["max_tokens"], config["eos"])
-    return train_loader(items, config["batch_size_train"], seed, config, collate, pin)
+    collate = AnswerCollate(tokenizer, position_limit(config), config["max_tokens"], config["eos"])
+    return train_loader(items, config["batch_size_train"], seed, config, collate)
 
 
 def _with_weights(entry: dict) -> dict:

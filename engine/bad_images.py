@@ -27,25 +27,24 @@ class BadImages:
         num_images: int,
         passed_over: dict[str, dict[str, int]] | None = None,
     ) -> None:
-        """bad: (file, cause) of every failed read while `num_images` images were made; passed_over: shard ->
-        cause -> number, of the fetched shards that they came from."""
+        """Count `bad`, (file, cause) of every failed read, while `num_images` images were made; passed_over:
+        shard -> cause -> number, of the fetched shards that they came from.
+        """
         self.passed_over |= passed_over or {}
         self.num_seen += num_images + len(bad)
         for path, cause in bad:
             kind, self.last = cause.partition(":")[0], f"{path} ({cause})"
             if kind not in self.causes:
-                print(
-                    f"replaced an image that cannot be read: {self.last}; others of this cause are counted",
-                    flush=True,
-                )
+                others = "others of this cause are counted"
+                print(f"replaced an image that cannot be read: {self.last}; {others}", flush=True)
             self.causes[kind] += 1
 
     def are_too_many(self, num_bad: int, num_seen: int, max_fraction: float) -> bool:
-        """num_bad, num_seen: of all ranks."""
+        """Return whether a run must end of them; num_bad, num_seen: of all ranks."""
         return num_seen >= self.CHECK_AFTER and num_bad > max_fraction * num_seen
 
     def stop(self, num_bad: int, num_seen: int, max_fraction: float) -> None:
-        """Raises the UserError for too many of them."""
+        """Raise the UserError for too many of them."""
         raise UserError(
             f"{num_bad} of {num_seen} images of this epoch could not be read, more than max_bad_fraction "
             f"{max_fraction}; the last one: {self.last}. Check the paths and files, or raise max_bad_fraction"
@@ -60,7 +59,7 @@ class BadImages:
         self.passed_over = dict(state.get("passed_over", {}))  # older versions have none
 
     def merge(self, state: dict) -> None:
-        """Adds the account of another rank."""
+        """Add the account of another rank."""
         other = BadImages()
         other.load_state_dict(state)
         self.causes.update(other.causes)
@@ -68,8 +67,8 @@ class BadImages:
         self.passed_over |= other.passed_over
 
     def report(self, in_files: dict[str, int] | None = None) -> dict[str, float | dict]:
-        """Over all ranks the number of replaced images, their share of all and, if any, the numbers by cause;
-        and, if any, those of what was passed over in fetched shards and `in_files`. Logs them too.
+        """Log and return, over all ranks, the number of replaced images, their share of all and, if any, the
+        numbers by cause; and, if any, those of what was passed over in fetched shards and `in_files`.
         """
         total = BadImages()
         for state in all_gather_objects(self.state_dict()):

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from simla.engine.chance import chance_levels
 from simla.engine.command import run_command
 from simla.utils import LOG, STEPS_LOG, UserError, import_pyplot, log, save_figure
 
@@ -24,23 +21,19 @@ MAX_COLUMNS = 6
 
 
 class Run(NamedTuple):
-    """steps: records of train_steps.jsonl; epochs: of log.txt, oldest first; levels: loss -> chance level."""
-
-    steps: list[dict]
-    epochs: list[dict]
-    levels: dict[str, float]
+    steps: list[dict]  # records of train_steps.jsonl
+    epochs: list[dict]  # of log.txt, oldest first
+    levels: dict[str, float]  # loss -> chance level
 
 
 def read_records(path: Path, order: str) -> list[dict]:
-    """The JSON objects of a log, their values as numbers where they are ("0.1" in published logs), null as
-    None; [] where there is no such file. A record that starts over, at an `order` reached before, replaces
-    what came after: so does an output folder used again.
+    """Return the JSON objects of a log, values as numbers where they are ("0.1" in published logs), null as
+    None; [] without such a file. A record at an `order` reached before replaces what came after: so does an
+    output folder used again.
 
     Raises UserError for a line that is not a JSON object; the last one may be cut short, as by a kill.
     """
-    if not path.is_file():
-        return []
-    records, lines = [], path.read_text(encoding="utf-8").splitlines()
+    records, lines = [], path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             record = {name: _number(value) for name, value in json.loads(line).items()}
@@ -63,27 +56,26 @@ def _number(value: object) -> object:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Raises UserError for a folder without a log or with a broken one."""
+    """Return what a run left in its output folder. Raises UserError without a log or with a broken one."""
     folder = Path(folder)
     steps, epochs = read_records(folder / STEPS_LOG, "step"), read_records(folder / LOG, "epoch")
     if not steps and not epochs:
         raise UserError(f"{folder} holds no steps yet: expected {STEPS_LOG} or {LOG} of a training run there")
-    return Run(steps, epochs, read_levels(folder / "config.yaml"))
+    return Run(steps, epochs, read_levels(folder / "run.json"))
 
 
-def read_levels(config: Path) -> dict[str, float]:
-    if not config.is_file():
-        log.info(f"no {config}: no chance levels")
-        return {}
+def read_levels(record: Path) -> dict[str, float]:
+    """Return the chance levels that a run.json names, none where it cannot be read."""
     try:
-        return chance_levels(YAML(typ="safe", pure=True).load(config.read_bytes()))
-    except (YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{config} is not the resolved config that a run writes ({error!r})") from error
+        return json.loads(record.read_bytes())["chance"]
+    except (OSError, ValueError, KeyError, TypeError):
+        log.info(f"{record} names no chance levels")
+        return {}
 
 
 def panels(runs: list[Run]) -> tuple[list[str], dict[str, list[str]]]:
-    """Names of the losses and of whatever else was logged in training, in the order of the log; and scores:
-    those that differ by their split alone share a panel, title -> names.
+    """Return the names of the losses and of whatever else was logged in training, in order; and scores, title
+    -> names: those that differ by their split alone share a panel.
     """
     logged, scores = {}, {}
     for run in runs:
@@ -94,11 +86,10 @@ def panels(runs: list[Run]) -> tuple[list[str], dict[str, list[str]]]:
                 if not isinstance(value, float | None) or name == "epoch":
                     continue
                 if not name.startswith("train_"):
-                    names = scores.setdefault(split_and_metric(name)[1], [])
-                    names += [name] * (name not in names)
+                    scores.setdefault(split_and_metric(name)[1], {})[name] = None
                 elif not name.startswith("train_bad_") or value:  # a panel for bad images where there are any
                     logged[name.removeprefix("train_")] = None
-    return list(logged), scores
+    return list(logged), {title: list(names) for title, names in scores.items()}
 
 
 def split_and_metric(score: str) -> tuple[str, str]:
@@ -107,7 +98,7 @@ def split_and_metric(score: str) -> tuple[str, str]:
 
 
 def plot_curves(folders: list[str | Path], out: str | Path) -> None:
-    """A panel for each loss, the learning rate and each kind of score; the runs of the output folders in
+    """Draw a panel for each loss, the learning rate and each kind of score; the runs of the output folders in
     colours of their own, chance levels dashed (grey where all runs share them).
 
     The x axis has steps, or epochs where a run left only log.txt; scores are over epochs. Raises UserError
@@ -142,15 +133,15 @@ def colour(number: int) -> str:
 
 
 def draw_logged(axis, name: str, runs: list[Run], by_step: bool) -> None:
-    """Means of a loss or the learning rate: of train_steps.jsonl, else of whole epochs from log.txt."""
+    """Draw the means of a loss or the learning rate: of train_steps.jsonl, else of epochs from log.txt."""
     in_steps = by_step and any(name in record for run in runs for record in run.steps)
     for number, run in enumerate(runs):
         key, order = (name, "step") if in_steps else (f"train_{name}", "epoch")
         _draw(axis, run.steps if in_steps else run.epochs, order, key, color=colour(number))
     levels = [run.levels.get(name) for run in runs]
     for level in dict.fromkeys(level for level in levels if level is not None):
-        shared = levels.count(level) == len(levels)
-        draw_level(axis, level, GREY if shared else colour(levels.index(level)))
+        is_shared = levels.count(level) == len(levels)
+        draw_level(axis, level, GREY if is_shared else colour(levels.index(level)))
     axis.set_title(name.removeprefix("loss_").upper() if name.startswith("loss_") else name)
     axis.set_xlabel("step" if in_steps else "epoch")
     if name.startswith("loss"):
@@ -161,42 +152,33 @@ def draw_logged(axis, name: str, runs: list[Run], by_step: bool) -> None:
 
 def draw_level(axis, level: float, colour: str) -> None:
     axis.axhline(level, color=colour, linestyle="--", linewidth=1)
-    axis.annotate(
-        f"chance {level:.2f}",
-        (1, level),
-        xycoords=("axes fraction", "data"),
-        xytext=(-3, 3),
-        textcoords="offset points",
-        ha="right",
-        color=colour,
-        fontsize=8,
-    )
+    place = {"xycoords": ("axes fraction", "data"), "xytext": (-3, 3), "textcoords": "offset points"}
+    axis.annotate(f"chance {level:.2f}", (1, level), **place, ha="right", color=colour, fontsize=8)
 
 
 def draw_scores(axis, title: str, names: list[str], runs: list[Run]) -> None:
-    for name in names:
-        split = split_and_metric(name)[0]
+    styles = {name: LINE_STYLES.get(split_and_metric(name)[0], "-") for name in names}
+    for name, style in styles.items():
         for number, run in enumerate(runs):
-            style = {"color": colour(number), "linestyle": LINE_STYLES.get(split, "-"), "marker": "."}
-            _draw(axis, run.epochs, "epoch", name, **style)
+            _draw(axis, run.epochs, "epoch", name, color=colour(number), linestyle=style, marker=".")
     if len(names) > 1:  # colours say which run it is: with several, splits have none
         shared = {"color": colour(0) if len(runs) == 1 else "black"}
-        splits = [split_and_metric(name)[0] for name in names]
-        lines = [axis.plot([], [], LINE_STYLES.get(split, "-"), **shared)[0] for split in splits]
-        axis.legend(lines, splits, frameon=False, fontsize=8)
+        lines = [axis.plot([], [], style, **shared)[0] for style in styles.values()]
+        axis.legend(lines, [split_and_metric(name)[0] for name in names], frameon=False, fontsize=8)
     axis.set_title(title)
     axis.set_xlabel("epoch")
 
 
 def _draw(axis, records: list[dict], order: str, name: str, **style) -> None:
-    """A line through the values, broken where there is none: a loss is null where no step was finite."""
-    having = [record for record in records if name in record]
-    values = [math.nan if record[name] is None else record[name] for record in having]
-    axis.plot([record[order] for record in having], values, **style)
-    there = np.isfinite([math.nan, *values, math.nan])
-    alone = np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:])
+    """Draw a line through the values, broken where there is none: a loss is null where no step was finite."""
+    records = [record for record in records if name in record]
+    places = [record[order] for record in records]
+    values = [math.nan if record[name] is None else record[name] for record in records]
+    axis.plot(places, values, **style)
+    known = np.isfinite([math.nan, *values, math.nan])
+    alone = np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])
     if len(alone) and "marker" not in style:  # a line of one point is none
-        axis.plot([having[i][order] for i in alone], [values[i] for i in alone], ".", **style)
+        axis.plot([places[i] for i in alone], [values[i] for i in alone], ".", **style)
     axis.margins(y=0.15)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.spines[["top", "right"]].set_visible(False)

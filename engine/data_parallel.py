@@ -12,21 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 from simla.models.bert import BertModel, Layer
 from simla.models.momentum import MomentumModel
 from simla.models.vit import VisionTransformer
-from simla.utils import (
-    world_size,
-)
+from simla.utils import world_size
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """Whether both encoders compute their layers again in the backward pass, to save memory."""
+    """Let both encoders compute their layers again in the backward pass or not, to save memory."""
     for module in model.modules():
         if isinstance(module, VisionTransformer | BertModel):
             module.checkpoint_activations = on
 
 
 def compile_layers(model: nn.Module) -> None:
-    """torch.compile of every layer of the encoders, in place: all of a kind share what is compiled, and it
-    serves any length of text.
+    """Compile every layer of the encoders, in place: all of a kind share what is compiled, and it serves any
+    length of text.
     """
     # A layer is compiled for each of its uses (a dozen: modes, with and without gradient), then no more.
     torch._dynamo.config.recompile_limit = 32
@@ -36,7 +34,7 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
-    """The model on its device, wrapped for data-parallel training where there are several ranks.
+    """Return the model on its device, wrapped for data-parallel training where there are several ranks.
 
     Buffers are made equal once and not broadcast every step: the queues take the same gathered features
     everywhere.
@@ -46,9 +44,9 @@ def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
         return model
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
-    known = inspect.signature(DistributedDataParallel).parameters
+    names = inspect.signature(DistributedDataParallel).parameters
     no_sync = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     )  # its older name
     devices = [device.index] if device.type == "cuda" else None
     # Parameters that the losses do not reach would keep the wrapper waiting for their gradient: it looks for
@@ -59,10 +57,5 @@ def distribute(model: MomentumModel, device: torch.device) -> nn.Module:
     ignored = [name for name, _ in model.named_parameters() if name.startswith(model.without_gradient)]
     ignored += [f".{name}" for name in ignored]  # what the wrapper calls those of the outermost module
     model._ddp_params_and_buffers_to_ignore = ignored
-    return DistributedDataParallel(
-        model,
-        devices,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=True,
-        **{no_sync: False},
-    )
+    settings = {"gradient_as_bucket_view": True, "find_unused_parameters": True, no_sync: False}
+    return DistributedDataParallel(model, devices, **settings)

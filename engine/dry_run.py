@@ -5,12 +5,9 @@ nothing but the index of large ones, which the run would write. `--dry_run estim
 what a GPU would need.
 """
 
-import argparse
 import datetime
-import os
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +19,15 @@ from simla.dataset.readers.annotations import read_annotations
 from simla.dataset.retrieval import RetrievalEvalData
 from simla.dataset.transforms import normalise
 from simla.engine.data_parallel import set_checkpointing
+from simla.engine.launch import Run
 from simla.engine.measure import clock, peak_bytes, reset_peak
 from simla.engine.memory import Estimate, estimate
-from simla.engine.training import Losses, Training, target_weight
+from simla.engine.step import Losses, Step, target_weight
 from simla.evaluation.rerank import SIZES, make_groups, score_group
 from simla.models.bert_config import BertConfig
 from simla.models.dvae import STRIDE
 from simla.models.retrieval import SIMLARetrieval
+from simla.optim import create_optimizer
 from simla.utils import (
     UserError,
     all_gather_objects,
@@ -54,17 +53,15 @@ def dry_run(
     make_model: Callable[[dict], nn.Module],
     losses: Losses,
     config: dict,
-    args: argparse.Namespace,
-    device: torch.device,
-    epoch_step: str,
+    run: Run,
     num_images: int = 1,
 ) -> dict[str, float]:
     """Log parameters, arithmetic, memory, speed and length of the training of this config; return no scores.
 
-    make_model(config): with random weights; epoch_step: see `fit`; num_images: of a sample. An image
-    tokenizer of the config comes last among what `losses` takes. Raises UserError with --evaluate.
+    make_model(config): with random weights; num_images: of a sample. An image tokenizer of the config comes
+    last among what `losses` takes. Raises UserError with --evaluate.
     """
-    if args.evaluate:
+    if run.evaluate:
         raise UserError("--dry_run tries a training; leave out --evaluate, or use zero_shot_retrieval.py")
     log.info(BEGIN)
     batch, seconds = random_batch(config, num_images), None
@@ -72,8 +69,8 @@ def dry_run(
         needs = estimate_training(make_model, losses, batch, config)
         report_estimate(needs, f"{needs.flops / len(batch['text_ids']) / 1e9:,.4g} GFLOP a sample")
     accumulation = config["grad_accumulation_steps"]
-    if args.dry_run == "steps":
-        seconds = take_steps(make_model, losses, [batch] * accumulation, config, args, device, epoch_step)
+    if run.dry_run == "steps":
+        seconds = take_steps(make_model, losses, [batch] * accumulation, config, run)
     if is_main():
         report_length(config, len(batch["text_ids"]) * accumulation * world_size(), seconds)
     return {}
@@ -83,7 +80,7 @@ def build(make_model: Callable[[dict], nn.Module], config: dict) -> list[nn.Modu
     """Return the model in training mode and, where the config has one, the image tokenizer."""
     model, settings = make_model(config).train(), config.get("image_tokenizer")
     set_checkpointing(model, config["checkpoint_activations"])
-    return [model] + ([untrained_image_tokenizer(settings)] if settings else [])
+    return [model] + ([untrained_image_tokenizer(settings).eval()] if settings else [])
 
 
 def estimate_training(
@@ -147,34 +144,28 @@ def take_steps(
     losses: Losses,
     batches: list[dict],
     config: dict,
-    args: argparse.Namespace,
-    device: torch.device,
-    epoch_step: str,
+    run: Run,
 ) -> float:
     """Take two steps as the run does; log memory and speed, of several ranks the fullest and slowest; return
     the seconds of the second step, since the first one sets much up.
     """
-    reset_peak(device)
-    torch.manual_seed(args.seed)
-    model, *others = build(make_model, config)
-    others = [module.to(device).eval() for module in others]
-    nowhere = argparse.Namespace(**{**vars(args), "output_dir": os.devnull})  # of another run nothing goes
-    loader = SimpleNamespace(batch_size=len(batches[0]["text_ids"]))
-    losses_of_all = lambda *inputs: losses(*inputs, *others)  # noqa: E731
-    training = Training(model, loader, losses_of_all, config, nowhere, device, epoch_step, keep_epochs=True)
-    training.count_anew()
+    reset_peak(run.device)
+    torch.manual_seed(run.seed)
+    model, *others = (module.to(run.device) for module in build(make_model, config))
+    optimizer = create_optimizer(model, config["optimizer"])
+    take_step = Step(model, optimizer, lambda *inputs: losses(*inputs, *others), config, run.device)
 
-    def step() -> None:
-        training.read_check()
-        training.one_step([dict(batch) for batch in batches], target_weight(config))
-        training.schedule.after_step(0, 0)
+    def step() -> bool:
+        _, check = take_step([dict(batch) for batch in batches], target_weight(config))
+        return check.read()[0]
 
-    seconds = max(all_gather_objects([clock(step, device)[0] for _ in range(2)][1]))
-    if not training.read_check():
+    seconds, is_bad = [clock(step, run.device) for _ in range(2)][1]
+    seconds = max(all_gather_objects(seconds))
+    if is_bad:
         log.info("the second step's loss or gradient was not finite; on random input that need not mean much")
-    num_samples = loader.batch_size * len(batches) * world_size()
+    num_samples = len(batches[0]["text_ids"]) * len(batches) * world_size()
     report_measured(
-        device,
+        run.device,
         f"{seconds:.3f} s for a step of {num_samples} samples on {world_size()} rank(s), "
         f"{num_samples / seconds:.3g} samples a second",
     )
@@ -241,9 +232,8 @@ def duration(seconds: float) -> str:
 def dry_run_retrieval(
     make_model: Callable[[], SIMLARetrieval],
     config: dict,
-    args: argparse.Namespace,
+    run: Run,
     num_tokens: int,
-    device: torch.device,
 ) -> dict[str, float]:
     """Log parameters, arithmetic, memory, speed and length of this config's evaluation; return no scores.
 
@@ -255,17 +245,17 @@ def dry_run_retrieval(
         fullest, needs = estimate_retrieval(make_model, config, num_tokens)
         gigaflops = {name: f"{flops / 1e9:,.4g} GFLOP" for name, flops in needs.items()}
         report_estimate(fullest, "{images} an image, {texts} a text, {pairs} a pair".format(**gigaflops))
-    if args.dry_run == "steps":
-        reset_peak(device)
-        model = make_model().to(device).eval()
-        with torch.inference_mode(), autocast(device, config["precision"]):
-            for name, (num, work) in retrieval_work(config, num_tokens, device).items():
-                second = [clock(partial(work, model), device)[0] for _ in range(2)][1]
+    if run.dry_run == "steps":
+        reset_peak(run.device)
+        model = make_model().to(run.device).eval()
+        with torch.inference_mode(), autocast(run.device, config["precision"]):
+            for name, (num, work) in retrieval_work(config, num_tokens, run.device).items():
+                second = [clock(partial(work, model), run.device)[0] for _ in range(2)][1]
                 needs[name] = max(all_gather_objects(second)) / num
         rates = {name: f"{1 / seconds:.3g} {name}" for name, seconds in needs.items()}
-        report_measured(device, "{images}, {texts}, {pairs} a second and rank".format(**rates))
+        report_measured(run.device, "{images}, {texts}, {pairs} a second and rank".format(**rates))
     if is_main():
-        report_whole_evaluation(needs, config, args.dry_run == "steps")
+        report_whole_evaluation(needs, config, run.dry_run == "steps")
     return {}
 
 

@@ -24,8 +24,8 @@ def end_process(code: int, status: str, message: str = "") -> NoReturn:
 
 
 def end_stopped(signal_name: str, message: str) -> NoReturn:
-    """`end_process` after a stop signal: with the code of what can be resumed, or the shell's for the signal
-    where nothing is trained.
+    """End this process after a stop signal, with the code of what can be resumed, or the shell's for the
+    signal where nothing is trained.
     """
     is_training = RunRecord.current is not None and RunRecord.current.is_training
     end_process(RESUMABLE if is_training else 128 + signal.Signals[signal_name], "stopped", message)

@@ -8,13 +8,13 @@ from simla.utils import world_size
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The 2-norm of all gradients, a scalar on the model's device."""
+    """Return the 2-norm of all gradients, a scalar on the model's device."""
     gradients = [param.grad for param in model.parameters() if param.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
 
 
 class FiniteCheck:
-    """Whether named scalars are finite on all ranks: at once on the device, for the host later.
+    """Finds whether named scalars are finite on all ranks: at once on the device, for the host later.
 
     bad: float scalar on the device, 1 where any value of any rank is not.
     """
@@ -34,7 +34,7 @@ class FiniteCheck:
             self.arrived.record()
 
     def read(self) -> tuple[bool, list[str]]:
-        """Waits for the device; whether any is not finite, and the names of this rank's."""
+        """Wait for the device; return whether any is not finite, and the names of this rank's."""
         if self.arrived:
             self.arrived.synchronize()
         bad, *wrong = self.on_host.tolist()

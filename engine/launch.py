@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from simla.engine.run_record import (
     holds_training,
     previous_run,
     release_folder,
+    save_config,
     set_aside_logs,
 )
 from simla.engine.signals import Stopped, StopSignals
@@ -47,18 +49,12 @@ from simla.utils import (
     world_size,
 )
 
-# ---- start and end ----
+# ---- start ----
 
-
-# Launcher -> its variables of rank, world size, local rank and the number of ranks on this machine.
-LAUNCHERS = {
+OPEN_MPI = "OMPI_COMM_WORLD_"
+LAUNCHERS = {  # its variables of rank, world size, local rank and the number of ranks on this machine
     "SLURM": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
-    "Open MPI's mpirun": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
+    "Open MPI's mpirun": tuple(OPEN_MPI + name for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH's, Intel's
 }
 WAITING_SAID_AFTER_SECONDS, WAITING_SAID_EVERY_SECONDS = 10, 60
@@ -79,9 +75,8 @@ def _launched_as() -> tuple[int, int, int]:
             continue
         if launcher == "SLURM" and "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
             raise UserError(
-                f"this SLURM job has {total} tasks, but a script started without srun is one process, which "
-                "would wait for the others for ever: use srun, as in scripts/slurm.sbatch; for a single "
-                "process, `srun --ntasks=1`"
+                f"this SLURM job has {total} tasks, but a script without srun is one process, which waits "
+                "for the others for ever: use srun, as in scripts/slurm.sbatch (`srun --ntasks=1` for one)"
             )
         if local_rank not in os.environ:
             raise UserError(f"{launcher} started {total} processes but {local_rank} is not set; use torchrun")
@@ -104,11 +99,26 @@ def _launched_as() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def start(args: argparse.Namespace, config: dict) -> torch.device:
-    """Joins the other processes, picks the device, seeds all generators (differently on each rank), locks the
-    output folder, finds what to resume, sets an earlier run's logs aside and begins run.json; with --dry_run
-    without these four. Sets args.run, the run's id, and for an evaluation args.output_dir, as
-    `_evaluation_folder` says. From here on a stop signal ends the script at once, outside of `fit`.
+class Run(NamedTuple):
+    """A script's run as `start` has begun it; it stays the same to its end."""
+
+    device: torch.device
+    output_dir: str
+    seed: int
+    id: str  # the same in its checkpoints and in run.json
+    checkpoint: str  # whose weights it starts from or, with `resume`, whose training goes on; "" for none
+    resume: bool
+    evaluate: bool  # no training
+    dry_run: str  # "", "steps" or "estimate"
+    chance: dict[str, float]  # loss -> its value for a model that knows nothing, in nats
+
+
+def start(args: argparse.Namespace, config: dict, chance: dict[str, float] | None = None) -> Run:
+    """Join the other processes, pick the device, seed all generators, lock the output folder, find what to
+    resume, set an earlier run's logs aside and begin run.json and config.yaml; with --dry_run without these
+    four. From here on a stop signal ends the script at once, outside of `fit`.
+
+    All ranks have the same seed, so that they make the same model; each epoch seeds them differently.
 
     Raises UserError for another training in the folder, a --resume that finds nothing or comes with
     --evaluate, a GPU that is not there or lacks config `precision`, a taken port, an output folder that
@@ -117,63 +127,115 @@ def start(args: argparse.Namespace, config: dict) -> torch.device:
     if args.resume and args.evaluate:
         raise UserError("--evaluate scores --checkpoint as it is, --resume trains on from it; leave one out")
     this_rank, num_ranks, local_rank = _launched_as()
-    logging.basicConfig(
-        level=logging.INFO if this_rank == 0 else logging.ERROR,
-        format="%(message)s",
-        stream=sys.stdout,
-        force=True,
-    )
+    level = logging.INFO if this_rank == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
     for note in args.notes:
         log.info(note)
     device = pick_device(args.device, local_rank)
     if num_ranks > 1 and not dist.is_initialized():
-        try:
-            _meet(args.dist_url, this_rank, num_ranks, device)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"the {num_ranks} processes could not meet at {args.dist_url} (MASTER_ADDR="
-                f"{os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}): "
-                f"{first_line(error)}; is the port in use? Choose another with --master_port"
-            ) from error
+        _meet(args.dist_url, this_rank, num_ranks, device)
         watch_peers()
     if not (args.evaluate or args.dry_run):
         check_wandb(config)
     set_precision(device, config["precision"])
-    if args.dry_run:
-        args.run = "dry run"
-    else:
-        if args.evaluate:
-            args.output_dir = _evaluation_folder(args)
-        make_output_folder(args.output_dir)
-        if is_main() and not args.evaluate and _script is not None:
-            hold_folder(args.output_dir)
-        run = _find_what_to_resume(args)
-        (args.run,) = set(all_gather_objects(run)) - {""}  # the main rank's
-        if is_main() and not args.evaluate:
-            set_aside_logs(args.output_dir, args.run)
-        resumed_from = args.checkpoint if args.resume else ""
-        RunRecord(args.output_dir, args.run, config, device, resumed_from, is_training=not args.evaluate)
+    flags = args.checkpoint, args.resume, args.evaluate, args.dry_run
+    run = Run(device, args.output_dir, args.seed, "dry run", *flags, chance or {})
+    if not run.dry_run:
+        run = _begin(run, config)
     if _script is not None:  # not before the processes have met: a handler has to wait for that
         # Ctrl-C is a KeyboardInterrupt here, which packages know.
         names = "SIGTERM", "SIGUSR1"
         _script.enter_context(StopSignals(config["stop_grace_seconds"], names, at_once=True, remedy=""))
-    seed = args.seed + rank()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    return device
+    random.seed(run.seed)
+    np.random.seed(run.seed)
+    torch.manual_seed(run.seed)
+    return run
+
+
+def _begin(run: Run, config: dict) -> Run:
+    """Make the output folder this run's; return the run with that folder, its id and what it resumes."""
+    if run.evaluate:
+        run = run._replace(output_dir=_evaluation_folder(run.output_dir, run.checkpoint))
+    make_output_folder(run.output_dir)
+    resumed, run_id = "", uuid.uuid4().hex[:12]
+    if is_main() and not run.evaluate:
+        if _script is not None:
+            hold_folder(run.output_dir)
+        resumed = _what_to_resume(run.output_dir, run.checkpoint, run.resume)
+        run_id = load_checkpoint(resumed).get("run", run_id) if resumed else run_id
+    resumed, run_id = all_gather_objects((resumed, run_id))[0]
+    run = run._replace(id=run_id, checkpoint=resumed or run.checkpoint, resume=bool(resumed))
+    if is_main():
+        if not run.evaluate:
+            set_aside_logs(run.output_dir, run.id)
+        save_config(config, run.output_dir)
+    RunRecord(run.output_dir, run.id, config, run.device, resumed, not run.evaluate, run.chance)
+    return run
+
+
+def _evaluation_folder(folder: str, checkpoint: str) -> str:
+    """Return where an evaluation writes: `folder`, or where that holds a training, which may be going on,
+    evaluation_NAME in it, after the checkpoint's name. All ranks come here.
+    """
+    target = folder
+    if is_main() and holds_training(folder):
+        target = str(Path(folder, f"evaluation_{Path(checkpoint).stem or 'without_training'}"))
+        log.info(f"{folder} holds a training; what this evaluation writes goes to {target}")
+    return all_gather_objects(target)[0]
+
+
+def _what_to_resume(folder: str, checkpoint: str, resume: bool) -> str:
+    """Return the checkpoint that the run goes on from, "" for none.
+
+    --resume with --checkpoint: that file. --resume alone: the newest good one in the folder. Either way, and
+    without --resume, where torchrun or SLURM started the run again: its own newest good one, if it wrote any.
+    """
+    restarts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    is_restart = any(count not in (None, "", "0") for count in restarts)
+    if is_restart and (run := previous_run(folder)) and (newest := newest_good(folder, run)):
+        log.info(f"started again: going on from {newest}")
+        return str(newest)
+    if resume and checkpoint:
+        check_undamaged(checkpoint)
+        return checkpoint
+    if resume:
+        if newest := newest_good(folder):
+            return str(newest)
+        raise UserError(
+            f"--resume: {folder} holds no good checkpoint; leave it out to start the run, or name a file "
+            "with --checkpoint"
+        )
+    if run_checkpoints(folder):
+        log.info(
+            f"{folder} holds checkpoints of an earlier run, which this one will overwrite as it gets there; "
+            "--resume would continue it"
+        )
+    return ""
 
 
 def _meet(url: str, this_rank: int, num_ranks: int, device: torch.device) -> None:
-    """Joins the other processes: NCCL on GPUs, gloo on CPUs.
+    """Join the other processes: NCCL on GPUs, gloo on CPUs. Raise UserError where they cannot meet.
 
     torchrun's store outlives a restart, and with it the addresses of the processes before: those started
     again meet under a name of their own. Only where one launcher counts the restarts, several may differ.
     """
+    address, port = (os.environ.get(f"MASTER_{name}") for name in ("ADDR", "PORT"))
     whom = f"the other {num_ranks - 1} of {num_ranks} processes" if this_rank == 0 else "rank 0"
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if url == "env://" else url
-    with _say_while_waiting(f"rank {this_rank} waits at {where} for {whom}"):
-        _join(url, this_rank, num_ranks, device)
+    where = f"{address}:{port}" if url == "env://" else url
+    restarts, is_gpu = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), device.type == "cuda"
+    try:
+        with _say_while_waiting(f"rank {this_rank} waits at {where} for {whom}"):
+            store, this_rank, num_ranks = next(dist.rendezvous(url, this_rank, num_ranks))
+            if restarts != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+                store = dist.PrefixStore(f"restart_{restarts}", store)
+            where_from = {"store": store, "rank": this_rank, "world_size": num_ranks}
+            backend, device_id = ("nccl", device) if is_gpu else ("gloo", None)
+            dist.init_process_group(backend, **where_from, device_id=device_id)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the {num_ranks} processes could not meet at {url} (MASTER_ADDR={address}, MASTER_PORT={port}): "
+            f"{first_line(error)}; is the port in use? Choose another with --master_port"
+        ) from error
 
 
 @contextmanager
@@ -194,71 +256,7 @@ def _say_while_waiting(message: str) -> Iterator[None]:
         done.set()
 
 
-def _join(url: str, this_rank: int, num_ranks: int, device: torch.device) -> None:
-    store, this_rank, num_ranks = next(dist.rendezvous(url, this_rank, num_ranks))
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
-        store = dist.PrefixStore(f"restart_{restarts}", store)
-    is_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if is_gpu else "gloo",
-        store=store,
-        rank=this_rank,
-        world_size=num_ranks,
-        device_id=device if is_gpu else None,
-    )
-
-
-def _evaluation_folder(args: argparse.Namespace) -> str:
-    """Return where an evaluation writes: --output_dir, or where that holds a training, which may be going on,
-    evaluation_NAME in it, after the checkpoint's name. All ranks come here.
-    """
-    folder = args.output_dir
-    if is_main() and holds_training(folder):
-        folder = str(Path(folder, f"evaluation_{Path(args.checkpoint).stem or 'without_training'}"))
-        log.info(f"{args.output_dir} holds a training; what this evaluation writes goes to {folder}")
-    return all_gather_objects(folder)[0]
-
-
-def _find_what_to_resume(args: argparse.Namespace) -> str:
-    """Sets args.checkpoint and args.resume on all ranks alike; returns the run's id on the main one, else "".
-
-    --resume with --checkpoint: that file. --resume alone: the newest good one in the output folder. Without
-    either, started again by torchrun or SLURM: the newest good one of this very run, if it wrote any.
-    """
-    found, run = args.checkpoint if args.resume else "", uuid.uuid4().hex[:12]
-    if is_main() and not args.evaluate:
-        restarts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-        own = None
-        if any(count not in (None, "", "0") for count in restarts) and (
-            mine := previous_run(args.output_dir)
-        ):
-            own = newest_good(args.output_dir, mine)
-        if own is not None:
-            log.info(f"started again: going on from {own}")
-            found = str(own)
-        elif args.resume and not found:
-            newest = newest_good(args.output_dir)
-            if newest is None:
-                raise UserError(
-                    f"--resume: {args.output_dir} holds no good checkpoint; leave it out to start the run, "
-                    "or name a file with --checkpoint"
-                )
-            found = str(newest)
-        elif found:
-            check_undamaged(found)
-        if found:
-            run = load_checkpoint(found).get("run", run)
-        elif run_checkpoints(args.output_dir):
-            log.info(
-                f"{args.output_dir} holds checkpoints of an earlier run, which this one will overwrite as it "
-                "gets there; --resume would continue it"
-            )
-    found = all_gather_objects(found)[0]
-    if found:
-        args.checkpoint, args.resume = found, True
-    return run if is_main() else ""
-
+# ---- end ----
 
 _script: ExitStack | None = None  # what ends with the script that `run_script` runs
 
@@ -312,65 +310,47 @@ def _run_ranks(main: Callable[[], object]) -> object:
 
 
 def boolean(text: str) -> bool:
-    """'True', 'false', '1', 'no', ... as a flag's value."""
-    if text.lower() in ("true", "t", "yes", "y", "1", "on"):
-        return True
-    if text.lower() in ("false", "f", "no", "n", "0", "off"):
-        return False
+    """Return the value of a flag that is 'True', 'false', '1', 'no', ..."""
+    for value, words in ((True, "true t yes y 1 on"), (False, "false f no n 0 off")):
+        if text.lower() in words.split():
+            return value
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
 def seed_number(text: str) -> int:
-    """A seed of all generators, ranks added; numpy's are of 32 bits."""
-    try:
-        seed = int(text)
-    except ValueError:
-        seed = -1
-    if not 0 <= seed < 2**31:
+    """Return a seed of all generators; numpy's are of 32 bits."""
+    if not text.isdecimal() or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"expected an int from 0 to {2**31 - 1}, got {text!r}")
-    return seed
+    return int(text)
 
 
-def add_flag(parser: argparse.ArgumentParser, name: str, help: str) -> None:
-    """A boolean flag that takes `--name`, `--name True` and `--name False`."""
-    parser.add_argument(name, nargs="?", const=True, default=False, type=boolean, help=help)
+def add_flag(parser: argparse.ArgumentParser, name: str, help: str, default: bool = False) -> None:
+    """Add a flag that takes `--name`, `--name True` and `--name False`."""
+    parser.add_argument(name, nargs="?", const=True, default=default, type=boolean, help=help)
 
 
 def script_arguments(description: str, config: str, output_dir: str) -> argparse.ArgumentParser:
-    """The flags that all task scripts share."""
+    """Return a parser of the flags that all task scripts share."""
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
-    parser.add_argument("--config", default=config, help="YAML file (default: %(default)s)")
-    parser.add_argument("--output_dir", default=output_dir, help="where results go (default: %(default)s)")
-    parser.add_argument("--checkpoint", default="", help="weights to start from")
-    add_flag(
-        parser, "--resume", "continue the run that --checkpoint was saved by, or the newest of --output_dir"
-    )
+    add = parser.add_argument
+    resume = "continue the run that --checkpoint was saved by, or the newest of --output_dir"
+    add("--config", default=config, help="YAML file (default: %(default)s)")
+    add("--output_dir", default=output_dir, help="where results go (default: %(default)s)")
+    add("--checkpoint", default="", help="weights to start from")
+    add_flag(parser, "--resume", resume)
     add_flag(parser, "--evaluate", "no training")
-    parser.add_argument(
-        "--dry_run",
-        "--dry-run",
-        nargs="?",
-        const="steps",
-        default="",
-        choices=("steps", "estimate"),
-        help="two steps on random input: memory, speed, length of the run; `estimate`: of a GPU, without it",
-    )
-    parser.add_argument("--text_encoder", default="", help="BERT name or folder; replaces the config's")
-    parser.add_argument("--text_decoder", default="", help="VQA: where the decoder's BERT weights come from")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--seed", default=42, type=seed_number)
-    parser.add_argument(
-        "--world_size", default=1, type=int, help="read from the launcher; kept for old commands"
-    )
-    parser.add_argument(
-        "--dist_url", default="env://", help="where the processes meet (default: %(default)s)"
-    )
-    parser.add_argument(  # from torch.distributed.launch without --use_env; LOCAL_RANK says the same
-        "--local-rank", "--local_rank", default=0, type=int, help=argparse.SUPPRESS
-    )
-    parser.add_argument(
-        "--distributed", nargs="?", const=True, default=True, type=boolean, help="as --world_size"
-    )
+    text = "two steps on random input: memory, speed, length of the run; `estimate`: of a GPU, without it"
+    kinds = {"nargs": "?", "const": "steps", "default": "", "choices": ("steps", "estimate")}
+    add("--dry_run", "--dry-run", **kinds, help=text)
+    add("--text_encoder", default="", help="BERT name or folder; replaces the config's")
+    add("--text_decoder", default="", help="VQA: where the decoder's BERT weights come from")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--seed", default=42, type=seed_number, help="of all generators (default: %(default)s)")
+    add("--dist_url", default="env://", help="where the processes meet (default: %(default)s)")
+    # What published commands and torch.distributed.launch give; the launcher's variables say the same.
+    add("--world_size", default=1, type=int, help=argparse.SUPPRESS)
+    add("--local-rank", "--local_rank", default=0, type=int, help=argparse.SUPPRESS)
+    add_flag(parser, "--distributed", argparse.SUPPRESS, default=True)
     add_overrides(parser)
     parser.set_defaults(notes=[])  # on the config, see `parse`
     return parser

@@ -10,30 +10,21 @@ import torch.distributed as dist
 from simla.engine.exit import end_process, end_stopped
 from simla.utils import UserError, rank, world_size
 
+LEFT, STOPPED, LOST = 0.0, 1.0, 2.0  # what a rank hears of its neighbour's end
+NEWS_SECONDS = 10.0  # by when all ranks have heard of one's end
+
 _leaving = threading.Event()  # this process does not mind the end of others any more
-
-
 _stopping = threading.Event()  # a signal has told this process to stop
-
-
 _groups: dict[str, dist.ProcessGroup] = {}
-
-
 _watcher: threading.Thread | None = None
 
 
-LEFT, STOPPED, LOST = 0.0, 1.0, 2.0  # what a rank hears of its neighbour's end
-
-
-NEWS_SECONDS = 10.0  # by when all ranks have heard of one's end
-
-
 def watch_peers() -> None:
-    """From here on the death of any process ends all others within seconds, as does `stop_others`.
+    """Let the death of any process end all others within seconds, as does `stop_others`: collectives would
+    wait half an hour for it.
 
-    Collectives would wait half an hour for it. In a thread rank r waits for a message of rank r + 1; what
-    comes is the end of the connection, or a word on why rank r + 1 ends. Raises UserError where the processes
-    cannot connect.
+    In a thread rank r waits for a message of rank r + 1; what comes is the end of the connection, or a word
+    on why rank r + 1 ends. Raises UserError where the processes cannot connect.
     """
     global _watcher
     if world_size() == 1:
@@ -74,7 +65,7 @@ def _tell_neighbour(news: float) -> dist.Work:
 
 
 def stop_others() -> None:
-    """Ends all other ranks as a stop signal ends this one; returns when they have heard of it."""
+    """End all other ranks as a stop signal ends this one; return when they have heard of it."""
     leave()
     if world_size() > 1 and _groups and not _stopping.is_set():
         _stopping.set()
@@ -84,20 +75,18 @@ def stop_others() -> None:
 
 
 def wait_for_news() -> None:
-    """Returns when the neighbour's end is known, and its reason with it, or after NEWS_SECONDS. Where that is
-    a reason to end this process, it has ended by then.
-    """
+    """Return when the neighbour's end is known, or after NEWS_SECONDS; never if that ends this process."""
     if _watcher is not None:
         _watcher.join(NEWS_SECONDS)
 
 
 def leave() -> None:
-    """From here on this process does not mind the end of others."""
+    """Do not mind the end of others from here on."""
     _leaving.set()
 
 
 def leave_together() -> None:
-    """As `leave`, when all processes have come here; ends the watching."""
+    """Do so when all processes have come here; end the watching."""
     leave()
     if world_size() > 1 and _groups:
         dist.barrier(_groups["control"])
@@ -107,7 +96,7 @@ def leave_together() -> None:
 
 
 def add_up(counts: list[int]) -> list[int]:
-    """Each count, summed over all ranks. On the CPU, over a group of its own."""
+    """Return each count summed over all ranks, on the CPU."""
     if world_size() == 1:
         return counts
     sums = torch.tensor(counts, dtype=torch.int64)
@@ -116,5 +105,5 @@ def add_up(counts: list[int]) -> list[int]:
 
 
 def agree(flags: list[bool]) -> list[bool]:
-    """Each flag, true where it is true on any rank."""
+    """Return each flag, true where it is true on any rank."""
     return [count > 0 for count in add_up(flags)]

@@ -7,7 +7,7 @@ import torch
 
 
 def random_state(device: torch.device) -> dict:
-    """Of this rank's generators, in plain values."""
+    """Return that of this rank's generators, in plain values."""
     kind, keys, *rest = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(),

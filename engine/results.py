@@ -1,14 +1,12 @@
-"""Where the results of a run go: result/NAME.json and the line of an evaluation in log.txt."""
+"""Where the results of a run go: result/NAME.json."""
 
 from pathlib import Path
 
-from simla.engine.run_record import save_config
-from simla.engine.training import Scores
-from simla.utils import UserError, append_log, atomic_write, is_main, json_text
+from simla.utils import UserError, atomic_write, is_main, json_text
 
 
 def result_path(output_dir: str | Path, name: str) -> Path:
-    """Return where a result goes, result/<name>; makes that folder. UserError where it cannot be made."""
+    """Make the folder of results and return result/<name> in it. UserError where it cannot be made."""
     path = Path(output_dir) / "result" / name
     try:
         path.parent.mkdir(exist_ok=True)
@@ -18,7 +16,7 @@ def result_path(output_dir: str | Path, name: str) -> Path:
 
 
 def save_result(output_dir: str | Path, name: str, content: dict | list) -> None:
-    """Writes result/<name>.json, on the main rank only. UserError for a value that is not finite, and where
+    """Write result/<name>.json, on the main rank only. UserError for a value that is not finite, and where
     the file cannot be written.
     """
     if is_main():
@@ -26,11 +24,3 @@ def save_result(output_dir: str | Path, name: str, content: dict | list) -> None
         text = json_text(content, str(path), indent=1)
         with atomic_write(path, text=True) as file:
             file.write(text)
-
-
-def record_evaluation(scores: Scores, config: dict, output_dir: str) -> None:
-    """What an evaluation without training leaves beside its results: config.yaml and a line in log.txt."""
-    if is_main():
-        save_config(config, output_dir)
-    if scores:  # none where the test set has no answers
-        append_log(output_dir, scores)

@@ -40,7 +40,7 @@ _lock: FileLock | None = None  # of the output folder in which this process trai
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a result depends on."""
+    """Return those of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -52,36 +52,38 @@ def versions() -> dict[str, str]:
 
 def save_config(config: dict, output_dir: str) -> None:
     """Write config.yaml with the git revision of the code as a comment."""
-    with atomic_write(Path(output_dir) / "config.yaml", text=True) as file:
+    with atomic_write(Path(output_dir, "config.yaml"), text=True) as file:
         file.write(f"# code revision: {code_revision()}\n")
         YAML(typ="safe", pure=True).dump(config, file)
 
 
 def config_hash(config: dict) -> str:
-    """Equal for equal resolved configs, sha256."""
+    """Return the sha256 of a resolved config, equal for equal ones."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def previous_run(output_dir: str) -> str:
-    """The id of the run that was last started in the folder, "" where none can be read."""
+def read_record(path: Path) -> dict:
+    """Return the JSON object in a run.json or a lock's file, empty where none can be read."""
     try:
-        return json.loads((Path(output_dir) / "run.json").read_bytes())["run"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def previous_run(output_dir: str) -> str:
+    """Return the id of the run that was last started in the folder, "" where none can be read."""
+    return read_record(Path(output_dir, "run.json")).get("run", "")
 
 
 def holds_training(output_dir: str) -> bool:
-    """Whether a training has written into the folder: its run.json, checkpoints or steps."""
+    """Return whether a training has written into the folder: its run.json, checkpoints or steps."""
     folder = Path(output_dir)
-    try:
-        is_training = json.loads((folder / "run.json").read_bytes())["is_training"]
-    except (OSError, ValueError, KeyError, TypeError):
-        is_training = False
+    is_training = read_record(folder / "run.json").get("is_training")
     return bool(is_training or run_checkpoints(folder) or (folder / STEPS_LOG).exists())
 
 
 def hold_folder(output_dir: str) -> None:
-    """Keeps other trainings out of the folder until `release_folder` or the end of this process, however it
+    """Keep other trainings out of the folder until `release_folder` or the end of this process, however it
     ends: the lock is the system's.
 
     Waits some seconds for it, as for a predecessor that is just ending. UserError, naming who has it, where
@@ -89,29 +91,26 @@ def hold_folder(output_dir: str) -> None:
     """
     global _lock
     release_folder()
-    lock = FileLock(Path(output_dir) / LOCK)
-    holder = Path(output_dir) / f"{LOCK}.json"
+    lock, holder = FileLock(Path(output_dir, LOCK)), Path(output_dir, f"{LOCK}.json")
     try:
         lock.acquire(timeout=PREDECESSOR_SECONDS)
     except Timeout as error:
-        try:
-            who = "host {host}, process {pid}, started {start}".format(**json.loads(holder.read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError):
-            who = "a process that has not said which it is"
+        who = {"host": "unknown", "pid": "unknown", "start": "unknown", **read_record(holder)}
         raise UserError(
-            f"{output_dir} is in use by another training ({who}); wait for its end, stop it, or choose "
-            f"another --output_dir. If that process is dead, as on a machine that failed, delete {LOCK}"
+            "{0} is in use by another training (host {host}, process {pid}, started {start}); wait for its "
+            "end, stop it, or choose another --output_dir. If that process is dead, as on a machine that "
+            "failed, delete {1}".format(output_dir, LOCK, **who)
         ) from error
     except (OSError, NotImplementedError) as error:
         log.warning(f"{output_dir} cannot be locked ({error}): nothing keeps a second training out of it")
         return
     _lock = lock
-    with atomic_write(holder) as file:
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": _now()}).encode())
+    with atomic_write(holder, text=True) as file:
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": _now()}))
 
 
 def release_folder() -> None:
-    """Lets other trainings into the folder that `hold_folder` took, if any."""
+    """Let other trainings into the folder that `hold_folder` took, if any."""
     global _lock
     if _lock is not None:
         _lock.release()
@@ -119,19 +118,19 @@ def release_folder() -> None:
 
 
 def set_aside_logs(output_dir: str, run: str) -> None:
-    """Moves what another run than `run` has written into the folder, checkpoints apart, to earlier_1/ in it,
+    """Move what another run than `run` has written into the folder, checkpoints apart, to earlier_1/ in it,
     or earlier_2/, ...: its logs neither mix with those to come nor are they lost.
     """
     folder = Path(output_dir)
-    found = [name for name in RUN_FILES if (folder / name).exists()]
-    if previous_run(output_dir) == run or not any(name in found for name in LOGS):
+    names = [name for name in RUN_FILES if (folder / name).exists()]
+    if previous_run(output_dir) == run or not set(names) & set(LOGS):
         return
-    number = next(n for n in itertools.count(1) if not (folder / f"earlier_{n}").exists())
-    target = folder / f"earlier_{number}"
+    targets = (folder / f"earlier_{number}" for number in itertools.count(1))
+    target = next(path for path in targets if not path.exists())
     target.mkdir()
-    for name in found:
+    for name in names:
         (folder / name).rename(target / name)
-    log.info(f"{output_dir} was used before: {', '.join(found)} of the earlier run are in {target} now")
+    log.info(f"{output_dir} was used before: {', '.join(names)} of the earlier run are in {target} now")
 
 
 class RunRecord:
@@ -147,8 +146,10 @@ class RunRecord:
         device: torch.device,
         resumed_from: str,
         is_training: bool = True,
+        chance: dict[str, float] | None = None,
     ):
-        self.path, self.begin, self.is_training = Path(output_dir) / "run.json", time.monotonic(), is_training
+        self.path, self.begin, self.is_training = Path(output_dir, "run.json"), time.monotonic(), is_training
+        is_gpu = device.type == "cuda"
         self.content = {
             "run": run,
             "is_training": is_training,
@@ -159,24 +160,19 @@ class RunRecord:
             "versions": versions() if is_main() else {},
             "num_hosts": len(set(all_gather_objects(socket.gethostname()))),
             "num_ranks": world_size(),
-            "device": torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else platform.processor() or "cpu",
+            "device": torch.cuda.get_device_name(device) if is_gpu else platform.processor() or "cpu",
             "config_sha256": config_hash(config),
+            "chance": chance or {},
             "start": _now(),
         }
         self._write()
         RunRecord.current = self
 
     def finish(self, status: str, message: str = "") -> None:
-        """status: done, stopped (and resumable) or failed; peak memory is the main rank's."""
-        self.content |= {
-            "status": status,
-            "message": message,
-            "end": _now(),
-            "seconds": round(time.monotonic() - self.begin, 1),
-            "peak_memory_mib": peak_bytes(torch.device("cpu")) >> 20,
-        }
+        """Write how it ended; status: done, stopped (and resumable) or failed; memory is the main rank's."""
+        seconds, peak = round(time.monotonic() - self.begin, 1), peak_bytes(torch.device("cpu")) >> 20
+        self.content |= {"status": status, "message": message, "end": _now(), "seconds": seconds}
+        self.content["peak_memory_mib"] = peak
         if torch.cuda.is_available():
             self.content["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
         self._write()
@@ -185,8 +181,8 @@ class RunRecord:
         if not is_main():
             return
         try:
-            with atomic_write(self.path) as file:
-                file.write(json.dumps(self.content, indent=1).encode())
+            with atomic_write(self.path, text=True) as file:
+                file.write(json.dumps(self.content, indent=1))
         except UserError as error:  # the record is not worth the run
             log.error(error)
 

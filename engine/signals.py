@@ -19,7 +19,7 @@ from simla.utils import STOP_SIGNALS, signal_numbers
 
 
 class Stopped(Exception):
-    """The run ends as it was told to, by the signal of that name; the message says how it goes on."""
+    """The end of a run by the signal of that name; the message says how it goes on."""
 
     def __init__(self, message: str, signal_name: str = ""):
         super().__init__(message)
@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While open, a stop signal is noted in `received`, for the end of the step. One while `at_once` is set
+    """Notes a stop signal in `received`, while open, for the end of the step. One while `at_once` is set
     raises Stopped where the main thread is, and ends all other ranks.
 
     The main thread may never come to that, as in a collective or a read that does not end. So another thread
@@ -72,7 +72,7 @@ class StopSignals:
 
     @contextmanager
     def stopping_at_once(self) -> Iterator[None]:
-        """For work that may be cut short, such as an evaluation after everything is saved."""
+        """Let a signal cut short what is inside, such as an evaluation after everything is saved."""
         self.at_once = True
         if self.received:
             self._stop()
@@ -94,7 +94,7 @@ class StopSignals:
         raise Stopped(f"stopped by {self.received}{self.remedy}", self.received)
 
     def _watch(self) -> None:
-        """Python writes the number of every signal into `wakeup`, whatever the main thread is in."""
+        """Read the signals' numbers, which Python writes into `wakeup` whatever the main thread is in."""
         first, since = "", 0.0
         while True:
             left = None
@@ -110,9 +110,8 @@ class StopSignals:
                 break
             if 0 in numbers:
                 return
-            names = [
-                signal.Signals(number).name for number in numbers if number in signal_numbers(STOP_SIGNALS)
-            ]
+            stop_signals = signal_numbers(STOP_SIGNALS)
+            names = [signal.Signals(number).name for number in numbers if number in stop_signals]
             if names and not first:
                 first, since = names[0], time.monotonic()
             elif names and time.monotonic() - since > self.REPEATED_AFTER:
@@ -125,5 +124,5 @@ class StopSignals:
 
 @cache
 def _leave_out_children() -> None:
-    """What a forked process is told, as a pool's when it ends, does not count as a signal to this one."""
+    """Do not count as a signal to this process what a forked one is told, as a pool's when it ends."""
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))

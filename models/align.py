@@ -4,6 +4,7 @@
 B batch, Q queue, N image tokens, T text tokens, D width, E shared embedding.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -136,3 +137,10 @@ class AlignmentModel(MomentumModel):
         is_match = torch.cat([torch.ones_like(row), torch.zeros_like(row), torch.zeros_like(row)])
         counted = torch.cat([has_image | has_text, has_image, has_text])
         return losses.itm_loss(self.itm_head(hidden[:, 0]), is_match, counted)
+
+
+def alignment_chance(num_candidates: int) -> dict[str, float]:
+    """Return ITA and ITM, in nats, of a model that knows nothing: an even guess among the candidates, B + Q,
+    whatever the targets, and a head that knows only that two pairs of three do not match.
+    """
+    return {"loss_ita": math.log(num_candidates), "loss_itm": math.log(3) - 2 / 3 * math.log(2)}

@@ -553,7 +553,7 @@ def test_a_file_that_changes_under_a_run_ends_it_with_one_sentence(kept, tmp_pat
     path = write(tmp_path / "a.json", pairs(8))
     items = TrainItems(Mapped(read(path), partial(item_of, text="caption")), None, 0)
     config = {"num_workers": num_workers, "grad_accumulation_steps": 1, "batch_timeout_minutes": 1}
-    loader = train_loader(items, 4, 0, config, Collate(None, 64), pin=False)
+    loader = train_loader(items, 4, 0, config, Collate(None, 64))
     path.write_text("[]")
     with pytest.raises(UserError, match=r"^[^\n]*a.json: entry \d has changed since [^\n]*$"):
         list(stop_at_unreadable(loader))
@@ -573,5 +573,5 @@ def test_a_worker_has_no_copy_of_the_annotations(tmp_path):
     items = Plain(Mapped(read(path), partial(item_of, text="caption")), None, 0)
     assert index_of(path).stat().st_size < 3_000_000
     config = {"num_workers": 1, "grad_accumulation_steps": 1, "batch_timeout_minutes": 1}
-    first, *_, last = islice(train_loader(items, 5000, 0, config, private_kilobytes, pin=False), 10)
+    first, *_, last = islice(train_loader(items, 5000, 0, config, private_kilobytes), 10)
     assert last - first < 20_000

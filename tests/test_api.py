@@ -1,6 +1,5 @@
 """`import simla`: the numbers of the task scripts, every kind of input and checkpoint, and messages."""
 
-import argparse
 import ast
 import json
 import re
@@ -27,8 +26,7 @@ from simla.configs.reader import check_values
 from simla.configs.schema import RETRIEVAL, VIT, Key
 from simla.dataset.grounding import GroundingEvalData
 from simla.dataset.images import load_image
-from simla.dataset.items import evaluation_loader
-from simla.dataset.loaders import to_device
+from simla.dataset.items import evaluation_batches, evaluation_items
 from simla.dataset.nlvr import read_nlvr
 from simla.dataset.retrieval import RetrievalEvalData
 from simla.dataset.text import check_vocabulary, tokenize
@@ -127,10 +125,10 @@ def test_boxes_are_those_of_grounding(tiny, models, mode):
         [str(tiny.data / entry["image"]) for entry in entries],
         [entry["text"] for entry in entries],
     )
-    args = argparse.Namespace(gradcam_mode=mode, block_num=1)
+    config |= {"gradcam_mode": mode, "block_num": 1}
     for det_file in (config["det_file"], ""):
         data = GroundingEvalData({**config, "det_file": det_file})
-        choices = Grounding.evaluate(model, data, tiny.tokenizer(), args, config, CPU)
+        choices = Grounding.choose(model, data, tiny.tokenizer(), config, CPU)
         boxes = [target.candidates for target in data.targets] if det_file else None
         found = models["retrieval"].ground(files, texts, boxes, mode, block=1)
         assert len(found) == len(choices) > 3
@@ -192,9 +190,9 @@ def test_classes_are_those_of_ve_and_nlvr(tiny, models, kind):
     task = kind.upper()
     model, config = tiny.script_model(task, kind)
     entries = {"ve": read_ve, "nlvr": read_nlvr}[kind](config["test_file"], config["image_root"])
-    loader = evaluation_loader(entries, config, tiny.tokenizer(), 64, pin=False)
+    items = evaluation_items(entries, config)
     with torch.no_grad():
-        batches = (to_device(batch, CPU) for batch in loader)
+        batches = evaluation_batches(items, config, tiny.tokenizer(), CPU, "test")
         logits = [model.predict(batch["image"], batch["text_ids"], batch["text_mask"]) for batch in batches]
     expected = torch.cat(logits).softmax(-1)
     texts = [entry["text"] for entry in entries]
@@ -208,7 +206,7 @@ def test_classes_are_those_of_ve_and_nlvr(tiny, models, kind):
         ours = torch.stack([1 - true, true], dim=1)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     assert expected.std(0).min() > 1e-4
-    counts = VE.evaluate(model, {"test": loader}, expected.shape[1], config, CPU)["test_confusion"]
+    counts = VE.evaluate(model, items, tiny.tokenizer(), config, CPU, "test")["confusion"]
     labels = torch.tensor([entry["label"] for entry in entries])
     right = int((ours.argmax(1) == labels).sum())
     assert right == sum(row[i] for i, row in enumerate(counts))

@@ -1,6 +1,5 @@
 """What callers bring to `import simla`: settings of torch, long and odd texts, other configs and weights."""
 
-import argparse
 import importlib
 import json
 import sys
@@ -192,8 +191,8 @@ def test_512_tokens_are_what_grounding_reads(tiny, models, tmp_path):
     entries = [{**entry, "text": f"{LONG} {entry['text']}"} for entry in tiny.entries("grounding_test")[:2]]
     (tmp_path / "long.json").write_text(json.dumps(entries))
     config |= {"test_file": str(tmp_path / "long.json"), "image_root": str(tiny.data), "det_file": ""}
-    args = argparse.Namespace(gradcam_mode="itm", block_num=0)
-    choices = Grounding.evaluate(model, GroundingEvalData(config), tiny.tokenizer(), args, config, CPU)
+    config |= {"gradcam_mode": "itm", "block_num": 0}
+    choices = Grounding.choose(model, GroundingEvalData(config), tiny.tokenizer(), config, CPU)
     for entry, choice in zip(entries, choices, strict=True):
         image = tiny.data / entry["image"]
         found = models["retrieval"].ground(image, entry["text"], block=0, max_tokens=512)

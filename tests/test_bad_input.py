@@ -190,7 +190,7 @@ def loader_with_bad_images(tiny, folder, num_good: int, num_bad: int):
     (folder / "train.json").write_text(json.dumps(entries))
     config = read_config(str(tiny["Pretrain"]), PRETRAIN, [f"train_file={folder}/train.json", "batch_size=4"])
     entries = read_sets(config["train_file"])
-    return pretrain_loader(entries, config, build_tokenizer(config["text_encoder"]), 32, 4, 64, 0, pin=False)
+    return pretrain_loader(entries, config, build_tokenizer(config["text_encoder"]), 32, 0)
 
 
 def test_unreadable_images_are_replaced_and_counted(tiny, tmp_path):
@@ -406,7 +406,7 @@ def test_more_hidden_patches_than_patches(monkeypatch, tiny, tmp_path):
 def test_what_makes_a_step_too_large_is_named(key, batch_size, accumulation, expected):
     config = {key: batch_size, "grad_accumulation_steps": accumulation, "num_workers": 0}
     with pytest.raises(UserError, match="3 training samples are fewer than a step .*" + expected):
-        train_loader([0, 1, 2], batch_size, 0, config, list, pin=False)
+        train_loader([0, 1, 2], batch_size, 0, config, list)
 
 
 def test_missing_weights_are_found_before_a_codebook_is_fitted(monkeypatch, tiny, tmp_path):
@@ -531,9 +531,7 @@ def test_pretraining_does_not_evaluate(monkeypatch, tiny, tmp_path):
 def test_masked_words_belong_to_the_item_not_to_the_batch(tiny, tmp_path):
     config = read_config(str(tiny["Pretrain"]), PRETRAIN, ["mlm_probability=0.5"])
     entries = read_sets(config["train_file"])
-    loader = pretrain_loader(
-        entries, config, build_tokenizer(config["text_encoder"]), 32, 4, 64, 0, pin=False
-    )
+    loader = pretrain_loader(entries, config, build_tokenizer(config["text_encoder"]), 32, 0)
     items = [loader.dataset[(0, index)] for index in range(6)]
     whole, alone = loader.collate_fn(items), [loader.collate_fn([item]) for item in items]
     for row, single in enumerate(alone):

@@ -10,28 +10,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from ruamel.yaml import YAML
 
+import Grounding
+import NLVR
+import Pretrain
+import Pretrain_NLVR
+import Retrieval
+import VE
 from simla.configs.reader import read_config
-from simla.configs.schema import GROUNDING, NLVR, PRETRAIN, PRETRAIN_NLVR, RETRIEVAL, VE, VQA
+from simla.configs.schema import TASKS
 from simla.engine import chance, curves
-from simla.engine.chance import ChanceCheck, chance_levels
+from simla.engine.chance import ChanceCheck
 from simla.engine.curves import panels, plot_curves, read_records, read_run
 from simla.utils import UserError
 
-DEMO = {
-    "Pretrain": PRETRAIN,
-    "Retrieval": RETRIEVAL,
-    "Grounding": GROUNDING,
-    "VQA": VQA,
-    "NLVR_Pretrain": PRETRAIN_NLVR,
+SCRIPTS = {  # of a demo config, those with chance levels
+    "Pretrain": Pretrain,
+    "Retrieval": Retrieval,
+    "Grounding": Grounding,
+    "NLVR_Pretrain": Pretrain_NLVR,
     "NLVR": NLVR,
     "VE": VE,
 }
 
 
 def demo_config(name: str) -> dict:
-    return read_config(f"configs/demo/{name}.yaml", DEMO[name])
+    script = {"NLVR_Pretrain": "Pretrain_NLVR"}.get(name, name)
+    return read_config(f"configs/demo/{name}.yaml", TASKS[script])
+
+
+def chance_levels(name: str) -> dict[str, float]:
+    return SCRIPTS[name].chance(demo_config(name)) if name in SCRIPTS else {}
 
 
 def even_guess(num_classes: int) -> float:
@@ -40,7 +49,7 @@ def even_guess(num_classes: int) -> float:
 
 def test_chance_levels_are_the_losses_of_even_guesses():
     config = demo_config("Pretrain")
-    levels = chance_levels(config)
+    levels = Pretrain.chance(config)
     vocab, candidates = config["bert_config"]["vocab_size"], config["batch_size"] + config["queue_size"]
     codes = config["image_tokenizer"]["vocab_size"]
     for name, size in (("loss_mlm", vocab), ("loss_ita", candidates), ("loss_mim", codes)):
@@ -55,14 +64,13 @@ def test_chance_levels_are_the_losses_of_even_guesses():
 def test_chance_levels_of_every_task():
     for name in ("Retrieval", "Grounding"):
         config = demo_config(name)
-        levels = chance_levels(config)
+        levels = chance_levels(name)
         assert list(levels) == ["loss_ita", "loss_itm"]
         assert levels["loss_ita"] == pytest.approx(
             even_guess(config["batch_size_train"] + config["queue_size"])
         )
     for name, classes in (("VE", 3), ("NLVR", 2), ("NLVR_Pretrain", 3)):
-        assert chance_levels(demo_config(name)) == {"loss": pytest.approx(even_guess(classes))}
-    assert chance_levels(demo_config("VQA")) == {}
+        assert chance_levels(name) == {"loss": pytest.approx(even_guess(classes))}
 
 
 @pytest.mark.parametrize(("num_steps", "patience"), [(12, 200), (935, 467.5), (234_000, 5000)])
@@ -70,13 +78,13 @@ def test_a_loss_at_chance_is_pointed_out_once(num_steps, patience, caplog):
     """Over all windows of a run, and over those of one that is resumed anywhere."""
     assert chance.patience(num_steps) == patience
     caplog.set_level("INFO", "simla")
-    check = ChanceCheck(demo_config("Pretrain"))
+    check = ChanceCheck(chance_levels("Pretrain"))
     assert "loss_itm 0.637" in caplog.text and caplog.text.count("\n") == 1
     learned = {name: 0.5 * level for name, level in check.levels.items()}
     for means, stuck in ((learned, []), (learned | {"loss_itm": 0.63, "loss_psl": 9.0}, ["itm", "psl"])):
         caplog.clear()
         for end in range(25, num_steps + 1, 25):
-            ChanceCheck(demo_config("Pretrain")) if end == 100 else None
+            ChanceCheck(chance_levels("Pretrain")) if end == 100 else None
             check.look(means, end - 25, end, num_steps)
         said = [record.message for record in caplog.records if record.levelname == "WARNING"]
         assert len(said) == (1 if stuck and num_steps > patience else 0)
@@ -87,7 +95,7 @@ def test_a_loss_at_chance_is_pointed_out_once(num_steps, patience, caplog):
 
 def test_a_run_may_have_any_set_of_losses(caplog):
     """One is left out, and one is there that no table knows."""
-    check = ChanceCheck(demo_config("Pretrain"))
+    check = ChanceCheck(chance_levels("Pretrain"))
     for absent in check.levels:
         means = {name: level for name, level in check.levels.items() if name != absent} | {"loss_own": 1.0}
         caplog.clear()
@@ -99,13 +107,12 @@ def test_a_run_may_have_any_set_of_losses(caplog):
         ]
 
 
-def write_run(folder, config: dict, steps: list[dict], epochs: list[dict]):
+def write_run(folder, levels: dict, steps: list[dict], epochs: list[dict]):
     folder.mkdir()
     for name, records in (("train_steps.jsonl", steps), ("log.txt", epochs)):
         if records:
             (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    with (folder / "config.yaml").open("w") as file:
-        YAML(typ="safe", pure=True).dump(config, file)
+    (folder / "run.json").write_text(json.dumps({"chance": levels}))
     return folder
 
 
@@ -137,7 +144,7 @@ LOGS = {
 def test_the_log_of_every_task(name, tmp_path, monkeypatch):
     losses, scores = LOGS[name]
     steps, epochs = records(losses, scores)
-    folder = write_run(tmp_path / "run", demo_config(name), steps, epochs)
+    folder = write_run(tmp_path / "run", chance_levels(name), steps, epochs)
     logged, titles = panels([read_run(folder)])
     assert logged == [*losses, "lr"]
     assert {name for names in titles.values() for name in names} == {*scores} - {"val_confusion"}
@@ -148,18 +155,18 @@ def test_the_log_of_every_task(name, tmp_path, monkeypatch):
         curves.main()
     assert has_lines(tmp_path / "c.png", curves.COLOURS[0])
     drawn = [(call.args[1], call.args[2]) for call in levels.call_args_list]
-    assert drawn == [(level, curves.GREY) for level in chance_levels(demo_config(name)).values()]
+    assert drawn == [(level, curves.GREY) for level in chance_levels(name).values()]
 
 
 def test_runs_are_overlaid_in_colours_of_their_own(tmp_path):
-    config = demo_config("Pretrain")
+    levels = chance_levels("Pretrain")
     steps, epochs = records(LOGS["Pretrain"][0])
     lower = [{name: v if name in ("step", "epoch") else 0.8 * v for name, v in s.items()} for s in steps]
-    one = write_run(tmp_path / "one", config, steps, epochs)
-    two = write_run(tmp_path / "two", {**config, "queue_size": 640}, lower, [])
-    with mock.patch("simla.engine.curves.draw_level", wraps=curves.draw_level) as levels:
+    one = write_run(tmp_path / "one", levels, steps, epochs)
+    two = write_run(tmp_path / "two", {**levels, "loss_ita": 6.5}, lower, [])
+    with mock.patch("simla.engine.curves.draw_level", wraps=curves.draw_level) as draw_level:
         plot_curves([one, two], tmp_path / "c.png")
-    drawn = [call.args[2] for call in levels.call_args_list]  # of ITA alone they have different levels
+    drawn = [call.args[2] for call in draw_level.call_args_list]  # of ITA alone they have different levels
     assert drawn == [*curves.COLOURS[:2], *[curves.GREY] * 4]
     assert all(has_lines(tmp_path / "c.png", colour) for colour in curves.COLOURS[:2])
     # a log alone, as published: numbers as texts, no steps, no config
@@ -188,9 +195,6 @@ def test_what_cannot_be_drawn_says_why(tmp_path):
         with pytest.raises(UserError, match=r"log\.txt, line 1: expected a JSON object"):
             plot_curves([tmp_path], tmp_path / "none.png")
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.0}\n')
-    (tmp_path / "config.yaml").write_text("a: b\n")
-    with pytest.raises(UserError, match=r"config\.yaml is not the resolved config"):
-        plot_curves([tmp_path], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -215,7 +219,7 @@ def test_legends_of_several_runs_say_what_colours_and_lines_mean(tmp_path, lengt
     steps, epochs = records(["loss"], {"val_acc": 60.0})
     _, both = records(["loss"], {"val_acc": 60.0, "test_acc": 50.0})
     runs = [
-        write_run(tmp_path / f"{name:_<{length}}", demo_config("VE"), steps, scores)
+        write_run(tmp_path / f"{name:_<{length}}", chance_levels("VE"), steps, scores)
         for name, scores in (("one", epochs), ("two", both))
     ]
     with mock.patch.object(plt, "close") as close:

@@ -151,7 +151,7 @@ def test_pretraining(moved):
     tokenizer = build_tokenizer(config["text_encoder"])
     entries = read_sets(config["train_file"], image_root=config["image_root"])
     assert_found(map(entries.__getitem__, range(len(entries))))
-    assert_readable(pretrain_loader(entries, config, tokenizer, 32, 4, 64, 0, False))
+    assert_readable(pretrain_loader(entries, config, tokenizer, 32, 0))
     assert len(list(code_views(entries, 32, num_images=3))) == 3
     config = config_of(moved, "Pretrain_NLVR")
     assert_found(read_pairs(config["train_file"], config["image_root"]))
@@ -160,14 +160,14 @@ def test_pretraining(moved):
 def test_retrieval(moved):
     config = config_of(moved, "Retrieval")
     tokenizer = build_tokenizer(config["text_encoder"])
-    assert_readable(retrieval_loader(config, tokenizer, 64, 0, False))
+    assert_readable(retrieval_loader(config, tokenizer, 0))
     assert_found(RetrievalEvalData(config["test_file"], config).entries, 7)
 
 
 def test_grounding(moved):
     config = config_of(moved, "Grounding")
     tokenizer = build_tokenizer(config["text_encoder"])
-    assert_readable(grounding_loader(config, tokenizer, 64, 0, False))
+    assert_readable(grounding_loader(config, tokenizer, 0))
     data = GroundingEvalData(config)
     assert_found(data.entries)
     assert data.targets[0].candidates
@@ -176,7 +176,7 @@ def test_grounding(moved):
 def test_questions(moved):
     config = config_of(moved, "VQA")
     tokenizer = build_tokenizer(config["text_encoder"])
-    assert_readable(vqa_loader(config, tokenizer, 64, 0, False))
+    assert_readable(vqa_loader(config, tokenizer, 0))
     assert_found(VQAEvalData(config["test_file"], config, is_test=True).entries)
     assert read_answer_list(config["answer_list"], tokenizer, config["eos"], 64).texts
 

@@ -99,7 +99,7 @@ def interfere(script: str, rank: int, note: Callable, call: int, on: tuple[int, 
     how "evaluation": as it comes to that part of the evaluations; "kill": SIGKILL instead, once what was
     saved is on the disk; "forget": the random state is not taken up.
     """
-    module = VE if script == "NLVR" else SCRIPTS[script]  # NLVR has the losses of VE
+    module = SCRIPTS[script]
     counts = Counter()
 
     def count(kind: str) -> None:
@@ -119,7 +119,7 @@ def interfere(script: str, rank: int, note: Callable, call: int, on: tuple[int, 
         return original(*args, **kwargs)
 
     module.losses = losses
-    VE.evaluate_classes = partial(evaluation, VE.evaluate_classes)
+    VE.evaluate = NLVR.evaluate = partial(evaluation, VE.evaluate)
     zero_shot_retrieval.rerank = partial(evaluation, zero_shot_retrieval.rerank)
     if how == "forget":
         training.set_random_state = lambda *_: None

@@ -28,7 +28,7 @@ from simla.dataset import loaders
 from simla.dataset.loaders import loader_problem
 from simla.engine import signals as faults
 from simla.engine.exit import RESUMABLE
-from simla.engine.launch import _find_what_to_resume, run_script, script_arguments
+from simla.engine.launch import run_script, script_arguments, start
 from simla.engine.signals import StopSignals
 from simla.utils import LOG, UserError
 
@@ -264,7 +264,7 @@ def test_loader_processes_that_give_no_batch_end_the_run_with_a_sentence(folder,
 def test_a_batch_that_cannot_be_handed_over_ends_the_loader_at_once():
     """As where shared memory is full or too few files may be open: it fails in a thread of the process."""
     config = {"num_workers": 1, "batch_timeout_minutes": 5}
-    loader = loaders.test_loader(range(4), 2, config, NotSent, pin=False)
+    loader = loaders.test_loader(range(4), 2, config, NotSent)
     begin = time.monotonic()
     with pytest.raises(RuntimeError) as error:
         next(iter(loader))
@@ -371,15 +371,15 @@ def test_torchrun_starts_a_killed_run_again_by_itself(folder, tmp_path):
 
 @pytest.fixture
 def restarted(monkeypatch, tmp_path) -> Iterator:
-    """launch's choice in a folder with a checkpoint of run "earlier", as torchrun starts run "this" again."""
+    """`start`'s choice in a folder with a checkpoint of run "earlier", as torchrun starts "this" again."""
     torch.save({"run": "earlier"}, tmp_path / "checkpoint_07.pth")
-    (tmp_path / "run.json").write_text(json.dumps({"run": "this"}))
 
     def choose(restarts: str, *flags: str) -> tuple[str, bool, str]:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-        args = script_arguments("x", "c", str(tmp_path)).parse_args(list(flags))
-        found = _find_what_to_resume(args)
-        return Path(args.checkpoint).name, args.resume, found
+        (tmp_path / "run.json").write_text(json.dumps({"run": "this"}))
+        args = script_arguments("x", "c", str(tmp_path)).parse_args(["--device", "cpu", *flags])
+        run = start(args, {"precision": "fp32", "wandb": {}})
+        return Path(run.checkpoint).name, run.resume, run.id
 
     return choose
 

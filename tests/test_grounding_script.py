@@ -107,7 +107,7 @@ def config_of(tiny: dict, *overrides: str) -> dict:
 def test_training_shows_whole_images_and_knows_them_by_their_file(tiny):
     config = config_of(tiny)
     tokenizer = build_tokenizer(config["text_encoder"])
-    loader = grounding_loader(config, tokenizer, 64, seed=1, pin=False)
+    loader = grounding_loader(config, tokenizer, seed=1)
     entries = json.loads((tiny["data"] / "grounding_train.json").read_text())
     files = list(dict.fromkeys(entry["image"] for entry in entries))
     assert len(files) < len(entries)
@@ -125,7 +125,7 @@ def test_one_image_under_two_paths_is_one_identity(tiny, tmp_path):
     entries = [{"image": str(tiny["data"] / name), "text": "a cup"} for name in names]
     write(tmp_path / "train.json", entries)
     config = config_of(tiny, f"train_file={tmp_path}/train.json", "batch_size_train=3")
-    loader = grounding_loader(config, build_tokenizer(config["text_encoder"]), 64, seed=0, pin=False)
+    loader = grounding_loader(config, build_tokenizer(config["text_encoder"]), seed=0)
     order = [index for _, index in loader.sampler]
     assert next(iter(loader))["idx"].tolist() == [[0, 1, 0][index] for index in order]
 
@@ -133,7 +133,7 @@ def test_one_image_under_two_paths_is_one_identity(tiny, tmp_path):
 def test_every_parameter_gets_a_gradient(tiny):
     config = config_of(tiny, "vit_mask_token=true")
     tokenizer = build_tokenizer(config["text_encoder"])
-    batch = next(iter(grounding_loader(config, tokenizer, 64, seed=0, pin=False)))
+    batch = next(iter(grounding_loader(config, tokenizer, seed=0)))
     model = SIMLARetrieval.from_config(config)
     sum(Grounding.losses(model, to_device(batch, torch.device("cpu")), 0.4).values()).backward()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -432,13 +432,13 @@ def test_an_interrupted_run_resumes_as_if_unbroken(tiny, tmp_path, monkeypatch):
     whole = grounding(monkeypatch, tiny, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
-        def evaluate(*args, original=Grounding.evaluate, calls=[]):  # noqa: B006
+        def choose(*args, original=Grounding.choose, calls=[]):  # noqa: B006
             calls.append(1)
             if len(calls) == 2:
                 raise KeyboardInterrupt
             return original(*args)
 
-        patch.setattr(Grounding, "evaluate", evaluate)
+        patch.setattr(Grounding, "choose", choose)
         grounding(patch, tiny, tmp_path / "broken")
     resumed = grounding(monkeypatch, tiny, tmp_path / "broken", "--resume")
     states = [

@@ -172,13 +172,7 @@ def test_scripts_import_one_another_for_three_functions_alone(name):
     tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module in SCRIPTS:
-            assert {alias.name for alias in node.names} <= {
-                "losses",
-                "evaluate",
-                "report",
-                "SPLITS",
-                "train_and_evaluate",
-            }, ast.unparse(node)
+            assert {alias.name for alias in node.names} <= {"losses", "evaluate", "report"}, ast.unparse(node)
 
 
 def test_nothing_of_the_package_imports_a_script():
@@ -187,3 +181,33 @@ def test_nothing_of_the_package_imports_a_script():
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not SCRIPTS & set(names), path
+
+
+def test_below_the_scripts_flags_are_read_in_one_function_alone():
+    """What is there takes plain values, so that anybody can call it; commands have flags of their own."""
+    takes_flags = set()
+    for name, path in modules().items():
+        if name.endswith("__main__") or name.startswith(("demo.", "dataset.prepare.")):
+            continue
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                types = [ast.unparse(a.annotation) for a in arguments if a.annotation]
+                if any("Namespace" in kind for kind in types):
+                    takes_flags.add(f"{name}.{node.name}")
+    assert takes_flags == {"engine.launch.start"}
+
+
+def test_every_script_has_its_steps_in_one_order():
+    steps = ["start", "data", "model", "optimiser and schedule", "resume", "train", "report"]
+    for name in SCRIPTS:
+        text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        main = text[text.index("\ndef main(args") :]
+        marks = [line.strip()[2:] for line in main.splitlines() if line.strip().startswith("# ")]
+        steps_here = [step for mark in marks for step in steps if mark.startswith(step)]
+        assert steps_here == [step for step in steps if step in steps_here], (name, steps_here)
+        if name != "zero_shot_retrieval":  # which trains nothing
+            assert steps_here[:6] == steps[:6], (name, steps_here)
+        names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+        assert names[-2:] == ["main", "parse_and_run"], (name, names)
+        assert len(text.splitlines()) <= 180, name

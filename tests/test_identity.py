@@ -283,7 +283,7 @@ def test_grounding_knows_an_image_by_its_path(demo, tmp_path):
     config = read_config(
         "configs/demo/Grounding.yaml", GROUNDING, [f"train_file={file}", "batch_size_train=3"]
     )
-    loader = grounding_loader(config, build_tokenizer(str(demo / "bert")), 64, seed=0, pin=False)
+    loader = grounding_loader(config, build_tokenizer(str(demo / "bert")), seed=0)
     order = [index for _, index in loader.sampler]
     assert next(iter(loader))["idx"].tolist() == [[0, 1, 0][index] for index in order]
 
@@ -314,7 +314,7 @@ def test_training_says_what_is_odd_about_the_ids(demo, tmp_path, caplog):
         str(demo_config("Retrieval", demo, tmp_path)), RETRIEVAL, [f"train_file={file}", "batch_size_train=2"]
     )
     tokenizer = build_tokenizer(str(demo / "bert"))
-    loader = retrieval_loader(config, tokenizer, 64, seed=0, pin=False)
+    loader = retrieval_loader(config, tokenizer, seed=0)
     assert any("have no image_id" in record.message for record in caplog.records)
     assert {int(number) for batch in loader for number in batch["idx"]} <= set(range(6))
 

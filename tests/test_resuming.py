@@ -50,13 +50,9 @@ def train(tiny, monkeypatch):
             seen.extend(batch["where"])
             return original(model, batch, alpha)
 
-        def evaluate(*_) -> dict:
-            return {
-                "val_acc": next(coming),
-                "test_acc": 50.0,
-                "val_confusion": count,
-                "test_confusion": count,
-            }
+        def evaluate(*given) -> dict:
+            accuracy = next(coming) if given[-1] == "val" else 50.0
+            return {"acc": accuracy, "confusion": count, "predicted": []}
 
         values = {"keep_last": 99, "log_steps": 1, **values}
         overrides = [f"{name.replace('__', '.')}={value}" for name, value in values.items()]

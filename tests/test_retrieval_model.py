@@ -261,7 +261,7 @@ def test_batches_of_one_image_are_counted(monkeypatch, tiny, trained, tmp_path):
 def test_select_on_test_is_a_switch(monkeypatch, tiny, tmp_path):
     seen = {}
     monkeypatch.setattr(
-        "Retrieval.fit", lambda *given: seen.update(best=given[-1]) or ("", {"test_r_mean": 1})
+        "Retrieval.fit", lambda training, _: seen.update(best=training.best) or ("", {"test_r_mean": 1})
     )
     monkeypatch.setattr("Retrieval.report", lambda *_: None)
     called(monkeypatch, tiny, tmp_path)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tiny import ROOT, full_disk, make_tiny, run
 
 import zero_shot_retrieval
-from NLVR import OfficialScores
+from NLVR import report_predictions
 from simla.checkpoint import save as saving
 from simla.checkpoint.save import Saver, check_undamaged, epoch_name, load_checkpoint, newest_good, step_name
 from simla.dataset.check.images import _append_to_cache
@@ -333,9 +333,8 @@ def test_files_of_a_killed_save_are_removed(tmp_path):
 
 
 def write_predictions(out: Path) -> None:
-    official = OfficialScores(str(out))
-    official.predictions["val"] = "dev-850-0-0,True\n" * 9
-    official.save()
+    entries = [{"identifier": f"dev-850-0-{number}"} for number in range(9)]
+    report_predictions({"val": SimpleNamespace(entries=entries)}, {"val": [1] * 9}, {}, str(out))
 
 
 def write_scores(out: Path) -> None:

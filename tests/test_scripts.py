@@ -45,6 +45,7 @@ def test_pretraining_writes_its_outputs(pretrained):
     assert "code revision" in (out / "config.yaml").read_text()
     config = YAML(typ="safe").load(out / "config.yaml")
     assert config["momentum"] == 0.995 and config["schedular"]["epochs"] == 2
+    assert json.loads((out / "run.json").read_text())["chance"] == Pretrain.chance(config)
     assert not list(out.glob(".*"))  # no temporary files left
 
 
@@ -175,7 +176,9 @@ def test_main_can_be_called_and_an_epoch_does_not_depend_on_the_workers(tiny, tm
             ["--device", "cpu"]
         )
         overrides = [f"num_workers={workers}", "schedular.epochs=1"]
+        before = dict(vars(args))
         Pretrain.main(args, read_config(str(tiny["Pretrain"]), PRETRAIN, overrides))
+        assert vars(args) == before  # a caller's flags are the caller's
         finals.append(torch.load(tmp_path / str(workers) / "checkpoint_00.pth", weights_only=True)["model"])
     for name, value in finals[0].items():
         assert torch.equal(value, finals[1][name]), name

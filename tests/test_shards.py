@@ -119,7 +119,7 @@ def epoch_of(
         with mock.patch.multiple(
             "simla.dataset.loaders", rank=lambda rank=rank: rank, world_size=lambda: num_ranks
         ):
-            sampler = train_loader(mixture, batch, 5, config, list, False, mixture).sampler
+            sampler = train_loader(mixture, batch, 5, config, list, mixture).sampler
             sampler.set_epoch(epoch, first)
             found.append(list(sampler))
             assert len(sampler) == len(found[-1])
@@ -474,7 +474,7 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch(made):
     paths = [{"path": f"pipe:cat {made.names}", "weight": 2}, {"path": made.file, "weight": 1}]
     data = data_of(read_sets(paths, 40))
     config = {"num_workers": 2, "grad_accumulation_steps": 2, "batch_timeout_minutes": 1}
-    loader = train_loader(data, 3, 7, config, list, False, data.entries)
+    loader = train_loader(data, 3, 7, config, list, data.entries)
 
     def epoch(number: int, first: int = 0) -> list[tuple]:
         loader.sampler.set_epoch(number, first)

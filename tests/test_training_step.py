@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import Pretrain
-from simla.engine import training
+from simla.engine.data_parallel import compile_layers
 from simla.engine.training import Training
 from simla.models.align import Draws
 from simla.models.bert import Layer
@@ -57,17 +57,11 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
 def pretraining(tiny, out: Path, *overrides: str) -> tuple[Training, list[dict]]:
     """A pre-training run before its first step, and the batches of an epoch."""
     runs = []
-
-    def fit(model, loader, losses, config, args, device, epoch_step) -> None:
-        runs.append(Training(model, loader, losses, config, args, device, epoch_step, keep_epochs=True))
-
     flags = ["--device", "cpu", "--config", str(tiny["Pretrain"]), "--output_dir", str(out)]
     argv = ["Pretrain.py", *flags, "--overrides", "schedular.warmup_epochs=0", *overrides]
-    with mock.patch.object(Pretrain, "fit", fit), mock.patch.object(sys, "argv", argv):
+    with mock.patch.object(Pretrain, "fit", runs.append), mock.patch.object(sys, "argv", argv):
         Pretrain.parse_and_run()
     (run,) = runs
-    run.whole, run.window, run.bad_images = training.MetricLog(), training.MetricLog(), training.BadImages()
-    run.num_steps()
     return run, list(run.loader)
 
 
@@ -76,7 +70,8 @@ def test_the_host_waits_for_nothing_inside_a_step(tiny, tmp_path, accumulation):
     run, batches = pretraining(tiny, tmp_path, f"grad_accumulation_steps={accumulation}", "clip_grad_norm=1")
     with NoWaiting():
         run.one_step(batches[:accumulation], 0.4)
-    assert run.read_check() and run.window.means()["loss_mim"] > 0
+    run.check_last_step()
+    assert run.num_not_finite == 0 and run.window.means()["loss_mim"] > 0
     with pytest.raises(AssertionError, match="the host waits in aten::"), NoWaiting():
         true_indices(batches[0]["patch_mask"])  # what a batch has its indices counted for beforehand
 
@@ -109,16 +104,18 @@ def test_a_step_that_is_not_finite_changes_no_weights(tiny, tmp_path, opt):
     run, batches = pretraining(tiny, tmp_path, f"optimizer.opt={opt}")
     run.one_step(batches[:1], 0.4)
     before = {name: value.clone() for name, value in run.model.named_parameters() if "_m." not in name}
-    temp, original = run.model.temp.item(), run.losses
-    run.losses = lambda *args: {name: loss * float("nan") for name, loss in original(*args).items()}
+    temp, original = run.model.temp.item(), run.take_step.losses
+    run.take_step.losses = lambda *args: {name: loss * float("nan") for name, loss in original(*args).items()}
     run.one_step(batches[1:2], 0.4)
     assert all(
         torch.equal(value, before[name]) for name, value in run.model.named_parameters() if name in before
     )
-    assert run.model.temp.item() == temp and not run.read_check() and run.window.counts["loss_ita"] == 1
-    run.losses = original
+    run.check_last_step()
+    assert run.model.temp.item() == temp and run.num_not_finite == 1 and run.window.counts["loss_ita"] == 1
+    run.take_step.losses = original
     run.one_step(batches[2:3], 0.4)
-    assert run.read_check() and run.window.counts["loss_ita"] == 2
+    run.check_last_step()
+    assert run.num_not_finite == 0 and run.window.counts["loss_ita"] == 2
 
 
 def test_bf16_is_close_to_fp32_and_keeps_twins_queues_and_scores_in_fp32():
@@ -163,7 +160,7 @@ def test_compiled_layers_compute_the_same_at_every_length_of_text(monkeypatch):
     model = tiny_pretrain_model().eval()
     twin = tiny_pretrain_model().eval()
     twin.load_state_dict(model.state_dict())
-    training.compile_layers(model)
+    compile_layers(model)
     assert any(module._compiled_call_impl for module in model.modules() if isinstance(module, Layer))
     draws = training_draws(4)
     for number, length in enumerate([6, 5, 3, 4, 2]):

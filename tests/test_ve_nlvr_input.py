@@ -17,7 +17,8 @@ import VE
 from simla.configs.reader import read_config
 from simla.configs.schema import NLVR as NLVR_TABLE
 from simla.configs.schema import PRETRAIN_NLVR
-from simla.dataset.items import evaluation_loader, finetune_loader
+from simla.dataset.items import Collate, evaluation_items, finetune_loader
+from simla.dataset.loaders import test_loader
 from simla.dataset.nlvr import read_nlvr
 from simla.dataset.pretrain import read_pairs
 from simla.dataset.text import build_tokenizer
@@ -174,8 +175,9 @@ def nlvr_loader(tiny, entries: list[dict], train: bool, **changes):
     config = read_config(str(tiny["NLVR"]), NLVR_TABLE, overrides)
     tokenizer = build_tokenizer(config["text_encoder"])
     if train:
-        return finetune_loader(entries, config, tokenizer, 64, seed=0, pin=False)
-    return evaluation_loader(entries, config, tokenizer, 64, pin=False)
+        return finetune_loader(entries, config, tokenizer, seed=0)
+    items = evaluation_items(entries, config)
+    return test_loader(items, config["batch_size_test"], config, Collate(tokenizer, 64))
 
 
 def test_first_images_of_a_batch_come_first(tiny, tmp_path):
@@ -259,7 +261,7 @@ def test_captions_of_text_assignment_are_cut(tiny, tmp_path):
     assert (config["max_tokens"], config["min_crop_scale"]) == (25, 0.2)
     tokenizer = build_tokenizer(config["text_encoder"])
     pairs = read_pairs(config["train_file"])
-    loader = finetune_loader(pairs, config, tokenizer, 64, seed=0, pin=False, max_tokens=config["max_tokens"])
+    loader = finetune_loader(pairs, config, tokenizer, seed=0, max_tokens=config["max_tokens"])
     (batch,) = loader
     assert batch["text_ids"].shape == (4, 25) and batch["image"].shape == (4, 3, 32, 32)
 

@@ -6,6 +6,7 @@ forks the ranks, since the imports take longer than the work.
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -223,6 +224,19 @@ def test_nlvr_tells_consistency_and_writes_what_the_official_script_takes(runs):
             again = folder / f"nlvr_{num_ranks}" / "result" / file.name
             assert again.read_bytes() == file.read_bytes()
     assert not list((folder / "ve" / "result").glob("*.csv")) and "consistency" not in printed["ve"]
+
+
+def test_the_predictions_of_a_best_epoch_before_a_resume_are_written_too(runs, tmp_path, monkeypatch):
+    folder, _ = runs
+    out = shutil.copytree(folder / "nlvr", tmp_path / "nlvr")
+    files = sorted((out / "result").glob("*.csv"))
+    written = [path.read_bytes() for path in files]
+    for path in files:
+        path.unlink()
+    flags = ["--device", "cpu", "--config", str(folder / "NLVR.yaml"), "--output_dir", str(out), "--resume"]
+    monkeypatch.setattr(sys, "argv", ["NLVR.py", *flags])
+    NLVR.parse_and_run()
+    assert [path.read_bytes() for path in files] == written and len(files) == 2
 
 
 @pytest.mark.parametrize("task", ["ve", "nlvr"])

@@ -117,7 +117,7 @@ def result(out: Path, name: str) -> list | dict:
 def test_a_training_batch(tiny):
     """Distinct answers with their share of the annotators and the end mark; Visual Genome counts half."""
     config, tokenizer = config_of(tiny, "batch_size_train=56", "max_tokens=4"), tokenizer_of(tiny)
-    loader = vqa_loader(config, tokenizer, 64, seed=1, pin=False)
+    loader = vqa_loader(config, tokenizer, seed=1)
     batch, keys = next(iter(loader)), [index for _, index in loader.sampler]
     entries = json.loads((tiny["data"] / "vqa_train.json").read_text())
     entries += json.loads((tiny["data"] / "vg_train.json").read_text())
@@ -140,9 +140,9 @@ def test_questions_are_cut_in_training_only(tiny, tmp_path):
     long = {**ENTRY, "question": " ".join(["tree"] * 60), "image": str(tiny["data"] / "images/val/00000.jpg")}
     path, tokenizer = write(tmp_path / "q.json", [long]), tokenizer_of(tiny)
     config = config_of(tiny, f"train_file={path}", "batch_size_train=1", "max_tokens=40")
-    assert next(iter(vqa_loader(config, tokenizer, 64, 0, False)))["text_ids"].shape == (1, 1 + 30)  # words
+    assert next(iter(vqa_loader(config, tokenizer, 0)))["text_ids"].shape == (1, 1 + 30)  # words
     config["max_tokens"] = 25
-    assert next(iter(vqa_loader(config, tokenizer, 64, 0, False)))["text_ids"].shape == (1, 25)  # tokens
+    assert next(iter(vqa_loader(config, tokenizer, 0)))["text_ids"].shape == (1, 25)  # tokens
     batch = Collate(tokenizer, 64)([VQAEvalData(str(path), config, is_test=True)[0]])
     assert batch["text_ids"].shape == (1, 1 + 50) and batch["text"] == [clean_question(long["question"], 50)]
 
@@ -152,7 +152,7 @@ def test_no_mirroring_under_an_answer_that_names_a_side(tiny, tmp_path, answer):
     entries = [{**ENTRY, "image": str(tiny["data"] / "images/val/00000.jpg"), "answer": [answer, "x"]}] * 16
     path = write(tmp_path / "q.json", entries)
     overrides = [f"train_file={path}", "min_crop_scale=1.0", "randaugment.num_ops=0", "batch_size_train=16"]
-    images = next(iter(vqa_loader(config_of(tiny, *overrides), tokenizer_of(tiny), 64, 0, False)))["image"]
+    images = next(iter(vqa_loader(config_of(tiny, *overrides), tokenizer_of(tiny), 0)))["image"]
     mirrored = [torch.equal(image, images[0].flip(-1)) for image in images]
     assert any(mirrored) == (answer == "beach")
 
@@ -262,7 +262,7 @@ def test_a_training_answer_beyond_the_position_table_is_cut_and_said(tiny, tmp_p
     path = write(tmp_path / "q.json", [entry])
     config = config_of(tiny, f"train_file={path}", "batch_size_train=1")
     with caplog.at_level(logging.WARNING, "simla"):
-        batch = next(iter(vqa_loader(config, tokenizer_of(tiny), 64, 0, False)))
+        batch = next(iter(vqa_loader(config, tokenizer_of(tiny), 0)))
     assert batch["answer_ids"].shape == (2, 64) and f"{path}: entry 0: more tokens than" in caplog.text
 
 
