@@ -17,8 +17,8 @@ import VE
 from simla.configs.reader import read_config
 from simla.configs.schema import NLVR as NLVR_TABLE
 from simla.configs.schema import PRETRAIN_NLVR
+from simla.dataset import loaders
 from simla.dataset.items import Collate, evaluation_items, finetune_loader
-from simla.dataset.loaders import test_loader
 from simla.dataset.nlvr import read_nlvr
 from simla.dataset.pretrain import read_pairs
 from simla.dataset.text import build_tokenizer
@@ -130,7 +130,7 @@ def test_empty_files_and_files_of_another_task(monkeypatch, tiny, tmp_path, scri
     flags = ["--config", tiny[script.__name__], "--output_dir", tmp_path / "out"]
     message = fails(monkeypatch, script, *flags, "--overrides", f"train_file={path}")
     assert path in message and words in message
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "config.yaml"}
 
 
 def test_text_assignment_does_not_evaluate(monkeypatch, tiny, tmp_path):
@@ -177,7 +177,7 @@ def nlvr_loader(tiny, entries: list[dict], train: bool, **changes):
     if train:
         return finetune_loader(entries, config, tokenizer, seed=0)
     items = evaluation_items(entries, config)
-    return test_loader(items, config["batch_size_test"], config, Collate(tokenizer, 64))
+    return loaders.test_loader(items, config["batch_size_test"], config, Collate(tokenizer, 64))
 
 
 def test_first_images_of_a_batch_come_first(tiny, tmp_path):
