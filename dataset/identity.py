@@ -1,4 +1,4 @@
-"""Which entries show the same image: by the file that a path leads to, and by the ids that files give.
+"""Tells which entries show the same image: by the file that a path leads to, and by the ids that files give.
 
 N entries, of one image each. Paths and ids are compared by 64-bit hashes of theirs, so that millions of
 entries take 8 bytes each. A division of the entries into images is an array (N,) that has for each entry the

@@ -102,7 +102,7 @@ class EpochSampler(Sampler):
 
 
 def check_enough(num_samples: int, batch_size: int, config: dict) -> None:
-    """UserError, naming the keys, where a training set has fewer samples than one step of all ranks takes."""
+    """Raise UserError, naming the keys, where a training set has fewer samples than one step of all ranks takes."""
     key = "batch_size" if "batch_size" in config else "batch_size_train"
     factors = {key: batch_size, "grad_accumulation_steps": config["grad_accumulation_steps"]}
     per_step = math.prod(factors.values()) * world_size()
@@ -252,7 +252,7 @@ PR_SET_PDEATHSIG = 1  # of prctl(2): the signal to get when the parent ends
 
 
 def start_helper_process() -> None:
-    """For a loader's worker: Ctrl-C and schedulers signal every process, but the main one decides what
+    """Set up a loader's worker: Ctrl-C and schedulers signal every process, but the main one decides what
     follows; and it must not outlive a killed one, whose connections to other ranks it holds open too.
     """
     for number in signal_numbers(STOP_SIGNALS):

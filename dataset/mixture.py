@@ -1,4 +1,4 @@
-"""Which samples of several data sets an epoch has, and in which order: a function of seed and epoch."""
+"""The samples of several data sets in an epoch, and their order: a function of seed and epoch."""
 
 from bisect import bisect_right
 from collections import Counter

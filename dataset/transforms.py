@@ -1,4 +1,4 @@
-"""From an image to the tensors of the model: crops, flips, RandAugment, normalisation.
+"""Makes the tensors of the model from an image: crops, flips, RandAugment, normalisation.
 
 Items and batches hold bytes, which become floats on the device (`unit_range`, `normalise`): a quarter of the
 memory and of the traffic between processes. Nothing here reads global random state. Every draw comes from the

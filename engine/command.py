@@ -1,4 +1,4 @@
-"""How every command begins and ends: closed streams, Ctrl-C, errors in one sentence, output that is lost."""
+"""The beginning and the end of every command: closed streams, Ctrl-C, errors in one sentence, output that is lost."""
 
 import argparse
 import errno

@@ -1,4 +1,4 @@
-"""Whether losses and gradients are finite, and what a run does where they are not."""
+"""Tells on the device whether losses and gradients are finite, so that no step waits for the answer."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""What a training step or an evaluation holds in a GPU's memory and computes, found out without a GPU.
+"""Estimates without a GPU the memory and the arithmetic that a step or an evaluation needs on one.
 
 The work runs on torch's fake tensors, which have sizes and types but no numbers, with attention as GPUs have
 it: in one kernel that keeps no map. Every storage is counted from its birth to its end, as torch's allocator

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other beside the gradients: that one has ended, and sums."""
+"""Messages between the processes of a run, beside the gradients: that one has ended, and sums."""
 
 import threading
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Where the results of a run go: result/NAME.json."""
+"""Writes the results of a run: result/NAME.json."""
 
 from pathlib import Path
 

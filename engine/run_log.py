@@ -13,7 +13,7 @@ FOLDER = "tensorboard"
 
 
 class RunLog:
-    """Where the scalars of a run go. A target that fails is named once."""
+    """The targets that get the scalars of a run. One that fails is named once."""
 
     def __init__(self, output_dir: str, run: str, config: dict):
         self.output_dir, self.first_step = output_dir, 0
@@ -86,7 +86,7 @@ class RunLog:
 
 
 def check_wandb(config: dict) -> None:
-    """UserError where the config asks for Weights & Biases and it is not installed."""
+    """Raise UserError where the config asks for Weights & Biases and it is not installed."""
     found = importlib.util.find_spec("wandb") if config["wandb"] else None
     if config["wandb"] and (found is None or found.origin is None):  # None: a mere folder of that name
         raise UserError("config `wandb` needs Weights & Biases: pip install wandb, or leave `wandb` out")

@@ -1,4 +1,4 @@
-"""What ends a run early, and how: signals, a process that dies, no batches, losses that are not finite.
+"""Stop signals: a run ends early, once what is trained is saved.
 
 A stop signal reaches some ranks or all. In training all agree on it at the end of a step. In an evaluation
 nobody waits for anybody, so a rank that hears it tells its neighbour in the ring of `watch_peers`, and so on.

@@ -1,4 +1,4 @@
-"""Which files of a folder are images: by their content, whatever they are called, through links too.
+"""Finds the images of a folder: by their content, whatever they are called, through links too.
 
 What programs keep for themselves, such as thumbnails and what was thrown away, goes by its name.
 """

@@ -1,4 +1,4 @@
-"""Where a model looks for a text and for each of its words, and the boxes that follow.
+"""Heat maps: the pixels that a model looks at for a text and each of its words, and the boxes that follow.
 
 B pairs of image and text, T text tokens, (h, w) the image encoder's grid of patches.
 """

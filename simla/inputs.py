@@ -1,4 +1,4 @@
-"""What people hand in, one or many of paths, PIL images, arrays, tensors or texts, as what the models read.
+"""Makes the models' inputs of people's: one or many paths, PIL images, arrays, tensors or texts.
 
 R is the side of the model's square input, in pixels.
 """

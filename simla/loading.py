@@ -1,4 +1,4 @@
-"""From a checkpoint file to a model that answers: its kind, its config, its tokenizer."""
+"""Makes a model that answers from a checkpoint file: its kind, its config, its tokenizer."""
 
 from collections.abc import Mapping
 from dataclasses import asdict

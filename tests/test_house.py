@@ -211,3 +211,20 @@ def test_every_script_has_its_steps_in_one_order():
         names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
         assert names[-2:] == ["main", "parse_and_run"], (name, names)
         assert len(text.splitlines()) <= 180, name
+
+
+NO_SENTENCE = (
+    "As At By For From How In Into Its Of On That Their Those To What When Where Which Whether With UserError"
+)
+
+
+def test_docstrings_say_first_what_is_returned_or_done():
+    """No machine sees whether a sentence has a verb; those that open with one of these words have none."""
+    wrong = []
+    for path in [*modules().values(), *(Path(f"{name}.py") for name in SCRIPTS)]:
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                text, name = ast.get_docstring(node), getattr(node, "name", "the module")
+                if text and text.split()[0].strip(",.:;`") in NO_SENTENCE.split():
+                    wrong.append(f"{path}: {name}: {text.splitlines()[0]}")
+    assert not wrong, "\n".join(wrong)

@@ -1,4 +1,4 @@
-"""What img2dataset has downloaded: a pre-training file, or shards.
+"""A pre-training file, or shards, of the images that img2dataset has downloaded.
 
 Needs below --root, in the folder --folder (img2dataset's --output_folder, run with --caption_col), of layout
 files (its --output_format):

@@ -1,4 +1,4 @@
-"""What strangers send to the web page: bounds on its size, and messages that name no path of this machine."""
+"""Bounds on what strangers send to the web page, and messages that name no path of this machine."""
 
 import logging
 import threading
