@@ -102,7 +102,7 @@ class EpochSampler(Sampler):
 
 
 def check_enough(num_samples: int, batch_size: int, config: dict) -> None:
-    """Raise UserError, naming the keys, where a training set has fewer samples than one step of all ranks takes."""
+    """Raise UserError, naming the keys, where a training set has fewer samples than a step of all ranks."""
     key = "batch_size" if "batch_size" in config else "batch_size_train"
     factors = {key: batch_size, "grad_accumulation_steps": config["grad_accumulation_steps"]}
     per_step = math.prod(factors.values()) * world_size()

@@ -1,4 +1,4 @@
-"""The beginning and the end of every command: closed streams, Ctrl-C, errors in one sentence, output that is lost."""
+"""Begins and ends every command: closed streams, Ctrl-C, errors in one sentence, output that is lost."""
 
 import argparse
 import errno
