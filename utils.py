@@ -49,7 +49,7 @@ _alone = False
 
 @contextmanager
 def as_one_process() -> Iterator[None]:
-    """Let this process count as the only one inside: for work that the others have no part in."""
+    """Let this process count as the only one inside: for work that the others do not share."""
     global _alone
     _alone = True
     try:
@@ -97,25 +97,25 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
     if world_size() == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.detach().contiguous())
-    return torch.cat(parts)
+    of_ranks = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(of_ranks, rows.detach().contiguous())
+    return torch.cat(of_ranks)
 
 
 def all_gather_shares(rows: Tensor, counts: list[int]) -> list[Tensor]:
     """Return each rank's rows (n, ...), in rank order and without gradient, of which it has `counts`."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
-    parts = all_gather_rows(padded).view(len(counts), *padded.shape)
-    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+    shares = all_gather_rows(padded).view(len(counts), *padded.shape)
+    return [share[:count] for share, count in zip(shares, counts, strict=True)]
 
 
 def gather_in_order(rows: Tensor, total: int) -> Tensor:
     """Return the rows of all items (total, ...), of which each rank has every world_size-th."""
     counts = [len(range(r, total, world_size())) for r in range(world_size())]
     gathered = rows.new_empty(total, *rows.shape[1:])
-    for r, part in enumerate(all_gather_shares(rows, counts)):
-        gathered[r :: world_size()] = part
+    for r, share in enumerate(all_gather_shares(rows, counts)):
+        gathered[r :: world_size()] = share
     return gathered
 
 

@@ -299,11 +299,11 @@ def _resolve(value: object, key: Key, data_root: str) -> object:
         return {name: _resolve(value[name], inner, data_root) for name, inner in key.type.items()}
     if isinstance(value, list):
         return [_resolve(part, key, data_root) for part in value]
-    if isinstance(value, dict) and key.place == DATA:
+    if isinstance(value, dict) and key.root == DATA:
         return {name: _resolve(part, key, data_root) for name, part in value.items()}
-    if not key.place or not isinstance(value, str) or not value or is_url(value):
+    if not key.root or not isinstance(value, str) or not value or is_url(value):
         return value
-    return str(Path(data_root) / fill_in(value)) if key.place == DATA else fill_in(value)
+    return str(Path(data_root) / fill_in(value)) if key.root == DATA else fill_in(value)
 
 
 # ---- checking ----

@@ -40,7 +40,7 @@ def is_finite(value: float) -> bool:
 class Key:
     """type: a type, a tuple of types or a nested table; default: REQUIRED or a value; help: one line; least,
     most, above, below: the range of a number, or of the numbers in a list; choices: the only values allowed;
-    items: types of what a list holds; place: a path, "data" where it is relative to data_root, "" where it is
+    items: types of what a list holds; root: of a path, "data" where it is relative to data_root, "" where it is
     no path; unused: kept for published configs, without effect.
 
     A text, list or mapping may be empty where the default is empty.
@@ -55,7 +55,7 @@ class Key:
     below: float | None = None
     choices: tuple = ()
     items: tuple = (str,)
-    place: str = ""
+    root: str = ""
     unused: bool = False
 
     @property
@@ -142,12 +142,12 @@ ENCODERS = {
     "image_res": Key(int, help="side of the square input in pixels", least=1),
     "vision_width": Key(int, 768, "width of the image encoder", least=1),
     "vit": Key(VIT, {}, "sizes of the image encoder"),
-    "bert_config": Key((str, dict), BERT_CONFIG, "JSON file, or the same as a mapping", place=OTHER),
+    "bert_config": Key((str, dict), BERT_CONFIG, "JSON file, or the same as a mapping", root=OTHER),
     "momentum": Key(NUMBER, 0.995, "of the momentum twins", least=0, most=1),
     "alpha": Key(NUMBER, 0.4, "weight of the momentum targets", least=0, most=1),
     "init": Key(str, "pretrained", INIT_HELP, choices=("pretrained", "scratch")),
-    "image_encoder": Key(str, "deit_base_patch16_224", "initial weights: timm name or file", place=OTHER),
-    "text_encoder": Key(str, "bert-base-uncased", "tokenizer, weights: hub name or folder", place=OTHER),
+    "image_encoder": Key(str, "deit_base_patch16_224", "initial weights: timm name or file", root=OTHER),
+    "text_encoder": Key(str, "bert-base-uncased", "tokenizer, weights: hub name or folder", root=OTHER),
 }
 
 
@@ -174,7 +174,7 @@ SHARED = {
     "optimizer": Key(OPTIMIZER),
     "schedular": Key(SCHEDULE),
     "data_root": Key(str, "", "folder of relative paths of data in this config; empty = the working folder"),
-    "image_root": Key(str, "", IMAGE_ROOT_HELP, place=DATA),
+    "image_root": Key(str, "", IMAGE_ROOT_HELP, root=DATA),
     "num_workers": Key(int, 4, "data-loading processes per rank", least=0, most=1000),
     "batch_timeout_minutes": Key(NUMBER, 8, "a run ends when no batch comes for so long; 0 = never", least=0),
     "log_steps": Key(int, 50, "steps between two log lines", least=1),
@@ -204,7 +204,7 @@ CODES_HELP = "dalle: encoder.pkl; flava: hub name or folder; kmeans: codebook fi
 
 IMAGE_TOKENIZER = {
     "kind": Key(str, "dalle", "the network it is", choices=("dalle", "flava", "kmeans")),
-    "path": Key(str, "", CODES_HELP, place=OTHER),
+    "path": Key(str, "", CODES_HELP, root=OTHER),
     "vocab_size": Key(int, 8192, "visual tokens", least=2),
 }
 
@@ -222,7 +222,7 @@ PRETRAIN = {
     **ENCODERS,
     **CONTRAST,
     **SHARED,
-    "train_file": Key(PATHS, help=MIXTURE_HELP, items=(str, dict), place=DATA),
+    "train_file": Key(PATHS, help=MIXTURE_HELP, items=(str, dict), root=DATA),
     "samples_per_epoch": Key(int, 0, "of all ranks together; 0 = all there are", least=0, most=10**9),
     "batch_size": Key(int, 64, "per rank", least=1),
     "mlm_probability": Key(NUMBER, 0.15, "share of words masked", least=0, most=1),
@@ -255,9 +255,9 @@ FINETUNE = {
 RETRIEVAL = {
     **FINETUNE,
     **CONTRAST,
-    "train_file": Key(PATHS, [], "annotation files of fine-tuning", place=DATA),
-    "val_file": Key(str, "", "annotation file; chooses the best checkpoint", place=DATA),
-    "test_file": Key(str, help="annotation file", place=DATA),
+    "train_file": Key(PATHS, [], "annotation files of fine-tuning", root=DATA),
+    "val_file": Key(str, "", "annotation file; chooses the best checkpoint", root=DATA),
+    "test_file": Key(str, help="annotation file", root=DATA),
     "k_test": Key(int, 256, "candidates re-ranked for each query", least=1),
     "save_scores": Key(bool, False, "write both score matrices to result/retrieval_scores.pt"),
     # A config that only evaluates needs neither.
@@ -269,7 +269,7 @@ RETRIEVAL = {
 }
 
 
-TRAIN_FILE = Key(PATHS, help="annotation files", place=DATA)
+TRAIN_FILE = Key(PATHS, help="annotation files", root=DATA)
 
 
 BOXES_HELP = "folder with refcoco+/refs(unc).p and refcoco+/instances.json; empty = entries have boxes"
@@ -279,10 +279,10 @@ GROUNDING = {
     **FINETUNE,
     **CONTRAST,
     "train_file": TRAIN_FILE,
-    "test_file": Key(PATHS, help="annotation files of all three evaluation splits", place=DATA),
-    "refcoco_data": Key(str, "", BOXES_HELP, place=DATA),
-    "det_file": Key(str, "", "detector boxes; empty = boxes from the heat map alone", place=DATA),
-    "coco_file": Key(str, "", "kept for published configs; no score uses it", place=DATA, unused=True),
+    "test_file": Key(PATHS, help="annotation files of all three evaluation splits", root=DATA),
+    "refcoco_data": Key(str, "", BOXES_HELP, root=DATA),
+    "det_file": Key(str, "", "detector boxes; empty = boxes from the heat map alone", root=DATA),
+    "coco_file": Key(str, "", "kept for published configs; no score uses it", root=DATA, unused=True),
     "released_code": released(frozen_idx_queue=FROZEN),
 }
 
@@ -290,11 +290,11 @@ GROUNDING = {
 VQA = {
     **FINETUNE,
     "train_file": TRAIN_FILE,
-    "val_file": Key(str, "", "annotation file with answers; scored after every epoch", place=DATA),
-    "test_file": Key(PATHS, help="annotation files; with answers the accuracy is reported", place=DATA),
-    "vqa_root": Key(str, "", "as image_root, for entries of data set vqa", place=DATA),
-    "vg_root": Key(str, "", "as image_root, for entries of data set vg", place=DATA),
-    "answer_list": Key(str, "", "JSON list of answers to rank; --inference generate needs none", place=DATA),
+    "val_file": Key(str, "", "annotation file with answers; scored after every epoch", root=DATA),
+    "test_file": Key(PATHS, help="annotation files; with answers the accuracy is reported", root=DATA),
+    "vqa_root": Key(str, "", "as image_root, for entries of data set vqa", root=DATA),
+    "vg_root": Key(str, "", "as image_root, for entries of data set vg", root=DATA),
+    "answer_list": Key(str, "", "JSON list of answers to rank; --inference generate needs none", root=DATA),
     "k_test": Key(int, 128, "answers that the whole sequence re-scores", least=1),
     "eos": Key(str, "[SEP]", "written after every answer"),
     "decoder_layers": Key(int, 0, "of the answer decoder; 0 = the upper half of the text encoder's", least=0),
@@ -312,8 +312,8 @@ VQA = {
 VE = {
     **FINETUNE,
     "train_file": TRAIN_FILE,
-    "val_file": Key(PATHS, help="annotation files; choose the best checkpoint", place=DATA),
-    "test_file": Key(PATHS, help="annotation files", place=DATA),
+    "val_file": Key(PATHS, help="annotation files; choose the best checkpoint", root=DATA),
+    "test_file": Key(PATHS, help="annotation files", root=DATA),
     "released_code": released(),
 }
 

@@ -88,17 +88,17 @@ def search(model: Simla, args: argparse.Namespace) -> dict:
         index = kept_index(model, args.folder, args.index, args.everything)
     else:
         index = model.index(args.folder, everything=args.everything)
-    found = model.search(index, args.query, args.top, args.candidates, args.max_tokens)
+    hits_of_each = model.search(index, args.query, args.top, args.candidates, args.max_tokens)
     results = [
         {"query": query, "hits": [hit._asdict() for hit in hits]}
-        for query, hits in zip(args.query, found, strict=True)
+        for query, hits in zip(args.query, hits_of_each, strict=True)
     ]
     result = {"folder": args.folder, **_contents(index), "results": results}
     if args.out:
         from simla.plots import plot_gallery
 
-        files = [[hit.file for hit in hits] for hits in found]
-        notes = [[f"{_name(hit.file)}\n{hit.score:.2f}" for hit in hits] for hits in found]
+        files = [[hit.file for hit in hits] for hits in hits_of_each]
+        notes = [[f"{_name(hit.file)}\n{hit.score:.2f}" for hit in hits] for hits in hits_of_each]
         title = f"Top {args.top} of {len(index)} images in {_name(args.folder)}"
         plot_gallery(args.query, files, None, args.out, title, notes)
         result["file"] = args.out

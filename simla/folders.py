@@ -118,10 +118,10 @@ def _files(folder: Path, passed_over: Counter[str], everything: bool) -> Iterato
     entered = set()
     while folders or links:
         if not folders:
-            path, place = links.popleft()
+            path, parent = links.popleft()
             real = os.path.realpath(path)
             if Path(real).is_dir():
-                if real in entered or f"{place}/".startswith(f"{real.rstrip('/')}/"):
+                if real in entered or f"{parent}/".startswith(f"{real.rstrip('/')}/"):
                     passed_over[AGAIN] += 1
                 elif is_searched(path, is_folder=True):
                     folders.append((path, real))

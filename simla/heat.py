@@ -71,7 +71,7 @@ def heat_maps(
     """
     limit = model.text_encoder.config.max_position_embeddings
     inputs = tokenize(tokenizer, texts, max_tokens, position_limit=limit)
-    text_ids, text_mask = (part.to(image.device) for part in inputs)
+    text_ids, text_mask = (side.to(image.device) for side in inputs)
     lengths = text_mask.sum(1).tolist()
     read = [text_words(tokenizer, text, length) for text, length in zip(texts, lengths, strict=True)]
     if mode == "itm":

@@ -374,9 +374,9 @@ def _load(folder: Path, made_by: dict, images: str | Path | None) -> tuple[Index
             raise ValueError("fewer rows than files")
         if not (torch.linalg.vector_norm(features, dim=1) - 1).abs().le(UNIT_TOLERANCE).all():
             raise ValueError("features that have not the length 1")
-        place = None if base is None else str(base)
+        home = None if base is None else str(base)
         more = {"passed_over": contents["passed_over"], "everything": contents["everything"], "seen": seen}
-        return Index(files, features, states, made_by, place, unreadable, **more), contents
+        return Index(files, features, states, made_by, home, unreadable, **more), contents
     except OSError as error:
         with suppress(OSError):
             if text and text != (folder / CONTENTS).read_bytes():  # another process has updated it meanwhile
@@ -397,26 +397,26 @@ def check_made_by(theirs: dict, ours: dict, name: str) -> None:
 
 def _changes(index: Index, now: Mapping[str, Seen]) -> Iterator[tuple[str, list[str]]]:
     """Yield (problem, files that have it) for what is not as it was when the index was made."""
-    found = {"is gone": [], "has changed": [], "is new": []}
+    changes = {"is gone": [], "has changed": [], "is new": []}
     for file, then in index.seen.items():
         if not now[file].has_content_of(then):
-            found["is gone" if now[file] == GONE else "has changed"].append(file)
+            changes["is gone" if now[file] == GONE else "has changed"].append(file)
     if index.folder is not None:
         listed = list_images(Path(index.folder), index.seen, index.everything).files
-        found["is new"] = [file for file in listed if file not in index.seen]
-    return ((problem, files) for problem, files in found.items() if files)
+        changes["is new"] = [file for file in listed if file not in index.seen]
+    return ((problem, files) for problem, files in changes.items() if files)
 
 
 def _look(files: Sequence[str], before: Mapping[str, Seen]) -> dict[str, Seen]:
     """Return how the files are now. Only those that have not the stamp that they had are read."""
-    found = {}
+    seen = {}
     starts = range(0, len(files), LOOK_AT_A_TIME)
     shown = with_progress(starts, len(starts), "Comparing files", 1) if len(starts) > 1 else starts
     with ThreadPoolExecutor(num_cores()) as threads:
         for start in shown:
             some = files[start : start + LOOK_AT_A_TIME]
-            found |= zip(some, threads.map(_see, some, map(before.get, some)), strict=True)
-    return found
+            seen |= zip(some, threads.map(_see, some, map(before.get, some)), strict=True)
+    return seen
 
 
 def _see(file: str, before: Seen | None) -> Seen:

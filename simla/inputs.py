@@ -100,8 +100,8 @@ def read_pictures(images: Sequence[OneImage], image_res: int, first: int = 0) ->
 
     different = {id(image): (number, image) for number, image in enumerate(images, first)}
     with ThreadPoolExecutor(min(num_cores(), len(different))) as threads:
-        found = dict(zip(different, threads.map(read, different.values()), strict=True))
-    return [found[id(image)] for image in images]
+        pictures = dict(zip(different, threads.map(read, different.values()), strict=True))
+    return [pictures[id(image)] for image in images]
 
 
 def good_pictures(images: Sequence[OneImage], image_res: int, first: int = 0) -> list[Picture]:

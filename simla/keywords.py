@@ -35,8 +35,8 @@ class Concepts:
         chosen = self.words if words is None else torch.tensor(list(map(self._number, words)))
         probabilities = self.head(features).sigmoid()[:, chosen.to(features.device)]
         check_scores(probabilities, "probabilities of keywords", "fp32")
-        values, places = probabilities.topk(min(top, len(chosen)))
-        names = [self.tokenizer.convert_ids_to_tokens(chosen[row].tolist()) for row in places.cpu()]
+        values, columns = probabilities.topk(min(top, len(chosen)))
+        names = [self.tokenizer.convert_ids_to_tokens(chosen[row].tolist()) for row in columns.cpu()]
         return [list(zip(*row, strict=True)) for row in zip(names, values.tolist(), strict=True)]
 
     def _number(self, word: str) -> int:

@@ -208,9 +208,9 @@ class Simla:
         check_made_by(index.made_by, self.image_side, "the index")
         similarity = index.features @ self._encode_captions(ids, mask).T  # (I, T)
         self._finite(similarity, "similarities")
-        found = []
+        results = []
         for number in range(len(queries)):
-            own = slice(number, number + 1)
+            query = slice(number, number + 1)
             # All of them: the order in which topk has equal ones depends on how many there are.
             rows = similarity[:, number].argsort(descending=True, stable=True)[:num]
             cosines, states = similarity[rows, number], index.states[rows]
@@ -218,13 +218,13 @@ class Simla:
                 features = unit_features(self.model.vision_proj, states[:, 0].to(self.device)).cpu()
                 if not (features * index.features[rows]).sum(1).gt(0.99).all():
                     raise UserError("the index is damaged: its states are not of its features; index again")
-                inputs = cosines[:, None].to(self.device), num, states, ids[own], mask[own]
+                inputs = cosines[:, None].to(self.device), num, states, ids[query], mask[query]
                 scores = self._finite(rerank(self.model, *inputs)[1][0], "matching scores")
             order = scores.argsort(descending=True, stable=True)[:top].tolist()
             hits = zip(rows[order].tolist(), scores[order].tolist(), cosines[order].tolist(), strict=True)
-            found.append([Hit(index.files[row], score, cosine) for row, score, cosine in hits])
-        index.check(dict.fromkeys(hit.file for hits in found for hit in hits))
-        return found[0] if is_single else found
+            results.append([Hit(index.files[row], score, cosine) for row, score, cosine in hits])
+        index.check(dict.fromkeys(hit.file for hits in results for hit in hits))
+        return results[0] if is_single else results
 
     @property
     def image_side(self) -> dict:
@@ -288,17 +288,17 @@ class Simla:
         proposals = [[]] * len(texts) if boxes is None else [boxes] if is_single else list(boxes)
         if len(proposals) != len(texts):
             raise UserError(f"{len(proposals)} lists of boxes for {len(texts)} pairs: give one for each")
-        proposals = [check_boxes(own, f"boxes of pair {number}") for number, own in enumerate(proposals)]
-        found = []
+        proposals = [check_boxes(rows, f"boxes of pair {number}") for number, rows in enumerate(proposals)]
+        results = []
         for start, pictures in self._pictures(images):
-            own = slice(start, start + len(pictures))
+            batch = slice(start, start + len(pictures))
             pixels = self._normalised([picture.pixels for picture in pictures])
-            maps = heat_maps(self.model, self.tokenizer, mode, block, pixels, texts[own], limit)
-            for (text, heat, words), picture, ranked in zip(maps, pictures, proposals[own], strict=True):
+            maps = heat_maps(self.model, self.tokenizer, mode, block, pixels, texts[batch], limit)
+            for (text, heat, words), picture, ranked in zip(maps, pictures, proposals[batch], strict=True):
                 for values in (heat, *(of_word for _, of_word in words)):
                     check_scores(values, f"values of the heat map of {text!r}", "fp32")
-                found.append(grounding(text, heat, words, picture.height, picture.width, ranked))
-        return found[0] if is_single else found
+                results.append(grounding(text, heat, words, picture.height, picture.width, ranked))
+        return results[0] if is_single else results
 
     # ---- questions and statements ----
 
@@ -322,8 +322,8 @@ class Simla:
         context = self.model, self.tokenizer, {**self.config, "precision": self.precision}
         give = writing(*context) if answers is None else ranking(*context, answers)
         with self._scoring():
-            found = [row[:top] for batch in self._pair_batches(images, questions) for row in give(batch)]
-        return found[0] if is_single else found
+            results = [row[:top] for batch in self._pair_batches(images, questions) for row in give(batch)]
+        return results[0] if is_single else results
 
     @_asked
     def entails(self, images: Images, sentences: Texts) -> dict[str, float] | list[dict[str, float]]:
@@ -331,12 +331,12 @@ class Simla:
         self._need("entails", "entailment head", "ve")
         images, sentences, is_single = self._pairs(images, sentences, clean_caption, "sentences")
         with self._scoring():
-            found = [
+            results = [
                 dict(zip(VE_CLASSES, row, strict=True))
                 for inputs in self._pair_batches(images, sentences)
                 for row in self._probabilities(*inputs).tolist()
             ]
-        return found[0] if is_single else found
+        return results[0] if is_single else results
 
     @_asked
     def compare(self, first: Images, second: Images, statements: Texts) -> float | list[float]:
@@ -346,13 +346,13 @@ class Simla:
         couples, statements, is_single = self._pairs(
             list(zip(left, right, strict=True)), statements, clean_caption, "statements", one_image=one_pair
         )
-        found = []
+        results = []
         with self._scoring():
             batches = (self._pair_batches([couple[i] for couple in couples], statements) for i in (0, 1))
             for (left, ids, mask), (right, _, _) in zip(*batches, strict=True):
                 probabilities = self._probabilities(torch.cat([left, right]), ids, mask)
-                found += probabilities[:, NLVR_CLASSES.index("True")].tolist()
-        return found[0] if is_single else found
+                results += probabilities[:, NLVR_CLASSES.index("True")].tolist()
+        return results[0] if is_single else results
 
     # ---- keywords ----
 
@@ -371,14 +371,14 @@ class Simla:
         images, is_single = listed(images, "image")
         features = self.encode_image(images).to(self.device)
         with torch.no_grad():
-            found = self.concepts.best(features, top, words)
-        return found[0] if is_single else found
+            results = self.concepts.best(features, top, words)
+        return results[0] if is_single else results
 
     # ---- inputs ----
 
-    def _need(self, method: str, part: str, *kinds: str) -> None:
+    def _need(self, method: str, module: str, *kinds: str) -> None:
         if self.kind not in kinds:
-            what = f"{self.source} is a {self.kind} checkpoint, which has no {part}"
+            what = f"{self.source} is a {self.kind} checkpoint, which has no {module}"
             raise UserError(f"{what}; {method} needs a checkpoint of {written_by(kinds)}")
 
     @contextmanager
@@ -445,8 +445,8 @@ class Simla:
         """Yield image (B, 3, R, R), ids and mask (B, T) of the pairs, as the task scripts collate them."""
         size = self.config["batch_size_test"]
         for start, image in zip(range(0, len(images), size), self._batches(images), strict=True):
-            own = texts[start : start + size]
-            ids, mask = tokenize(self.tokenizer, own, position_limit=self._position_limit)
+            batch = texts[start : start + size]
+            ids, mask = tokenize(self.tokenizer, batch, position_limit=self._position_limit)
             yield image, ids.to(self.device), mask.to(self.device)
 
 

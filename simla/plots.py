@@ -143,8 +143,8 @@ def plot_word_maps(
         frames.append(plt.Rectangle((x - 0.5, y - 0.5), *size, fill=False, label=label, **style))
         axes[0, 0].add_patch(frames[-1])
     if frames:  # below the maps: at the boxes the names would cover each other, or lie outside
-        place = {"loc": "outside lower center", "ncols": len(frames)}
-        figure.legend(handles=frames, frameon=False, fontsize=9, **place)
+        where = {"loc": "outside lower center", "ncols": len(frames)}
+        figure.legend(handles=frames, frameon=False, fontsize=9, **where)
     bar = figure.colorbar(drawn, ax=axes, fraction=0.03, alpha=1)
     bar.set_label("share of the\nmap's maximum", fontsize=8)
     bar.ax.tick_params(labelsize=8)

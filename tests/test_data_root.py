@@ -30,7 +30,7 @@ def table_of(path: Path) -> dict:
 
 def paths_in(config: dict, table: dict, place: str) -> dict[str, list[str]]:
     """Of the keys of that place, those that are set."""
-    named = {name: config[name] for name, key in table.items() if key.place == place}
+    named = {name: config[name] for name, key in table.items() if key.root == place}
     lists = {name: value if isinstance(value, list) else [value] for name, value in named.items()}
     return {name: [v for v in values if isinstance(v, str) and v] for name, values in lists.items()}
 
@@ -57,7 +57,7 @@ def test_every_key_that_names_a_file_or_a_folder_is_marked():
                 "bert_config",
                 "path",
             )
-            assert bool(key.place) == (names_one and name != "data_root"), name
+            assert bool(key.root) == (names_one and name != "data_root"), name
 
 
 def test_variables_and_home_are_filled_in_everywhere(tmp_path, monkeypatch):

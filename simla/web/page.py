@@ -129,17 +129,17 @@ def _notes(index: Index) -> str:
 def _search(model: Simla, examples: list[list], index: Index | None, max_tokens: int) -> None:
     def search(query: str, uploads: list[str] | None, top: float) -> list[tuple[Image.Image, str]]:
         query = checked_text(query, "what to look for")
-        own = index
+        searched = index
         if uploads:
             if len(uploads) > MAX_FILES:
                 raise UserError(f"{len(uploads)} files are too many: at most {MAX_FILES}")
-            own = model.index([checked_image(file) for file in uploads])
-            for file in own.unreadable:
+            searched = model.index([checked_image(file) for file in uploads])
+            for file in searched.unreadable:
                 gr.Warning(f"{Path(file).name} cannot be read and is left out")
         elif index is None:
             raise UserError("upload the images to search among first")
         candidates = max(MAX_HITS, model.config["k_test"])  # the first hits are the same for any number
-        hits = model.search(own, query, int(top), candidates, max_tokens)
+        hits = model.search(searched, query, int(top), candidates, max_tokens)
         return [(_thumbnail(hit.file), f"{hit.score:.2f}  {Path(hit.file).name}") for hit in hits]
 
     with gr.Row():
@@ -154,8 +154,8 @@ def _search(model: Simla, examples: list[list], index: Index | None, max_tokens:
             button = gr.Button("Search", variant="primary")
         with gr.Column(scale=2):
             gr.Markdown("Best first, with the logit of the matching head:")
-            found = gr.Gallery(show_label=False, columns=4, object_fit="contain", height="auto", format="png")
-    _wire(search, [query, uploads, top], found, button, query)
+            hits = gr.Gallery(show_label=False, columns=4, object_fit="contain", height="auto", format="png")
+    _wire(search, [query, uploads, top], hits, button, query)
     _offer(examples, [query])
 
 
@@ -185,7 +185,7 @@ def _match(model: Simla, examples: list[list], max_tokens: int) -> None:
 def _answer(model: Simla, examples: list[list]) -> None:
     def answer(image: str | None, question: str, answers: str) -> dict[str, float]:
         image, question = checked_image(image), checked_text(question, "a question")
-        choices = [part.strip() for part in bounded(answers).split(",") if part.strip()]
+        choices = [answer.strip() for answer in bounded(answers).split(",") if answer.strip()]
         return dict(model.answer(image, question, choices or None, TOP))
 
     with gr.Row():
@@ -195,8 +195,8 @@ def _answer(model: Simla, examples: list[list]) -> None:
             label = "Answers to choose from, with commas between (empty: the model writes its own)"
             answers = gr.Textbox(label=label, max_length=MAX_LETTERS)
             button = gr.Button("Ask", variant="primary")
-        found = gr.Label(label="Answers with their probabilities", scale=2)
-    _wire(answer, [image, question, answers], found, button, question)
+        shown = gr.Label(label="Answers with their probabilities", scale=2)
+    _wire(answer, [image, question, answers], shown, button, question)
     _offer(examples, [image, question])
 
 
@@ -210,8 +210,8 @@ def _keywords(model: Simla, examples: list[list]) -> None:
             label = "Words to choose from, with spaces between (empty: the whole vocabulary)"
             words = gr.Textbox(label=label, max_length=MAX_LETTERS)
             button = gr.Button("Name keywords", variant="primary")
-        found = gr.Label(label="Keywords, each with a probability of its own", show_heading=False, scale=2)
-    _wire(keywords, [image, words], found, button, words)
+        shown = gr.Label(label="Keywords, each with a probability of its own", show_heading=False, scale=2)
+    _wire(keywords, [image, words], shown, button, words)
     _offer(examples, [image])
 
 
@@ -227,8 +227,8 @@ def _compare(model: Simla, examples: list[list]) -> None:
                 first, second = _upload("First image"), _upload("Second image")
             statement = gr.Textbox(label="Statement on both", max_length=MAX_LETTERS)
             button = gr.Button("True or false?", variant="primary")
-        found = gr.Label(label="The statement is")
-    _wire(compare, [first, second, statement], found, button, statement)
+        shown = gr.Label(label="The statement is")
+    _wire(compare, [first, second, statement], shown, button, statement)
     _offer(examples, [first, second, statement])
 
 
@@ -241,12 +241,12 @@ def _entails(model: Simla, examples: list[list]) -> None:
             image = _upload("Image")
             sentence = gr.Textbox(label="Sentence", max_length=MAX_LETTERS)
             button = gr.Button("Does it follow?", variant="primary")
-        found = gr.Label(label="From the image to the sentence")
-    _wire(entails, [image, sentence], found, button, sentence)
+        shown = gr.Label(label="From the image to the sentence")
+    _wire(entails, [image, sentence], shown, button, sentence)
     _offer(examples, [image, sentence])
 
 
-# ---- parts that the tabs share ----
+# ---- what the tabs share ----
 
 
 def _upload(label: str) -> gr.Image:
@@ -284,8 +284,8 @@ def _heat_picture(
     if image.height > MAX_HEIGHT * image.width:
         raise UserError(f"heat maps are drawn of images up to {MAX_HEIGHT} times as high as wide")
     image.thumbnail((DRAWN_SIDE, DRAWN_SIDE))
-    found = model.ground(file, text, mode=mode, max_tokens=max_tokens)
-    scale = max(image.size) / max(found.width, found.height)
-    boxes = [] if found.box is None else [("hottest region", [side * scale for side in found.box])]
-    plot_word_maps(image, found.text, found.heat, found.words, boxes, drawn, num_columns=4)
+    result = model.ground(file, text, mode=mode, max_tokens=max_tokens)
+    scale = max(image.size) / max(result.width, result.height)
+    boxes = [] if result.box is None else [("hottest region", [side * scale for side in result.box])]
+    plot_word_maps(image, result.text, result.heat, result.words, boxes, drawn, num_columns=4)
     return Image.open(drawn)

@@ -34,7 +34,7 @@ def told_to_sender(function: Callable) -> Callable:
             return function(*inputs)
         except (UserError, BadImage) as error:
             message = str(error)
-            files = [file for part in inputs for file in (part if isinstance(part, list) else [part])]
+            files = [file for value in inputs for file in (value if isinstance(value, list) else [value])]
             for problem in (error, error.__cause__):
                 if isinstance(problem, BadImage):  # also of an image found, which has changed since the start
                     files.append(problem.path)
