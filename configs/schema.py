@@ -40,8 +40,8 @@ def is_finite(value: float) -> bool:
 class Key:
     """type: a type, a tuple of types or a nested table; default: REQUIRED or a value; help: one line; least,
     most, above, below: the range of a number, or of the numbers in a list; choices: the only values allowed;
-    items: types of what a list holds; root: of a path, "data" where it is relative to data_root, "" where it is
-    no path; unused: kept for published configs, without effect.
+    items: types of what a list holds; root: of a path, "data" where it is relative to data_root or "other",
+    "" where it is no path; unused: kept for published configs, without effect.
 
     A text, list or mapping may be empty where the default is empty.
     """

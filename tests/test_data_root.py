@@ -28,9 +28,9 @@ def table_of(path: Path) -> dict:
     return TABLES[task_of(path.name)]
 
 
-def paths_in(config: dict, table: dict, place: str) -> dict[str, list[str]]:
-    """Of the keys of that place, those that are set."""
-    named = {name: config[name] for name, key in table.items() if key.root == place}
+def paths_in(config: dict, table: dict, root: str) -> dict[str, list[str]]:
+    """Return the keys with that root that are set."""
+    named = {name: config[name] for name, key in table.items() if key.root == root}
     lists = {name: value if isinstance(value, list) else [value] for name, value in named.items()}
     return {name: [v for v in values if isinstance(v, str) and v] for name, values in lists.items()}
 
