@@ -18,7 +18,7 @@ import Pretrain_NLVR
 import Retrieval
 import VE
 from simla.configs.reader import read_config
-from simla.configs.schema import TASKS
+from simla.configs.schema import TABLES
 from simla.engine import chance, curves
 from simla.engine.chance import ChanceCheck
 from simla.engine.curves import panels, plot_curves, read_records, read_run
@@ -36,7 +36,7 @@ SCRIPTS = {  # of a demo config, those with chance levels
 
 def demo_config(name: str) -> dict:
     script = {"NLVR_Pretrain": "Pretrain_NLVR"}.get(name, name)
-    return read_config(f"configs/demo/{name}.yaml", TASKS[script])
+    return read_config(f"configs/demo/{name}.yaml", TABLES[script])
 
 
 def chance_levels(name: str) -> dict[str, float]:
