@@ -30,7 +30,7 @@ from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import save_result
+from simla.engine.results import record_evaluation, save_result
 from simla.engine.training import Training
 from simla.evaluation import grounding
 from simla.models.align import alignment_chance
@@ -38,7 +38,7 @@ from simla.models.gradcam import MODES, check_block, default_block, grad_cam
 from simla.models.retrieval import SIMLARetrieval
 from simla.optim import create_optimizer
 from simla.scheduler import create_scheduler
-from simla.utils import UserError, all_gather_objects, append_log, check_scores, log
+from simla.utils import UserError, all_gather_objects, check_scores, log
 
 
 def chance(config: dict) -> dict[str, float]:
@@ -143,7 +143,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 
     if run.evaluate:
         epoch = -1
-        append_log(run.output_dir, evaluate_epoch())
+        record_evaluation(evaluate_epoch(), config, run.output_dir)
     else:
         # optimiser and schedule
         optimizer = create_optimizer(model, config["optimizer"])

@@ -27,13 +27,13 @@ from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import result_path
+from simla.engine.results import record_evaluation, result_path
 from simla.engine.training import Training
 from simla.evaluation.classification import consistency
 from simla.models.nlvr import SIMLANLVR
 from simla.optim import create_optimizer
 from simla.scheduler import create_scheduler
-from simla.utils import append_log, atomic_write, is_main, log
+from simla.utils import atomic_write, is_main, log
 from VE import evaluate, losses, report
 
 
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float | list]:
 
     if run.evaluate:
         epoch, scores = -1, evaluate_epoch()
-        append_log(run.output_dir, scores)
+        record_evaluation(scores, config, run.output_dir)
     else:
         # optimiser and schedule
         optimizer = create_optimizer(model, config["optimizer"])

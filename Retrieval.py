@@ -26,13 +26,13 @@ from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import add_flag, run_script, script_arguments, start
-from simla.engine.results import result_path
+from simla.engine.results import record_evaluation, result_path
 from simla.engine.training import Training
 from simla.models.align import alignment_chance
 from simla.models.retrieval import RetrievalBatch, SIMLARetrieval
 from simla.optim import create_optimizer
 from simla.scheduler import create_scheduler
-from simla.utils import UserError, append_log, log
+from simla.utils import UserError, log
 from zero_shot_retrieval import evaluate, report
 
 
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 
     if run.evaluate:
         scores = evaluate_splits()
-        append_log(run.output_dir, scores)
+        record_evaluation(scores, config, run.output_dir)
     else:
         # optimiser and schedule
         optimizer = create_optimizer(model, config["optimizer"])

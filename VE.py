@@ -28,13 +28,13 @@ from simla.dataset.ve import CLASSES, read_ve
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import save_result
+from simla.engine.results import record_evaluation, save_result
 from simla.engine.training import Training
 from simla.evaluation.classification import accuracy, confusion_counts, confusion_table, majority_accuracy
 from simla.models.ve import SIMLAVE
 from simla.optim import create_optimizer
 from simla.scheduler import create_scheduler
-from simla.utils import all_gather_objects, append_log, autocast, check_scores, log
+from simla.utils import all_gather_objects, autocast, check_scores, log
 
 
 def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float | list]:
 
     if run.evaluate:
         scores = evaluate_splits()
-        append_log(run.output_dir, scores)
+        record_evaluation(scores, config, run.output_dir)
     else:
         # optimiser and schedule
         optimizer = create_optimizer(model, config["optimizer"])

@@ -28,14 +28,14 @@ from simla.dataset.vqa import AnswerList, VQAEvalData, eos_token, read_answer_li
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import save_result
+from simla.engine.results import record_evaluation, save_result
 from simla.engine.training import Training
 from simla.evaluation.vqa import answer_scores, best_constant, mean_by_label
 from simla.models.answer_tree import AnswerTree
 from simla.models.vqa import SIMLAVQA, VQABatch
 from simla.optim import create_optimizer
 from simla.scheduler import create_scheduler
-from simla.utils import UserError, all_gather_objects, append_log, autocast, check_scores, log
+from simla.utils import UserError, all_gather_objects, autocast, check_scores, log
 
 
 def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
@@ -154,8 +154,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 
     given = answer(model, test, candidates, tokenizer, config, run.device)
     accuracy = evaluate(test, given) if test.annotations else {}
-    if accuracy:
-        append_log(run.output_dir, {f"test_{name}": value for name, value in accuracy.items()})
+    record_evaluation({f"test_{name}": value for name, value in accuracy.items()}, config, run.output_dir)
 
     # report
     setting = "k_test" if candidates else "num_beams"

@@ -27,12 +27,11 @@ from simla.dataset.retrieval import RetrievalEvalData
 from simla.dataset.text import MAX_TEXT_TOKENS, build_tokenizer, check_vocabulary, tokenize
 from simla.engine.dry_run import dry_run_retrieval
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import result_path, save_result
+from simla.engine.results import record_evaluation, result_path, save_result
 from simla.evaluation.rerank import rerank
 from simla.evaluation.retrieval import retrieval_chance, retrieval_recall
 from simla.models.retrieval import SIMLARetrieval
 from simla.utils import (
-    append_log,
     atomic_write,
     autocast,
     check_scores,
@@ -159,7 +158,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # evaluate and save
     scores_file = result_path(run.output_dir, "retrieval_scores.pt") if config["save_scores"] else None
     recall = evaluate(model, data, tokenizer, config, run.device, scores_file)
-    append_log(run.output_dir, {f"test_{name}": value for name, value in recall.items()})
+    record_evaluation({f"test_{name}": value for name, value in recall.items()}, config, run.output_dir)
 
     # report
     report(data, recall, f"without fine-tuning here, {weights}", config, run.output_dir)

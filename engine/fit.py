@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+from simla.engine.run_record import save_config
 from simla.engine.signals import StopSignals
 from simla.engine.training import Scores, Training
-from simla.utils import append_log, barrier, log
+from simla.utils import append_log, barrier, is_main, log
 
 
 def fit(training: Training, evaluate: Callable[[int], Scores] | None = None) -> tuple[str, Scores]:
@@ -16,6 +17,8 @@ def fit(training: Training, evaluate: Callable[[int], Scores] | None = None) -> 
     """
     epochs, first_epoch, best = training.config["schedular"]["epochs"], training.epoch, training.best
     grace_seconds = training.config["stop_grace_seconds"]
+    if is_main():
+        save_config(training.config, training.run.output_dir)
     with StopSignals(grace_seconds) as signals, training.run_log, training.saver:
         for epoch in range(first_epoch, epochs):
             # Saved before a long evaluation, so that a kill during it costs no training.

@@ -32,7 +32,6 @@ from simla.engine.run_record import (
     holds_training,
     previous_run,
     release_folder,
-    save_config,
     set_aside_logs,
 )
 from simla.engine.signals import Stopped, StopSignals
@@ -115,7 +114,7 @@ class Run(NamedTuple):
 
 def start(args: argparse.Namespace, config: dict, chance: dict[str, float] | None = None) -> Run:
     """Join the other processes, pick the device, seed all generators, lock the output folder, find what to
-    resume, set an earlier run's logs aside and begin run.json and config.yaml; with --dry_run without these
+    resume, set an earlier run's logs aside and begin run.json; with --dry_run without these
     four. From here on a stop signal ends the script at once, outside of `fit`.
 
     All ranks have the same seed, so that they make the same model; each epoch seeds them differently.
@@ -165,10 +164,8 @@ def _begin(run: Run, config: dict) -> Run:
         run_id = load_checkpoint(resumed).get("run", run_id) if resumed else run_id
     resumed, run_id = all_gather_objects((resumed, run_id))[0]
     run = run._replace(id=run_id, checkpoint=resumed or run.checkpoint, resume=bool(resumed))
-    if is_main():
-        if not run.evaluate:
-            set_aside_logs(run.output_dir, run.id)
-        save_config(config, run.output_dir)
+    if is_main() and not run.evaluate:
+        set_aside_logs(run.output_dir, run.id)
     RunRecord(run.output_dir, run.id, config, run.device, resumed, not run.evaluate, run.chance)
     return run
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from simla.utils import UserError, atomic_write, is_main, json_text
+from simla.engine.run_record import save_config
+from simla.utils import UserError, append_log, atomic_write, is_main, json_text
 
 
 def result_path(output_dir: str | Path, name: str) -> Path:
@@ -24,3 +25,11 @@ def save_result(output_dir: str | Path, name: str, content: dict | list) -> None
         text = json_text(content, str(path), indent=1)
         with atomic_write(path, text=True) as file:
             file.write(text)
+
+
+def record_evaluation(scores: dict[str, float | list], config: dict, output_dir: str) -> None:
+    """Write what an evaluation leaves beside its results: config.yaml and a line in log.txt."""
+    if is_main():
+        save_config(config, output_dir)
+    if scores:  # none where the test set has no answers
+        append_log(output_dir, scores)
