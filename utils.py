@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("simla")
 LOG, STEPS_LOG = "log.txt", "train_steps.jsonl"  # a line for each epoch, for each step
-ROOT = Path(__file__).resolve().parent  # of this code: relative paths in its configs start here
+ROOT = Path(__file__).resolve().parent  # of this code
 PRECISIONS = {"fp32": "float32", "tf32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # config -> torch
 
 
@@ -229,6 +229,13 @@ def other_content(head: bytes) -> str:
 def printable(text: str) -> str:
     """Return the text; halves of surrogate pairs, as in odd file names and cut JSON, become "?"."""
     return text.encode("utf-8", "replace").decode()
+
+
+def shipped(path: object) -> object:
+    """Return a path as it is, or that of this code's own file where the working folder has none there."""
+    if isinstance(path, str) and not Path(path).exists() and (ROOT / path).exists():
+        return str(ROOT / path)
+    return path
 
 
 def first_line(error: BaseException) -> str:

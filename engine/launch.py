@@ -45,6 +45,7 @@ from simla.utils import (
     pick_device,
     rank,
     set_precision,
+    shipped,
     world_size,
 )
 
@@ -331,7 +332,7 @@ def script_arguments(description: str, config: str, output_dir: str) -> argparse
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
     add = parser.add_argument
     resume = "continue the run that --checkpoint was saved by, or the newest of --output_dir"
-    add("--config", default=config, help="YAML file (default: %(default)s)")
+    add("--config", default=shipped(config), help="YAML file (default: %(default)s)")
     add("--output_dir", default=output_dir, help="where results go (default: %(default)s)")
     add("--checkpoint", default="", help="weights to start from")
     add_flag(parser, "--resume", resume)

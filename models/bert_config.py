@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from simla.utils import UserError
+from simla.utils import UserError, shipped
 
 LEAST = {"pad_token_id": 0, "max_position_embeddings": 2}  # [CLS] and a word; of other sizes 1
 BELOW = {"num_hidden_layers": 1001}  # a float 1, another size 2**31
@@ -35,7 +35,7 @@ class BertConfig:
         fit together.
         """
         if not isinstance(source, dict):
-            path = source
+            path = shipped(source)
             try:
                 source = json.loads(Path(path).read_bytes())
             except (OSError, ValueError) as error:  # ValueError: not JSON, or not even text

@@ -16,7 +16,7 @@ from simla.configs.schema import CONTRAST, ENCODERS, TABLES, Key
 from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.model import Simla
 from simla.models.bert_config import BertConfig
-from simla.utils import PRECISIONS, ROOT, UserError, check_weight, log, own_surroundings, pick_device
+from simla.utils import PRECISIONS, UserError, check_weight, log, own_surroundings, pick_device, shipped
 
 CHOICES = ("k_test", "batch_size_test", "eos", "num_beams", "max_answer_tokens")
 MAY_CHANGE = ("image_res", *CHOICES, "text_encoder")
@@ -94,7 +94,7 @@ def _load(
 def _say_changes(settings: dict, content: dict, table: dict[str, Key], source: str) -> None:
     """Log what a given config changes that a user may mean to: how much is read, shown and chosen."""
     stored = config_in(content, source)
-    theirs = {name: _found(stored.get(name, table[name].default)) for name in MAY_CHANGE if name in table}
+    theirs = {name: shipped(stored.get(name, table[name].default)) for name in MAY_CHANGE if name in table}
     changed = {name: value for name, value in theirs.items() if stored and settings[name] != value}
     if changed:
         listed = ", ".join(f"{name} {settings[name]} instead of {value}" for name, value in changed.items())
@@ -125,7 +125,7 @@ def fill_in_what_is_missing(
     """
     values, default = {**values}, {name: table[name].default for name in ("bert_config", "text_encoder")}
     path, name = (values.get(key, default[key]) for key in default)
-    if isinstance(path, str) and not Path(_found(path)).exists():
+    if isinstance(path, str) and not Path(shipped(path)).exists():
         values["bert_config"] = sizes = text_encoder_sizes(state, kind, source, path)
         log.warning(
             f"{source}: bert_config {path} is not here; the text encoder has the sizes of its weights, "
@@ -183,15 +183,8 @@ def model_config(values: dict, table: dict[str, Key], where: str) -> dict:
     released = {"released_code": table["released_code"]}  # changes no score: the paper's, whatever is stored
     config = check_values(known, used | released, where)
     for name in ("bert_config", "text_encoder"):
-        config[name] = _found(config[name])
+        config[name] = shipped(config[name])
     return config
-
-
-def _found(path: str | dict) -> str | dict:
-    """Return a relative path as it is, or, where nothing is there, from the folder of the scripts."""
-    if isinstance(path, str) and not Path(path).exists() and (ROOT / path).exists():
-        return str(ROOT / path)
-    return path
 
 
 def _concept_head(state: Mapping[str, Tensor], source: str) -> nn.Linear | None:

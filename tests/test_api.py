@@ -489,7 +489,7 @@ def test_paths_of_a_config_are_found_from_any_folder(tiny, images, monkeypatch, 
     torch.save(content, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"bert\.json cannot be read"):
         simla.load(tmp_path / "c.pth", "cpu")
-    monkeypatch.setattr("simla.loading.ROOT", tmp_path)
+    monkeypatch.setattr("simla.utils.ROOT", tmp_path)
     assert simla.load(tmp_path / "c.pth", "cpu").kind == "retrieval"
 
 

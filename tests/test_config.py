@@ -3,6 +3,7 @@
 import argparse
 import logging
 import re
+import shutil
 import sys
 import time
 from types import SimpleNamespace
@@ -138,6 +139,17 @@ def test_sizes_of_the_text_encoder(override, expected, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["VE.py", *map(str, flags)])
     with pytest.raises(UserError, match=expected):
         parse(script_arguments("x", "", ""), TABLES["VE"])
+
+
+def test_shipped_files_are_found_from_any_working_folder(monkeypatch, tmp_path):
+    """A script's own config, and the sizes that it names; a file of the same name here comes first."""
+    monkeypatch.setattr(sys, "argv", ["VE.py"])
+    monkeypatch.chdir(tmp_path)
+    args, config = parse(script_arguments("x", "configs/VE.yaml", ""), TABLES["VE"])
+    assert args.config == str(ROOT / "configs" / "VE.yaml") and config["bert_config"]["hidden_size"] == 768
+    (tmp_path / "configs").mkdir()
+    shutil.copy2(ROOT / "configs" / "VE.yaml", "configs")
+    assert parse(script_arguments("x", "configs/VE.yaml", ""), TABLES["VE"])[0].config == "configs/VE.yaml"
 
 
 def test_a_codebook_is_not_fitted_for_a_config_that_cannot_be_trained(tmp_path, monkeypatch):
