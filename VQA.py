@@ -3,7 +3,7 @@
 Data     JSON lists of {"dataset": "vqa" or "vg", "image": path, "question": text, "answer": [text, ...] or
          text} (`train_file`, `val_file`) and of {"dataset", "image", "question", "question_id": number or
          text}, with or without answers (`test_file`); a JSON list of texts (`answer_list`: python -m
-         dataset.vqa answers)
+         simla.dataset.prepare answers)
 Command  torchrun --nproc_per_node=8 VQA.py \\
              --config configs/VQA.yaml --checkpoint output/Pretrain/checkpoint_29.pth
 Expected the paper's VQA v2 test-dev / test-std 74.5 / 74.8, by the server, which takes

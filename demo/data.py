@@ -333,7 +333,7 @@ def make_demo(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the embedded demo data: drawn scenes with captions.")
+    parser = argparse.ArgumentParser("python -m simla.demo.data", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/demo"))
     for split, count in NUM_SCENES.items():
         parser.add_argument(f"--{split}", type=int, default=count, help=f"scenes (default {count})")

@@ -102,7 +102,7 @@ def draw_keywords(checkpoint: str | Path, config: dict, entries: Sequence[dict],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m simla.demo.keywords", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="of Pretrain.py")
     parser.add_argument("--config", help="default: config.yaml beside the checkpoint")
     parser.add_argument("--file", help="annotation file; default: the config's train_file")

@@ -185,7 +185,7 @@ def _draw(axis, records: list[dict], order: str, name: str, **style) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m simla.engine.curves", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", help="output folders of training runs of one task")
     parser.add_argument("-o", "--out", default="curves.png")
     args = parser.parse_args()

@@ -93,7 +93,7 @@ def _rows(tables: list[Path], options: argparse.Namespace, report: Report) -> It
                 report.leave_out(NO_CELL, where, len(captions))
                 continue
             if not isinstance(image, str):
-                hint = "; dataset.prepare img2dataset reads tables that hold the images themselves"
+                hint = "; python -m simla.dataset.prepare img2dataset reads tables that hold the images"
                 raise UserError(
                     f"{where}: column {columns[0]!r} must hold the path of an image, found {image!r}"[:500]
                     + (hint if isinstance(image, bytes | dict) else "")
