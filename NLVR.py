@@ -87,11 +87,11 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float | list]:
     def evaluate_epoch(epoch: int = -1) -> dict[str, float | list]:
         scores, predicted[epoch] = {}, {}
         for split, items in data.items():
-            found = evaluate(model, items, tokenizer, config, run.device, split)
-            predicted[epoch][split] = found["predicted"]
-            scores |= {f"{split}_{name}": found[name] for name in ("acc", "confusion")}
+            result = evaluate(model, items, tokenizer, config, run.device, split)
+            predicted[epoch][split] = result["predicted"]
+            scores |= {f"{split}_{name}": result[name] for name in ("acc", "confusion")}
             if identifiers := official_identifiers(items.entries):
-                pairs = zip(items.entries, found["predicted"], strict=True)
+                pairs = zip(items.entries, result["predicted"], strict=True)
                 right = [entry["label"] == number for entry, number in pairs]
                 scores[f"{split}_consistency"] = consistency(identifiers, right)
         return scores

@@ -48,9 +48,7 @@ def losses(model: nn.Module, batch: dict, alpha: float, image_tokenizer: nn.Modu
 
 
 def chance(config: dict) -> dict[str, float]:
-    """Return what even guesses have: among the vocabulary (MLM), among the codes (MIM), a half for any word
-    (PSL).
-    """
+    """Return what even guesses have: of all words (MLM), of all codes (MIM), a half for each word (PSL)."""
     return {
         **alignment_chance(config["batch_size"] + config["queue_size"]),
         "loss_mlm": math.log(BertConfig.read(config["bert_config"]).vocab_size),
@@ -60,9 +58,7 @@ def chance(config: dict) -> dict[str, float]:
 
 
 def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, device: torch.device) -> nn.Module:
-    """Return the image tokenizer of the config; a k-means codebook that is not there yet is fitted on the
-    main rank.
-    """
+    """Return the config's image tokenizer; the main rank fits a k-means codebook that is not there yet."""
     settings = config["image_tokenizer"]
     if settings["kind"] == "kmeans" and is_main() and not Path(settings["path"]).is_file():
         log.info(

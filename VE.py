@@ -79,9 +79,7 @@ def report(
     config: dict,
     output_dir: str,
 ) -> None:
-    """Tell the scores of each split beside what the most frequent class would get, on the screen and in
-    result/.
-    """
+    """Tell each split's scores beside those of always the most frequent class; write result/NAME.json."""
     result = {"weights": weights, "classes": classes}
     log.info(f"{name}, weights: {weights}")
     for split, items in data.items():
@@ -122,8 +120,8 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float | list]:
     def evaluate_splits(epoch: int = -1) -> dict[str, float | list]:
         scores = {}
         for split, items in data.items():
-            found = evaluate(model, items, tokenizer, config, run.device, split)
-            scores |= {f"{split}_{name}": found[name] for name in ("acc", "confusion")}
+            result = evaluate(model, items, tokenizer, config, run.device, split)
+            scores |= {f"{split}_{name}": result[name] for name in ("acc", "confusion")}
         return scores
 
     if run.evaluate:

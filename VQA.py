@@ -82,9 +82,7 @@ def evaluate(data: VQAEvalData, given: list[dict]) -> dict[str, float]:
 def report(
     data: VQAEvalData, given: list[dict], accuracy: dict, protocol: dict, name: str, output_dir: str
 ) -> None:
-    """Write the answers as the server takes them and the top answers, and tell the accuracy where it can be
-    known.
-    """
+    """Write the answers as the server takes them, and the top ones; tell the accuracy where it is known."""
     rows = [{"question_id": e["question_id"], **row} for e, row in zip(data.questions, given, strict=True)]
     first = [{"question_id": row["question_id"], "answer": row["answers"][0]} for row in rows]
     save_result(output_dir, name, first)

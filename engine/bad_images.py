@@ -74,14 +74,14 @@ class BadImages:
         for state in all_gather_objects(self.state_dict()):
             total.merge(state)
         share = total.num_bad / max(total.num_seen, 1)
-        found = {"bad_images": total.num_bad, "bad_image_fraction": share}
+        account = {"bad_images": total.num_bad, "bad_image_fraction": share}
         if passed_over := sum(map(Counter, total.passed_over.values()), Counter(in_files)):
-            found["passed_over"] = dict(passed_over)
+            account["passed_over"] = dict(passed_over)
         if total.num_bad:
-            found["bad_image_causes"] = dict(total.causes.most_common())
+            account["bad_image_causes"] = dict(total.causes.most_common())
             listed = ", ".join(f"{cause} {count}" for cause, count in total.causes.most_common())
             log.info(
                 f"{total.num_bad} of {total.num_seen} images ({share:.2%}) could not be read and were "
                 f"replaced: {listed}"
             )
-        return found
+        return account

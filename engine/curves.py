@@ -152,8 +152,8 @@ def draw_logged(axis, name: str, runs: list[Run], by_step: bool) -> None:
 
 def draw_level(axis, level: float, colour: str) -> None:
     axis.axhline(level, color=colour, linestyle="--", linewidth=1)
-    place = {"xycoords": ("axes fraction", "data"), "xytext": (-3, 3), "textcoords": "offset points"}
-    axis.annotate(f"chance {level:.2f}", (1, level), **place, ha="right", color=colour, fontsize=8)
+    anchor = {"xycoords": ("axes fraction", "data"), "xytext": (-3, 3), "textcoords": "offset points"}
+    axis.annotate(f"chance {level:.2f}", (1, level), **anchor, ha="right", color=colour, fontsize=8)
 
 
 def draw_scores(axis, title: str, names: list[str], runs: list[Run]) -> None:
@@ -172,13 +172,13 @@ def draw_scores(axis, title: str, names: list[str], runs: list[Run]) -> None:
 def _draw(axis, records: list[dict], order: str, name: str, **style) -> None:
     """Draw a line through the values, broken where there is none: a loss is null where no step was finite."""
     records = [record for record in records if name in record]
-    places = [record[order] for record in records]
+    positions = [record[order] for record in records]
     values = [math.nan if record[name] is None else record[name] for record in records]
-    axis.plot(places, values, **style)
+    axis.plot(positions, values, **style)
     known = np.isfinite([math.nan, *values, math.nan])
     alone = np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])
     if len(alone) and "marker" not in style:  # a line of one point is none
-        axis.plot([places[i] for i in alone], [values[i] for i in alone], ".", **style)
+        axis.plot([positions[i] for i in alone], [values[i] for i in alone], ".", **style)
     axis.margins(y=0.15)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -263,11 +263,13 @@ def estimate_retrieval(
     make_model: Callable[[], SIMLARetrieval], config: dict, num_tokens: int
 ) -> tuple[Estimate, dict[str, float]]:
     """Return what the work that needs most memory needs, and the FLOPs of an image, a text and a pair."""
-    found, flops = [], {}
+    estimates, flops = [], {}
     for name, (num, work) in retrieval_work(config, num_tokens, torch.device("cpu"), "cuda").items():
-        found.append(estimate(lambda: [make_model().eval()], work, config["precision"], is_training=False))
-        flops[name] = found[-1].flops / num
-    return max(found, key=lambda needs: needs.peak), flops
+        estimates.append(
+            estimate(lambda: [make_model().eval()], work, config["precision"], is_training=False)
+        )
+        flops[name] = estimates[-1].flops / num
+    return max(estimates, key=lambda needs: needs.peak), flops
 
 
 def retrieval_work(

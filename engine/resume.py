@@ -94,13 +94,13 @@ def config_changes(checkpoint: dict, config: dict, seed: int, path: str) -> dict
 
 def differences(old: dict, new: dict, section: str = "") -> dict[str, tuple]:
     """Return name -> (old, new) of the values that both configs have and that differ."""
-    found = {}
+    changed = {}
     for name in old.keys() & new.keys():
         if isinstance(old[name], dict) and isinstance(new[name], dict):
-            found |= differences(old[name], new[name], f"{section}{name}.")
+            changed |= differences(old[name], new[name], f"{section}{name}.")
         elif old[name] != new[name]:
-            found[section + name] = old[name], new[name]
-    return dict(sorted(found.items()))
+            changed[section + name] = old[name], new[name]
+    return dict(sorted(changed.items()))
 
 
 def sums_of_ranks(ranks: list[dict]) -> dict[str, dict]:

@@ -47,10 +47,10 @@ class RunLog:
         self.write(step, "train", {**known, **speed})
 
     def epoch(self, step: int, stats: dict, scores: dict) -> None:
-        """Bad images and scores: the numbers; lists, such as confusion matrices, are left to log.txt."""
+        """Write the numbers of bad images and scores; lists, such as confusion matrices, stay in log.txt."""
         bad = {name: value for name, value in stats.items() if name.startswith("bad_image")}
-        for group, found in (("train", bad), ("evaluation", scores)):
-            self.write(step, group, {k: v for k, v in found.items() if isinstance(v, int | float)})
+        for group, values in (("train", bad), ("evaluation", scores)):
+            self.write(step, group, {k: v for k, v in values.items() if isinstance(v, int | float)})
 
     def write(self, step: int, group: str, scalars: dict[str, float]) -> None:
         if not is_main() or not scalars:
@@ -87,13 +87,13 @@ class RunLog:
 
 def check_wandb(config: dict) -> None:
     """Raise UserError where the config asks for Weights & Biases and it is not installed."""
-    found = importlib.util.find_spec("wandb") if config["wandb"] else None
-    if config["wandb"] and (found is None or found.origin is None):  # None: a mere folder of that name
+    spec = importlib.util.find_spec("wandb") if config["wandb"] else None
+    if config["wandb"] and (spec is None or spec.origin is None):  # None: a mere folder of that name
         raise UserError("config `wandb` needs Weights & Biases: pip install wandb, or leave `wandb` out")
 
 
 def start_wandb(output_dir: str, run: str, config: dict):
-    """The run of Weights & Biases: all keys of config `wandb` go to wandb.init. Its id is the run's own,
+    """Return a run of Weights & Biases: all keys of config `wandb` go to wandb.init. Its id is the run's own,
     which checkpoints and run.json keep, so that a resumed run goes on in it.
 
     Raises UserError for keys that wandb does not take and where no run can be started.

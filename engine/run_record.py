@@ -41,13 +41,13 @@ _lock: FileLock | None = None  # of the output folder in which this process trai
 
 def versions() -> dict[str, str]:
     """Return those of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            numbers[package] = "not installed"
+    return numbers
 
 
 def save_config(config: dict, output_dir: str) -> None:

@@ -81,7 +81,7 @@ def grounding_accuracy(splits: list[str], ious: list[float]) -> dict[str, float]
     right = {split: [] for split in splits}
     for split, iou in zip(splits, ious, strict=True):
         right[split].append(iou >= RIGHT_IOU)
-    return {split: 100.0 * sum(own) / len(own) for split, own in right.items()}
+    return {split: 100.0 * sum(hits) / len(hits) for split, hits in right.items()}
 
 
 def grounding_chance(true_box: Box, boxes: Sequence[Box]) -> float:

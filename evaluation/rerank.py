@@ -45,13 +45,13 @@ class Group:
     """Images that are scored together. On the host, so that nothing waits for the device.
 
     images (g,); texts (g, n): those of each image, from long to short, the last one repeated where an image
-    has fewer than the others; places (g, n): where their scores go, a repeated one's to the last place of
+    has fewer than the others; indices (g, n): where their scores go, a repeated one's to the last index of
     all; calls: (first, end, longest): columns of `texts`, and the tokens of the longest text there
     """
 
     images: list[int]
     texts: Tensor
-    places: Tensor
+    indices: Tensor
     calls: list[tuple[int, int, int]]
 
 
@@ -68,16 +68,17 @@ def make_groups(wanted: Tensor, lengths: Tensor, num_images: int, num_tokens: in
     by_count, groups = counts.argsort(descending=True, stable=True), []
     for start in range(0, len(counts), num_images):
         images = by_count[start : start + num_images]
-        own, column = counts[images, None], torch.arange(counts[images[0]])  # (g, 1), (n,)
-        places = order[starts[images, None] + torch.minimum(column, own - 1)]  # (g, n)
-        texts = text[places]
+        num_texts, column = counts[images, None], torch.arange(counts[images[0]])  # (g, 1), (n,)
+        indices = order[starts[images, None] + torch.minimum(column, num_texts - 1)]  # (g, n)
+        texts = text[indices]
         longest = lengths[texts].amax(0).tolist()
         first, calls = 0, []
         while first < len(longest):
             end = min(first + max(1, num_tokens // (len(images) * longest[first])), len(longest))
             calls.append((first, end, longest[first]))
             first = end
-        groups.append(Group(images.tolist(), texts, places.masked_fill(column >= own, len(text)), calls))
+        indices = indices.masked_fill(column >= num_texts, len(text))
+        groups.append(Group(images.tolist(), texts, indices, calls))
     return sorted(groups, key=lambda group: min(group.images))  # large and small mixed: the ETA is right
 
 
@@ -100,17 +101,17 @@ def rerank(
     """
     for_images, for_texts = (mask.cpu() for mask in candidate_pairs(similarity, k))
     wanted = for_images | for_texts
-    own = wanted[rank() :: world_size()]
+    of_rank = wanted[rank() :: world_size()]
     groups = make_groups(
-        own, text_mask.sum(1).cpu(), *(sizes or SIZES.get(similarity.device.type, SIZES["cuda"]))
+        of_rank, text_mask.sum(1).cpu(), *(sizes or SIZES.get(similarity.device.type, SIZES["cuda"]))
     )
-    flat = torch.empty(int(own.sum()) + 1, dtype=torch.float32, device=similarity.device)
+    flat = torch.empty(int(of_rank.sum()) + 1, dtype=torch.float32, device=similarity.device)
     for group in progress(groups):
         score_group(model, group, image_embeds, text_ids, text_mask, flat)
     counts = [int(wanted[r :: world_size()].sum()) for r in range(world_size())]
     scores = torch.zeros(similarity.shape, dtype=torch.float32)
-    for r, part in enumerate(all_gather_shares(flat[:-1], counts)):
-        scores[r :: world_size()][wanted[r :: world_size()]] = part.cpu()
+    for r, rank_scores in enumerate(all_gather_shares(flat[:-1], counts)):
+        scores[r :: world_size()][wanted[r :: world_size()]] = rank_scores.cpu()
     scores_i2t = scores.masked_fill(~for_images, NOT_SCORED)
     scores_t2i = scores.masked_fill_(~for_texts, NOT_SCORED).T.contiguous()
     return scores_i2t, scores_t2i
@@ -128,8 +129,8 @@ def score_group(
     device = scores.device
     states = torch.stack([image_embeds[image].to(device, non_blocking=True) for image in group.images])
     cross = model.text_encoder.project(states)
-    texts, places = group.texts.to(device), group.places.to(device)
+    texts, indices = group.texts.to(device), group.indices.to(device)
     for first, end, longest in group.calls:
         rows = texts[:, first:end].flatten()
         logits = model.match(cross, text_ids[rows, :longest], text_mask[rows, :longest])
-        scores[places[:, first:end].flatten()] = logits
+        scores[indices[:, first:end].flatten()] = logits

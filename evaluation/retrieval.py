@@ -13,9 +13,9 @@ def pessimistic_ranks(scores: np.ndarray, relevant: list[list[int]]) -> np.ndarr
     a model that gives everything the same score gets no credit and the result does not depend on a sort.
     """
     ranks = np.empty(len(scores), dtype=np.int64)
-    for query, own in enumerate(relevant):
-        better = ~(scores[query] < scores[query, own].max())  # not >=, which is False for NaN
-        better[own] = False
+    for query, right in enumerate(relevant):
+        better = ~(scores[query] < scores[query, right].max())  # not >=, which is False for NaN
+        better[right] = False
         ranks[query] = better.sum()
     return ranks
 
@@ -56,7 +56,7 @@ def retrieval_chance(img2txt: list[list[int]], txt2img: list[int]) -> dict[str, 
     num_texts, num_images = len(txt2img), len(img2txt)
     result = {}
     for k in (1, 5, 10):
-        missed = [_all_missed(num_texts, len(own), k) for own in img2txt]
+        missed = [_all_missed(num_texts, len(texts), k) for texts in img2txt]
         result[f"txt_r{k}"] = 100.0 * (1 - sum(missed) / len(missed))
         result[f"img_r{k}"] = 100.0 * min(k, num_images) / num_images
     for name in ("txt", "img"):

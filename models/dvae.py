@@ -89,7 +89,7 @@ class DalleEncoder(nn.Module):
             return self.blocks[-1](x.float())
 
     def forward(self, code_view: Tensor) -> Tensor:
-        """(B, 3, R, R) in [0, 1] -> (B, (R/8)^2) int64."""
+        """Return the codes (B, (R/8)^2), int64, of views (B, 3, R, R) in [0, 1]."""
         return self.logits(code_view).argmax(1).flatten(1)
 
 
@@ -107,8 +107,8 @@ def _nearest(patches: Tensor, centres: Tensor, chunk: int = 16384) -> Tensor:
     """(N, P), (K, P) -> (N,) int64: argmin |x - c|^2 = argmax x.c - |c|^2 / 2."""
     half_norms = centres.square().sum(1) / 2
     with torch.autocast(patches.device.type, enabled=False):
-        parts = [(part @ centres.T - half_norms).argmax(1) for part in patches.split(chunk)]
-    return torch.cat(parts)
+        nearest = [(rows @ centres.T - half_norms).argmax(1) for rows in patches.split(chunk)]
+    return torch.cat(nearest)
 
 
 class KMeansCodebook(nn.Module):
@@ -121,7 +121,7 @@ class KMeansCodebook(nn.Module):
         self.register_buffer("centres", torch.zeros(vocab_size, 3 * patch * patch))  # (K, P)
 
     def forward(self, code_view: Tensor) -> Tensor:
-        """(B, 3, R, R) in [0, 1] -> (B, (R/8)^2) int64."""
+        """Return the codes (B, (R/8)^2), int64, of views (B, 3, R, R) in [0, 1]."""
         patches = _patches(code_view, self.stride)
         return _nearest(patches.flatten(0, 1), self.centres).view(patches.shape[:2])
 
@@ -129,7 +129,8 @@ class KMeansCodebook(nn.Module):
     def fit(
         self, code_views: Iterable[Tensor], num_patches: int = 100_000, iterations: int = 12, seed: int = 0
     ) -> "KMeansCodebook":
-        """Lloyd's algorithm on patches of the first views, each (3, R, R) or (B, 3, R, R); on the CPU.
+        """Fit the centres to patches of the first views, each (3, R, R) or (B, 3, R, R), by Lloyd's algorithm on
+        the CPU.
 
         Centres start at random patches; those that lose all theirs move to the worst-served patches.
         Raises UserError when there are fewer patches than centres.
@@ -137,9 +138,9 @@ class KMeansCodebook(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         pool, num_pooled = [], 0
         for views in code_views:
-            found = _patches(views.cpu().reshape(-1, *views.shape[-3:]), self.stride).flatten(0, 1)
-            pool.append(found)
-            num_pooled += len(found)
+            patches = _patches(views.cpu().reshape(-1, *views.shape[-3:]), self.stride).flatten(0, 1)
+            pool.append(patches)
+            num_pooled += len(patches)
             if num_pooled >= 2 * num_patches:  # more than needed, for patches of more images
                 break
         if num_pooled < self.vocab_size:

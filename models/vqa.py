@@ -145,8 +145,8 @@ class SIMLAVQA(MomentumModel):
         start = answers.ids[:1, :1].expand(len(questions), 1)  # [CLS]
         hidden = self.text_decoder(start, torch.ones_like(start), cross, causal=True)
         first = log_probabilities(self.text_decoder.predict(hidden[:, 0]))[:, answers.ids[:, 1]]  # (B, K)
-        first, chosen = (part[:, :k] for part in first.sort(descending=True, stable=True))
-        rest = [self._log_likelihood(answers, part, cross) for part in chosen.split(chunk_rows, dim=1)]
+        first, chosen = (ranked[:, :k] for ranked in first.sort(descending=True, stable=True))
+        rest = [self._log_likelihood(answers, columns, cross) for columns in chosen.split(chunk_rows, dim=1)]
         scores, order = (2 * first + torch.cat(rest, dim=1)).sort(descending=True, stable=True)
         return chosen.gather(1, order), scores.softmax(-1).float()
 

@@ -109,7 +109,7 @@ def test_every_pair_has_its_place_once(data, num_images, num_texts, most_images,
             assert max(lengths[text] for text in texts.flatten()) == longest
             assert end == first + 1 or texts.numel() * longest <= most_tokens
         for image, texts, places in zip(
-            group.images, group.texts.tolist(), group.places.tolist(), strict=True
+            group.images, group.texts.tolist(), group.indices.tolist(), strict=True
         ):
             for text, place in zip(texts, places, strict=True):
                 assert place == len(pairs) or found.setdefault(place, (image, text)) == (image, text)
