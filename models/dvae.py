@@ -129,8 +129,8 @@ class KMeansCodebook(nn.Module):
     def fit(
         self, code_views: Iterable[Tensor], num_patches: int = 100_000, iterations: int = 12, seed: int = 0
     ) -> "KMeansCodebook":
-        """Fit the centres to patches of the first views, each (3, R, R) or (B, 3, R, R), by Lloyd's algorithm on
-        the CPU.
+        """Fit the centres to patches of the first views, each (3, R, R) or (B, 3, R, R), by Lloyd's algorithm
+        on the CPU.
 
         Centres start at random patches; those that lose all theirs move to the worst-served patches.
         Raises UserError when there are fewer patches than centres.
