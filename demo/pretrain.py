@@ -84,6 +84,7 @@ def launch(script: str, *arguments: str) -> None:
     readers = [threading.Thread(target=show_errors, args=[process], daemon=True) for process in ranks]
     for reader in readers:
         reader.start()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the processes as Ctrl-C does
     try:
         codes = wait_for(ranks, readers)
     except BaseException:
@@ -95,6 +96,7 @@ def launch(script: str, *arguments: str) -> None:
             sys.stderr.writelines(unsaid)
         raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process in ranks:
             process.kill()
     if any(codes):

@@ -132,8 +132,8 @@ class KMeansCodebook(nn.Module):
         """Fit the centres to patches of the first views, each (3, R, R) or (B, 3, R, R), by Lloyd's algorithm
         on the CPU.
 
-        Centres start at random patches; those that lose all theirs move to the worst-served patches.
-        Raises UserError when there are fewer patches than centres.
+        Centres start at random patches; those that lose all theirs move to the worst-served patches. Raises
+        UserError when there are fewer patches than centres.
         """
         generator = torch.Generator().manual_seed(seed)
         pool, num_pooled = [], 0

@@ -103,7 +103,7 @@ if event == "interrupt":
     else:
         while not os.path.exists(ready):
             time.sleep(0.01)
-        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(os.getppid(), getattr(signal, sys.argv[3]))
     time.sleep(60)
 if event == "fail" and rank == "1":
     sys.exit("error: no such file")
@@ -128,10 +128,14 @@ def test_a_script_that_fails_ends_the_demo(launch_process, capsys):
     assert capsys.readouterr().err == "error: no such file\n"
 
 
-@pytest.mark.parametrize(("code", "shown"), [("75", False), ("1", True)])
-def test_ctrl_c_is_told_to_the_processes_and_shows_only_what_went_wrong(launch_process, capfd, code, shown):
+@pytest.mark.parametrize(
+    ("code", "shown", "name"), [("75", False, "SIGINT"), ("1", True, "SIGINT"), ("75", False, "SIGTERM")]
+)
+def test_a_stop_is_told_to_the_processes_and_shows_only_what_went_wrong(
+    launch_process, capfd, code, shown, name
+):
     with pytest.raises(KeyboardInterrupt):
-        launch_process("interrupt", code)
+        launch_process("interrupt", code, name)
     said = capfd.readouterr()
     assert said.out.count("SIGINT is ignored: True") == 2
     assert said.err == "stopped by SIGTERM\n" * 2 * shown
