@@ -56,6 +56,7 @@ def launch(script: str, *arguments: str) -> None:
     environment = {
         "OMP_NUM_THREADS": str(max(1, num_cores() // number)),
         "PYTHONWARNINGS": "ignore::FutureWarning",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # without the hint that no parameter was left out
         **os.environ,
         "WORLD_SIZE": str(number),
         "MASTER_ADDR": "127.0.0.1",
