@@ -125,6 +125,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
             f"test_file {config['test_file']}: split val, which chooses the best epoch, is empty; with "
             "--evaluate none is needed"
         )
+    loader = None if run.evaluate else grounding_loader(config, tokenizer, run.seed)
 
     # model
     model = SIMLARetrieval.from_config(config)
@@ -150,7 +151,6 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
         schedule = create_scheduler(optimizer, config["schedular"], epoch_step="end")
 
         # resume
-        loader = grounding_loader(config, tokenizer, run.seed)
         best = "val_d" if config["det_file"] else "val_h"
         training = Training(model, optimizer, schedule, loader, losses, config, run, best)
         if run.resume:

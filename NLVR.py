@@ -74,6 +74,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float | list]:
     splits = ("val", "test") if run.evaluate else ("train", "val", "test")
     entries = {split: read_nlvr(config[f"{split}_file"], config["image_root"]) for split in splits}
     data = {split: evaluation_items(entries[split], config) for split in ("val", "test")}
+    loader = None if run.evaluate else finetune_loader(entries["train"], config, tokenizer, run.seed)
 
     # model
     model = SIMLANLVR.from_config(config)
@@ -105,7 +106,6 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float | list]:
         schedule = create_scheduler(optimizer, config["schedular"], epoch_step="end")
 
         # resume
-        loader = finetune_loader(entries["train"], config, tokenizer, run.seed)
         training = Training(model, optimizer, schedule, loader, losses, config, run, best="val_acc")
         if run.resume:
             training.resume(run.checkpoint)

@@ -70,6 +70,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
         for split in ("val", "test")
         if config[f"{split}_file"] and (split == "test" or not run.evaluate)
     }
+    loader = None if run.evaluate else retrieval_loader(config, tokenizer, run.seed)
 
     # model
     model = build(config)
@@ -95,7 +96,6 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
         schedule = create_scheduler(optimizer, config["schedular"], epoch_step="end")
 
         # resume
-        loader = retrieval_loader(config, tokenizer, run.seed)
         best = "test_r_mean" if select_on_test else "val_r_mean"
         training = Training(model, optimizer, schedule, loader, losses, config, run, best)
         if run.resume:

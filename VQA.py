@@ -113,6 +113,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     test, val = VQAEvalData(config["test_file"], config, is_test=True), None
     if config["val_file"] and not run.evaluate:
         val = VQAEvalData(config["val_file"], config, is_test=False)
+    loader = None if run.evaluate else vqa_loader(config, tokenizer, run.seed)
 
     # model
     model = SIMLAVQA.from_config(config)
@@ -141,7 +142,6 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
         schedule = create_scheduler(optimizer, config["schedular"], epoch_step="start")
 
         # resume
-        loader = vqa_loader(config, tokenizer, run.seed)
         training = Training(model, optimizer, schedule, loader, losses, config, run)
         if run.resume:
             training.resume(run.checkpoint)

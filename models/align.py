@@ -72,7 +72,7 @@ class AlignmentModel(MomentumModel):
         return unit_features(text_proj, text_encoder(text_ids, text_mask, first_only=True)[:, 0])
 
     def encode(self, batch: NamedTuple, suffix: str = "") -> Encoded:
-        """Return both of a batch that has `image`, `text_ids` and `text_mask`."""
+        """Return states and features of a batch that has `image`, `text_ids` and `text_mask`."""
         text_feat = self.encode_text(batch.text_ids, batch.text_mask, suffix)
         return Encoded(*self.encode_image(batch.image, suffix), text_feat)
 
@@ -102,7 +102,7 @@ class AlignmentModel(MomentumModel):
 
     @torch.no_grad()
     def enqueue(self, momentum: Encoded, idx: Tensor | None = None) -> None:
-        """The queues take in the features of all ranks, and idx_queue the image identities idx (B,)."""
+        """Put the features of all ranks into the queues, and the image identities idx (B,) into idx_queue."""
         images, texts = all_gather_rows(momentum.image_feat), all_gather_rows(momentum.text_feat)
         enqueue(self.image_queue, self.queue_ptr, images)
         enqueue(self.text_queue, self.queue_ptr, texts)
