@@ -7,7 +7,9 @@ published checkpoints were trained that way.
 from __future__ import annotations
 
 import codecs
+import json
 import re
+from ast import literal_eval
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,7 +25,28 @@ if TYPE_CHECKING:
 CLEANED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 SIDE = re.compile(r"(?<![a-z])(left|right)(s|most|wards?|sides?|hand(s|ed|ers?)?)?(?![a-z])", re.IGNORECASE)
 MAX_TEXT_TOKENS = 30  # of a text in retrieval
+STRING = re.compile(r"""[uU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+# A list of strings as Python prints it, or, without commas, an array of them as numpy does.
+LIST_OF_STRINGS = re.compile(rf"\[\s*{STRING.pattern}(?:(?:\s*,\s*|\s+){STRING.pattern})*\s*,?\s*\]")
 SPECIAL_TOKENS = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
+
+
+def listed_texts(text: str) -> list[str] | None:
+    """Return the strings of a list written as text, in JSON's or Python's way; None for any other text."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        if not LIST_OF_STRINGS.fullmatch(text):
+            return None
+        try:
+            # One by one: Python would join strings that stand side by side without a comma.
+            return [literal_eval(string) for string in STRING.findall(text)]
+        except (ValueError, SyntaxError):
+            return None
+    return values if all(isinstance(value, str) for value in values) else None
 
 
 def clean_caption(text: str, max_words: int = 30) -> str:

@@ -1,17 +1,11 @@
 """Cells of somebody's table: one caption, several, or no text at all."""
 
-import json
-import re
-from ast import literal_eval
 from collections.abc import Iterable, Iterator
 from unicodedata import category
 
 from simla.dataset.prepare.common import Report
-from simla.dataset.text import CLEANED
+from simla.dataset.text import CLEANED, listed_texts
 
-STRING = re.compile(r"""[uU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
-# A list of strings as Python prints it, or, without commas, an array of them as numpy does.
-LIST_OF_STRINGS = re.compile(rf"\[\s*{STRING.pattern}(?:(?:\s*,\s*|\s+){STRING.pattern})*\s*,?\s*\]")
 KINDS = {
     bool: "truth values",
     int: "numbers",
@@ -19,24 +13,6 @@ KINDS = {
     dict: "objects",
     bytes: "bytes that are not UTF-8",
 }
-
-
-def listed_texts(text: str) -> list[str] | None:
-    """Return the strings of a list written as text, in JSON's or Python's way; None for any other text."""
-    text = text.strip()
-    if not (text.startswith("[") and text.endswith("]")):
-        return None
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        if not LIST_OF_STRINGS.fullmatch(text):
-            return None
-        try:
-            # One by one: Python would join strings that stand side by side without a comma.
-            return [literal_eval(string) for string in STRING.findall(text)]
-        except (ValueError, SyntaxError):
-            return None
-    return values if all(isinstance(value, str) for value in values) else None
 
 
 def values_of(cell: object) -> tuple[list[object], bool]:

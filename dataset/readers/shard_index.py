@@ -18,8 +18,8 @@ from typing import BinaryIO
 
 from simla.dataset.files import file_status
 from simla.dataset.images import BadImage
-from simla.dataset.prepare.captions import listed_texts
 from simla.dataset.readers.kept_index import HEADER_BYTES, Index, find_index, make_index, read_index
+from simla.dataset.text import listed_texts
 from simla.utils import (
     CONTENT_BYTES,
     UserError,
