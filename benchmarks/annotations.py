@@ -54,7 +54,7 @@ class Texts(Dataset):
 
 
 def plain_pairs(name: str) -> list[dict]:
-    """What every process has without an index."""
+    """Return what every process has without an index."""
     path = Path(name)
     with path.open("rb") as file:
         entries = json.load(file)
@@ -68,7 +68,7 @@ def plain_pairs(name: str) -> list[dict]:
 
 
 def memory(_: list[str] | None = None) -> dict[str, int]:
-    """Of the process that it is called in."""
+    """Return the memory of this process."""
     fields = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").split()
     clean, dirty, pss = (
         1024 * int(fields[fields.index(f"{name}:") + 1]) for name in ("Private_Clean", "Private_Dirty", "Pss")
@@ -164,7 +164,7 @@ def report(num: int, sizes: dict[str, int], found: dict) -> None:
     scale = num / plain["entries"]
 
     def added(one: dict, what: str = "private") -> float:
-        """Of the worker that has most."""
+        """Return what the worker that has most has added."""
         most, usual = (max(worker[what] for worker in run["workers"]) for run in (one, found["small"]))
         return most - usual
 

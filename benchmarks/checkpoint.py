@@ -42,7 +42,7 @@ TINY = [
 
 
 def build(scale: str):
-    """model, optimizer, schedule, config of pre-training, with random weights."""
+    """Return model, optimizer, schedule and config of pre-training, with random weights."""
     torch.manual_seed(0)
     config = read_config(str(ROOT / "configs/Pretrain.yaml"), PRETRAIN, TINY if scale == "tiny" else [])
     model = SIMLA.from_config(config, cls_id=101)
@@ -51,7 +51,7 @@ def build(scale: str):
 
 
 def fill_moments(optimizer: torch.optim.Optimizer) -> None:
-    """As after a step; memory that was really written to."""
+    """Fill the moments as after a step: memory that was really written to."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             moments = {"exp_avg": torch.randn_like(param), "exp_avg_sq": torch.rand_like(param)}
@@ -59,7 +59,7 @@ def fill_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def tensors(model, optimizer) -> list[torch.Tensor]:
-    """All different ones of a checkpoint."""
+    """Return all different tensors of a checkpoint."""
     found = [*model.state_dict().values()]
     found += [value for state in optimizer.state.values() for value in state.values()]
     return list({(tensor.data_ptr(), tensor.shape): tensor for tensor in found}.values())
@@ -80,7 +80,7 @@ def clock(function) -> float:
 
 
 def published_config(config: dict) -> object:
-    """The config as an OmegaConf-like object, whose class a reader does not have."""
+    """Return the config as an OmegaConf-like object, whose class a reader does not have."""
     module = types.ModuleType("omegaconf.dictconfig")
     module.DictConfig = type("DictConfig", (), {"__module__": module.__name__})
     sys.modules.update({"omegaconf": types.ModuleType("omegaconf"), module.__name__: module})
@@ -93,7 +93,7 @@ def published_config(config: dict) -> object:
 
 
 def make(folder: Path, scale: str) -> dict:
-    """Both files, and what saving costs."""
+    """Write both files; return what saving costs."""
     model, optimizer, schedule, config = build(scale)
     fill_moments(optimizer)
     found = tensors(model, optimizer)
@@ -183,7 +183,7 @@ def check(folder: Path, scale: str) -> dict:
 
 
 def device_bytes() -> int:
-    """What this process made the system read from its disk; -1 where the system does not say."""
+    """Return the bytes that the system read from its disk for this process; -1 where it does not say."""
     try:
         lines = Path("/proc/self/io").read_text(encoding="utf-8").split()
     except OSError:

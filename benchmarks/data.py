@@ -78,14 +78,15 @@ class PlainItems(PretrainData):
 
 
 def collate(items: list[dict]) -> dict[str, Tensor]:
-    """The tensors alone: words are no part of this."""
+    """Return the tensors alone: words are no part of this."""
     images = torch.cat([item["images"] for item in items])
     return {"image": images, "code_view": torch.stack([item["code_view"] for item in items])}
 
 
 def photo(width: int, height: int, seed: int) -> Image.Image:
-    """Soft detail at all scales, hard-edged shapes and grain: about 1.8 bits a pixel as a JPEG of quality 90,
-    the density of a photograph."""
+    """Return soft detail at all scales, hard-edged shapes and grain: as a JPEG of quality 90 about 1.8 bits a
+    pixel, the density of a photograph.
+    """
     rng = np.random.RandomState(seed)
     picture = np.full((height, width, 3), 120, np.float32)
     cells, strength = 4, 70.0
@@ -115,7 +116,7 @@ def formulations(files: list[str]) -> dict[str, PretrainData]:
 
 
 def rates(passes: dict[str, Callable[[int], int]], repeats: int) -> dict[str, float]:
-    """name -> samples per second, the median over `repeats` passes in turn; a pass makes so many samples."""
+    """Return the samples per second, the median over `repeats` passes in turn; a pass returns how many it had."""
     seconds = {name: [] for name in passes}
     for epoch in range(repeats + 1):
         for name, make in passes.items():
@@ -134,7 +135,7 @@ def one_process(files: list[str]) -> dict[str, float]:
 
 
 def two_workers(files: list[str]) -> dict[str, float]:
-    """Batches on the CPU as the model takes them, so the normalisation of ours in the main process too."""
+    """Return the samples per second of batches on the CPU as the model takes them: ours is normalised there."""
     config = {"num_workers": NUM_WORKERS, "grad_accumulation_steps": 1, "batch_timeout_minutes": 1}
     loaders = {
         name: train_loader(dataset, BATCH_SIZE, 0, config, collate)

@@ -47,7 +47,7 @@ def device_name(device: torch.device) -> str:
 
 
 def utilization(flops_per_second: float, device: torch.device, precision: str) -> float | None:
-    """Share of the GPU's peak; None where the peak is not known."""
+    """Return the share of the GPU's peak; None where the peak is not known."""
     name = device_name(device)
     peaks = [peak[precision] for gpu, peak in PEAK.items() if device.type == "cuda" and gpu in name]
     return flops_per_second / peaks[0] if peaks else None
@@ -67,5 +67,5 @@ def row(label: str, *values: object) -> None:
 
 
 def last_line(found: dict, device: torch.device) -> None:
-    """All figures as one line of JSON."""
+    """Print all figures as one line of JSON."""
     print(json.dumps({**found, "device": device_name(device), "versions": versions()}), flush=True)

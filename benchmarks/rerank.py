@@ -50,21 +50,21 @@ def build(scale: str, device: torch.device) -> SIMLARetrieval:
 
 
 def similarities(num_images: int, num_texts: int, device: torch.device) -> Tensor:
-    """Features of images, each with as many texts, that are near it."""
+    """Return features of images, each with as many texts, that are near it."""
     images = torch.randn(num_images, 64, device=device)
     texts = images[torch.arange(num_texts, device=device) % num_images]
     return F.normalize(images) @ F.normalize(texts + torch.randn_like(texts)).T
 
 
 def random_texts(num: int, mean: float, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """ids, mask (num, MAX_TOKENS); lengths as of captions: few short ones, a tail of long ones."""
+    """Return ids, mask (num, MAX_TOKENS); lengths as of captions: few short ones, a tail of long ones."""
     lengths = (5 + torch.distributions.Gamma(3.0, 3.0 / (mean - 5.5)).sample((num,))).round()
     mask = (torch.arange(MAX_TOKENS) < lengths.clamp(max=MAX_TOKENS)[:, None]).long()
     return torch.randint(1000, vocab_size, mask.shape) * mask, mask
 
 
 def random_states(num: int, model: SIMLARetrieval, precision: str, device: torch.device) -> Tensor:
-    """As the image encoder's last norm leaves them, where `rerank` expects them."""
+    """Return states as the image encoder's last norm leaves them, where `rerank` expects them."""
     size, pinned = model.visual_encoder.pos_embed.shape[1:], device.type == "cuda"
     states = torch.empty(num, *size, dtype=dtype_of(precision), pin_memory=pinned)
     for part in states.split(100):

@@ -29,7 +29,7 @@ COMMANDS = {  # name in results.json -> arguments
 
 
 def run(name: str) -> dict:
-    """The figures of one benchmark, with its command, output and seconds."""
+    """Return the figures of one benchmark, with its command, output and seconds."""
     command = ["python", f"benchmarks/{COMMANDS[name][0]}", *COMMANDS[name][1:]]
     begin, lines = time.monotonic(), []
     print(f"== {' '.join(command)}", flush=True)
@@ -63,7 +63,7 @@ def write(results: dict[str, dict]) -> None:
 
 
 def earlier() -> dict[str, dict]:
-    """What the two files hold, "output" being the block of RESULTS.md."""
+    """Return what the two files hold, "output" being the block of RESULTS.md."""
     try:
         results = json.loads((HERE / "results.json").read_bytes())
         text = (HERE / "RESULTS.md").read_text(encoding="utf-8")

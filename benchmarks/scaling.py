@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def measure(scale: str, steps: int) -> dict:
-    """One rank: seconds a step."""
+    """Return the seconds a step of this rank."""
     torch.set_num_threads(1)
     if int(os.environ["WORLD_SIZE"]) > 1:
         torch.distributed.init_process_group("gloo")
@@ -62,7 +62,7 @@ def measure(scale: str, steps: int) -> dict:
 
 
 def run(args: argparse.Namespace, num_ranks: int) -> float:
-    """The slowest rank's seconds a step."""
+    """Return the slowest rank's seconds a step."""
     command = [sys.executable, __file__, "--scale", args.scale, "--steps", str(args.steps), "--measure"]
     port = str(free_port())
     ranks = []

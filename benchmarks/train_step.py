@@ -61,7 +61,7 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def inputs(config: dict, task: str, batch: int, device: torch.device) -> dict:
-    """Random, the same for both ways."""
+    """Return random inputs, the same for both ways."""
     generator = torch.Generator().manual_seed(1)
     vocab_size = BertConfig.read(config["bert_config"]).vocab_size
     text_ids = torch.randint(110, vocab_size, (batch, TOKENS), generator=generator)
@@ -129,7 +129,7 @@ def flops_of_sample(args: argparse.Namespace) -> float:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Seconds a step, peak memory, the first step's losses, where the time goes."""
+    """Return seconds a step, peak memory, the first step's losses, where the time goes."""
     config, device = settings(args), torch.device(args.device)
     set_precision(device, args.precision)
     torch.manual_seed(0)

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def tokenizer_text(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The whole tokenizer as JSON: its vocabulary, lower-casing and rules; `tokenizer_from_text` reads it."""
+    """Return the whole tokenizer as JSON, vocabulary, lower-casing and rules, for `tokenizer_from_text`."""
     return tokenizer.backend_tokenizer.to_str()
 
 
 def tokenizer_from_text(text: str, source: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer that a checkpoint keeps; UserError naming `source` where it is none."""
+    """Return the tokenizer that a checkpoint keeps. Raises UserError naming `source` where it is none."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -55,7 +55,7 @@ class EpochSampler(Sampler):
         self.order, self.readers = order or self._shuffled, readers
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """`first`: samples at the head of the epoch's order that all ranks together have had already."""
+        """Set the epoch, of whose order all ranks together have had the `first` samples already."""
         self.epoch, self.first = epoch, self._first(first)
 
     def num_steps(self, first: int) -> int:
@@ -70,11 +70,11 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         order = self.order(self.seed, self.epoch)
         if self.readers:
-            own = self._by_reader(order)[self.first // world_size() :]
+            of_rank = self._by_reader(order)[self.first // world_size() :]
         else:
-            own = order[self.first : self.first + len(self) * world_size()][rank() :: world_size(), None]
-        own, epoch = own.numpy().copy(), self.epoch  # a copy, so that the whole order can go
-        return ((epoch, *map(int, indices)) for indices in own)
+            of_rank = order[self.first : self.first + len(self) * world_size()][rank() :: world_size(), None]
+        of_rank, epoch = of_rank.numpy().copy(), self.epoch  # a copy, so that the whole order can go
+        return ((epoch, *map(int, indices)) for indices in of_rank)
 
     def __len__(self) -> int:
         return self.num_steps(self.first) * (self.global_batch // world_size())
@@ -85,20 +85,20 @@ class EpochSampler(Sampler):
         )
 
     def _by_reader(self, order: Tensor) -> Tensor:
-        """(n, 2): this rank's stretch of the order, cut into one for each of its processes, which make its
-        batches in turn; and what comes later in the same stretch.
+        """Return this rank's stretch of the order, cut into one for each of its processes, which make its
+        batches in turn, and beside each sample a later one of the same stretch: (n, 2).
         """
         num_workers, batch_size, ahead = self.readers
-        num_own = len(order) // self.global_batch * self.global_batch // world_size()
-        order = order[rank() * num_own : (rank() + 1) * num_own].view(-1, batch_size)
-        own, begin = torch.empty(*order.shape, 2, dtype=order.dtype), 0
+        num_of_rank = len(order) // self.global_batch * self.global_batch // world_size()
+        order = order[rank() * num_of_rank : (rank() + 1) * num_of_rank].view(-1, batch_size)
+        of_rank, begin = torch.empty(*order.shape, 2, dtype=order.dtype), 0
         for worker in range(num_workers):
-            batches = own[worker::num_workers]
+            batches = of_rank[worker::num_workers]
             stretch = order[begin : begin + len(batches)]
             later = (torch.arange(len(stretch)) + -(-ahead // batch_size)).clamp(max=len(stretch) - 1)
             batches[..., 0], batches[..., 1] = stretch, stretch[later]
             begin += len(batches)
-        return own.view(-1, 2)
+        return of_rank.view(-1, 2)
 
 
 def check_enough(num_samples: int, batch_size: int, config: dict) -> None:
@@ -237,7 +237,7 @@ def stop_at_unreadable(batches: Iterable[dict]) -> Iterator[dict]:
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """The batch on the device, where the bytes of its images become the floats that models take."""
+    """Return the batch on the device, where the bytes of images become the floats that models take."""
     moved = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()

@@ -120,7 +120,7 @@ def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 
 @contextlib.contextmanager
 def counting() -> Iterator[Count]:
-    """Inside, nothing is computed, this process is alone, and a count is kept of storages and FLOPs."""
+    """Count storages and FLOPs of what is done inside, which computes nothing, as if on one rank alone."""
     theirs = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = fused_attention  # in a backward pass, too, where function modes are off
     one_thread = torch.autograd.set_multithreading_enabled(False)  # the modes are this thread's

@@ -32,13 +32,11 @@ class RunLog:
             self._attempt("wandb", lambda: self.wandb.finish(exit_code=int(kind is not None)))
 
     def begin(self, num_samples: int) -> None:
-        """Samples a second count from here; num_samples: those of the epoch done before."""
+        """Count samples a second from here; num_samples: those of the epoch done before."""
         self.samples, self.since = num_samples, time.monotonic()
 
     def steps(self, step: int, means: dict[str, float | None], num_samples: int) -> None:
-        """The means since the last call, None left out; num_samples: those of the epoch in progress that are
-        done.
-        """
+        """Write the means since the last call, None left out; num_samples: those of this epoch that are done."""
         num_new, seconds = num_samples - self.samples, time.monotonic() - self.since
         self.begin(num_samples)
         # None where the steps were another process's, which a signal stopped before it could log them.

@@ -78,7 +78,7 @@ class DalleEncoder(nn.Module):
 
     @torch.no_grad()
     def logits(self, code_view: Tensor) -> Tensor:
-        """(B, 3, R, R) in [0, 1] -> (B, V, R/8, R/8) float32."""
+        """Return scores of the codes (B, V, R/8, R/8), float32, of views (B, 3, R, R) in [0, 1]."""
         x = code_view.float().contiguous(memory_format=torch.channels_last)
         x = 0.8 * x + 0.1  # the logit-Laplace range [0.1, 0.9] of DALL-E
         device = x.device.type
@@ -97,14 +97,14 @@ class DalleEncoder(nn.Module):
 
 
 def _patches(views: Tensor, size: int) -> Tensor:
-    """(B, 3, R, R) -> (B, (R/size)^2, P)"""
+    """Return the patches of views (B, 3, R, R) as rows: (B, (R/size)^2, P)."""
     grid = views.float().unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, rows, s, columns, s)
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 @torch.no_grad()
 def _nearest(patches: Tensor, centres: Tensor, chunk: int = 16384) -> Tensor:
-    """(N, P), (K, P) -> (N,) int64: argmin |x - c|^2 = argmax x.c - |c|^2 / 2."""
+    """Return each patch's nearest centre, argmin |x - c|^2 = argmax x.c - |c|^2 / 2: (N, P), (K, P) -> (N,)."""
     half_norms = centres.square().sum(1) / 2
     with torch.autocast(patches.device.type, enabled=False):
         nearest = [(rows @ centres.T - half_norms).argmax(1) for rows in patches.split(chunk)]

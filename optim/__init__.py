@@ -14,7 +14,7 @@ FUSED = ("adam", "adamw", "sgd")  # torch has them as one kernel, on GPUs and CP
 
 
 def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """The group without decay (biases, vectors), then the one with it (all else, 0-dim `temp` included).
+    """Return the group without decay (biases, vectors), then that with it (all else, 0-dim `temp` too).
 
     Both keep the order of `named_parameters`: a saved optimiser state knows its parameters by position only.
     An empty group stays, for the same reason.
@@ -27,7 +27,7 @@ def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
 
 
 def step_unless(bad: Tensor, optimizer: Optimizer) -> None:
-    """One step, or none where bad, a float scalar on the parameters' device, is 1.
+    """Take a step, or none where bad, a float scalar on the parameters' device, is 1.
 
     A fused optimiser reads it there, so that the host need not wait for the device.
     """
@@ -39,7 +39,7 @@ def step_unless(bad: Tensor, optimizer: Optimizer) -> None:
 
 
 def create_optimizer(model: nn.Module, config: dict) -> Optimizer:
-    """The optimiser of the config section {opt, lr, weight_decay, optional eps and betas}.
+    """Return the optimiser of the config section {opt, lr, weight_decay, optional eps and betas}.
 
     Raises UserError for an optimiser that timm does not know, and for options it does not take.
     """

@@ -41,7 +41,7 @@ class WarmupCosine:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of epoch 0 before the optimiser's rate is reached."""
+        """Return how many steps of epoch 0 come before the optimiser's rate is reached."""
         return self.cosine.warmup_t * self.warmup_step_size
 
     def start_epoch(self, epoch: int) -> None:
@@ -73,7 +73,7 @@ class WarmupCosine:
 
 
 def create_scheduler(optimizer: Optimizer, config: dict, epoch_step: str) -> WarmupCosine:
-    """The schedule of the config section {sched: cosine, epochs, min_lr, warmup_lr, warmup_epochs, ...}.
+    """Return the schedule of the config section {sched: cosine, epochs, min_lr, warmup_lr, ...}.
 
     The peak rate is the optimiser's. `decay_rate` and `cooldown_epochs`, which published configs carry, do
     nothing to a single cosine. Raises UserError for another `sched`.

@@ -17,7 +17,7 @@ Point = tuple[float, float]
 def box(
     axis: Axes, x: float, y: float, width: float, height: float, text: str, colour: str, size: float = 8.5
 ):
-    """A rounded box round the centre (x, y)."""
+    """Draw a rounded box round the centre (x, y)."""
     shape = FancyBboxPatch(
         (x - width / 2, y - height / 2),
         width,
@@ -48,7 +48,7 @@ def arrow(axis: Axes, start: Point, end: Point, style: str = "-", colour: str = 
 
 
 def label(axis: Axes, x: float, y: float, text: str, ground: str, size: float, colour: str = "#222222"):
-    """Text that covers the arrows beneath it."""
+    """Write a text that covers the arrows beneath it."""
     patch = {"facecolor": ground, "edgecolor": "none", "pad": 1.5}
     axis.text(x, y, text, fontsize=size, color=colour, ha="center", va="center", bbox=patch, zorder=3)
 
