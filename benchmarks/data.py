@@ -116,7 +116,7 @@ def formulations(files: list[str]) -> dict[str, PretrainData]:
 
 
 def rates(passes: dict[str, Callable[[int], int]], repeats: int) -> dict[str, float]:
-    """Return the samples per second, the median over `repeats` passes in turn; a pass returns how many it had."""
+    """Return samples per second, the median over `repeats` passes in turn; a pass returns how many it had."""
     seconds = {name: [] for name in passes}
     for epoch in range(repeats + 1):
         for name, make in passes.items():
@@ -135,7 +135,7 @@ def one_process(files: list[str]) -> dict[str, float]:
 
 
 def two_workers(files: list[str]) -> dict[str, float]:
-    """Return the samples per second of batches on the CPU as the model takes them: ours is normalised there."""
+    """Return the samples per second of batches on the CPU as the model takes them, ours normalised there."""
     config = {"num_workers": NUM_WORKERS, "grad_accumulation_steps": 1, "batch_timeout_minutes": 1}
     loaders = {
         name: train_loader(dataset, BATCH_SIZE, 0, config, collate)

@@ -36,7 +36,7 @@ class RunLog:
         self.samples, self.since = num_samples, time.monotonic()
 
     def steps(self, step: int, means: dict[str, float | None], num_samples: int) -> None:
-        """Write the means since the last call, None left out; num_samples: those of this epoch that are done."""
+        """Write the means since the last call, None left out; num_samples: those of the epoch so far."""
         num_new, seconds = num_samples - self.samples, time.monotonic() - self.since
         self.begin(num_samples)
         # None where the steps were another process's, which a signal stopped before it could log them.

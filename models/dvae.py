@@ -104,7 +104,7 @@ def _patches(views: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def _nearest(patches: Tensor, centres: Tensor, chunk: int = 16384) -> Tensor:
-    """Return each patch's nearest centre, argmin |x - c|^2 = argmax x.c - |c|^2 / 2: (N, P), (K, P) -> (N,)."""
+    """Return the nearest centres, argmin |x - c|^2 = argmax x.c - |c|^2 / 2: (N, P), (K, P) -> (N,)."""
     half_norms = centres.square().sum(1) / 2
     with torch.autocast(patches.device.type, enabled=False):
         nearest = [(rows @ centres.T - half_norms).argmax(1) for rows in patches.split(chunk)]
