@@ -26,7 +26,6 @@ import Pretrain
 from simla.checkpoint.save import load_checkpoint
 from simla.dataset import loaders
 from simla.dataset.loaders import loader_problem
-from simla.engine import signals as faults
 from simla.engine.exit import RESUMABLE
 from simla.engine.launch import run_script, script_arguments, start
 from simla.engine.signals import StopSignals
@@ -299,7 +298,7 @@ def test_what_is_the_loaders_fault(error, is_loaders):
 def ends(monkeypatch) -> list[str]:
     """What StopSignals would have ended this process with."""
     messages = []
-    monkeypatch.setattr(faults, "end_stopped", lambda name, message: messages.append(message))
+    monkeypatch.setattr("simla.engine.signals.end_stopped", lambda name, message: messages.append(message))
     return messages
 
 
