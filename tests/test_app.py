@@ -119,7 +119,7 @@ class Site:
 
         self.reader = threading.Thread(target=read)
         self.reader.start()
-        assert is_up.wait(START_SECONDS) and self.process.poll() is None, self.log
+        assert is_up.wait(START_SECONDS) and "open http" in self.log, self.log
 
     @property
     def url(self) -> str:
