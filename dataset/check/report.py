@@ -80,7 +80,7 @@ class Report:
             lines.append(f"{kind + name:40}" + "".join(f"{value:>18}" for value in values))
         lines += [f"problem: {problem}" for problem in self.findings.whole]
         lines += [f"note: {note}" for note in self.findings.notes]
-        for cause in PROBLEMS:
+        for cause in [cause for cause in Cause if cause & PROBLEMS]:  # a flag is no list before Python 3.11
             for finding in self.findings.examples(cause, NUM_NAMED):
                 detail = " ".join(filter(None, [str(finding.image), finding.detail]))
                 lines.append(f"{finding.file}: entry {finding.entry}: {cause.label}: {detail}"[:300])
