@@ -274,7 +274,7 @@ def test_without_a_name_all_are_listed(capsys):
 
 
 @pytest.mark.parametrize(
-    "module", ["coco", "flickr30k", "visual_genome", "url_lists", "img2dataset", "table"]
+    "module", ["coco", "flickr30k", "flickr8k", "visual_genome", "url_lists", "img2dataset", "table"]
 )
 def test_each_name_shows_what_it_needs(capsys, module):
     names = [name for name, (known, _) in CONVERTERS.items() if known == module]
@@ -297,6 +297,10 @@ def test_each_name_shows_what_it_needs(capsys, module):
             ],
         ),
         ("flickr30k", ["dataset_flickr30k.json", "flickr30k-images", "DenotationGraph", "karpathy"]),
+        (
+            "flickr8k",
+            ["Flickr8k.token.txt or captions.txt or dataset_flickr8k.json", "flickr8k_images", "jbrownlee"],
+        ),
         ("visual_genome", ["region_descriptions.json", "image_data.json", "visualgenome.org"]),
         (
             "cc3m",

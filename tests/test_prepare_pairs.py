@@ -796,7 +796,7 @@ def test_nulls_empty_lists_and_names_that_no_file_has_are_counted(own, capsys):
         ("t.csv", b'image,caption\na.jpg,"open\nb.jpg,x\nc.jpg,says ""\n', r"t.csv, line 2 cannot be read"),
         ("t.csv", b'image,caption\na.jpg,x\nb.jpg,"two\nlines"\n', r"line 3 .*hold the end of a line"),
         ("t.csv", b"image,caption\na.jpg,x\tb.jpg\n", r"t.csv, line 2: a cell holds a tab, and no column"),
-        ("t.csv", b"image;caption\na.jpg;x\n", r"it has 'image;caption'.* in .csv commas part the cells"),
+        ("t.csv", b"image:caption\na.jpg:x\n", r"it has 'image:caption'.* in .csv commas part the cells"),
         ("t.csv", b"image,caption,caption\na.jpg,x,y\n", r"line 1: two columns are named 'caption'"),
         ("t.tsv", b'"image"\t"caption"\n"a.jpg"\t"x"\n', r"""it has '"image"', .*marks mean nothing"""),
         ("t.tsv", "image\tcaption\na.jpg\tx\n".encode("utf-16"), r"t.tsv is text in UTF-16 or UTF-32; save"),
@@ -815,7 +815,7 @@ def test_nulls_empty_lists_and_names_that_no_file_has_are_counted(own, capsys):
             b'{"image": 3, "caption": "x"}',
             r"line 1: column 'image' must hold the path of an image",
         ),
-        ("t.xlsx", b"", r"t.xlsx: must end in .csv, .tsv, .jsonl, .parquet"),
+        ("t.xlsx", b"", r"t.xlsx: must end in .csv, .tsv, .jsonl, .parquet, .txt"),
     ],
 )
 def test_tables_that_cannot_be_used_are_errors(own, name, content, message):

@@ -3,17 +3,20 @@
 import argparse
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
 from simla.dataset.files import other_file
 from simla.utils import UserError, atomic_write, log, with_progress
 
+SPLITS = ("train", "val", "test")
 NUM_EXAMPLES = 3  # shown of all that is left out for one cause
 NUM_CAUSES = 30  # shown one by one, the most frequent ones
 NUM_THREADS = 16  # that list folders; they wait for the disk, not for the processor
@@ -217,6 +220,30 @@ def in_parallel(function: Callable, items: Iterable, num_ahead: int) -> Iterator
             yield from pool.map(function, batch)
 
 
+# ---- splits ----
+
+
+def split_by_shares(shares: str, seed: int) -> Callable[[str], str]:
+    """Return the function that draws train, val or test for an image by its name, seed and nothing else.
+
+    shares: of the three in percent, "80/10/10"; raises UserError where they are none.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)/(\d+)", shares)
+    train, val, test = map(int, match.groups()) if match else (0, 0, 0)
+    if train + val + test != 100 or not all((train, val, test)):
+        raise UserError(
+            f"--split {shares}: must be the shares of train, val and test in percent, whole numbers above 0 "
+            "that sum to 100, such as 80/10/10"
+        )
+
+    def split_of(name: str) -> str:
+        digest = sha256(f"{seed} {name}".encode(errors="surrogatepass")).digest()
+        percent = int.from_bytes(digest[:8], "big") % 100
+        return "train" if percent < train else "val" if percent < train + val else "test"
+
+    return split_of
+
+
 # ---- flags ----
 
 
@@ -233,6 +260,11 @@ def add_relative(parser: argparse.ArgumentParser) -> None:
 def add_name(parser: argparse.ArgumentParser) -> None:
     """Add the flag of converters that name their file by it."""
     parser.add_argument("--name", dest="stem", default="pairs", help="of the file; default: %(default)s")
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of converters that divide images by `split_by_shares`."""
+    parser.add_argument("--seed", type=int, default=0, help="of --split by shares; default: %(default)s")
 
 
 def prefix(folder: Path, root: Path, options: argparse.Namespace) -> str:

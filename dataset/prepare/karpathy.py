@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from simla.dataset.prepare.captions import captions_in
@@ -43,6 +43,15 @@ def read_images(path: Path) -> Iterator[tuple[str, str, dict]]:
         yield where, SPLITS[split], image
 
 
+def flickr_id(image: dict, where: str) -> int:
+    """Return Flickr's number of an image in dataset_flickr30k.json; UserError where it has none."""
+    name = checked(image, "filename", str, where)
+    number = PurePosixPath(name).stem
+    if not number.isdecimal():
+        raise UserError(f"{where}: 'filename' must be Flickr's number and .jpg, found {name!r}"[:500])
+    return int(number)
+
+
 def read_karpathy(path: Path, name_of: Callable[[dict, str], str], id_key: str) -> Splits:
     """Return the images by split; name_of(image, where) is the file of one below the images' folder."""
     splits: Splits = defaultdict(list)
@@ -55,12 +64,16 @@ def read_karpathy(path: Path, name_of: Callable[[dict, str], str], id_key: str) 
 
 
 def write_retrieval(
-    out: Path, stem: str, splits: Splits, images: Images, official: dict[str, tuple[int, int]]
+    out: Path,
+    stem: str,
+    splits: Splits,
+    images: Images,
+    official: dict[str, tuple[int | None, int | None]],
 ) -> Splits:
     """Write {stem}_train.json, a caption an entry, {stem}_val.json and {stem}_test.json, an image an entry.
 
     Returns the splits without images that are missing and captions that are none. official: split -> number
-    of its images and captions.
+    of its images and captions, where known.
     """
     splits = {split: list(_present(pictures, images)) for split, pictures in splits.items()}
     for split, (num_images, num_captions) in official.items():

@@ -2,14 +2,19 @@
 
     python -m simla.dataset.prepare table --root photos --out data --table captions.csv --name mine
 
-Needs below --root the table or tables (.csv, .tsv, .jsonl or .parquet, with column names; the last needs
-`pip install pyarrow`) and the images, whose paths in the table are absolute or relative to --images.
+Needs below --root the table or tables (.csv, .tsv, .txt, .jsonl or .parquet, with column names; the last
+needs `pip install pyarrow`) and the images, whose paths in the table are absolute or relative to --images.
 Columns are named by --image and --caption; without, the usual names are tried (image, file_name, path, ...;
-caption, text, title, ...). Text is UTF-8, and a row is a line: in .tsv tabs part its cells and quotation
-marks mean nothing, in .csv commas do, and a cell may stand in quotation marks. A cell may hold a list of
-captions, in .csv and .tsv as JSON or Python writes it: ["A dog", "One dog"].
+caption, text, title, ...). Text is UTF-8, and a row is a line. Its cells are parted by what the line of names
+has: in .tsv tabs, in .csv commas or else semicolons or bars (|), in .txt any of them, looked for in the order
+tab, comma, semicolon, bar. Between commas or semicolons a cell may stand in quotation marks; between tabs or
+bars they mean nothing, and blanks round a bar are no part of a cell. A cell may hold a list of captions, in
+text files as JSON or Python writes it: ["A dog", "One dog"].
 Writes {--name}.json for --task pretrain (one entry a caption), {--name}_train.json for retrieval_train (the
-same), or {--name}_test.json for retrieval_test: one entry an image, with all of its captions.
+same), {--name}_val.json for retrieval_val or {--name}_test.json for retrieval_test: one entry an image, with
+all of its captions. --split 80/10/10 writes all four of one table: 80% of its images are for training, 10%
+each for val and test, drawn by their paths below --images, so that an image stays where it is when rows are
+added or come in another order; --seed draws others.
 """
 
 import argparse
@@ -18,18 +23,30 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 from simla.dataset.files import other_file
 from simla.dataset.prepare.captions import is_missing, pairs, values_in
-from simla.dataset.prepare.common import Report, add_name, add_relative, in_parallel
+from simla.dataset.prepare.common import (
+    SPLITS,
+    Report,
+    add_name,
+    add_relative,
+    add_seed,
+    in_parallel,
+    split_by_shares,
+)
 from simla.dataset.prepare.img2dataset import read_parquet
 from simla.dataset.readers.tables import read_json_lines, read_lines
 from simla.utils import UserError
 
-IMAGE_NAMES = ["image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "file", "img"]
-CAPTION_NAMES = ["caption", "captions", "text", "texts", "title", "sentence", "description"]
+IMAGE_NAMES = [
+    *("image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "file", "img"),
+    "image_name",
+]
+CAPTION_NAMES = ["caption", "captions", "text", "texts", "title", "sentence", "description", "comment"]
 NUM_AHEAD = 4096  # images looked for at a time
 NO_CELL = "captions of rows with a cell that is null, missing or one too many"
 csv.field_size_limit(1 << 30)  # the default refuses a long text
@@ -42,18 +59,53 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="column of image paths")
     parser.add_argument("--caption", help="column of captions")
     parser.add_argument("--images", default=".", help=images_help)
-    parser.add_argument("--task", choices=TASKS, default="pretrain", help="default: %(default)s")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--task", choices=TASKS, default="pretrain", help="default: %(default)s")
+    which.add_argument("--split", help="shares of the images for train, val and test, such as 80/10/10")
+    add_seed(parser)
     add_name(parser)
     add_relative(parser)
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    folder = root / options.images
     tables = [path for pattern in options.table for path in _tables(root, pattern)]
-    rows = _present(_rows(tables, options, report), root / options.images, report)
-    suffix, arrange = TASKS[options.task]
+    rows = _present(read_rows(tables, report, options.image, options.caption), folder, report)
     if options.relative:
         rows = ((os.path.relpath(image, root), caption) for image, caption in rows)
-    report.write(out / f"{options.stem}{suffix}.json", arrange(pairs(rows, "", report)))
+    entries = pairs(rows, "", report)
+    if options.split is None:
+        files = {options.task: entries}
+    else:
+        splits = _divided(entries, root, folder, options, report)
+        files = {task: splits[split] for task, split in SPLIT_TASKS.items()}
+    for task, chosen in files.items():
+        suffix, arrange = TASKS[task]
+        report.write(out / f"{options.stem}{suffix}.json", arrange(chosen))
+
+
+def _divided(
+    entries: Iterable[dict], root: Path, folder: Path, options: argparse.Namespace, report: Report
+) -> dict[str, list[dict]]:
+    """Return the entries of each split, those of one image together; UserError where a split gets none."""
+    split_of = split_by_shares(options.split, options.seed)
+    splits: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    known: dict[str, str] = {}  # image -> split
+    for entry in entries:
+        image = entry["image"]
+        if image not in known:
+            known[image] = split_of(os.path.relpath(root / image, folder))
+        splits[known[image]].append(entry)
+    num_images = Counter(known.values())
+    for split, some in splits.items():
+        report.count(f"{split} images", num_images[split])
+        report.count(f"{split} captions", len(some))
+        if known and not some:
+            raise UserError(
+                f"--split {options.split}: none of the {len(known)} images falls into {split}; give it a "
+                "larger share, or draw others by --seed"
+            )
+    return splits
 
 
 def _tables(root: Path, pattern: str) -> list[Path]:
@@ -69,36 +121,41 @@ def _tables(root: Path, pattern: str) -> list[Path]:
 # ---- rows ----
 
 
-def _rows(tables: list[Path], options: argparse.Namespace, report: Report) -> Iterator[tuple[str, object]]:
-    """Yield image path as it stands in the table, and caption, or what stands in its place."""
+def read_rows(
+    tables: list[Path], report: Report, image: str | None = None, caption: str | None = None
+) -> Iterator[tuple[str, object]]:
+    """Yield image path as it stands in the table, and caption, or what stands in its place.
+
+    image, caption: their columns; the usual ones where None.
+    """
     for path in tables:
         reader = READERS.get(path.suffix.lower())
         if reader is None:
             raise UserError(
                 f"--table {path}: must end in {', '.join(READERS)}; unpack a packed table, and name one of "
-                "text by what parts its cells: .tsv for tabs, .csv for commas"
+                "text .txt, where the line of names has what parts the cells"
             )
         if reader is not _read_parquet_rows and (what := other_file(path)):
             raise UserError(f"--table {path} is {what}")
         columns = None
         for where, row in reader(path):
             columns = columns or [
-                _column(row, options.image, IMAGE_NAMES, "--image", path),
-                _column(row, options.caption, CAPTION_NAMES, "--caption", path),
+                _column(row, image, IMAGE_NAMES, "--image", path),
+                _column(row, caption, CAPTION_NAMES, "--caption", path),
             ]
-            image, cell = (row.get(column) for column in columns)
+            name, cell = (row.get(column) for column in columns)
             captions = values_in(cell, where, report)
             report.count("captions in the table", len(captions))
-            if None in (*row, cell) or is_missing(image):  # None is the key of cells beyond the last name
+            if None in (*row, cell) or is_missing(name):  # None is the key of cells beyond the last name
                 report.leave_out(NO_CELL, where, len(captions))
                 continue
-            if not isinstance(image, str):
+            if not isinstance(name, str):
                 hint = "; python -m simla.dataset.prepare img2dataset reads tables that hold the images"
                 raise UserError(
-                    f"{where}: column {columns[0]!r} must hold the path of an image, found {image!r}"[:500]
-                    + (hint if isinstance(image, bytes | dict) else "")
+                    f"{where}: column {columns[0]!r} must hold the path of an image, found {name!r}"[:500]
+                    + (hint if isinstance(name, bytes | dict) else "")
                 )
-            yield from ((image, caption) for caption in captions)
+            yield from ((name, text) for text in captions)
 
 
 def _column(row: dict, wanted: str | None, usual: list[str], flag: str, path: Path) -> str:
@@ -111,28 +168,24 @@ def _column(row: dict, wanted: str | None, usual: list[str], flag: str, path: Pa
         return known[0]
     told = f"no column {wanted!r}" if wanted else f"no column named {', '.join(usual)}"
     is_odd = len(names) == 1 or any('"' in name or "\t" in name for name in names)
-    hint = "; in .csv commas part the cells, in .tsv tabs do, and quotation marks mean nothing"
+    hint = (
+        "; in .csv commas part the cells (or else semicolons, or bars), in .tsv tabs do, and quotation marks "
+        "mean nothing; in .txt any of them does"
+    )
     raise UserError(
         f"{path} has {told}; it has {', '.join(map(repr, names))}. Name the right one by {flag}"
         + (hint if is_odd else "")
     )
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
-    # Each line alone: with a mark left open, the rows up to the next one would become one cell.
-    return _under_header(path, lambda line: next(csv.reader([line], strict=True), []))
-
-
-def _read_tsv(path: Path) -> Iterator[tuple[str, dict]]:
-    return _under_header(path, lambda line: line.split("\t"))
-
-
-def _under_header(path: Path, cells_of: Callable[[str], list[str]]) -> Iterator[tuple[str, dict]]:
+def _read_text(separators: str, path: Path) -> Iterator[tuple[str, dict]]:
     """Yield each row of a text file, by the names in its first one, and where it stands.
 
-    Cells that are missing are None, those beyond the last name stand under None; blank lines are passed over.
+    The first of the separators that the names have parts the cells. Cells that are missing are None, those
+    beyond the last name stand under None; blank lines are passed over.
     """
     header: list[str] = []
+    separator = ""
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -140,7 +193,9 @@ def _under_header(path: Path, cells_of: Callable[[str], list[str]]) -> Iterator[
         if not header and b"\r" in line:
             raise UserError(f"{where} holds carriage returns, not line ends: save the table with those")
         try:
-            cells = cells_of(line.decode())
+            text = line.decode()
+            separator = separator or next((each for each in separators if each in text), separators[0])
+            cells = _cells(text, separator)
         except UnicodeDecodeError as error:
             raise UserError(f"{where} cannot be read as UTF-8 ({error}); save the table as UTF-8") from error
         except csv.Error as error:
@@ -160,6 +215,15 @@ def _under_header(path: Path, cells_of: Callable[[str], list[str]]) -> Iterator[
         yield where, dict(zip_longest(header, cells))
 
 
+def _cells(line: str, separator: str) -> list[str]:
+    if separator == "\t":
+        return line.split(separator)
+    if separator == "|":  # as in the usual copy of Flickr30k: "1.jpg| 0| A dog ."
+        return [cell.strip() for cell in line.split(separator)]
+    # Each line alone: with a mark left open, the rows up to the next one would become one cell.
+    return next(csv.reader([line], delimiter=separator, strict=True), [])
+
+
 def _read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     for where, row in read_json_lines(path):
         if not isinstance(row, dict):
@@ -172,10 +236,11 @@ def _read_parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict]]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": partial(_read_text, ",;|"),
+    ".tsv": partial(_read_text, "\t"),
     ".jsonl": _read_json_rows,
     ".parquet": _read_parquet_rows,
+    ".txt": partial(_read_text, "\t,;|"),
 }
 
 
@@ -217,5 +282,12 @@ def _grouped(entries: Iterable[dict]) -> Iterator[dict]:
 TASKS: dict[str, tuple[str, Callable[[Iterable[dict]], Iterable[dict]]]] = {
     "pretrain": ("", iter),
     "retrieval_train": ("_train", _with_ids),
+    "retrieval_val": ("_val", _grouped),
     "retrieval_test": ("_test", _grouped),
+}
+SPLIT_TASKS = {
+    "pretrain": "train",
+    "retrieval_train": "train",
+    "retrieval_val": "val",
+    "retrieval_test": "test",
 }

@@ -18,11 +18,11 @@ not say how they were chosen; the draw is this project's.
 import argparse
 import random
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from simla.dataset.prepare.captions import captions_in
 from simla.dataset.prepare.common import Images, Report, add_relative, find, find_all, prefix, read_source
-from simla.dataset.prepare.karpathy import PAGE, read_images
+from simla.dataset.prepare.karpathy import PAGE, flickr_id, read_images
 from simla.dataset.readers.json_list import JsonList
 from simla.dataset.readers.tables import by_id, checked, value_of
 from simla.utils import UserError
@@ -75,16 +75,8 @@ def _held_out(root: Path, name: str, allow_leaks: bool, report: Report) -> set[i
     if path is None:
         report.notes.append(f"vg.json may hold images of {name}'s val and test splits")
         return set()
-    id_of = _flickr_id if key == "flickr_id" else lambda image, where: checked(image, "cocoid", int, where)
+    id_of = flickr_id if key == "flickr_id" else lambda image, where: checked(image, "cocoid", int, where)
     return {id_of(image, where) for where, split, image in read_images(path) if split != "train"}
-
-
-def _flickr_id(image: dict, where: str) -> int:
-    name = checked(image, "filename", str, where)
-    number = PurePosixPath(name).stem
-    if not number.isdecimal():
-        raise UserError(f"{where}: 'filename' must be Flickr's number and .jpg, found {name!r}"[:500])
-    return int(number)
 
 
 def _phrases(
