@@ -314,6 +314,7 @@ VE = {
     "train_file": TRAIN_FILE,
     "val_file": Key(PATHS, help="annotation files; choose the best checkpoint", root=DATA),
     "test_file": Key(PATHS, help="annotation files", root=DATA),
+    "sentence_only": Key(bool, False, "a baseline: all images are the mean colour, in training and scores"),
     "released_code": released(),
 }
 

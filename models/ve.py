@@ -19,9 +19,10 @@ class SIMLAVE(MomentumModel):
     num_classes = 3
     two_images = False
 
-    def __init__(self, vit: dict, bert: BertConfig, momentum: float = 0.995):
+    def __init__(self, vit: dict, bert: BertConfig, momentum: float = 0.995, sentence_only: bool = False):
         super().__init__()
         self.momentum = momentum
+        self.sentence_only = sentence_only
 
         width = bert.hidden_size
         self.visual_encoder = VisionTransformer(**vit)
@@ -34,7 +35,7 @@ class SIMLAVE(MomentumModel):
     @classmethod
     def from_config(cls, config: dict) -> "SIMLAVE":
         bert = BertConfig.read(config["bert_config"])
-        return cls(vit=vit_sizes(config), bert=bert, momentum=config["momentum"])
+        return cls(vit_sizes(config), bert, config["momentum"], config.get("sentence_only", False))
 
     def forward(
         self, image: Tensor, text_ids: Tensor, text_mask: Tensor, label: Tensor, alpha: float
@@ -49,7 +50,10 @@ class SIMLAVE(MomentumModel):
         return {"loss": distilled_cross_entropy(logits, label, logits_m, alpha)}
 
     def predict(self, image: Tensor, text_ids: Tensor, text_mask: Tensor, suffix: str = "") -> Tensor:
-        """Return logits (B, C), with suffix "_m" the momentum twins'; arguments as of `forward`."""
+        """Return logits (B, C), with suffix "_m" the momentum twins'; arguments as of `forward`. With
+        `sentence_only` every image is the mean colour: a baseline that knows what sentences alone say.
+        """
+        image = torch.zeros_like(image) if self.sentence_only else image
         visual_encoder, text_encoder, cls_head = (getattr(self, name + suffix) for name in self.twin_names)
         image_embeds = visual_encoder(image)  # (B, N, D), in NLVR (2B, N, D)
         hidden = text_encoder(text_ids, text_mask, text_encoder.project(image_embeds))  # (B, T, D)

@@ -57,6 +57,26 @@ def batch_of(task: str, size: int = 4, seed: int = 0) -> dict[str, torch.Tensor]
     }
 
 
+@pytest.mark.parametrize("task", CLASSIFIERS)
+def test_the_baseline_of_sentences_alone_sees_no_image(task):
+    """It answers from the sentence, the same for every image."""
+    model, batch = tiny_model(task), batch_of(task)
+    others = {**batch, "image": batch["image"].flip(0)}
+    assert not torch.equal(model.predict(**batch), model.predict(**others))
+    model.sentence_only = True
+    assert torch.equal(model.predict(**batch), model.predict(**others))
+    assert not torch.equal(*model.predict(**batch)[:2])
+    loss_of(model, batch).backward()
+    trained = [name for name, _ in model.named_parameters() if "_m." not in name]
+    waited_for = [name for name in trained if not name.startswith(model.without_gradient)]
+    assert all(model.get_parameter(name).grad is not None for name in waited_for)  # ranks wait for each
+
+
+def test_the_config_builds_the_baseline():
+    config = read_config("configs/demo/VE.yaml", VE, ["sentence_only=true"])
+    assert SIMLAVE.from_config(config).sentence_only
+
+
 def loss_of(model: nn.Module, batch: dict, alpha: float = 0.4) -> torch.Tensor:
     if isinstance(model, SIMLAPretrainNLVR):
         return model(**batch, draws=DRAWS)["loss"]
