@@ -1,6 +1,8 @@
 """Weights before training: DeiT for the image encoder (timm), BERT for the text encoder (transformers)."""
 
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 import torch
@@ -10,9 +12,12 @@ from simla.checkpoint.key_maps import BERT_DECODER, BERT_TWO_IMAGES, Row
 from simla.checkpoint.load import interpolate_pos_embed, load_weights, tokenizer_in, weights_in
 from simla.checkpoint.safe_load import safe_load, what_it_is
 from simla.checkpoint.tokenizer import tokenizer_from_text, tokenizer_text
-from simla.models.bert import BertForMaskedLM
+from simla.models.bert import BertConfig, BertForMaskedLM
 from simla.models.vit import VisionTransformer
 from simla.utils import UserError, check_weight, first_line, hub_answer, log
+
+if TYPE_CHECKING:
+    from transformers import BertConfig as HubConfig
 
 
 def starting_weights(
@@ -68,16 +73,20 @@ def warn_of_another_vocabulary(tokenizer, checkpoint: str, text_encoder: str) ->
 def load_initial_weights(model: nn.Module, config: dict) -> None:
     """Fill both encoders, and VQA's decoder, as config `init` says and copy them to the momentum twins.
 
-    Raises UserError where the weights cannot be had: only `init: scratch` leaves them random.
+    Raises UserError where the weights cannot be had: only `init` leaves an encoder random.
     """
-    if config["init"] == "scratch":
-        log.info("init: scratch - everything starts from random weights")
-        return
-    load_vit(model.visual_encoder, config["image_encoder"])
-    two_images = getattr(model.text_encoder, "two_images", False)
-    load_bert(model.text_encoder, config["text_encoder"], BERT_TWO_IMAGES if two_images else None)
-    if hasattr(model, "text_decoder"):
-        load_bert(model.text_decoder, config.get("text_decoder") or config["text_encoder"], BERT_DECODER)
+    init = config["init"]
+    if init != "pretrained":
+        random = {"scratch": "everything", "text": "the image encoder", "image": "the text encoder"}[init]
+        log.info(f"init: {init} - {random} starts from random weights")
+    if init in ("pretrained", "image"):
+        load_vit(model.visual_encoder, config["image_encoder"])
+    if init in ("pretrained", "text"):
+        encoder, name = model.text_encoder, config["text_encoder"]
+        load_bert(encoder, name, BERT_TWO_IMAGES if getattr(encoder, "two_images", False) else None)
+        if hasattr(model, "text_decoder"):
+            name = config.get("text_decoder") or name
+            load_bert(model.text_decoder, name, BERT_DECODER, encoder.config.num_hidden_layers)
     model.copy_twins()
 
 
@@ -112,33 +121,94 @@ def _unavailable(who: str, where: str, cause: str) -> UserError:
     )
 
 
-def load_bert(encoder: nn.Module, name: str, row: Row | None = None) -> None:
-    """Load BERT weights by hub name or folder, under other names where `row` says so; cross-attention, which
-    BERT lacks, stays random (normal, std 0.02). Raises UserError where there are none that fit.
+def load_bert(encoder: nn.Module, name: str, row: Row | None = None, num_layers: int = 0) -> None:
+    """Load BERT weights by hub name or folder, under other names where `row` says so: of more layers than
+    num_layers (0: the encoder's) and of more positions than the encoder's, the first ones. What they lack
+    stays as built: cross-attention, and the head for masked words but for the word embeddings that it shares.
+    Raises UserError where there are none that fit.
     """
-    from transformers import BertForMaskedLM as HubBert
-
     what = f"{'text_decoder' if row is BERT_DECODER else 'text_encoder'} {name!r}"
+    source, state = _hub_bert(name, what)
+    sizes = getattr(encoder, "bert", encoder).config
+    _check_sizes(source, sizes, what)
+    num_layers = min(num_layers or sizes.num_hidden_layers, source.num_hidden_layers)
+    num_positions = sizes.max_position_embeddings
+    has_head = any(key.startswith("cls.predictions.transform") for key in state)
+    state = {
+        key: value[:num_positions] if "position_embeddings" in key else value
+        for key, value in state.items()
+        if not (layer := re.search(r"\.layer\.(\d+)\.", key)) or int(layer[1]) < num_layers
+    }
+    kinds = ("position", "token_type")
+    positions, types = (state.get(f"bert.embeddings.{kind}_embeddings.weight") for kind in kinds)
+    if not (has_head or getattr(encoder, "two_images", False) or positions is None or types is None):
+        # Published training starts from BERT without its token types, which this encoder lacks. Any other
+        # start computes as its file does.
+        state["bert.embeddings.position_embeddings.weight"] = positions + types[0]
+    if not isinstance(encoder, BertForMaskedLM):
+        state = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
+    if row is not None:
+        names = {key: row.name_in_file(key, num_layers) for key in encoder.state_dict()}
+        state = {key: state[name] for key, name in names.items() if name in state}
+    new = {key for key in encoder.state_dict() if "crossattention" in key or key.endswith("position_ids")}
+    new |= {"cls.predictions.decoder.bias"}  # tied to cls.predictions.bias; not every version saves it
+    if not has_head:
+        new |= {key for key in encoder.state_dict() if key.startswith("cls.predictions")}
+    unused = ("embeddings.token_type", "pooler", "cls.seq_relationship")
+    _copy(encoder, state, what, new, (*unused, *(f"bert.{name}" for name in unused)))
+    for size, most in (("num_hidden_layers", num_layers), ("max_position_embeddings", num_positions)):
+        if (theirs := getattr(source, size)) > most:
+            log.info(f"{what}: its {size} is {theirs}, of which the first {most} are taken")
+    if isinstance(encoder, BertForMaskedLM) and not has_head:
+        log.info(
+            f"{what} has no head for masked words: it starts from random weights, but for the word "
+            "embeddings, which it shares"
+        )
+
+
+def _hub_bert(name: str, what: str) -> tuple["HubConfig", dict[str, torch.Tensor]]:
+    """Return the sizes of a BERT and the weights in its file, named as those with a head for masked words."""
+    from transformers import BertConfig, BertForMaskedLM, logging
+
     where = "" if Path(name).exists() else f" {hub_answer()}"
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it calls a file without the head corrupted
     try:
-        source, report = HubBert.from_pretrained(name, output_loading_info=True)
+        kind = BertConfig.get_config_dict(name)[0].get("model_type", "bert")
+        if kind == "bert":
+            source, report = BertForMaskedLM.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # as above
         cause = f"{type(error).__name__}: {first_line(error)}"
         for file in (*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")):
             if content := what_it_is(file):  # such as a Git-LFS pointer of a cloned repository
                 cause = f"{file} is {content}"
         raise _unavailable(f"{what}: transformers", where, cause) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if kind != "bert":
+        raise UserError(
+            f"{what} is of the kind {kind!r} (model_type in its config.json), not 'bert', and computes "
+            "otherwise; name a BERT, such as bert-base-uncased"
+        )
     absent = set(report["missing_keys"])  # transformers fills these with random numbers
-    state = {key: value for key, value in source.state_dict().items() if key not in absent}
-    if not isinstance(encoder, BertForMaskedLM):
-        state = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
-    if row is not None:
-        names = {key: row.name_in_file(key, source.config.num_hidden_layers) for key in encoder.state_dict()}
-        state = {key: state[name] for key, name in names.items() if name in state}
-    new = {key for key in encoder.state_dict() if "crossattention" in key or key.endswith("position_ids")}
-    new |= {"cls.predictions.decoder.bias"}  # tied to cls.predictions.bias; not every version saves it
-    unused = ("embeddings.token_type", "pooler", "cls.seq_relationship")
-    _copy(encoder, state, what, new, (*unused, *(f"bert.{name}" for name in unused)))
+    return source.config, {key: value for key, value in source.state_dict().items() if key not in absent}
+
+
+def _check_sizes(theirs: "HubConfig", ours: BertConfig, what: str) -> None:
+    """Raise UserError where the weights cannot fill an encoder of such sizes, or would compute otherwise."""
+    same = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    wrong = [size for size in same if getattr(theirs, size) != getattr(ours, size)]
+    if theirs.max_position_embeddings < ours.max_position_embeddings:
+        wrong.append("max_position_embeddings")
+    if wrong:
+        both = (
+            f"its {size} is {getattr(theirs, size)}, bert_config's {getattr(ours, size)}" for size in wrong
+        )
+        set_to = (f"bert_config.{size}={getattr(theirs, size)}" for size in wrong)
+        raise UserError(
+            f"{what} does not fit the sizes in the config: {'; '.join(both)}. Name other weights, or set "
+            f"{' '.join(set_to)}"
+        )
 
 
 def _copy(

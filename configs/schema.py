@@ -135,7 +135,7 @@ VIT = {
 }
 
 
-INIT_HELP = "weights without --checkpoint: image_encoder and text_encoder below, or random ones"
+INIT_HELP = "the encoders whose weights below start training without --checkpoint: both, one, or none"
 
 
 ENCODERS = {
@@ -145,7 +145,7 @@ ENCODERS = {
     "bert_config": Key((str, dict), BERT_CONFIG, "JSON file, or the same as a mapping", root=OTHER),
     "momentum": Key(NUMBER, 0.995, "of the momentum twins", least=0, most=1),
     "alpha": Key(NUMBER, 0.4, "weight of the momentum targets", least=0, most=1),
-    "init": Key(str, "pretrained", INIT_HELP, choices=("pretrained", "scratch")),
+    "init": Key(str, "pretrained", INIT_HELP, choices=("pretrained", "image", "text", "scratch")),
     "image_encoder": Key(str, "deit_base_patch16_224", "initial weights: timm name or file", root=OTHER),
     "text_encoder": Key(str, "bert-base-uncased", "tokenizer, weights: hub name or folder", root=OTHER),
 }

@@ -333,7 +333,7 @@ def test_pretrained_weights_that_cannot_be_had_are_never_replaced_by_random_ones
         monkeypatch, Pretrain, *flags, "--overrides", "init=pretrained", "image_encoder=/no/file.pth"
     )
     assert "/no/file.pth" in message and "init: scratch" in message
-    assert "must be one of pretrained, scratch" in fails(
+    assert "must be one of pretrained, image, text, scratch" in fails(
         monkeypatch, Pretrain, *flags, "--overrides", "init=random"
     )
 

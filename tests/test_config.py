@@ -84,7 +84,10 @@ def test_every_number_has_a_range_and_is_finite():
         ("optimizer.betas=[0.9, 0.99, 0.9]", "optimizer.betas must be two numbers"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas must be at least 0 and below 1, found 1"),
         ("optimizer.betas=[0.9, b]", "optimizer.betas: item 1 must be a number, found 'b'"),
-        ("init=scrach", "init must be one of pretrained, scratch, found 'scrach'; did you mean scratch?"),
+        (
+            "init=scrach",
+            "init must be one of pretrained, image, text, scratch, found 'scrach'; did you mean scratch?",
+        ),
         ("image_tokenizer.kind=dale", "one of dalle, flava, kmeans, found 'dale'; did you mean dalle?"),
         ("optimizer.opt=adamm", "there is no optimiser 'adamm'; did you mean adam?"),
         ("optimizer.opt=adan", "adan does not take these settings"),  # wants three betas
