@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -242,6 +243,12 @@ def test_flickr30k(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert numbers(printed)["test captions"] == 2
     assert "left out: nothing" in printed
+    before = (tmp_path / "flickr30k_train.json").read_bytes()
+    shutil.rmtree(tmp_path / "flickr30k-images")
+    prepare("flickr30k", tmp_path, "--without_images")
+    assert (tmp_path / "flickr30k_train.json").read_bytes() == before
+    missing = f"images that are not in {tmp_path}/flickr30k-images, kept by --without_images"
+    assert numbers(capsys.readouterr().out)[missing] == 3
 
 
 @pytest.mark.parametrize(
@@ -274,7 +281,8 @@ def test_without_a_name_all_are_listed(capsys):
 
 
 @pytest.mark.parametrize(
-    "module", ["coco", "flickr30k", "flickr8k", "visual_genome", "url_lists", "img2dataset", "table"]
+    "module",
+    ["coco", "flickr30k", "flickr8k", "visual_genome", "url_lists", "img2dataset", "huggingface", "table"],
 )
 def test_each_name_shows_what_it_needs(capsys, module):
     names = [name for name, (known, _) in CONVERTERS.items() if known == module]

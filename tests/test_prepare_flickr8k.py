@@ -7,6 +7,7 @@ number a line), and results.csv of the usual copy of Flickr30k (`image_name| com
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,18 @@ def test_the_authors_split(flickr8k, capsys):
         r"captions +12 +40,460", printed
     )
     assert re.search(r"train images +2 +6,000 ", printed) and f"image_root: {folder}" in printed
+
+
+def test_without_images_the_files_are_those_of_all_photos(flickr8k, capsys):
+    prepare("flickr8k", flickr8k)
+    before = {path.name: path.read_bytes() for path in flickr8k.glob("flickr8k_t*.json")}
+    shutil.rmtree(flickr8k / "flickr8k/Flicker8k_Dataset")
+    capsys.readouterr()
+    prepare("flickr8k", flickr8k, "--without_images")
+    assert {path.name: path.read_bytes() for path in flickr8k.glob("flickr8k_t*.json")} == before
+    found = numbers(capsys.readouterr().out)
+    assert found[f"photos that are not in {flickr8k}/flickr8k_images, kept by --without_images"] == 4
+    assert found["photos with captions that the split does not name"] == 2
 
 
 def test_captions_txt_of_the_usual_copies_gives_the_same(flickr8k):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tarfile
 import zlib
@@ -23,6 +24,8 @@ from simla.dataset.prepare.common import Report
 from simla.dataset.pretrain import read_pairs, read_sets
 from simla.dataset.readers.annotations import read_annotations
 from simla.utils import UserError
+
+EXCERPTS = Path(__file__).parent / "excerpts"
 
 
 def pairs(path: Path, root: Path) -> list[tuple[str, str]]:
@@ -177,6 +180,22 @@ def test_ids_of_images_that_went_through_a_table_are_known(genome, capsys, ids):
     put(genome / "visual_genome/image_data.json", [*data[1:], {**data[0], "coco_id": "one"}])
     with pytest.raises(UserError, match="image_id 1: 'coco_id' must be a whole number or null, found 'one'"):
         prepare("visual_genome", genome)
+
+
+def test_without_images_all_regions_are_kept(genome, capsys):
+    shutil.rmtree(genome / "visual_genome/images")
+    prepare("visual_genome", genome, "--without_images", "--relative")
+    entries = load(genome / "vg.json")
+    assert [entry["caption"] for entry in entries] == [
+        "A tall tree",
+        "a car",
+        "the sky",
+        "thing 4",
+        "thing 5",
+    ]
+    assert entries[0]["image"] == "visual_genome/images/VG_100K_2/1.jpg"
+    missing = f"regions whose image is not in {genome}/visual_genome/images, kept by --without_images"
+    assert numbers(capsys.readouterr().out)[missing] == 7
 
 
 def test_damaged_region_descriptions_name_their_entry(genome):
@@ -598,6 +617,117 @@ def test_tables_without_captions_or_pyarrow_are_errors(tmp_path, monkeypatch):
     assert not (tmp_path / "pairs.json").exists()
 
 
+# ---- tables that hold the images ----
+
+
+def picture(kind: str = "JPEG") -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 6), "teal").save(content, kind)
+    return content.getvalue()
+
+
+def put_table(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_hugging_face_s_own_tables_become_shards(tmp_path, capsys):
+    """The last row of each has no image."""
+    (tmp_path / "saved/train").mkdir(parents=True)
+    shutil.copy(EXCERPTS / "train-00000-of-00001.parquet", tmp_path)
+    shutil.copy(EXCERPTS / "data-00000-of-00001.arrow", tmp_path / "saved/train")
+    prepare("huggingface", tmp_path, "--table", "train-*.parquet", "saved/train/*.arrow", "--name", "hf")
+    printed = capsys.readouterr().out
+    assert numbers(printed)["rows"] == 8 and numbers(printed)["rows without the bytes of an image"] == 2
+    assert "first: train-00000-of-00001.parquet row 3, data-00000-of-00001.arrow row 3" in printed
+    named = f"{tmp_path}/hf_shards/{{00000..00001}}.tar"
+    assert f"in the config: train_file: '{named}'" in printed
+    entries = read_sets([named])
+    texts = [["A red card.", "Red."], "A blue card.", "Dark."]
+    assert [entries[n]["text"] for n in range(len(entries))] == texts * 2
+    corners = [load_image(entries[n]["images"][0]).getpixel((0, 0)) for n in range(len(entries))]
+    assert corners == [(254, 0, 0), (0, 0, 255), (0, 0, 0)] * 2
+    with tarfile.open(tmp_path / "hf_shards/00000.tar") as tar:
+        kinds = [member.name for member in tar]
+        kept = tar.extractfile("000000000.jpg").read()
+    row = parquet.read_table(tmp_path / "train-00000-of-00001.parquet").to_pylist()[0]
+    assert kept == row["image"]["bytes"]
+    assert kinds == [
+        f"00000000{number}.{kind}"
+        for number, pair in enumerate((("jpg", "json"), ("png", "txt"), ("png", "txt")))
+        for kind in pair
+    ]
+
+
+def test_rows_without_a_readable_image_or_caption_are_counted_and_named(tmp_path, capsys):
+    """Captions are in several columns, as in some sets of the hub."""
+    rows = [
+        {"image": {"bytes": picture("GIF"), "path": "0.gif"}, "caption_0": "A sea.", "caption_1": "Sea."},
+        {"image": {"bytes": None, "path": "photos/1.jpg"}, "caption_0": "Gone.", "caption_1": None},
+        {"image": {"bytes": b"", "path": None}, "caption_0": "Empty.", "caption_1": None},
+        {"image": {"bytes": picture()[:-200], "path": "3.jpg"}, "caption_0": "Half.", "caption_1": None},
+        {"image": {"bytes": b"<html>", "path": "4.jpg"}, "caption_0": "Page.", "caption_1": None},
+        {"image": {"bytes": picture(), "path": "5.jpg"}, "caption_0": None, "caption_1": " "},
+        {"image": {"bytes": picture(), "path": "6.jpg"}, "caption_0": None, "caption_1": "A cat."},
+    ]
+    put_table(tmp_path / "test.parquet", rows)
+    columns = ("--caption", "caption_0", "caption_1")
+    prepare("huggingface", tmp_path, "--table", "test.parquet", *columns)
+    printed = capsys.readouterr().out
+    found = numbers(printed)
+    assert found["rows"] == 7 and found["rows without the bytes of an image"] == 2
+    assert "first: test.parquet row 1 (photos/1.jpg), test.parquet row 2\n" in printed
+    assert found["rows whose image is bad: truncated"] == found["rows whose image is bad: not an image"] == 1
+    assert found["pairs without a caption"] == 5
+    entries = read_sets([f"{tmp_path}/pairs_shards/00000.tar"])
+    assert [entries[n]["text"] for n in range(len(entries))] == [["A sea.", "Sea."], "A cat."]
+    assert load_image(entries[0]["images"][0]).size == (8, 6)
+
+
+def test_the_only_column_of_bytes_holds_the_images(tmp_path):
+    put_table(tmp_path / "a.parquet", [{"content": picture(), "text": "A sea."}])
+    prepare("huggingface", tmp_path, "--table", "a.parquet")
+    entries = read_sets([f"{tmp_path}/pairs_shards/00000.tar"])
+    assert len(entries) == 1 and entries[0]["text"] == "A sea."
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "message"),
+    [
+        (
+            {"image": "a.jpg", "text": "x"},
+            [],
+            r"no column of images, .* but image \(string\), text .*prepare t",
+        ),
+        (
+            {"left": b"x", "right": b"x", "text": "x"},
+            [],
+            r"no column named image, .*'left', 'right'.* --image",
+        ),
+        ({"image": b"x", "text": "x"}, ["--image", "text"], "no column 'text'; it has 'image'"),
+        ({"image": b"x", "answer": ["x"]}, [], r"no column named caption, .*Name the right one by --caption"),
+        ({"image": b"x", "text": "x"}, ["--caption", "raw"], "no column 'raw'; it has 'image', 'text'"),
+        ({"image": b"x", "text": "x"}, [], "no image with a caption in the tables, for the causes above"),
+    ],
+)
+def test_tables_without_images_or_captions_are_errors(tmp_path, row, flags, message):
+    put_table(tmp_path / "a.parquet", [row])
+    with pytest.raises(UserError, match=message):
+        prepare("huggingface", tmp_path, "--table", "a.parquet", *flags)
+
+
+def test_tables_of_other_kinds_are_errors(own):
+    shutil.copy(EXCERPTS / "train-00000-of-00001.parquet", own / "a.parquet")
+    with pytest.raises(UserError, match="prepare huggingface reads tables that hold the images"):
+        prepare("table", own, "--table", "a.parquet", "--images", "photos")
+    put(own / "t.csv", "image,caption\n")
+    with pytest.raises(UserError, match=r"t.csv: must end in .arrow or .parquet"):
+        prepare("huggingface", own, "--table", "t.csv")
+    put(own / "t.arrow", "ARROW1")
+    with pytest.raises(UserError, match=r"t.arrow cannot be read \(.*\); download or unpack it again"):
+        prepare("huggingface", own, "--table", "t.arrow")
+
+
 # ---- own tables ----
 
 
@@ -642,6 +772,16 @@ def test_own_tables(own, capsys, table):
     assert found["captions in the table"] == 5 and found["pairs without a caption"] == 1
     assert found["captions whose image cannot be found (No such file or directory)"] == 1
     assert f"first: {own}/photos/gone.jpg" in printed
+
+
+def test_without_images_all_rows_of_a_table_are_kept(own, capsys):
+    TABLES["t.csv"](own / "t.csv")
+    prepare("table", own, "--table", "t.csv", "--images", "photos", "--without_images")
+    images = [str(Path(entry["image"]).relative_to(own)) for entry in load(own / "pairs.json")]
+    assert images == ["photos/a.jpg", "photos/sub/b.jpg", "photos/a.jpg", "photos/gone.jpg"]
+    found = numbers(capsys.readouterr().out)
+    missing = "captions whose image cannot be found (No such file or directory), kept by --without_images"
+    assert found[missing] == 1
 
 
 def test_in_tsv_a_row_is_a_line_and_quotation_marks_mean_nothing(own, capsys):

@@ -4,6 +4,8 @@ names, as the tasks' own loaders read it; and what is said of damaged, missing a
 
 import json
 import pickle
+import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -49,15 +51,15 @@ def draw(path: Path) -> None:
     Image.new("RGB", (8, 6), "teal").save(path)
 
 
-def prepare(name: str, data: Path, capsys) -> str:
+def prepare(name: str, data: Path, capsys, *flags: str) -> str:
     """What is printed, spaces made one."""
-    main([name, "--root", str(data), "--out", str(data)])
+    main([name, "--root", str(data), "--out", str(data), *flags])
     return " ".join(capsys.readouterr().out.split())
 
 
-def fails(name: str, data: Path) -> str:
+def fails(name: str, data: Path, *flags: str) -> str:
     with pytest.raises(UserError) as error:
-        main([name, "--root", str(data), "--out", str(data)])
+        main([name, "--root", str(data), "--out", str(data), *flags])
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -467,6 +469,33 @@ def test_vqa_without_visual_genome_s_images_writes_nothing(data):
     assert not list(data.glob("*.json"))
 
 
+def test_vqa_of_some_sets_alone(data, capsys):
+    make_vqa(data)
+    make_vg(data)
+    prepare("vqa", data, capsys)
+    before = {path.name: path.read_bytes() for path in data.glob("*.json")}
+    for path in data.glob("*.json"):
+        path.unlink()
+    (data / "vqa/v2_OpenEnded_mscoco_test2015_questions.json").unlink()
+    assert "missing in" in (message := fails("vqa", data)) and "--only makes some of the sets" in message
+    printed = prepare("vqa", data, capsys, "--only", "val")
+    assert "not made, as --only says: train, test, vg" in printed
+    assert "answer_list.json is not written" in printed
+    assert [path.name for path in data.glob("*.json")] == ["vqa_val.json"]
+    printed = prepare("vqa", data, capsys, "--only", "vg", "val", "train")
+    assert "of 100.0% of train and val" in printed
+    without_test = {name: content for name, content in before.items() if "_test" not in name}
+    entries = content(data / "vg_qa.json")
+    assert [entry["image"] for entry in entries] == ["VG_100K_2/5.jpg", "VG_100K/6.jpg", "VG_100K/8.jpg"]
+    for name in without_test.keys() - {"vg_qa.json"}:
+        assert (data / name).read_bytes() == before[name]
+    assert "train and val" not in prepare("vqa", data, capsys, "--only", "train")
+    assert content(data / "answer_list.json") == ["dog", "yes"]
+    (data / "vqa/v2_OpenEnded_mscoco_val2014_questions.json").unlink()
+    assert "val, questions (looked for" in fails("vqa", data, "--only", "vg")
+    assert "--only dev: there is no such set, but train, val, test, vg" in fails("vqa", data, "--only", "dev")
+
+
 # ---- NLVR2 ----
 
 
@@ -653,3 +682,130 @@ def test_snli_ve_without_images_or_with_other_labels(data, capsys):
     assert "line 1: 'gold_label' must be one of contradiction" in fails("snli_ve", data)
     (data / "snli_ve/snli_ve_dev.jsonl").unlink()
     assert "dev (looked for snli_ve/snli_ve_dev.jsonl)" in fails("snli_ve", data)
+
+
+# ---- images that are not there yet ----
+
+
+def make_refcoco_plus(data: Path) -> None:
+    make_refcoco(data, "refcoco+", "refs(unc).p", refs_of(("val", "testA", "testB")))
+
+
+def make_all_of_vqa(data: Path) -> None:
+    make_vqa(data)
+    make_vg(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("refcoco+", make_refcoco_plus),
+        ("vqa", make_all_of_vqa),
+        ("nlvr2", make_nlvr2),
+        ("snli_ve", make_snli_ve),
+    ],
+)
+def test_without_images_the_files_are_those_of_all_images(data, capsys, name, make):
+    make(data)
+    prepare(name, data, capsys)
+    before = {path.name: path.read_bytes() for path in data.glob("*.json")}
+    for folder in ("coco", "flickr30k-images", "visual_genome/images", "nlvr2/images", "nlvr2/dev"):
+        shutil.rmtree(data / folder, ignore_errors=True)
+    message = fails(name, data)
+    assert "--without_images goes on without" in message or "no entry to write" in message
+    capsys.readouterr()
+    assert "kept by --without_images; first: " in prepare(name, data, capsys, "--without_images")
+    assert {path.name: path.read_bytes() for path in data.glob("*.json")} == before
+
+
+def test_without_images_an_entry_of_two_is_counted_once(data, capsys):
+    make_nlvr2(data)
+    (data / "nlvr2/dev/dev-850-0-img1.png").write_bytes(b"")
+    shutil.rmtree(data / "nlvr2/images")
+    printed = prepare("nlvr2", data, capsys, "--without_images")
+    assert (
+        f"3 entries whose image is not in {data}/nlvr2, kept by --without_images; first: images/" in printed
+    )
+    assert "1 entries whose image is an empty file, kept by --without_images; first: dev/" in printed
+
+
+# ---- the authors' files ----
+
+
+def test_coco_s_own_file_of_one_split(data, capsys):
+    """Three images of val2017: one has seven captions, two of them a space or a line's end too many."""
+    folder = data / "coco/annotations"
+    folder.mkdir(parents=True)
+    shutil.copy(EXCERPTS / "captions_val2017.json", folder)
+    message = fails("coco", data, "--split", "2017")
+    assert "captions_train2017.json (looked for" in message and "--only makes some of the sets" in message
+    message = fails("coco", data, "--split", "2017", "--only", "val")
+    assert "val2017 (looked for" in message and "captions" not in message
+    printed = prepare("coco", data, capsys, "--split", "2017", "--only", "val", "--without_images")
+    assert "val images 3 5,000" in printed and "val captions 17 25,014" in printed
+    assert (
+        f"3 images that are not in {data}/coco/images, kept by" in printed and "left out: nothing" in printed
+    )
+    assert "not made, as --only says: train" in printed
+    entries = content(data / "coco2017_val.json")
+    assert [(entry["image"], len(entry["caption"])) for entry in entries] == [
+        ("val2017/000000431896.jpg", 7),
+        ("val2017/000000359219.jpg", 5),
+        ("val2017/000000179765.jpg", 5),
+    ]
+    assert entries[0]["caption"][2] == "a brown and yellow commuter train with headlights on"
+    assert entries[1]["caption"][1] == "Two pizza pies sitting atop a stove getting ready to be cut\n."
+    assert [path.name for path in data.glob("*.json")] == ["coco2017_val.json"]
+    for entry in entries:
+        draw(data / "coco/images" / entry["image"])
+    before = (data / "coco2017_val.json").read_bytes()
+    assert "noticed" not in prepare("coco", data, capsys, "--split", "2017", "--only", "val")
+    assert (data / "coco2017_val.json").read_bytes() == before
+    assert "--only test: there is no such set, but train, val" in fails(
+        "coco", data, "--split", "2017", "--only", "test"
+    )
+
+
+def test_nlvr2_s_own_file_of_one_split(data, capsys):
+    (data / "nlvr2/data").mkdir(parents=True)
+    shutil.copy(EXCERPTS / "nlvr2_dev.json", data / "nlvr2/data/dev.json")
+    message = fails("nlvr2", data, "--without_images")
+    assert "sentences of train (looked for" in message and "sentences of dev" not in message
+    printed = prepare("nlvr2", data, capsys, "--only", "dev", "--without_images")
+    assert "sentences, dev 8 6,982" in printed
+    assert "8 entries whose image is not in" in printed and "left out: nothing" in printed
+    assert [path.name for path in data.glob("*.json")] == ["nlvr_dev.json"]
+    assert content(data / "nlvr_dev.json") == list(sentences(EXCERPTS / "nlvr2_dev.json"))
+    assert "sentences of test2 (looked for" in fails("nlvr2", data, "--only", "dev", "test2")
+
+
+def test_vqa_s_own_files_of_one_split(data, capsys):
+    (data / "vqa").mkdir()
+    for path in EXCERPTS.glob("v2_*.json"):
+        shutil.copy(path, data / "vqa")
+    printed = prepare("vqa", data, capsys, "--only", "train", "--without_images")
+    assert "VQA v2 train, questions 2 443,757" in printed and "answers to rank 2 3,128" in printed
+    assert len(read_questions([str(data / "vqa_train.json")], config_of("VQA", VQA), answer=(list,))) == 2
+
+
+def test_conceptual_captions_own_list(data, capsys):
+    (data / "cc3m").mkdir()
+    listed = shutil.copy(EXCERPTS / "Validation_GCC-1.1.0-Validation.tsv", data / "cc3m")
+    assert "--without_images makes the file of the list alone" in fails("cc3m", data)
+    printed = prepare("cc3m", data, capsys, "--without_images", "--relative")
+    assert "cc3m_val: lines 3 15,840" in printed and "cc3m_val: pairs 3 -" in printed
+    assert "cc3m_train.json: not made, no list in" in printed
+    assert "cc3m_val.json: images are named {row}_{crc32}" in printed
+    lines = Path(listed).read_text(encoding="utf-8").splitlines()
+    assert content(data / "cc3m_val.json") == [
+        {"image": f"cc3m/val/{row}_{zlib.crc32(url.encode())}", "caption": caption}
+        for row, (caption, url) in enumerate(line.split("\t") for line in lines)
+    ]
+    assert "fianc\u00e9 's 25th birthday" in lines[2]
+    draw(data / "cc3m/val/1.png")
+    prepare("cc3m", data, capsys, "--without_images", "--image-names", "{row}.png")
+    assert [Path(entry["image"]).name for entry in content(data / "cc3m_val.json")] == [
+        "0.png",
+        "1.png",
+        "2.png",
+    ]

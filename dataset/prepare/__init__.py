@@ -19,6 +19,7 @@ CONVERTERS = {  # name -> (module of this package, what it makes)
     "cc12m": ("url_lists", "Conceptual 12M: pre-training pairs"),
     "sbu": ("url_lists", "SBU Captions: pre-training pairs"),
     "img2dataset": ("img2dataset", "any folder that img2dataset has downloaded: pre-training pairs"),
+    "huggingface": ("huggingface", "parquet and arrow files with the images in them: shards"),
     "table": ("table", "your own csv, tsv, txt, jsonl or parquet file: pre-training or retrieval files"),
     "refcoco": ("refcoco", "RefCOCO: grounding"),
     "refcoco+": ("refcoco", "RefCOCO+: grounding"),

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         converter.main(rest)
         return
     options = _options(chosen.name, converter, rest)
-    report = Report(chosen.name)
+    report = Report(chosen.name, without_images=getattr(options, "without_images", False))
     try:
         root, out = (Path(fill_in(folder)).absolute() for folder in (options.root, options.out))
         converter.prepare(root, make_output_folder(out, "--out"), options, report)

@@ -16,7 +16,18 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from simla.dataset.prepare.common import Images, Report, add_relative, find_all, prefix, read_source
+from simla.dataset.prepare.common import (
+    OR_ONLY,
+    Images,
+    Report,
+    add_only,
+    add_relative,
+    add_without_images,
+    find_all,
+    prefix,
+    read_source,
+    sets_to_make,
+)
 from simla.dataset.prepare.karpathy import PAGE, SOURCE, Picture, Splits, read_karpathy, write_retrieval
 from simla.dataset.readers.tables import by_id, checked, look_up, value_of
 
@@ -34,29 +45,35 @@ SPLIT_FILES = ["coco/dataset_coco.json", *(place.format("dataset_coco.json") for
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=OFFICIAL, default="karpathy", help="default: %(default)s")
+    add_only(parser)
     add_relative(parser)
+    add_without_images(parser)
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    official = OFFICIAL[options.split]
+    sets = sets_to_make(options, official, report)
     if options.split == "karpathy":
         stem, images, splits = "coco", *_karpathy(root, report)
     else:
-        stem, images, splits = f"coco{options.split}", *_official(root, options.split, report)
-    splits = write_retrieval(out, stem, splits, images, OFFICIAL[options.split])
+        stem, images, splits = f"coco{options.split}", *_official(root, options.split, sets, report)
+    splits = {split: pictures for split, pictures in splits.items() if split in sets}
+    splits = write_retrieval(out, stem, splits, images, {split: official[split] for split in sets})
     start = prefix(images.folder, root, options)
     entries = (
         {"image": start + picture.name, "caption": caption}
         for picture in splits.get("train", [])
         for caption in picture.captions
     )
-    report.write(out / f"{stem}.json", entries)
+    if "train" in sets:
+        report.write(out / f"{stem}.json", entries)
     report.notes.append(f"configs/Retrieval_coco.yaml: image_root: {images.folder}")
 
 
 def _karpathy(root: Path, report: Report) -> tuple[Images, Splits]:
     folders = [place.format(f"train{year}") for year in (2014, 2017) for place in IMAGE_PLACES]
-    wanted = {"dataset_coco.json": SPLIT_FILES, "folder of training images": folders}
-    file, folder = find_all(root, f"{PAGE}; images: {DOWNLOADS}", wanted).values()
+    wanted, source = {"dataset_coco.json": SPLIT_FILES}, f"{PAGE}; images: {DOWNLOADS}"
+    file, folder = find_all(root, source, wanted, {"folder of training images": folders}, report).values()
     images = Images(folder.parent, report, IMAGES)
 
     def name_of(image: dict, where: str) -> str:
@@ -70,19 +87,15 @@ def _karpathy(root: Path, report: Report) -> tuple[Images, Splits]:
     return images, read_karpathy(file, name_of, "cocoid")
 
 
-def _official(root: Path, year: str, report: Report) -> tuple[Images, Splits]:
-    wanted = {}
-    for folder in (f"train{year}", f"val{year}"):
-        file = f"captions_{folder}.json"
-        wanted[file] = [place.format(file) for place in FILE_PLACES]
-        wanted[folder] = [place.format(folder) for place in IMAGE_PLACES]
-    paths = find_all(root, DOWNLOADS, wanted)
-    splits = {
-        split: _read_captions(paths[f"captions_{split}{year}.json"], f"{split}{year}")
-        for split in ("train", "val")
-    }
+def _official(root: Path, year: str, sets: list[str], report: Report) -> tuple[Images, Splits]:
+    names = {split: f"{split}{year}" for split in sets}
+    files = [f"captions_{name}.json" for name in names.values()]
+    wanted = {file: [place.format(file) for place in FILE_PLACES] for file in files}
+    folders = {name: [place.format(name) for place in IMAGE_PLACES] for name in names.values()}
+    paths = find_all(root, DOWNLOADS + OR_ONLY, wanted, folders, report)
+    splits = {split: _read_captions(paths[f"captions_{name}.json"], name) for split, name in names.items()}
     report.source = f"the caption files of {DOWNLOADS}"
-    return Images(paths[f"train{year}"].parent, report, IMAGES), splits
+    return Images(paths[names[sets[0]]].parent, report, IMAGES), splits
 
 
 def _read_captions(path: Path, folder: str) -> list[Picture]:

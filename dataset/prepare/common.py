@@ -22,6 +22,7 @@ NUM_CAUSES = 30  # shown one by one, the most frequent ones
 NUM_THREADS = 16  # that list folders; they wait for the disk, not for the processor
 LOG_FOLDERS = 1000  # between two lines of progress
 LOG_ENTRIES = 1_000_000  # likewise
+OR_ONLY = "; --only makes some of the sets, without the files of the others"
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Report:
     """Account of a conversion; `str` makes the table that ends it.
 
     source: paper or page of the official numbers; written: (path, number of entries) of each file; notes:
-    lines at the end, such as what to set in a config.
+    lines at the end, such as what to set in a config; without_images: entries are kept whose image is
+    missing.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Report:
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     written: list[tuple[Path, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    without_images: bool = False
 
     def count(self, what: str, number: int = 1, official: int | None = None) -> None:
         """Add to a line of the table; `official` where the data set's authors give a number."""
@@ -53,9 +56,9 @@ class Report:
         self.left_out[cause] += number
         self._show(cause, [example])
 
-    def notice(self, what: str, example: str) -> None:
-        """Count what is read otherwise than it is written; `what` says it in the plural."""
-        self.noticed[what] += 1
+    def notice(self, what: str, example: str, number: int = 1) -> None:
+        """Count what is read otherwise than it is written; `what` says in the plural of what `number` are."""
+        self.noticed[what] += number
         self._show(what, [example])
 
     def include(self, other: "Report", prefix: str = "") -> None:
@@ -123,16 +126,23 @@ class Report:
 # ---- the downloads ----
 
 
-def find_all(root: Path, source: str, wanted: dict[str, list[str]]) -> dict[str, Path]:
+def find_all(
+    root: Path, source: str, wanted: dict[str, list[str]], images: dict[str, list[str]], report: Report
+) -> dict[str, Path]:
     """Return the first path that exists of each entry's patterns (relative to `root`, see Path.glob).
 
-    wanted: what it is -> where it may lie; source: where to get it. Raises UserError that names all that is
-    missing, where it was looked for, and where to get it.
+    wanted: what it is -> where it may lie; images: likewise of the folders of images, which are the first of
+    their patterns, there or not, where the report says that images may be missing; source: where to get it.
+    Raises UserError that names all that is missing, where it was looked for, and where to get it.
     """
-    paths = {what: find(root, patterns) for what, patterns in wanted.items()}
+    patterns = wanted | images
+    paths = {what: find(root, patterns[what]) for what in patterns}
+    if report.without_images:
+        paths |= {what: root / images[what][0] for what in images}
     if missing := [what for what, path in paths.items() if path is None]:
-        places = "; ".join(f"{what} (looked for {' and '.join(wanted[what])})" for what in missing)
-        raise UserError(f"missing in --root {root}: {places}. To be had from {source}")
+        places = "; ".join(f"{what} (looked for {' and '.join(patterns[what])})" for what in missing)
+        hint = "; --without_images goes on without images" if set(missing) & set(images) else ""
+        raise UserError(f"missing in --root {root}: {places}. To be had from {source}{hint}")
     return paths
 
 
@@ -155,23 +165,28 @@ def read_source(path: Path) -> list | dict:
 class Images:
     """The images below a folder, which is listed once; those that are missing or empty are reported.
 
-    Raises UserError where the folder cannot be listed.
+    Raises UserError where the folder cannot be listed; without images it need not be there.
     """
 
     def __init__(self, folder: Path, report: Report, what: str = "entries whose image is"):
         self.folder, self.report, self.what = folder, report, what
-        self.files, self.empty = list_files(folder)
+        is_listed = folder.is_dir() or not report.without_images
+        self.files, self.empty = list_files(folder) if is_listed else (set(), set())
 
-    def has(self, name: str, number: int = 1) -> bool:
-        """Return whether the image is there; where not, `number` of `what` are reported as left out.
+    def has(self, *names: str, number: int = 1) -> bool:
+        """Return whether an entry with these images, relative to the folder, is to be written.
 
-        name: relative to the folder.
+        Where one is missing, `number` of `what` are reported: as left out, or without images as kept.
         """
-        if name in self.files:
+        missing = next((name for name in names if name not in self.files), None)
+        if missing is None:
             return True
-        problem = "an empty file" if name in self.empty else f"not in {self.folder}"
-        self.report.leave_out(f"{self.what} {problem}", name, number)
-        return False
+        cause = f"{self.what} {'an empty file' if missing in self.empty else f'not in {self.folder}'}"
+        if self.report.without_images:
+            self.report.notice(f"{cause}, kept by --without_images", missing, number)
+        else:
+            self.report.leave_out(cause, missing, number)
+        return self.report.without_images
 
 
 def list_files(folder: Path) -> tuple[set[str], set[str]]:
@@ -245,6 +260,38 @@ def split_by_shares(shares: str, seed: int) -> Callable[[str], str]:
 
 
 # ---- flags ----
+
+
+def add_without_images(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of converters that look for images, which the report answers to."""
+    parser.add_argument(
+        "--without_images",
+        action="store_true",
+        help="write all entries, whether or not their image is there (yet); it is named where this help says "
+        "that images lie, and the account says how many are missing",
+    )
+
+
+def add_only(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of converters of several sets, which `sets_to_make` reads."""
+    parser.add_argument(
+        "--only", nargs="+", action="extend", metavar="SET", help="make these alone, such as val (all)"
+    )
+
+
+def sets_to_make(options: argparse.Namespace, sets: Iterable[str], report: Report) -> list[str]:
+    """Return those of the sets that --only names, all without it, and note which are not made.
+
+    Raises UserError for a name that is no set's.
+    """
+    known, only = list(sets), options.only
+    if only is None:
+        return known
+    if unknown := [name for name in only if name not in known]:
+        raise UserError(f"--only {unknown[0]}: there is no such set, but {', '.join(known)}")
+    if others := [name for name in known if name not in only]:
+        report.notes.append(f"not made, as --only says: {', '.join(others)}")
+    return [name for name in known if name in only]
 
 
 def add_relative(parser: argparse.ArgumentParser) -> None:

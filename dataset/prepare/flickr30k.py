@@ -10,7 +10,7 @@ names them; image paths are relative to the images' folder, the config's image_r
 import argparse
 from pathlib import Path
 
-from simla.dataset.prepare.common import Images, Report, find_all
+from simla.dataset.prepare.common import Images, Report, add_without_images, find_all
 from simla.dataset.prepare.karpathy import PAGE, SOURCE, read_karpathy, write_retrieval
 from simla.dataset.readers.tables import checked
 
@@ -19,9 +19,14 @@ IMAGE_FOLDERS = ["flickr30k-images", "flickr30k/flickr30k-images", "flickr30k/im
 OFFICIAL = {"train": (29_000, 145_000), "val": (1_014, 5_070), "test": (1_000, 5_000)}
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_without_images(parser)
+
+
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     source = f"{PAGE}; images: shannon.cs.illinois.edu/DenotationGraph, Flickr30k"
-    paths = find_all(root, source, {"dataset_flickr30k.json": SPLIT_FILES, "images": IMAGE_FOLDERS})
+    wanted = {"dataset_flickr30k.json": SPLIT_FILES}
+    paths = find_all(root, source, wanted, {"images": IMAGE_FOLDERS}, report)
     splits = read_karpathy(
         paths["dataset_flickr30k.json"], lambda image, where: checked(image, "filename", str, where), "imgid"
     )

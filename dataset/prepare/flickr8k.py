@@ -29,6 +29,7 @@ from simla.dataset.prepare.common import (
     Report,
     add_relative,
     add_seed,
+    add_without_images,
     find,
     find_all,
     prefix,
@@ -60,11 +61,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="flickr8k", help=split_help)
     add_seed(parser)
     add_relative(parser)
+    add_without_images(parser)
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
-    wanted = {" or ".join(CAPTION_FILES): _places(*CAPTION_FILES), "images": IMAGE_FOLDERS}
-    file, folder = find_all(root, SOURCE, wanted).values()
+    wanted = {" or ".join(CAPTION_FILES): _places(*CAPTION_FILES)}
+    file, folder = find_all(root, SOURCE, wanted, {"images": IMAGE_FOLDERS}, report).values()
     captions = _captions(file, report)
     split_of = _split(root, options, captions, report)
     images = Images(folder, report, "photos that are")
@@ -77,12 +79,12 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
         report.leave_out("photos without a caption", name)
     for name in filter(lambda name: name not in captions, split_of):
         report.leave_out("names in the split that have no caption", name)
-    for name in filter(images.has, captions):
-        if name not in split_of:
+    for name in filter(lambda name: name not in split_of, captions):
+        if report.without_images or images.has(name):
             report.leave_out("photos with captions that the split does not name", name)
     splits: dict[str, list[Picture]] = {split: [] for split in SPLITS}
     for name, split in split_of.items():
-        if name in images.files and name in captions:
+        if name in captions:
             splits[split].append(Picture(name, len(splits[split]), captions[name]))
     stem = f"flickr8k_{options.split}" if options.split in OTHERS else "flickr8k"
     official = OFFICIAL if options.split == "flickr8k" else dict.fromkeys(SPLITS, (None, None))
@@ -143,14 +145,14 @@ def _split(root: Path, options: argparse.Namespace, names: Iterable[str], report
                 checked(image, "filename", str, where): split for where, split, image in read_images(karpathy)
             }
         source = f"{SOURCE}. Without these lists photos are split by shares of your own: --split 80/10/10"
-        first = find_all(root, source, {LISTS[0]: _places(LISTS[0])})[LISTS[0]]
+        first = find_all(root, source, {LISTS[0]: _places(LISTS[0])}, {}, report)[LISTS[0]]
         return _by_lists([first.with_name(name) for name in LISTS])
     if options.split == "flickr30k":
-        file = find_all(root, PAGE, {"dataset_flickr30k.json": SPLIT_FILES})["dataset_flickr30k.json"]
+        (file,) = find_all(root, PAGE, {"dataset_flickr30k.json": SPLIT_FILES}, {}, report).values()
         by_number = {str(flickr_id(image, where)): split for where, split, image in read_images(file)}
     elif options.split == "entities":
         wanted = {f"flickr30k_entities/{split}.txt": [f"flickr30k_entities/{split}.txt"] for split in SPLITS}
-        by_number = _by_lists(list(find_all(root, ENTITIES, wanted).values()))
+        by_number = _by_lists(list(find_all(root, ENTITIES, wanted, {}, report).values()))
     else:
         draw = split_by_shares(options.split, options.seed)
         report.notes.append(f"split: {options.split} by --seed {options.seed}, not the authors' one")

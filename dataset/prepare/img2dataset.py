@@ -31,9 +31,10 @@ from simla.dataset.prepare.shards import caption_file, write_json, write_tar
 from simla.utils import UserError, first_line, make_output_folder, with_progress
 
 if TYPE_CHECKING:
-    from pyarrow.parquet import ParquetFile
+    from pyarrow import RecordBatch, RecordBatchReader, Schema
 
 Rows = Iterable[tuple[str, object]]  # image relative to the output folder, cell with captions
+Samples = Iterator[tuple[str, dict[str, bytes]]]  # key, members of the sample by their endings
 SHARD = re.compile(r"(\d{5,})(|\.parquet|_stats\.json|\.tar|\.tfrecord)")
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp"}
 IMAGE_COLUMNS = ["jpg", "png", "webp"]  # of layout parquet: img2dataset's --encode_format
@@ -102,7 +103,10 @@ def write_output(folder: Path, path: Path, start: str, report: Report, official:
     stem, number = f"{path.stem}: ", 0
     report.count(f"{stem}{URLS}", 0, official)
     if columns:
-        number += _write_tars(folder, path.with_name(f"{path.stem}_shards"), columns, stem, report)
+        samples = {name: partial(_samples, folder, name, column) for name, column in columns.items()}
+        number += write_tars(
+            path.with_name(f"{path.stem}_shards"), samples, f"Unpacking {folder}", stem, report
+        )
     if not columns or len(packed) < len(shards):
         names = [name for name in shards if name not in columns]
         rows = _each_shard(partial(_read_shard, folder), names, f"Reading {folder}", stem, report)
@@ -152,7 +156,7 @@ def _of_table(path: Path, images: dict[str, str], damaged: dict[str, str], repor
 
 def _downloaded(path: Path, more: list[str], report: Report) -> Iterator[tuple[str, dict]]:
     """Yield key and row of each success; the others are reported. more: columns beside the usual ones."""
-    for row in read_parquet(path, [*COLUMNS, *more], BATCH_IMAGES if more else BATCH_ROWS):
+    for row in read_table(path, [*COLUMNS, *more], BATCH_IMAGES if more else BATCH_ROWS):
         key = str(row["key"])
         report.count(URLS)
         if row["status"] == "success":
@@ -268,66 +272,81 @@ def train_file(folder: Path, names: list[str]) -> str:
 
 def _image_column(table: Path) -> str | None:
     """Return the column of layout parquet that holds the images; None in other layouts."""
-    with _parquet(table) as file:
-        return next((column for column in IMAGE_COLUMNS if column in file.schema_arrow.names), None)
+    with opened_table(table) as (schema, _):
+        return next((column for column in IMAGE_COLUMNS if column in schema.names), None)
 
 
-def _write_tars(folder: Path, out: Path, columns: dict[str, str], stem: str, report: Report) -> int:
-    """Write a shard of each table and return how many samples they have."""
+def write_tars(
+    out: Path, samples: dict[str, Callable[[Report], Samples]], header: str, stem: str, report: Report
+) -> int:
+    """Write shards, name -> what it holds (of a table, whose report is included), and return their samples'
+    number; raise UserError where it is 0.
+    """
     make_output_folder(out, "--out")
-    write = partial(_write_tar, folder, out, columns)
-    number = sum(_each_shard(write, list(columns), f"Unpacking {folder}", stem, report))
+
+    def write(name: str) -> tuple[int, Report]:
+        of_table = Report(name)
+        number = write_tar(out / f"{name}.tar", samples[name](of_table))
+        write_json(out / f"{name}_stats.json", {"count": number, "successes": number})
+        return number, of_table
+
+    number = sum(_each_shard(write, list(samples), header, stem, report))
     if not number:
-        raise UserError(f"no image with a caption in the tables of {folder}, for the causes above")
+        raise UserError("no image with a caption in the tables, for the causes above")
     report.written.append((out, number))
-    report.notes.append(f"in the config: {train_file(out, list(columns))}")
+    report.notes.append(f"in the config: {train_file(out, list(samples))}")
     return number
 
 
-def _write_tar(folder: Path, out: Path, columns: dict[str, str], shard: str) -> tuple[int, Report]:
-    """Return how many samples it has, and the report."""
-    report, column = Report(shard), columns[shard]
-
-    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for key, row in _downloaded(folder / f"{shard}.parquet", [column], report):
-            where = f"{shard}/{key}"
-            if not row[column]:
-                report.leave_out("downloads that are empty files", where)
-            elif texts := list(captions_in(row["caption"], where, report)):
-                yield key, {column: row[column], **caption_file(texts)}
-
-    num_samples = write_tar(out / f"{shard}.tar", samples())
-    write_json(out / f"{shard}_stats.json", {"count": num_samples, "successes": num_samples})
-    return num_samples, report
+def _samples(folder: Path, shard: str, column: str, report: Report) -> Samples:
+    for key, row in _downloaded(folder / f"{shard}.parquet", [column], report):
+        where = f"{shard}/{key}"
+        if not row[column]:
+            report.leave_out("downloads that are empty files", where)
+        elif texts := list(captions_in(row["caption"], where, report)):
+            yield key, {column: row[column], **caption_file(texts)}
 
 
 # ---- tables ----
 
 
-def read_parquet(
-    path: Path, columns: list[str] | None = None, batch_rows: int = BATCH_ROWS
-) -> Iterator[dict]:
+def read_table(path: Path, columns: list[str] | None = None, batch_rows: int = BATCH_ROWS) -> Iterator[dict]:
     """Yield the rows; raise UserError where pyarrow or a column is missing, or the file is damaged."""
-    with _parquet(path) as file:
-        names = file.schema_arrow.names
-        if missing := [column for column in columns or [] if column not in names]:
+    with opened_table(path) as (schema, batches):
+        if missing := [column for column in columns or [] if column not in schema.names]:
             hint = f". {RERUN}" if "caption" in missing else ""
-            raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(names)}{hint}")
-        for batch in file.iter_batches(batch_rows, columns=columns):
+            raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(schema.names)}{hint}")
+        for batch in batches(batch_rows, columns):
             yield from batch.to_pylist()
 
 
 @contextmanager
-def _parquet(path: Path) -> Iterator["ParquetFile"]:
+def opened_table(path: Path) -> Iterator[tuple["Schema", Callable[..., Iterable["RecordBatch"]]]]:
+    """Yield the schema of a parquet file, or of an .arrow stream, and what makes batches of its rows.
+
+    Raises UserError where pyarrow is missing or the file is damaged.
+    """
     try:
         import pyarrow
-        from pyarrow import parquet
+        from pyarrow import ipc, parquet
     except ImportError as error:
         raise UserError(f"reading {path} needs pyarrow: pip install pyarrow") from error
     try:
-        with parquet.ParquetFile(path) as file:
-            yield file
+        if path.suffix == ".arrow":
+            with pyarrow.memory_map(str(path)) as source, ipc.open_stream(source) as stream:
+                yield stream.schema, partial(_stream_batches, stream)
+        else:
+            with parquet.ParquetFile(path) as file:
+                yield file.schema_arrow, lambda num, columns: file.iter_batches(num, columns=columns)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{path} cannot be read ({first_line(error)}); download or unpack it again"
         ) from error
+
+
+def _stream_batches(
+    stream: "RecordBatchReader", num_rows: int, columns: list[str] | None
+) -> Iterator["RecordBatch"]:
+    for batch in stream:
+        for start in range(0, batch.num_rows, num_rows):
+            yield batch.select(columns or batch.schema.names).slice(start, num_rows)

@@ -14,7 +14,15 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from simla.dataset.prepare.common import Images, Report, find_all
+from simla.dataset.prepare.common import (
+    OR_ONLY,
+    Images,
+    Report,
+    add_only,
+    add_without_images,
+    find_all,
+    sets_to_make,
+)
 from simla.dataset.readers.tables import checked, read_json_lines
 from simla.utils import UserError
 
@@ -32,19 +40,27 @@ SPLITS = {  # split -> file, official number of sentences
 NEEDED = ("train", "dev", "test")
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_only(parser)
+    add_without_images(parser)
+
+
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     paths = {split: f"nlvr2/data/{file}.json" for split, (file, _) in SPLITS.items()}
-    find_all(root, SOURCE, {f"sentences of {split}": [paths[split]] for split in NEEDED})
+    splits = sets_to_make(options, SPLITS, report)
+    needed = splits if options.only else NEEDED
+    wanted = {f"sentences of {split}": [paths[split]] for split in needed}
+    find_all(root, SOURCE + OR_ONLY, wanted, {}, report)
     images = Images(root / "nlvr2", report)
     report.source = "Suhr et al. 2019, table 1 (test is test-P, test2 test-U), and the files of the subsets"
-    for split, (_, official) in SPLITS.items():
+    for split in splits:
         path = root / paths[split]
-        if split not in NEEDED and not path.is_file():
+        if split not in needed and not path.is_file():
             continue
         entries = list(sentences(path))
-        report.count(f"sentences, {split}", len(entries), official)
-        kept = [entry for entry in entries if all(images.has(image) for image in entry["images"])]
-        if kept or split in NEEDED:
+        report.count(f"sentences, {split}", len(entries), SPLITS[split][1])
+        kept = [entry for entry in entries if images.has(*entry["images"])]
+        if kept or split in needed:
             report.write(out / f"nlvr_{split}.json", kept)
         else:
             report.notes.append(f"nlvr_{split}.json is not written: not one of the images of {path} is there")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simla.dataset.prepare.captions import is_readable
-from simla.dataset.prepare.common import Images, Report, find_all, read_source
+from simla.dataset.prepare.common import Images, Report, add_without_images, find_all, read_source
 from simla.dataset.readers.plain_pickle import read_plain_pickle
 from simla.dataset.readers.tables import by_id, checked, is_box, look_up
 from simla.utils import UserError, atomic_write, make_output_folder
@@ -55,14 +55,18 @@ EDITIONS = {  # name -> file of references -> edition, the preferred one first
 }
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_without_images(parser)
+
+
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     name = options.name
     wanted = {
         "references": [f"{name}/{refs}" for refs in EDITIONS[name]],
         "objects": [f"{name}/instances.json"],
-        "images": [f"coco/images/{IMAGE_FOLDER}"],
     }
-    refs_file, objects_file, image_folder = find_all(root, SOURCE, wanted).values()
+    folders = {"images": [f"coco/images/{IMAGE_FOLDER}"]}
+    refs_file, objects_file, image_folder = find_all(root, SOURCE, wanted, folders, report).values()
     edition = EDITIONS[name][refs_file.name]
     refs = by_id(read_plain_pickle(refs_file), "ref_id", refs_file)
     instances = Instances(objects_file)

@@ -177,13 +177,17 @@ def sample_files(entry: dict, res: int) -> dict[str, bytes]:
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise BadImage(path, "no caption")
-    kind, content = _image_file(path, res)
+    kind, content = image_file(path, path, res)
     return {kind: content, **caption_file(texts)}
 
 
-def _image_file(path: str, res: int) -> tuple[str, bytes]:
-    image = load_image(path)  # decoded in any case, to see whether it can be
-    content = Path(path).read_bytes()
+def image_file(source: str | bytes, name: str, res: int = 0) -> tuple[str, bytes]:
+    """Return ending and content as a member of a shard, the shorter side at most `res` where not 0.
+
+    source: a path, or the content of a file that `name` is to call. Raises BadImage.
+    """
+    image = load_image(source, name)  # decoded in any case, to see whether it can be
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
     with open_content(content) as source:
         kind = KINDS.get(source.format)
     side = min(image.size)

@@ -13,7 +13,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from simla.dataset.prepare.common import Images, Report, find_all
+from simla.dataset.prepare.common import (
+    OR_ONLY,
+    Images,
+    Report,
+    add_only,
+    add_without_images,
+    find_all,
+    sets_to_make,
+)
 from simla.dataset.prepare.flickr30k import IMAGE_FOLDERS
 from simla.dataset.readers.tables import checked, read_json_lines
 from simla.dataset.ve import CLASSES
@@ -28,12 +36,18 @@ SPLITS = {  # official numbers of contradictions, neutral sentences and entailme
 IMAGE_FIELDS = ("Flickr30K_ID", "Flikr30kID")  # the two releases call it differently
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_only(parser)
+    add_without_images(parser)
+
+
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
-    wanted = {split: [f"snli_ve/snli_ve_{split}.jsonl"] for split in SPLITS}
-    files = find_all(root, SOURCE, {**wanted, "images": IMAGE_FOLDERS})
+    wanted = {split: [f"snli_ve/snli_ve_{split}.jsonl"] for split in sets_to_make(options, SPLITS, report)}
+    files = find_all(root, SOURCE + OR_ONLY, wanted, {"images": IMAGE_FOLDERS}, report)
     images = Images(files["images"], report)
     report.source = "Xie et al. 2019 and the SNLI-VE repository"
-    for split, official in SPLITS.items():
+    for split in wanted:
+        official = SPLITS[split]
         entries = list(sentences(files[split], report))
         labels = Counter(entry["label"] for entry in entries)
         report.count(split, len(entries), sum(official))

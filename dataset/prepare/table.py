@@ -35,10 +35,11 @@ from simla.dataset.prepare.common import (
     add_name,
     add_relative,
     add_seed,
+    add_without_images,
     in_parallel,
     split_by_shares,
 )
-from simla.dataset.prepare.img2dataset import read_parquet
+from simla.dataset.prepare.img2dataset import read_table
 from simla.dataset.readers.tables import read_json_lines, read_lines
 from simla.utils import UserError
 
@@ -65,11 +66,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_seed(parser)
     add_name(parser)
     add_relative(parser)
+    add_without_images(parser)
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     folder = root / options.images
-    tables = [path for pattern in options.table for path in _tables(root, pattern)]
+    tables = [path for pattern in options.table for path in find_tables(root, pattern)]
     rows = _present(read_rows(tables, report, options.image, options.caption), folder, report)
     if options.relative:
         rows = ((os.path.relpath(image, root), caption) for image, caption in rows)
@@ -108,7 +110,8 @@ def _divided(
     return splits
 
 
-def _tables(root: Path, pattern: str) -> list[Path]:
+def find_tables(root: Path, pattern: str) -> list[Path]:
+    """Return the files of a path or pattern below `root`; raise UserError where there is none."""
     path = root / pattern  # an absolute one stays
     if path.is_file():
         return [path]
@@ -140,8 +143,8 @@ def read_rows(
         columns = None
         for where, row in reader(path):
             columns = columns or [
-                _column(row, image, IMAGE_NAMES, "--image", path),
-                _column(row, caption, CAPTION_NAMES, "--caption", path),
+                column_of(row, image, IMAGE_NAMES, "--image", path),
+                column_of(row, caption, CAPTION_NAMES, "--caption", path),
             ]
             name, cell = (row.get(column) for column in columns)
             captions = values_in(cell, where, report)
@@ -150,7 +153,7 @@ def read_rows(
                 report.leave_out(NO_CELL, where, len(captions))
                 continue
             if not isinstance(name, str):
-                hint = "; python -m simla.dataset.prepare img2dataset reads tables that hold the images"
+                hint = "; python -m simla.dataset.prepare huggingface reads tables that hold the images"
                 raise UserError(
                     f"{where}: column {columns[0]!r} must hold the path of an image, found {name!r}"[:500]
                     + (hint if isinstance(name, bytes | dict) else "")
@@ -158,7 +161,7 @@ def read_rows(
             yield from ((name, text) for text in captions)
 
 
-def _column(row: dict, wanted: str | None, usual: list[str], flag: str, path: Path) -> str:
+def column_of(row: dict, wanted: str | None, usual: list[str], flag: str, path: Path) -> str:
     """Return the row's key: the one wanted, or the first of the usual ones, in upper or lower case."""
     if wanted is not None and wanted in row:
         return wanted
@@ -232,7 +235,7 @@ def _read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _read_parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    return ((f"{path}, row {number}", row) for number, row in enumerate(read_parquet(path)))
+    return ((f"{path}, row {number}", row) for number, row in enumerate(read_table(path)))
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict]]]] = {
@@ -248,13 +251,15 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict]]]] = {
 
 
 def _present(rows: Iterable[tuple[str, str]], folder: Path, report: Report) -> Iterator[tuple[str, str]]:
-    """Yield absolute image paths, of images that are there, and captions."""
+    """Yield absolute image paths, of images that are there or need not be, and captions."""
     placed = ((os.path.normpath(folder / image), caption) for image, caption in rows)
     for path, caption, problem in in_parallel(_look, placed, NUM_AHEAD):
-        if problem:
+        if problem and report.without_images:
+            report.notice(f"captions whose image {problem}, kept by --without_images", path)
+        elif problem:
             report.leave_out(f"captions whose image {problem}", path)
-        else:
-            yield path, caption
+            continue
+        yield path, caption
 
 
 def _look(row: tuple[str, str]) -> tuple[str, str, str]:

@@ -14,7 +14,7 @@ with or without .jpg, fits the first lines best ({file}, too, for SBU, whose Fli
 --image-names gives another one: {row} is the number of the line from 0 (a header is not counted), {row1} from
 1, {crc32} and {md5} are those of the URL, {file} is the last part of its path; {row:09}.jpg is a number of
 nine digits. A name made of the number alone is never guessed: counted from the wrong end, each image would
-get its neighbour's caption.
+get its neighbour's caption. With --without_images and no image at hand they are named {row}_{crc32}.
 """
 
 import argparse
@@ -28,7 +28,15 @@ from string import Formatter
 from typing import NamedTuple
 
 from simla.dataset.prepare.captions import pairs
-from simla.dataset.prepare.common import Images, Report, add_relative, find, prefix, read_source
+from simla.dataset.prepare.common import (
+    Images,
+    Report,
+    add_relative,
+    add_without_images,
+    find,
+    prefix,
+    read_source,
+)
 from simla.dataset.prepare.img2dataset import AlreadyShards, is_output, write_output
 from simla.dataset.readers.tables import checked, read_lines
 from simla.utils import UserError
@@ -93,6 +101,7 @@ SOURCES = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-names", help="how images are named, for example {row:09}.jpg; see above")
     add_relative(parser)
+    add_without_images(parser)
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
@@ -111,7 +120,7 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
         raise UserError(
             f"missing in --root {root}: {'; or '.join(wanted)}. The list is to be had from {source.page}, "
             "the images by img2dataset (output_format files or parquet; the list is not needed then) or "
-            "another tool"
+            "another tool; --without_images makes the file of the list alone"
         )
 
 
@@ -119,7 +128,9 @@ def _write(url_list: UrlList, root: Path, out: Path, options: argparse.Namespace
     """Write the pre-training file of a list; return whether its images and the list are there."""
     stem, path = url_list.stem, out / f"{url_list.stem}.json"
     folder, listed = find(root, url_list.images), find(root, url_list.lists)
-    if folder is not None and is_output(folder):
+    if report.without_images:
+        folder = root / url_list.images[0]
+    elif folder is not None and is_output(folder):
         write_output(folder, path, prefix(folder, root, options), report, url_list.num_lines)
         return True
     if folder is None or listed is None:
@@ -136,7 +147,7 @@ def _write(url_list: UrlList, root: Path, out: Path, options: argparse.Namespace
                 yield name, caption
 
     number = report.write(path, pairs(rows(), prefix(folder, root, options), report))
-    report.count(f"{stem}: pairs with an image", number)
+    report.count(f"{stem}: pairs{'' if report.without_images else ' with an image'}", number)
     report.notes.append(f"{path.name}: images are named {name_of.pattern}")
     return True
 
@@ -158,14 +169,17 @@ class _Naming:
 
 
 def _guess(first: list[tuple[int, str, object]], listed: Path, namings: list[str], images: Images) -> str:
-    """Return the naming by which most of the first lines have an image; raise UserError where none has."""
+    """Return the naming by which most of the first lines have an image.
+
+    Where none has one, raises UserError; without images it is the first naming.
+    """
     tried = [*namings, *(f"{naming}.jpg" for naming in namings if naming != "{file}")]
     fits = {}
     for naming in tried:
         name_of = _Naming(naming)
         fits[naming] = sum(name_of(row, url) in images.files for row, url, _ in first)
     best = max(fits, key=fits.get)
-    if not fits[best]:
+    if not fits[best] and not images.report.without_images:
         example = min(images.files, default="nothing")
         raise UserError(
             f"no image of the first {len(first)} lines of {listed} is in {images.folder}, by the names "

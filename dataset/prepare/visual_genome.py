@@ -21,7 +21,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from simla.dataset.prepare.captions import captions_in
-from simla.dataset.prepare.common import Images, Report, add_relative, find, find_all, prefix, read_source
+from simla.dataset.prepare.common import (
+    Images,
+    Report,
+    add_relative,
+    add_without_images,
+    find,
+    find_all,
+    prefix,
+    read_source,
+)
 from simla.dataset.prepare.karpathy import PAGE, flickr_id, read_images
 from simla.dataset.readers.json_list import JsonList
 from simla.dataset.readers.tables import by_id, checked, value_of
@@ -41,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--allow-leaks", action="store_true", help="go on where a split of images to be left out is missing"
     )
     add_relative(parser)
+    add_without_images(parser)
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
@@ -49,8 +59,8 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     wanted = {
         file: [f"visual_genome/{file}", file] for file in ("region_descriptions.json", "image_data.json")
     }
-    wanted["images"] = ["visual_genome/images", "visual_genome", "images"]
-    regions, about_file, folder = find_all(root, SITE, wanted).values()
+    folders = {"images": ["visual_genome/images", "visual_genome", "images"]}
+    regions, about_file, folder = find_all(root, SITE, wanted, folders, report).values()
     images = Images(folder, report, "regions whose image is")
     about = by_id(read_source(about_file), "image_id", about_file)
     held_out = {name: _held_out(root, name, options.allow_leaks, report) for name in EVALUATED}
@@ -95,7 +105,7 @@ def _phrases(
         if leaks := [file for file, id in ids.items() if id in held_out[file]]:
             report.leave_out(f"regions of images of val and test in {leaks[0]}", name, len(regions))
             continue
-        if not images.has(name, len(regions)):
+        if not images.has(name, number=len(regions)):
             continue
         texts = [text for region in regions for text in captions_in(region["phrase"], name, report)]
         different: dict[str, str] = {}

@@ -13,6 +13,9 @@ Writes (config vqa_root: coco/images, vg_root: visual_genome/images):
     answer_list.json                the 3,128 answers to rank (the length of the published list), counted in
                                     train and val as by `python -m simla.dataset.prepare answers`
 
+Sets of --only: train, val, test, vg. The last one needs the questions of val, too; answer_list.json is made
+with train, and counts val where val is made.
+
 Visual Genome's answers are sentences ("On the table."), so they go through the normalisation of the official
 VQA accuracy; those of which nothing is left are left out. So are questions on images of COCO that VQA v2 has
 in val or test, or its score there would not be on unseen images; image_data.json knows COCO's number of an
@@ -25,7 +28,16 @@ from pathlib import Path
 from sys import intern
 
 from simla.dataset.prepare.answers import NUM_ANSWERS, covered_share, frequent_answers
-from simla.dataset.prepare.common import Images, Report, find_all, read_source
+from simla.dataset.prepare.common import (
+    OR_ONLY,
+    Images,
+    Report,
+    add_only,
+    add_without_images,
+    find_all,
+    read_source,
+    sets_to_make,
+)
 from simla.dataset.prepare.visual_genome import NUM_IMAGES, id_elsewhere, image_name, number_of_image
 from simla.dataset.readers.json_list import JsonList
 from simla.dataset.readers.tables import by_id, checked, look_up
@@ -35,46 +47,62 @@ from simla.utils import UserError
 SOURCE = "visualqa.org (VQA v2), cocodataset.org (images) and visualgenome.org (version 1.2)"
 FOLDERS = {"train": "train2014", "val": "val2014", "test": "test2015"}
 OFFICIAL = {"train": 443_757, "val": 214_354, "test": 447_793}  # questions
-FILES = {  # the authors' own reader has folders Questions and Annotations
-    f"{split}, {kind}": [f"vqa/{name.format(folder)}", f"vqa/*/{name.format(folder)}"]
+FILES = {  # set -> what it needs -> where that may lie: the authors' own reader has folders
+    split: {
+        f"{split}, {kind}": [f"vqa/{name.format(folder)}", f"vqa/*/{name.format(folder)}"]
+        for kind, name in (
+            ("questions", "v2_OpenEnded_mscoco_{}_questions.json"),
+            ("annotations", "v2_mscoco_{}_annotations.json"),
+        )
+        if (split, kind) != ("test", "annotations")
+    }
     for split, folder in FOLDERS.items()
-    for kind, name in (
-        ("questions", "v2_OpenEnded_mscoco_{}_questions.json"),
-        ("annotations", "v2_mscoco_{}_annotations.json"),
-    )
-    if (split, kind) != ("test", "annotations")
 }
-FILES |= {name: [f"visual_genome/{name}"] for name in ("question_answers.json", "image_data.json")}
-FILES |= {"COCO's images": ["coco/images"], "Visual Genome's images": ["visual_genome/images"]}
+FILES["vg"] = {name: [f"visual_genome/{name}"] for name in ("question_answers.json", "image_data.json")}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_only(parser)
+    add_without_images(parser)
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
-    files = find_all(root, SOURCE, FILES)
+    sets = sets_to_make(options, FILES, report)
+    splits = [split for split in FOLDERS if split in sets]
+    wanted = {what: places for name in sets for what, places in FILES[name].items()}
+    folders = {"COCO's images": ["coco/images"]} if splits else {}
+    if "vg" in sets:
+        wanted["val, questions"] = FILES["val"]["val, questions"]  # to leave out their images
+        folders["Visual Genome's images"] = ["visual_genome/images"]
+    files = find_all(root, SOURCE + OR_ONLY, wanted, folders, report)
     report.source = "visualqa.org and Krishna et al. 2017"
-    held_out = _prepare_vqa(files, out, report)
-    _prepare_vg(files, out, held_out, report)
+    if splits:
+        _prepare_vqa(files, splits, out, report)
+    if "vg" in sets:
+        _prepare_vg(files, out, _held_out(files), report)
 
 
 # ---- VQA v2 ----
 
 
-def _prepare_vqa(files: dict[str, Path], out: Path, report: Report) -> set[str]:
-    """Write its files and the list of answers; return the images of val and test."""
+def _prepare_vqa(files: dict[str, Path], splits: list[str], out: Path, report: Report) -> None:
+    """Write the files of the splits and, where train is one of them, the list of answers."""
     images = Images(files["COCO's images"], report, "VQA v2 questions whose image is")
     answers: list[list[str]] = []
-    held_out: set[str] = set()
-    for split, folder in FOLDERS.items():
+    for split in splits:
         annotations = files.get(f"{split}, annotations")
-        entries = list(vqa_entries(files[f"{split}, questions"], annotations, folder))
+        entries = list(vqa_entries(files[f"{split}, questions"], annotations, FOLDERS[split]))
         report.count(f"VQA v2 {split}, questions", len(entries), OFFICIAL[split])
         kept = [entry for entry in entries if images.has(entry["image"])]
         report.write(out / f"vqa_{split}.json", kept)
         answers += [entry["answer"] for entry in kept if annotations]
-        held_out |= {entry["image"] for entry in entries if split != "train"}
         if split == "test" and len(kept) < len(entries):
             report.notes.append(
                 "vqa_test.json is incomplete: the evaluation server wants answers to all questions"
             )
+    if "train" not in splits:
+        report.notes.append("answer_list.json is not written: its answers are counted in train, and in val")
+        return
     listed = frequent_answers(answers, NUM_ANSWERS)
     report.count("answers to rank", len(listed), NUM_ANSWERS)
     report.write(out / "answer_list.json", listed)
@@ -82,9 +110,19 @@ def _prepare_vqa(files: dict[str, Path], out: Path, report: Report) -> set[str]:
     least = sum(most_common_answer(given) == rarest for given in answers)
     report.notes.append(
         f"answer_list.json: its answers are the most common one of {least:,} questions or more each, "
-        f"together of {covered_share(listed, answers):.1%} of train and val"
+        f"together of {covered_share(listed, answers):.1%} of train{' and val' if 'val' in splits else ''}"
     )
-    return held_out
+
+
+def _held_out(files: dict[str, Path]) -> set[str]:
+    """Return the images of those of val and test whose questions are at hand."""
+    questions = {split: files.get(f"{split}, questions") for split in ("val", "test")}
+    return {
+        entry["image"]
+        for split, file in questions.items()
+        if file is not None
+        for entry in vqa_entries(file, None, FOLDERS[split])
+    }
 
 
 def coco_image(folder: str, number: int) -> str:

@@ -1,0 +1,96 @@
+"""Shards of tables that hold the images themselves, as Hugging Face's `datasets` writes and publishes them.
+
+Needs below --root the tables that --table names (and `pip install pyarrow`):
+    data/train-00000-of-00012.parquet ...       a data set of the Hugging Face hub, or of to_parquet
+    train/data-00000-of-00012.arrow ...         one that save_to_disk has written
+or other parquet files with images in them. Images are in a column of {"bytes", "path"}, as `datasets` has
+them, or of bytes alone; captions, a text or a list of texts, in one column or several. They are told by the
+usual names (image, img, ...; caption, text, ...), or by --image and --caption.
+Writes one shard of each table, {--name}_shards/00000.tar and so on, for `train_file` to name. Images keep
+their bytes; those of formats that shards do not have become JPEGs.
+
+Name tables of one split: a column "split" is not looked at. A row without bytes is left out and counted, with
+its path if it has one: dataset.to_parquet("train.parquet") of `datasets` puts the bytes in.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from simla.dataset.images import BadImage
+from simla.dataset.prepare.captions import captions_in
+from simla.dataset.prepare.common import Report, add_name
+from simla.dataset.prepare.img2dataset import (
+    BATCH_IMAGES,
+    Samples,
+    opened_table,
+    read_table,
+    write_tars,
+)
+from simla.dataset.prepare.shards import caption_file, image_file
+from simla.dataset.prepare.table import CAPTION_NAMES, IMAGE_NAMES, column_of, find_tables
+from simla.utils import UserError
+
+KINDS = {".parquet", ".arrow"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    table_help = "files, relative to --root; patterns such as data/train-*.parquet, too"
+    parser.add_argument("--table", nargs="+", action="extend", required=True, help=table_help)
+    parser.add_argument("--image", help="column of images")
+    parser.add_argument("--caption", nargs="+", action="extend", help="column, or columns, of captions")
+    add_name(parser)
+
+
+def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
+    tables = [path for pattern in options.table for path in find_tables(root, pattern)]
+    samples = {}
+    for number, path in enumerate(tables):
+        if path.suffix not in KINDS:
+            raise UserError(f"--table {path}: must end in {' or '.join(sorted(KINDS))}")
+        image, captions = _columns(path, options)
+        samples[f"{number:05}"] = partial(_samples, path, image, captions)
+    write_tars(out / f"{options.stem}_shards", samples, "Unpacking tables", "", report)
+
+
+def _columns(path: Path, options: argparse.Namespace) -> tuple[str, list[str]]:
+    """Return the columns of images and captions; raise UserError where the table has no images in it."""
+    with opened_table(path) as (schema, _):
+        from pyarrow import types  # here, because it need not be installed for other tables
+
+        images = [
+            field.name
+            for field in schema
+            if types.is_binary(field.type)
+            or types.is_large_binary(field.type)
+            or (types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
+        ]
+    if not images:
+        listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise UserError(
+            f"{path} has no column of images, that is of bytes or of {{bytes, path}}, but {listed}. A table "
+            "that names image files is for python -m simla.dataset.prepare table"
+        )
+    image = images[0]
+    if options.image or len(images) > 1:
+        image = column_of(dict.fromkeys(images), options.image, IMAGE_NAMES, "--image", path)
+    names, wanted = dict.fromkeys(schema.names), options.caption or [None]
+    return image, [column_of(names, name, CAPTION_NAMES, "--caption", path) for name in wanted]
+
+
+def _samples(path: Path, image: str, captions: list[str], report: Report) -> Samples:
+    for number, row in enumerate(read_table(path, [image, *captions], BATCH_IMAGES)):
+        report.count("rows")
+        cell, where = row[image], f"{path.name} row {number}"
+        if isinstance(cell, dict):
+            where += f" ({cell['path']})" if cell.get("path") else ""
+            cell = cell["bytes"]
+        if not cell:
+            report.leave_out("rows without the bytes of an image", where)
+        elif texts := list(captions_in([row[column] for column in captions], where, report)):
+            try:
+                kind, content = image_file(cell, where)
+            except BadImage as error:
+                report.leave_out(f"rows whose image is bad: {error.cause.partition(':')[0]}", where)
+            else:
+                yield f"{number:09}", {kind: content, **caption_file(texts)}
