@@ -47,7 +47,7 @@ SOURCE = (
 )
 ENTITIES = "github.com/BryanPlummer/flickr30k_entities"
 PLACES = ["flickr8k/{}", "flickr8k/Flickr8k_text/{}", "Flickr8k_text/{}", "{}"]
-FOLDERS = ["Flickr8k_Dataset/Flicker8k_Dataset", "Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"]
+FOLDERS = ["Fli*8k_Dataset/Flicker8k_Dataset", "Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"]
 IMAGE_FOLDERS = ["flickr8k_images", *(f"{start}{name}" for start in ("flickr8k/", "") for name in FOLDERS)]
 CAPTION_FILES = ["Flickr8k.token.txt", "captions.txt", "dataset_flickr8k.json"]
 LISTS = [f"Flickr_8k.{name}Images.txt" for name in ("train", "dev", "test")]
