@@ -10,7 +10,7 @@ import codecs
 import json
 import re
 from ast import literal_eval
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +19,8 @@ from simla.utils import UserError, hub_answer, log, printable
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer
+    from tokenizers.normalizers import Normalizer
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -49,16 +51,16 @@ def listed_texts(text: str) -> list[str] | None:
     return values if all(isinstance(value, str) for value in values) else None
 
 
-def clean_caption(text: str, max_words: int = 30) -> str:
-    """Return the caption in lower case, without punctuation, its first words."""
-    text = text.lower().translate(CLEANED).replace("<person>", "person")
+def clean_caption(text: str, max_words: int = 30, lower: bool = True) -> str:
+    """Return the caption's first words without punctuation, in lower case unless the tokenizer keeps it."""
+    text = (text.lower() if lower else text).translate(CLEANED).replace("<person>", "person")
     text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
     return _first_words(text, max_words)
 
 
-def clean_question(text: str, max_words: int = 50) -> str:
+def clean_question(text: str, max_words: int = 50, lower: bool = True) -> str:
     """Return the question cleaned; runs of white space (each empty word counts) and <person> stay."""
-    return _first_words(text.lower().translate(CLEANED).rstrip(" "), max_words)
+    return _first_words((text.lower() if lower else text).translate(CLEANED).rstrip(" "), max_words)
 
 
 def _first_words(text: str, max_words: int) -> str:
@@ -71,8 +73,17 @@ def names_side(text: str) -> bool:
     return SIDE.search(text) is not None
 
 
+def lowers_case(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer, given its `backend_tokenizer`, reads no capital letters, so that texts for
+    it are cleaned to lower case.
+    """
+    return tokenizer.normalizer is not None and tokenizer.normalizer.normalize_str("A") == "a"
+
+
 def build_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
-    """Return uncased BERT's WordPiece from a hub name, or a folder with vocab.txt or tokenizer.json."""
+    """Return BERT's WordPiece from a hub name, or a folder with vocab.txt or tokenizer.json, which reads
+    capital letters, accents and Chinese characters as `_normalizer` says.
+    """
     from tokenizers.processors import TemplateProcessing
     from transformers import BertTokenizer  # here, because this import takes seconds
 
@@ -80,10 +91,12 @@ def build_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
     where = "on the Hugging Face hub" if Path(name_or_folder).exists() else hub_answer()
     try:
         given = _words_after_a_mark(Path(name_or_folder) / "vocab.txt")
-        tokenizer = BertTokenizer.from_pretrained(name_or_folder, do_lower_case=True, **given)
-        words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+        tokenizer = BertTokenizer.from_pretrained(name_or_folder, **given)
+        backend = tokenizer.backend_tokenizer
+        words = backend.get_vocab(with_added_tokens=False)
+        backend.normalizer = _normalizer(name_or_folder, backend.normalizer, words)
     except Exception as error:  # of many types, by way of the network, the cache and the files
-        cause = error
+        words, cause = {}, error
     # Where it finds no file, transformers 5 silently makes up a vocabulary of the special tokens alone.
     if not words.keys() > SPECIAL_TOKENS:
         raise UserError(
@@ -92,11 +105,32 @@ def build_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
             "the weights were trained with, mostly that of bert-base-uncased."
         ) from cause
 
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+    backend.post_processor = TemplateProcessing(
         single="[CLS] $A", pair="[CLS] $A $B", special_tokens=[("[CLS]", tokenizer.cls_token_id)]
     )
+    backend.no_padding()  # tokenizer.json of sentence encoders pads and cuts
+    backend.no_truncation()
     tokenizer.model_max_length = int(1e9)  # `tokenize` knows the limit, and says so in its own words
     return tokenizer
+
+
+def _normalizer(name_or_folder: str, as_configured: Normalizer, words: Iterable[str]) -> Normalizer | None:
+    """Return how texts are read: as tokenizer_config.json says, or tokenizer.json, or, where neither does, in
+    lower case unless capital letters are in the vocabulary.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.normalizers import BertNormalizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+    from transformers.utils import cached_file
+
+    if "do_lower_case" in get_tokenizer_config(name_or_folder):
+        return as_configured
+    if file := cached_file(name_or_folder, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
+        return Tokenizer.from_file(file).normalizer
+    is_cased = any(len(word) == 1 and word != word.lower() for word in words)
+    if is_cased:
+        log.info(f"text_encoder {name_or_folder}: its vocabulary has capital letters, so texts keep theirs")
+    return BertNormalizer(lowercase=not is_cased)
 
 
 def _words_after_a_mark(file: Path) -> dict[str, dict[str, int]]:

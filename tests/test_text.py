@@ -102,7 +102,7 @@ def test_every_kind_of_folder_makes_the_same_tokenizer(kind, vocab_folder, tmp_p
         encoding = "utf-8-sig" if kind == "with a byte-order mark" else "utf-8"
         (tmp_path / "vocab.txt").write_text("\n".join(WORDS), encoding=encoding)
     if kind == "with tokenizer_config":
-        config = {"do_lower_case": False, "model_max_length": 512, "tokenizer_class": "BertTokenizer"}
+        config = {"do_lower_case": True, "model_max_length": 512, "tokenizer_class": "BertTokenizer"}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = build_tokenizer(str(tmp_path))
     assert len(tokenizer) == len(WORDS)

@@ -26,6 +26,7 @@ CONVERTERS = {  # name -> (module of this package, what it makes)
     "refcocog": ("refcoco", "RefCOCOg: grounding"),
     "vqa": ("vqa", "VQA v2 and Visual Genome's questions"),
     "answers": ("answers", "the list of answers that VQA ranks, from annotation files"),
+    "vocabulary": ("vocabulary", "a WordPiece vocabulary of annotation files' texts, in any language"),
     "nlvr2": ("nlvr2", "NLVR2"),
     "snli_ve": ("snli_ve", "SNLI-VE"),
     "shards": ("shards", "WebDataset shards of an annotation file and its images"),
