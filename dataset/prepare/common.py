@@ -248,8 +248,8 @@ def split_by_shares(shares: str, seed: int, others: str = "") -> Callable[[str],
     train, val, test = map(int, match.groups()) if match else (0, 0, 0)
     if train + val + test != 100 or not all((train, val, test)):
         raise UserError(
-            f"--split {shares}: must be {others}the shares of train, val and test in percent, whole numbers above 0 "
-            "that sum to 100, such as 80/10/10"
+            f"--split {shares}: must be {others}the shares of train, val and test in percent, whole "
+            "numbers above 0 that sum to 100, such as 80/10/10"
         )
 
     def split_of(name: str) -> str:
