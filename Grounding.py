@@ -1,9 +1,10 @@
 """Grounding without boxes: trains on images with expressions, then asks Grad-CAM where an expression looks.
 
 Data     JSON lists of {"image": path, "text": expression} (`train_file`) and {"image", "text", "ref_id"}
-         (`test_file`); in `refcoco_data` refcoco+/refs(unc).p and refcoco+/instances.json, the true boxes; in
-         `det_file` {image_id: [[x, y, w, h, ...], ...]}, a detector's boxes to choose from. Of your own
-         photos {"image", "text", "box": [x, y, w, h]} and maybe "split", without `refcoco_data`
+         (`test_file`), with "dataset" where it is RefCOCO or RefCOCOg; in `refcoco_data`
+         refcoco+/refs(unc).p and refcoco+/instances.json, the true boxes, and so on; in `det_file`
+         {image_id: [[x, y, w, h, ...], ...]}, a detector's boxes to choose from. Of your own photos
+         {"image", "text", "box": [x, y, w, h]} and maybe "split", without `refcoco_data`
 Command  torchrun --nproc_per_node=8 Grounding.py \\
              --config configs/Grounding.yaml --checkpoint output/Pretrain/checkpoint_29.pth
 Expected the paper's RefCOCO+ val / testA / testB 58.1 / 67.4 / 47.5 (val_d, testA_d, testB_d: detector boxes)
@@ -15,6 +16,7 @@ if __name__ == "__main__":
     prepare()
 
 import argparse
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -46,13 +48,10 @@ def chance(config: dict) -> dict[str, float]:
 
 
 def choice(heat: Tensor, target: Target) -> dict:
-    """Return the box that a heat map (h, w) points at and its IoU with the truth; no box: None and 0."""
+    """Return what a heat map (h, w) points at, as `point_at` does, and which expression that is of."""
     heat = grounding.resize_heat(heat, target.height, target.width)
-    candidates = target.candidates
-    box = grounding.heat_box(heat) if candidates is None else grounding.choose_box(heat, candidates)
-    iou = 0.0 if box is None else grounding.box_iou(target.box, box)
     name = {"entry": target.where} if target.ref_id is None else {"ref_id": target.ref_id}
-    return {**name, "score": target.score_name, "box": box, "iou": iou}
+    return name | {"score": target.score_name} | grounding.point_at(heat, target.box, target.candidates)
 
 
 def choose(
@@ -74,7 +73,7 @@ def choose(
 
 
 def evaluate(choices: list[dict]) -> dict[str, float]:
-    """Return val_d, testA_d, testB_d (or val_h, ...) in percent, those that have expressions."""
+    """Return val_d, testA_d, testB_d (or val_h, refcocog_test_d, ...) in percent, those with expressions."""
     return grounding.grounding_accuracy([c["score"] for c in choices], [c["iou"] for c in choices])
 
 
@@ -85,6 +84,7 @@ def report(
     scores, has_detector = evaluate(choices), bool(settings["det_file"])
     protocol = {
         "test_file": settings["test_file"],
+        "expressions": dict(Counter(t.data_set or "boxes in the entries" for t in data.targets)),
         "weights": weights,
         "left_out": data.left_out,
         "gradcam_mode": settings["gradcam_mode"],
@@ -93,18 +93,19 @@ def report(
         "chance": "an even choice among the boxes" if has_detector else "the whole image as box",
     }
     log.info("grounding: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
-    splits = {}
-    for name in (f"{split}_{'d' if has_detector else 'h'}" for split in data.splits):
-        chances = [grounding.grounding_chance(t.box, t.guesses) for t in data.targets if t.score_name == name]
-        no_box = sum(chosen["box"] is None for chosen in choices if chosen["score"] == name)
-        splits[name] = {"n": len(chances), "accuracy": scores.get(name), "without_box": no_box}
-        if not chances:
-            log.info(f"{name:9} no expressions in test_file, no accuracy")
+    names = [f"{split}_{'d' if has_detector else 'h'}" for split in data.splits]
+    splits = {name: grounding.summary([c for c in choices if c["score"] == name]) for name in names}
+    width = max(9, *map(len, names))
+    for name, split in splits.items():
+        if not split["n"]:
+            log.info(f"{name:{width}} no expressions in test_file, no accuracy")
             continue
-        level = splits[name]["chance"] = 100.0 * sum(chances) / len(chances)
-        log.info(f"{name:9} {scores[name]:6.2f}   chance {level:6.2f}   n {len(chances)}")
-        if no_box:
-            log.info(f"{name:9} {no_box} counted as wrong: no box has a score above 0")
+        log.info(f"{name:{width}} {split['accuracy']:6.2f}   chance {split['chance']:6.2f}   n {split['n']}")
+        if split["without_box"]:
+            log.info(f"{name:{width}} {split['without_box']} counted as wrong: no box has a score above 0")
+        if has_detector:
+            numbers = f"{split['heat_accuracy']:6.2f}   chance {split['heat_chance']:6.2f}"
+            log.info(f"{'':{width}} {numbers}   with the box round the heat instead")
     save_result(output_dir, "grounding", {**protocol, "splits": splits, "choices": choices})
     return scores
 
@@ -120,7 +121,8 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     # data
     tokenizer = build_tokenizer(config["text_encoder"])
     data = GroundingEvalData(config)
-    if not run.evaluate and all(target.split != "val" for target in data.targets):
+    val_scores = [target.score_name for target in data.targets if target.split == "val"]
+    if not run.evaluate and not val_scores:
         raise UserError(
             f"test_file {config['test_file']}: split val, which chooses the best epoch, is empty; with "
             "--evaluate none is needed"
@@ -151,8 +153,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
         schedule = create_scheduler(optimizer, config["schedular"], epoch_step="end")
 
         # resume
-        best = "val_d" if config["det_file"] else "val_h"
-        training = Training(model, optimizer, schedule, loader, losses, config, run, best)
+        training = Training(model, optimizer, schedule, loader, losses, config, run, best=val_scores[0])
         if run.resume:
             training.resume(run.checkpoint)
 

@@ -272,14 +272,14 @@ RETRIEVAL = {
 TRAIN_FILE = Key(PATHS, help="annotation files", root=DATA)
 
 
-BOXES_HELP = "folder with refcoco+/refs(unc).p and refcoco+/instances.json; empty = entries have boxes"
+BOXES_HELP = "folder with refcoco+/refs(unc).p, refcoco+/instances.json, ...; empty = entries have boxes"
 
 
 GROUNDING = {
     **FINETUNE,
     **CONTRAST,
     "train_file": TRAIN_FILE,
-    "test_file": Key(PATHS, help="annotation files of all three evaluation splits", root=DATA),
+    "test_file": Key(PATHS, help="annotation files of all evaluation splits", root=DATA),
     "refcoco_data": Key(str, "", BOXES_HELP, root=DATA),
     "det_file": Key(str, "", "detector boxes; empty = boxes from the heat map alone", root=DATA),
     "coco_file": Key(str, "", "kept for published configs; no score uses it", root=DATA, unused=True),

@@ -1,9 +1,11 @@
-"""Referring expressions: images for training, and for evaluation boxes, those of RefCOCO+ or your own."""
+"""Referring expressions: images for training, and for evaluation boxes, the RefCOCO family's or your own."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from torch.utils.data import DataLoader
 
@@ -18,9 +20,25 @@ from simla.dataset.retrieval import WithIdentities
 from simla.utils import UserError
 
 FIELDS = {"image": TEXT, "text": TEXT}
-SPLITS = ("val", "testA", "testB")  # of evaluation, RefCOCO+'s
+SPLITS = ("val", "testA", "testB", "test")  # of evaluation
 OWN_SPLIT = "val"  # of an entry with a box that names none
-REFS_FILE, INSTANCES_FILE = "refcoco+/refs(unc).p", "refcoco+/instances.json"
+
+
+class Release(NamedTuple):
+    """A division of a data set of the RefCOCO family: its references, below refcoco_data, and its splits."""
+
+    refs: str
+    splits: tuple[str, ...]
+
+
+RELEASES = {  # by the "dataset" of an entry
+    "refcoco+": Release("refcoco+/refs(unc).p", ("val", "testA", "testB")),
+    "refcoco": Release("refcoco/refs(unc).p", ("val", "testA", "testB")),
+    "refcocog": Release("refcocog/refs(umd).p", ("val", "test")),
+    "refcocog_google": Release("refcocog/refs(google).p", ("val",)),
+}
+COCO_NUMBER = re.compile(r"(\d{12})\.\w+$")  # of an image, in the name of its file
+PUBLISHED = "refcoco+"  # of an entry that names none; the names of its scores have no prefix
 
 
 def read_expressions(files: str | list[str], config: dict) -> Annotations:
@@ -41,16 +59,21 @@ def _check_located(entry: dict, where: str) -> None:
                 f"pixels, as your own photos need it; found {', '.join(entry)}"
             )
         checked(entry, "ref_id", int, where)
+        if entry.get("dataset") not in (None, *RELEASES):
+            raise UserError(
+                f"{where}: 'dataset' must be {', '.join(RELEASES)}, or missing, which means {PUBLISHED}; "
+                f"found {entry['dataset']!r}"[:500]
+            )
         return
     if not is_box(entry["box"]):
         raise UserError(
             f"{where}: 'box' must be [x, y, width, height] in pixels with width and height above 0, found "
             f"{entry['box']!r}"[:500]
         )
-    if entry.get("split") not in (None, *SPLITS, "test"):
+    if entry.get("split") not in (None, *SPLITS):
+        names = f"{', '.join(SPLITS[:-1])} or {SPLITS[-1]}"
         raise UserError(
-            f"{where}: 'split' must be {', '.join(SPLITS)} or test, or missing, which means {OWN_SPLIT}; "
-            f"found {entry['split']!r}"
+            f"{where}: 'split' must be {names}, or missing, which means {OWN_SPLIT}; found {entry['split']!r}"
         )
 
 
@@ -78,22 +101,27 @@ class Target:
     box: list[float]
     candidates: list[list[float]] | None  # the detector's; None: there is no detector
     where: str  # the entry
+    data_set: str = ""  # of the RefCOCO family; "" for a box in the entry
+
+    @property
+    def split_name(self) -> str:
+        """Return the split, after the name of the data set except for RefCOCO+ and boxes in entries."""
+        return split_name(self.data_set, self.split)
 
     @property
     def score_name(self) -> str:
-        """Return val_d, testA_d, testB_d, or with _h where boxes come from the heat map alone."""
-        return f"{self.split}_{'h' if self.candidates is None else 'd'}"
+        """Return val_d, refcocog_test_d, ..., or with _h where boxes come from the heat map alone."""
+        return f"{self.split_name}_{'h' if self.candidates is None else 'd'}"
 
-    @property
-    def guesses(self) -> list[list[float]]:
-        """Return what to choose from without a heat map: the detector's boxes, or else the whole image."""
-        return [[0, 0, self.width, self.height]] if self.candidates is None else self.candidates
+
+def split_name(data_set: str, split: str) -> str:
+    return split if data_set in ("", PUBLISHED) else f"{data_set}_{split}"
 
 
 class GroundingEvalData(EvalItems):
-    """Entries {"image", "text", "ref_id"}, the box being RefCOCO+'s, or {"image", "text", "box"} and maybe
-    "split". targets: the object of each, in order; splits: those there are, with refcoco_data all three of
-    RefCOCO+.
+    """Entries {"image", "text", "ref_id"} and maybe "dataset", the box being that data set's, or {"image",
+    "text", "box"} and maybe "split". targets: the object of each, in order; splits: the names of those there
+    are, of each data set of the RefCOCO family that occurs all.
     """
 
     def __init__(self, config: dict):
@@ -104,31 +132,39 @@ class GroundingEvalData(EvalItems):
         self.left_out = len(in_files) - len(entries)
         paths = (Path(config[key]) if config[key] else None for key in ("refcoco_data", "det_file"))
         self.targets = read_targets(entries, *paths)
-        present = {target.split for target in self.targets} | set(SPLITS if config["refcoco_data"] else ())
-        self.splits = [split for split in (*SPLITS, "test") if split in present]
+        names: dict[str, None] = {}
+        for data_set in dict.fromkeys(target.data_set for target in self.targets):
+            present = {target.split for target in self.targets if target.data_set == data_set}
+            splits = RELEASES[data_set].splits if data_set else filter(present.__contains__, SPLITS)
+            names |= dict.fromkeys(split_name(data_set, split) for split in splits)
+        self.splits = list(names)
 
 
 def read_targets(entries: Iterable[dict], refcoco: Path | None, det_file: Path | None) -> list[Target]:
-    """Return what each expression means; `refcoco`, the folder of RefCOCO+, is read where one has no box."""
+    """Return what each expression means; `refcoco`, the folder of the RefCOCO family, is read where one has
+    no box.
+    """
     detections = Detections(det_file) if det_file else None
-    references, size_of, targets = None, cache(_size_of), []
+    references: dict[str, References] = {}
+    size_of, targets = cache(_size_of), []
     for entry in entries:
         if entry.get("box") is not None:
             targets.append(_own_target(entry, size_of, detections))
             continue
-        if references is None:
+        name = entry.get("dataset") or PUBLISHED
+        if name not in references:
             if refcoco is None:
                 raise UserError(
                     f"{entry['where']} has no 'box': name RefCOCO+'s folder as refcoco_data in the config, "
                     "or give every entry its box"
                 )
-            references = References(refcoco)
-        targets.append(references.target(entry, detections))
+            references[name] = References(refcoco, name)
+        targets.append(references[name].target(entry, detections))
     return targets
 
 
 class Detections:
-    """A detector's boxes: {image_id of RefCOCO+, or else the image as the entry names it: [box, ...]}."""
+    """A detector's boxes: {COCO's image_id, or else the image as the entry names it: [box, ...]}."""
 
     def __init__(self, file: Path):
         self.file, self.boxes = file, read_json(file, dict)
@@ -163,10 +199,14 @@ def _size_of(file: str, where: str) -> tuple[int, int]:
 
 
 class References:
-    """RefCOCO+'s files: ref_id -> reference -> annotation, image size and split, every step checked."""
+    """The files of one of the RefCOCO family: ref_id -> reference -> annotation, image size and split, every
+    step checked.
+    """
 
-    def __init__(self, folder: Path):
-        self.refs_file, self.instances_file = folder / REFS_FILE, folder / INSTANCES_FILE
+    def __init__(self, folder: Path, data_set: str):
+        self.data_set, (refs, self.splits) = data_set, RELEASES[data_set]
+        self.refs_file = folder / refs
+        self.instances_file = self.refs_file.with_name("instances.json")
         self.refs = by_id(read_plain_pickle(self.refs_file), "ref_id", self.refs_file)
         instances = read_json(self.instances_file, dict)
         self.images, self.annotations = (
@@ -180,10 +220,17 @@ class References:
         ref = look_up(self.refs, ref_id, f"{entry['where']}: ref_id", self.refs_file)
         where = f"{self.refs_file}: ref_id {ref_id}"
         split, image_id = checked(ref, "split", str, where), checked(ref, "image_id", int, where)
-        if split not in SPLITS:
+        if split not in self.splits:
             raise UserError(
                 f"{entry['where']}: ref_id {ref_id} belongs to split {split!r}, expected "
-                f"{' or '.join(SPLITS)}; is this a file of training, or of another data set?"
+                f"{' or '.join(self.splits)}; is this a file of training, or of another data set?"
+            )
+        number = COCO_NUMBER.search(entry["image"])
+        if number and int(number[1]) != image_id:
+            raise UserError(
+                f"{entry['where']}: ref_id {ref_id} of {self.data_set} is in image {image_id}, not in "
+                f"{entry['image']}; entries of another data set name it ('dataset'), as those of python -m "
+                "simla.dataset.prepare do"
             )
         image = look_up(self.images, image_id, f"{where}: image_id", self.instances_file)
         ann_id = checked(ref, "ann_id", int, where)
@@ -192,7 +239,7 @@ class References:
         (box,) = _checked_boxes([annotation.get("bbox")], f"{self.instances_file}: annotation {ann_id}")
         where = f"{self.instances_file}: image {image_id}"
         height, width = (checked(image, side, int, where, least=1) for side in ("height", "width"))
-        return Target(ref_id, split, height, width, box, candidates, entry["where"])
+        return Target(ref_id, split, height, width, box, candidates, entry["where"], self.data_set)
 
 
 def _checked_boxes(boxes: object, where: str) -> list[list[float]]:

@@ -93,8 +93,10 @@ def panels(runs: list[Run]) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def split_and_metric(score: str) -> tuple[str, str]:
-    split, _, metric = score.partition("_")
-    return (split, metric) if split in LINE_STYLES else ("", score)
+    """Return ("val", "acc") for val_acc, ("val", "refcocog_d") for refcocog_val_d, ("", "x") for x."""
+    words = score.split("_")
+    split = next((word for word in words if word in LINE_STYLES), "")
+    return split, "_".join(word for word in words if word != split)
 
 
 def plot_curves(folders: list[str | Path], out: str | Path) -> None:

@@ -72,6 +72,38 @@ def heat_box(heat: Tensor) -> list[float] | None:
     return regions[regions[:, cv2.CC_STAT_AREA].argmax(), :4].astype(float).tolist()
 
 
+def point_at(heat: Tensor, truth: Box, candidates: Sequence[Box] | None) -> dict:
+    """Return the `box` that a heat map (H, W) at the size of the image points at, its `iou` with the true box
+    (without a box None and 0), and `chance`, the probability that a guess without heat is right: an even
+    choice among the candidates. With candidates the same of the box round the heat alone, `heat_box` and so
+    on, where the guess is the whole image; without them that is all there is.
+    """
+    height, width = heat.shape
+    box = heat_box(heat)
+    alone = {"box": box, "iou": _iou(truth, box), "chance": grounding_chance(truth, [[0, 0, width, height]])}
+    if candidates is None:
+        return alone
+    box = choose_box(heat, candidates)
+    chosen = {"box": box, "iou": _iou(truth, box), "chance": grounding_chance(truth, candidates)}
+    return chosen | {f"heat_{name}": value for name, value in alone.items()}
+
+
+def _iou(truth: Box, box: Box | None) -> float:
+    return 0.0 if box is None else box_iou(truth, box)
+
+
+def summary(choices: Sequence[dict]) -> dict[str, float | None]:
+    """Return number, accuracy and chance in percent of what `point_at` returned for the expressions of a
+    split, and how many are without a box.
+    """
+    result = {"n": len(choices), "accuracy": None, "without_box": sum(c["box"] is None for c in choices)}
+    for kind in ("", "heat_") if choices and "heat_box" in choices[0] else ("",) * bool(choices):
+        right = sum(choice[f"{kind}iou"] >= RIGHT_IOU for choice in choices)
+        result[f"{kind}accuracy"] = 100.0 * right / len(choices)
+        result[f"{kind}chance"] = 100.0 * sum(choice[f"{kind}chance"] for choice in choices) / len(choices)
+    return result
+
+
 def grounding_accuracy(splits: list[str], ious: list[float]) -> dict[str, float]:
     """Return the percentage of expressions whose chosen box has an IoU of at least RIGHT_IOU, for each split
     there is.

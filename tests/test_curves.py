@@ -140,6 +140,17 @@ LOGS = {
 }
 
 
+def test_scores_of_several_data_sets_have_a_panel_each(tmp_path):
+    scores = dict.fromkeys(("refcoco_val_d", "refcoco_testA_d", "refcocog_test_d", "val_d"), 50.0)
+    folder = write_run(tmp_path / "run", {}, *records(["loss_ita"], scores))
+    own = {
+        "refcoco_d": ["refcoco_val_d", "refcoco_testA_d"],
+        "refcocog_d": ["refcocog_test_d"],
+        "d": ["val_d"],
+    }
+    assert panels([read_run(folder)])[1] == own
+
+
 @pytest.mark.parametrize("name", LOGS)
 def test_the_log_of_every_task(name, tmp_path, monkeypatch):
     losses, scores = LOGS[name]

@@ -30,6 +30,7 @@ from simla.dataset.readers.plain_pickle import read_plain_pickle
 from simla.dataset.text import build_tokenizer
 from simla.dataset.transforms import View, crops, to_tensor
 from simla.engine.peers import leave_together
+from simla.evaluation.grounding import box_iou, grounding_chance
 from simla.models.retrieval import SIMLARetrieval
 from simla.utils import UserError
 
@@ -153,7 +154,6 @@ def test_targets_are_joined_by_their_ids(tiny):
         assert data[number]["text"] == f"the {thing['kind']}" and data[number]["index"] == number
     without = GroundingEvalData(config_of(tiny, 'det_file=""')).targets[0]
     assert (without.candidates, without.score_name) == (None, "val_h")
-    assert without.guesses == [[0, 0, 48, 48]]
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -406,6 +406,7 @@ def test_the_result_file_accounts_for_every_expression(trained, tiny):
     for name, part in result["splits"].items():
         own = [found for found in result["choices"] if found["score"] == name]
         assert part["accuracy"] == 100 * sum(found["iou"] >= 0.5 for found in own) / part["n"]
+        assert part["heat_accuracy"] == 100 * sum(found["heat_iou"] >= 0.5 for found in own) / part["n"]
         assert part["without_box"] == sum(found["box"] is None for found in own)
         assert 0 < part["chance"] < 100
 
@@ -509,6 +510,112 @@ def test_what_stops_a_run_before_it_starts(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"train.json: entry 0 has no 'text'; found image, caption, image_id"):
         grounding(monkeypatch, tiny, tmp_path, "--overrides", f"train_file={tmp_path}/train.json")
     assert not list(tmp_path.glob("*.pth"))
+
+
+# ---- RefCOCO and RefCOCOg ----
+
+
+FAMILY = {  # data set -> its references, the split of an expression of RefCOCO+'s testA or testB
+    "refcoco": ("refcoco/refs(unc).p", {}),
+    "refcocog": ("refcocog/refs(umd).p", {"testA": "test", "testB": "test"}),
+    "refcocog_google": ("refcocog/refs(google).p", {"testA": "val", "testB": "val"}),
+}
+
+
+def write_family(tiny: dict, folder: Path) -> list[str]:
+    """The tiny references once more as RefCOCO's and RefCOCOg's, under other ids -> a test file of each."""
+    refs = read_plain_pickle(tiny["data"] / "refcoco+" / "refs(unc).p")
+    entries = json.loads((tiny["data"] / "grounding_test.json").read_text())
+    entries = [{**entry, "image": str(tiny["data"] / entry["image"])} for entry in entries]
+    instances = json.loads((tiny["data"] / "refcoco+" / "instances.json").read_text())
+    files = []
+    for shift, (name, (file, splits)) in enumerate(FAMILY.items(), 1):
+        write(
+            folder / file,
+            [{**r, "ref_id": r["ref_id"] + shift, "split": splits.get(r["split"], r["split"])} for r in refs],
+        )
+        write((folder / file).with_name("instances.json"), instances)
+        moved = [{**entry, "ref_id": entry["ref_id"] + shift, "dataset": name} for entry in entries]
+        write(folder / f"{name}_test.json", moved)
+        files.append(str(folder / f"{name}_test.json"))
+    for file in ("refs(unc).p", "instances.json"):
+        (folder / "refcoco+").mkdir(exist_ok=True)
+        (folder / "refcoco+" / file).symlink_to(tiny["data"] / "refcoco+" / file)
+    return files
+
+
+def test_the_whole_family_is_scored_each_under_its_name(tiny, tmp_path, monkeypatch, capsys):
+    """The same objects in each of them: so scores that are those of RefCOCO+."""
+    files = write_family(tiny, tmp_path)
+    files.append(str(tiny["data"] / "grounding_test.json"))
+    flags = [f"test_file=[{', '.join(files)}]", f"refcoco_data={tmp_path}"]
+    result = grounding(monkeypatch, tiny, tmp_path / "out", "--evaluate", "--overrides", *flags)
+    shown, splits = capsys.readouterr().out, result["splits"]
+    three = ["val_d", "testA_d", "testB_d"]
+    own = {"refcocog_val_d": ["val_d"], "refcocog_test_d": three[1:], "refcocog_google_val_d": three}
+    own |= {f"refcoco_{name}": [name] for name in three}
+    assert list(splits) == [*(f"refcoco_{name}" for name in three), *list(own)[:3], *three]
+    for name, parts in own.items():
+        same = [splits[part] for part in parts]
+        assert splits[name]["n"] == sum(part["n"] for part in same)
+        for score in ("accuracy", "chance", "heat_accuracy", "heat_chance"):
+            total = sum(part[score] * part["n"] for part in same)
+            assert splits[name][score] == pytest.approx(total / splits[name]["n"]), (name, score)
+        assert re.search(rf"^{name} +{splits[name]['accuracy']:.2f} +chance", shown, re.M)
+    num = len(json.loads(Path(files[-1]).read_bytes()))
+    assert result["expressions"] == dict.fromkeys([*FAMILY, "refcoco+"], num)
+    logged = json.loads((tmp_path / "out" / "log.txt").read_text())
+    assert logged == {name: part["accuracy"] for name, part in splits.items()}
+    for chosen, target in zip(
+        result["choices"], GroundingEvalData(config_of(tiny, *flags)).targets, strict=True
+    ):
+        assert chosen["heat_iou"] == (box_iou(target.box, chosen["heat_box"]) if chosen["heat_box"] else 0)
+        assert chosen["heat_chance"] == grounding_chance(target.box, [[0, 0, 48, 48]])
+        assert chosen["chance"] == grounding_chance(target.box, target.candidates)
+        assert target.where.startswith(str(files[[*FAMILY, "refcoco+"].index(target.data_set)]))
+
+
+def test_training_on_refcocog_chooses_the_best_epoch_by_its_val(tiny, tmp_path, monkeypatch, capsys):
+    """A split without expressions has no score; of several data sets the first val counts."""
+    file = write_family(tiny, tmp_path)[1]
+    targets = GroundingEvalData(config_of(tiny)).targets
+    entries = json.loads(Path(file).read_bytes())
+    write(tmp_path / "val.json", [e for e, t in zip(entries, targets, strict=True) if t.split == "val"])
+    flags = [
+        f"test_file={tmp_path}/val.json",
+        f"refcoco_data={tmp_path}",
+        'det_file=""',
+        "schedular.epochs=1",
+    ]
+    result = grounding(monkeypatch, tiny, tmp_path / "out", "--overrides", *flags)
+    assert list(result["splits"]) == ["refcocog_val_h", "refcocog_test_h"]
+    assert "refcocog_test_h no expressions in test_file, no accuracy" in capsys.readouterr().out
+    best = torch.load(tmp_path / "out" / "checkpoint_best.pth", weights_only=True)["best"]
+    assert best["refcocog_val_h"] == result["splits"]["refcocog_val_h"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"dataset": "refcoco"}, r"refcoco/refs\(unc\).p cannot be read"),
+        ({"dataset": "flickr"}, "'dataset' must be refcoco., refcoco, .* means refcoco.; found 'flickr'"),
+        (
+            {"image": "train2014/COCO_train2014_000000000008.jpg"},
+            "ref_id 1 of refcoco. is in image 9, not in .*08.jpg",
+        ),
+    ],
+)
+def test_entries_of_another_data_set_are_not_taken_for_refcoco_s(tiny, tmp_path, entry, expected):
+    write(tmp_path / "test.json", [{**ENTRY, **entry}])
+    write(tmp_path / "refcoco+" / "refs(unc).p", [REF])
+    write(tmp_path / "refcoco+" / "instances.json", INSTANCES)
+    flags = [f"test_file={tmp_path}/test.json", f"refcoco_data={tmp_path}", 'det_file=""']
+    with pytest.raises(UserError, match=expected):
+        GroundingEvalData(config_of(tiny, *flags))
+    write(
+        tmp_path / "test.json", [{**ENTRY, "image": "val2017/000000000009.jpg"}]
+    )  # 2017's name of the image
+    assert GroundingEvalData(config_of(tiny, *flags)).targets[0].width == 64
 
 
 # ---- boxes in the entries ----

@@ -195,6 +195,21 @@ def test_refcoco_and_both_divisions_of_refcocog(data, capsys):
     make_refcoco(data, "refcocog", "refs(umd).p", refs_of(("val", "test")))
     assert "expressions, test 1 9,602" in prepare("refcocog", data, capsys)
     assert [entry["ref_id"] for entry in content(data / "refcocog_test.json")] == [3, 4]
+    assert {entry["dataset"] for entry in content(data / "refcocog_test.json")} == {"refcocog"}
+    assert "expressions, val 1 9,536" in prepare("refcocog", data, capsys, "--division", "google")
+    assert {entry["dataset"] for entry in content(data / "refcocog_google_test.json")} == {"refcocog_google"}
+    assert len(content(data / "refcocog_test.json")) == 2  # umd's stays
+    assert list(content(data / "refcocog_google" / "cocos.json")) == ["3"]
+    assert "--division is for refcocog alone" in fails("refcoco", data, "--division", "umd")
+    config = config_of("Grounding", GROUNDING) | {"refcoco_data": str(data), "det_file": ""}
+    config["test_file"] = [
+        str(data / f"{name}_test.json") for name in ("refcoco", "refcocog", "refcocog_google")
+    ]
+    targets = GroundingEvalData(config | {"image_root": str(data / "coco/images")}).targets
+    assert [target.score_name for target in targets] == [
+        *(f"refcoco_{split}_h" for split in ("val", "testA", "testB")),
+        *("refcocog_val_h", "refcocog_test_h", "refcocog_google_val_h"),
+    ]
 
 
 def test_what_refcoco_leaves_out(data, capsys):

@@ -1,17 +1,19 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: expressions that each mean one object in an image of COCO.
 
 Needs below --root, in the folder refcoco, refcoco+ or refcocog, and with images in coco/images/train2014:
-    refs(unc).p           the references; of RefCOCOg refs(umd).p or, where that is missing, refs(google).p
+    refs(unc).p           the references; of RefCOCOg refs(umd).p or, where that is missing, refs(google).p,
+                          or the one that --division names
     instances.json        the objects and their boxes
     detections.json       if it is there: a detector's boxes as COCO's results format has them,
                           [{"image_id": 1, "bbox": [x, y, w, h], "score": 0.9}, ...]
 Writes:
     NAME_train.json       {"image", "text"} of every expression
-    NAME_val.json         {"image", "text", "ref_id"} of split val
+    NAME_val.json         {"image", "text", "ref_id"} of split val, and except for RefCOCO+ "dataset"
     NAME_test.json        the same of all splits of evaluation, which Grounding.py tells apart by ref_id
     NAME/                 the references and instances.json as they were; cocos.json with the boxes of all
                           objects in the images of evaluation; dets.json with those that the detector found
                           there, [x, y, w, h, score]
+With --division google NAME is refcocog_google; the references still go to refcocog/.
 """
 
 import argparse
@@ -57,17 +59,27 @@ EDITIONS = {  # name -> file of references -> edition, the preferred one first
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_without_images(parser)
+    parser.add_argument("--division", choices=("umd", "google"), help="of RefCOCOg; see above")
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
-    name = options.name
+    from simla.dataset.grounding import PUBLISHED, RELEASES  # here, because torch comes with it
+
+    name, files = options.name, list(EDITIONS[options.name])
+    if options.division:
+        files = [f"refs({options.division}).p"]
+        if files[0] not in EDITIONS[name]:
+            raise UserError(f"--division is for refcocog alone; {name} has one division, unc")
     wanted = {
-        "references": [f"{name}/{refs}" for refs in EDITIONS[name]],
+        "references": [f"{name}/{refs}" for refs in files],
         "objects": [f"{name}/instances.json"],
     }
     folders = {"images": [f"coco/images/{IMAGE_FOLDER}"]}
     refs_file, objects_file, image_folder = find_all(root, SOURCE, wanted, folders, report).values()
-    edition = EDITIONS[name][refs_file.name]
+    edition, stem = EDITIONS[name][refs_file.name], name
+    if options.division == "google":
+        stem = "refcocog_google"
+    data_set = next(key for key, release in RELEASES.items() if release.refs == f"{name}/{refs_file.name}")
     refs = by_id(read_plain_pickle(refs_file), "ref_id", refs_file)
     instances = Instances(objects_file)
     _count(edition, refs, report)
@@ -75,6 +87,8 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     splits: dict[str, list[dict]] = {split: [] for split in edition.expressions}
     images = Images(image_folder, report)
     for split, entry in expressions(refs, refs_file, instances):
+        if data_set != PUBLISHED:
+            entry["dataset"] = data_set
         if split not in splits:
             report.leave_out(f"expressions of a split {split!r}", f"ref_id {entry['ref_id']}")
         elif not is_readable(entry["text"]):
@@ -84,11 +98,12 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     train = [{"image": entry["image"], "text": entry["text"]} for entry in splits.pop("train")]
     test = list(chain(*splits.values()))
     for split, entries in {"train": train, "val": splits["val"], "test": test}.items():
-        report.write(out / f"{name}_{split}.json", entries)
+        report.write(out / f"{stem}_{split}.json", entries)
 
-    folder = make_output_folder(out / name, "--out")
+    references = make_output_folder(out / name, "--out")
     for file in (refs_file, objects_file):
-        copy(file, folder / file.name)
+        copy(file, references / file.name)
+    folder = make_output_folder(out / stem, "--out")
     image_ids = sorted({refs[entry["ref_id"]]["image_id"] for entry in test})
     _write_boxes(folder / "cocos.json", instances.boxes_of(image_ids), report)
     detections = root / name / "detections.json"
