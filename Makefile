@@ -1,5 +1,7 @@
 # make demo        the embedded data set, pre-training and zero-shot retrieval on this machine
 # make demo-all    the whole chain: pre-training and every downstream task
+# make mine        a small model of your photos and captions, and a page to search them with
+#                  (make mine PHOTOS=photos CSV=captions.csv; docs/mine.md)
 # make app         a web page that asks the demo's model (make app CHECKPOINT="a.pth b.pth": your own)
 # make test        the tests; those of the web page need a Chromium, which `make browser` finds or installs
 # make fault-test  kills a training run 30 times, half of them while it saves, and resumes it
@@ -35,7 +37,7 @@ UV = $(PIP) uv && $(PY) -m uv pip install --quiet --compile-bytecode --python $(
 WHAT = -r $< $(if $(LOCK),-c $(LOCK))
 INSTALL = $(if $(INDEX),$(PIP) --extra-index-url $(INDEX) $(WHAT),$(UV) $(WHAT) || $(PIP) $(WHAT))
 
-.PHONY: help demo demo-all app test browser fault-test bench lint format lock clean
+.PHONY: help demo demo-all mine app test browser fault-test bench lint format lock clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -45,6 +47,11 @@ demo: $(call READY,demo)
 
 demo-all: $(call READY,demo)
 	$(PY) -m simla.demo.all_tasks
+
+mine: $(call READY,app)
+	$(PY) -m simla.demo.mine --photos "$(PHOTOS)" --csv "$(CSV)"
+	$(PY) -m simla.web --checkpoint output/mine/retrieval/checkpoint_best.pth --images "$(PHOTOS)" \
+		--index output/mine/index --demo_data output/mine/data
 
 app: $(call READY,app)
 	$(PY) -m simla.web --checkpoint $(CHECKPOINT)

@@ -133,13 +133,14 @@ class Stage(NamedTuple):
 
     name: str  # its folder; and its key in summary.json, unless `key` says otherwise
     script: str
-    config: str
+    config: str  # in CONFIGS, or an absolute path
     start: str = ""  # the stage whose checkpoint it starts from
     result: str = ""  # file in result/ that the evaluation writes; empty: nothing to score
     read: Callable[[dict], dict] = dict  # that file -> {"metric", "value", "chance", "n"}
     flags: tuple[str, ...] = ()
     evaluation: tuple[str, str] | None = None  # another script and config that score it
     key: str = ""
+    batch: int = GLOBAL_BATCH  # of all processes together
 
 
 def read_retrieval(result: dict) -> dict:
@@ -218,7 +219,7 @@ def train(stage: Stage, folder: Path, start: str, seed: str, is_resumed: bool) -
 
 def launch_stage(stage: Stage, script: str, config: str, folder: Path, seed: str, *flags: str) -> None:
     """Run a script with what depends on this machine and folder: the batch of each process, the codebook."""
-    batch = GLOBAL_BATCH // num_processes()
+    batch = stage.batch // num_processes()
     overrides = [f"batch_size_train={batch}"]
     if script == "Pretrain.py":
         overrides = [f"batch_size={batch}", f"image_tokenizer.path={folder / CODEBOOK}"]
@@ -247,24 +248,43 @@ def spread(items: Sequence[int], number: int) -> list[int]:
     return list(items[:: max(1, len(items) // number)][:number])
 
 
-def gallery(output_dir: Path, num_queries: int = 8, num_results: int = 5) -> None:
-    """Draw the top pictures for the first captions of test scenes, evenly spread, whatever the outcome."""
+def gallery(
+    output_dir: Path,
+    num_queries: int = 8,
+    num_results: int = 5,
+    test_file: Path | None = None,
+    what: str = "scenes",
+) -> None:
+    """Draw the top pictures for the first captions of test entries, evenly spread, whatever the outcome.
+
+    test_file: by default the demo's; `what` its entries are.
+    """
     import torch
 
     from simla.plots import plot_gallery
 
     scores = torch.load(output_dir / "after" / "result" / "retrieval_scores.pt", weights_only=True)
-    entries = json.loads((DATA / "retrieval_test.json").read_bytes())
+    test_file = test_file or DATA / "retrieval_test.json"
+    entries = json.loads(test_file.read_bytes())
     first_texts = [0, *accumulate(len(entry["caption"]) for entry in entries)]
     chosen = spread(range(len(entries)), num_queries)
+    num_results = min(num_results, len(entries))
     top = [scores["scores_t2i"][first_texts[i]].topk(num_results).indices.tolist() for i in chosen]
     plot_gallery(
         [entries[i]["caption"][0] for i in chosen],
-        [[str(DATA / entries[image]["image"]) for image in images] for images in top],
+        [[str(test_file.parent / entries[image]["image"]) for image in images] for images in top],
         [[image == i for image in images] for i, images in zip(chosen, top, strict=True)],
         output_dir / "gallery.png",
-        f"Text queries, top {num_results} of {len(entries)} held-out scenes (green: the right one)",
+        f"Text queries, top {num_results} of {len(entries)} held-out {what} (green: the right one)",
     )
+
+
+def recall_table(columns: dict[str, dict[str, float]], width: int = 8) -> str:
+    """Return a row of text for each recall: title of a column -> its recalls."""
+    rows = [f"{'':10}" + "".join(f"{title:>{width}}" for title in columns)]
+    for name in METRICS:
+        rows.append(f"{name:10}" + "".join(f"{scores[name]:{width}.1f}" for scores in columns.values()))
+    return "\n".join(rows)
 
 
 def parse_arguments(description: str, output_dir: str) -> argparse.Namespace:
@@ -288,9 +308,7 @@ def main() -> None:
     columns = {"chance": after["chance"], "before": before, "after": after}
     columns = {title: {name: scores[name] for name in METRICS} for title, scores in columns.items()}
     print(f"\nzero-shot retrieval, {after['n']} held-out scenes, {after['num_texts']} texts, recall in %\n")
-    print(f"{'':10}" + "".join(f"{title:>8}" for title in columns))
-    for name in METRICS:
-        print(f"{name:10}" + "".join(f"{scores[name]:8.1f}" for scores in columns.values()))
+    print(recall_table(columns))
     scores = {"n": after["n"], **columns.pop("after"), **columns}
     write_json(out / "summary.json", {"zero_shot_retrieval": scores, "seconds": record["seconds"]})
 

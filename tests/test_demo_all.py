@@ -1,6 +1,5 @@
 """`make demo-all` from end to end on a tiny data set: table, pictures, and that a second call goes on."""
 
-import importlib
 import json
 import sys
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from ruamel.yaml import YAML
-from tiny import MODEL, demo_config, make_tiny
+from tiny import MODEL, demo_config, launch_here, make_tiny
 
 from simla import plots
 from simla.configs.reader import read_yaml
@@ -50,14 +49,6 @@ def chain(tmp_path_factory):
     def run(stop_in: str = "", flags: tuple = ()) -> list[list[str]]:
         """The commands that were started; `stop_in`: the script that fails when it trains."""
         started = []
-
-        def launch(script, *arguments):
-            started.append([script, *arguments])
-            sys.argv = [script, "--device", "cpu", *arguments]
-            importlib.import_module(script.removesuffix(".py")).parse_and_run()
-            if script == stop_in and "--evaluate" not in arguments:
-                raise UserError(f"{script} failed")
-
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [])
             patch.setattr(demo_all, "DATA", data)
@@ -65,7 +56,7 @@ def chain(tmp_path_factory):
             for name, value in {
                 "DATA": data,
                 "CONFIGS": folder / "configs",
-                "launch": launch,
+                "launch": launch_here(started, stop_in),
                 "num_processes": lambda: 8,  # batches of 32 / 8
             }.items():
                 patch.setattr(demo, name, value)

@@ -1,5 +1,6 @@
 """A tiny data set and tiny configs on disk, for running the task scripts for real."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -8,7 +9,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ruamel.yaml import YAML
 
 from simla.configs.reader import read_yaml
 from simla.demo.data import make_demo
-from simla.utils import free_port
+from simla.utils import UserError, free_port
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -76,6 +77,21 @@ def demo_config(name: str, data: Path, folder: Path) -> Path:
     values = json.dumps(read_yaml(ROOT / "configs" / "demo" / path.name))  # which is YAML, too
     path.write_text(values.replace("data/demo", str(data)), encoding="utf-8")
     return path
+
+
+def launch_here(started: list[list[str]], stop_in: str = "") -> Callable[..., None]:
+    """Return what takes the place of the demo's `launch`: the script runs in this process, and its command is
+    added to `started`; `stop_in`: the script that fails after its training.
+    """
+
+    def launch(script, *arguments):
+        started.append([script, *arguments])
+        sys.argv = [script, "--device", "cpu", *arguments]
+        importlib.import_module(script.removesuffix(".py")).parse_and_run()
+        if script == stop_in and "--evaluate" not in arguments:
+            raise UserError(f"{script} failed")
+
+    return launch
 
 
 @contextmanager
