@@ -638,7 +638,7 @@ def test_hugging_face_s_own_tables_become_shards(tmp_path, capsys):
     shutil.copy(EXCERPTS / "data-00000-of-00001.arrow", tmp_path / "saved/train")
     prepare("huggingface", tmp_path, "--table", "train-*.parquet", "saved/train/*.arrow", "--name", "hf")
     printed = capsys.readouterr().out
-    assert numbers(printed)["rows"] == 8 and numbers(printed)["rows without the bytes of an image"] == 2
+    assert numbers(printed)["rows"] == 8 and numbers(printed)["rows without an image"] == 2
     assert "first: train-00000-of-00001.parquet row 3, data-00000-of-00001.arrow row 3" in printed
     named = f"{tmp_path}/hf_shards/{{00000..00001}}.tar"
     assert f"in the config: train_file: '{named}'" in printed
@@ -669,19 +669,25 @@ def test_rows_without_a_readable_image_or_caption_are_counted_and_named(tmp_path
         {"image": {"bytes": b"<html>", "path": "4.jpg"}, "caption_0": "Page.", "caption_1": None},
         {"image": {"bytes": picture(), "path": "5.jpg"}, "caption_0": None, "caption_1": " "},
         {"image": {"bytes": picture(), "path": "6.jpg"}, "caption_0": None, "caption_1": "A cat."},
+        {"image": {"bytes": None, "path": "photos/7.jpg"}, "caption_0": "A hen.", "caption_1": "Hen."},
     ]
+    put(tmp_path / "photos/7.jpg", "").write_bytes(picture())
     put_table(tmp_path / "test.parquet", rows)
     columns = ("--caption", "caption_0", "caption_1")
     prepare("huggingface", tmp_path, "--table", "test.parquet", *columns)
     printed = capsys.readouterr().out
     found = numbers(printed)
-    assert found["rows"] == 7 and found["rows without the bytes of an image"] == 2
-    assert "first: test.parquet row 1 (photos/1.jpg), test.parquet row 2\n" in printed
+    assert found["rows"] == 8 and found["rows without an image"] == 1
+    assert "rows whose image is bad: no such file; first: test.parquet row 1 (photos/1.jpg)\n" in printed
     assert found["rows whose image is bad: truncated"] == found["rows whose image is bad: not an image"] == 1
-    assert found["pairs without a caption"] == 5
+    assert found["pairs without a caption"] == 6
     entries = read_sets([f"{tmp_path}/pairs_shards/00000.tar"])
-    assert [entries[n]["text"] for n in range(len(entries))] == [["A sea.", "Sea."], "A cat."]
-    assert load_image(entries[0]["images"][0]).size == (8, 6)
+    assert [entries[n]["text"] for n in range(len(entries))] == [
+        ["A sea.", "Sea."],
+        "A cat.",
+        ["A hen.", "Hen."],
+    ]
+    assert [load_image(entries[n]["images"][0]).size for n in (0, 2)] == [(8, 6)] * 2
 
 
 def test_the_only_column_of_bytes_holds_the_images(tmp_path):

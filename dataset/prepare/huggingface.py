@@ -9,11 +9,12 @@ usual names (image, img, ...; caption, text, ...), or by --image and --caption.
 Writes one shard of each table, {--name}_shards/00000.tar and so on, for `train_file` to name. Images keep
 their bytes; those of formats that shards do not have become JPEGs.
 
-Name tables of one split: a column "split" is not looked at. A row without bytes is left out and counted, with
-its path if it has one: dataset.to_parquet("train.parquet") of `datasets` puts the bytes in.
+Name tables of one split: a column "split" is not looked at. Where a row has a path and no bytes (to_parquet
+of a folder of photos), the file is read, relative to the table. A row with neither is left out and counted.
 """
 
 import argparse
+import re
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from simla.dataset.prepare.table import CAPTION_NAMES, IMAGE_NAMES, column_of, f
 from simla.utils import UserError
 
 KINDS = {".parquet", ".arrow"}
+BYTES = {"binary", "large_binary", "binary_view"}
+STRUCT = re.compile(r"struct<(\w+: \w+, )*bytes: (large_)?binary\b")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,17 +59,10 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
 def _columns(path: Path, options: argparse.Namespace) -> tuple[str, list[str]]:
     """Return the columns of images and captions; raise UserError where the table has no images in it."""
     with opened_table(path) as (schema, _):
-        from pyarrow import types  # here, because it need not be installed for other tables
-
-        images = [
-            field.name
-            for field in schema
-            if types.is_binary(field.type)
-            or types.is_large_binary(field.type)
-            or (types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
-        ]
+        kinds = {field.name: str(field.type) for field in schema}
+        images = [name for name, kind in kinds.items() if kind in BYTES or STRUCT.match(kind)]
     if not images:
-        listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise UserError(
             f"{path} has no column of images, that is of bytes or of {{bytes, path}}, but {listed}. A table "
             "that names image files is for python -m simla.dataset.prepare table"
@@ -83,10 +79,11 @@ def _samples(path: Path, image: str, captions: list[str], report: Report) -> Sam
         report.count("rows")
         cell, where = row[image], f"{path.name} row {number}"
         if isinstance(cell, dict):
-            where += f" ({cell['path']})" if cell.get("path") else ""
-            cell = cell["bytes"]
+            file = cell.get("path")
+            where += f" ({file})" if file else ""
+            cell = cell["bytes"] or (str(path.parent / file) if file else None)
         if not cell:
-            report.leave_out("rows without the bytes of an image", where)
+            report.leave_out("rows without an image", where)
         elif texts := list(captions_in([row[column] for column in captions], where, report)):
             try:
                 kind, content = image_file(cell, where)
