@@ -642,6 +642,7 @@ def test_hugging_face_s_own_tables_become_shards(tmp_path, capsys):
     assert "first: train-00000-of-00001.parquet row 3, data-00000-of-00001.arrow row 3" in printed
     named = f"{tmp_path}/hf_shards/{{00000..00001}}.tar"
     assert f"in the config: train_file: '{named}'" in printed
+    assert numbers(printed)["tables with a column split, all of whose rows are taken without --only"] == 2
     entries = read_sets([named])
     texts = [["A red card.", "Red."], "A blue card.", "Dark."]
     assert [entries[n]["text"] for n in range(len(entries))] == texts * 2
@@ -688,6 +689,21 @@ def test_rows_without_a_readable_image_or_caption_are_counted_and_named(tmp_path
         ["A hen.", "Hen."],
     ]
     assert [load_image(entries[n]["images"][0]).size for n in (0, 2)] == [(8, 6)] * 2
+
+
+def test_rows_of_some_splits_alone(tmp_path, capsys):
+    rows = [{"image": picture(), "text": split, "split": split} for split in ("train", "test", "restval")]
+    put_table(tmp_path / "a.parquet", rows)
+    prepare("huggingface", tmp_path, "--table", "a.parquet", "--only", "train", "restval")
+    entries = read_sets([f"{tmp_path}/pairs_shards/00000.tar"])
+    assert [entries[n]["text"] for n in range(len(entries))] == ["train", "restval"]
+    printed = capsys.readouterr().out
+    assert "1  rows of split 'test'; first: a.parquet row 1" in printed and "noticed" not in printed
+    put_table(tmp_path / "b.parquet", [{"image": picture(), "text": "x"}])
+    before = (tmp_path / "pairs_shards/00000.tar").read_bytes()
+    with pytest.raises(UserError, match=r"--only: .*b.parquet has no column 'split'; it has image, text"):
+        prepare("huggingface", tmp_path, "--table", "a.parquet", "b.parquet", "--only", "test")
+    assert (tmp_path / "pairs_shards/00000.tar").read_bytes() == before
 
 
 def test_the_only_column_of_bytes_holds_the_images(tmp_path):

@@ -9,8 +9,9 @@ usual names (image, img, ...; caption, text, ...), or by --image and --caption.
 Writes one shard of each table, {--name}_shards/00000.tar and so on, for `train_file` to name. Images keep
 their bytes; those of formats that shards do not have become JPEGs.
 
-Name tables of one split: a column "split" is not looked at. Where a row has a path and no bytes (to_parquet
-of a folder of photos), the file is read, relative to the table. A row with neither is left out and counted.
+Name tables of one split, or take some rows alone by a column "split": --only train. Where a row has a path
+and no bytes (to_parquet of a folder of photos), the file is read, relative to the table. A row with neither
+is left out and counted.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from simla.dataset.prepare.table import CAPTION_NAMES, IMAGE_NAMES, column_of, f
 from simla.utils import UserError
 
 KINDS = {".parquet", ".arrow"}
+SPLIT = "split"  # column
 BYTES = {"binary", "large_binary", "binary_view"}
 STRUCT = re.compile(r"struct<(\w+: \w+, )*bytes: (large_)?binary\b")
 
@@ -42,6 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", nargs="+", action="extend", required=True, help=table_help)
     parser.add_argument("--image", help="column of images")
     parser.add_argument("--caption", nargs="+", action="extend", help="column, or columns, of captions")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", help="rows of these splits, by the column split"
+    )
     add_name(parser)
 
 
@@ -51,13 +56,18 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     for number, path in enumerate(tables):
         if path.suffix not in KINDS:
             raise UserError(f"--table {path}: must end in {' or '.join(sorted(KINDS))}")
-        image, captions = _columns(path, options)
-        samples[f"{number:05}"] = partial(_samples, path, image, captions)
+        image, captions, has_split = _columns(path, options)
+        if has_split and not options.only:
+            report.notice("tables with a column split, all of whose rows are taken without --only", path.name)
+        samples[f"{number:05}"] = partial(_samples, path, image, captions, options.only)
     write_tars(out / f"{options.stem}_shards", samples, "Unpacking tables", "", report)
 
 
-def _columns(path: Path, options: argparse.Namespace) -> tuple[str, list[str]]:
-    """Return the columns of images and captions; raise UserError where the table has no images in it."""
+def _columns(path: Path, options: argparse.Namespace) -> tuple[str, list[str], bool]:
+    """Return the columns of images and captions, and whether there is one of splits.
+
+    Raises UserError where the table has no images in it, or no splits to choose from.
+    """
     with opened_table(path) as (schema, _):
         kinds = {field.name: str(field.type) for field in schema}
         images = [name for name, kind in kinds.items() if kind in BYTES or STRUCT.match(kind)]
@@ -71,12 +81,19 @@ def _columns(path: Path, options: argparse.Namespace) -> tuple[str, list[str]]:
     if options.image or len(images) > 1:
         image = column_of(dict.fromkeys(images), options.image, IMAGE_NAMES, "--image", path)
     names, wanted = dict.fromkeys(schema.names), options.caption or [None]
-    return image, [column_of(names, name, CAPTION_NAMES, "--caption", path) for name in wanted]
+    captions = [column_of(names, name, CAPTION_NAMES, "--caption", path) for name in wanted]
+    if options.only and SPLIT not in names:
+        raise UserError(f"--only: {path} has no column {SPLIT!r}; it has {', '.join(names)}")
+    return image, captions, SPLIT in names
 
 
-def _samples(path: Path, image: str, captions: list[str], report: Report) -> Samples:
-    for number, row in enumerate(read_table(path, [image, *captions], BATCH_IMAGES)):
+def _samples(path: Path, image: str, captions: list[str], only: list[str] | None, report: Report) -> Samples:
+    columns = [image, *captions, *([SPLIT] if only else [])]
+    for number, row in enumerate(read_table(path, columns, BATCH_IMAGES)):
         report.count("rows")
+        if only and row[SPLIT] not in only:
+            report.leave_out(f"rows of split {row[SPLIT]!r}", f"{path.name} row {number}")
+            continue
         cell, where = row[image], f"{path.name} row {number}"
         if isinstance(cell, dict):
             file = cell.get("path")
