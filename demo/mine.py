@@ -233,18 +233,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--csv", required=True, help="table with the columns image (a path below --photos) and caption")
     add("--output_dir", default="output/mine", type=Path, help="default: %(default)s")
     add("--seed", default="42", help="of split and training; default: %(default)s")
-    text = (
-        "folder with a BERT vocabulary to use instead of one made of the captions; its weights are not read"
-    )
+    text = "folder with a BERT vocabulary to use in place of one made of the captions; weights are not read"
     add("--text_encoder", default="", help=text)
     args = parser.parse_args()
-    args.photos, args.csv = Path(fill_in(args.photos)), Path(fill_in(args.csv))  # of "" the working folder
-    if not args.photos.is_dir() or args.photos == Path():
-        raise UserError(
-            f"--photos {args.photos}: there is no such folder (make mine PHOTOS=folder CSV=table)"
-        )
-    if not args.csv.is_file():
-        raise UserError(f"--csv {args.csv}: there is no such file (make mine PHOTOS=folder CSV=table)")
+    photos, table, usage = fill_in(args.photos), fill_in(args.csv), "make mine PHOTOS=folder CSV=table"
+    if not photos or not Path(photos).is_dir():
+        raise UserError(f"--photos {photos or '(nothing)'}: there is no such folder; {usage}")
+    if not Path(table).is_file():
+        raise UserError(f"--csv {table or '(nothing)'}: there is no such file; {usage}")
+    if not args.seed.isdecimal():
+        raise UserError(f"--seed {args.seed}: must be a whole number, such as 42")
+    args.photos, args.csv = Path(photos), Path(table)
     import_pyplot()
     return args
 
