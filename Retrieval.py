@@ -22,7 +22,7 @@ from simla.checkpoint.initial import starting_weights
 from simla.configs.reader import check_batch, parse
 from simla.configs.schema import RETRIEVAL
 from simla.dataset.retrieval import RetrievalEvalData, retrieval_loader
-from simla.dataset.text import build_tokenizer, check_vocabulary
+from simla.dataset.text import build_tokenizer, check_vocabulary, lowers_case
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import add_flag, run_script, script_arguments, start
@@ -65,8 +65,9 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])
+    lower = lowers_case(tokenizer.backend_tokenizer)
     data = {
-        split: RetrievalEvalData(config[f"{split}_file"], config)
+        split: RetrievalEvalData(config[f"{split}_file"], config, lower)
         for split in ("val", "test")
         if config[f"{split}_file"] and (split == "test" or not run.evaluate)
     }

@@ -24,7 +24,7 @@ from simla.configs.reader import parse
 from simla.configs.schema import RETRIEVAL
 from simla.dataset.items import evaluation_batches, position_limit
 from simla.dataset.retrieval import RetrievalEvalData
-from simla.dataset.text import MAX_TEXT_TOKENS, build_tokenizer, check_vocabulary, tokenize
+from simla.dataset.text import MAX_TEXT_TOKENS, build_tokenizer, check_vocabulary, lowers_case, tokenize
 from simla.engine.dry_run import dry_run_retrieval
 from simla.engine.launch import run_script, script_arguments, start
 from simla.engine.results import record_evaluation, result_path, save_result
@@ -145,8 +145,8 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
         return dry_run_retrieval(make_model, config, run, MAX_TEXT_TOKENS)
 
     # data
-    data = RetrievalEvalData(config["test_file"], config)
     tokenizer = build_tokenizer(config["text_encoder"])
+    data = RetrievalEvalData(config["test_file"], config, lowers_case(tokenizer.backend_tokenizer))
 
     # model
     model = SIMLARetrieval.from_config(config, twins=False)

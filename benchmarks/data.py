@@ -3,7 +3,7 @@
 python benchmarks/data.py [--out output/benchmark-data]
 
 Both make the same sample from a JPEG: crop (a fifth of the area to all of it) at 256 pixels, flip,
-RandAugment, the image tokenizer's view of the same crop at 128 pixels, the clean caption, the hidden patches.
+RandAugment, the image tokenizer's view of the same crop at 128 pixels, the hidden patches.
 The plain formulation has our RandAugment, which is faster than one through PIL, so what is compared is
 decoding, cropping, resizing and the making of tensors. One process with one thread takes turns between the
 two; then two loader processes each make batches. The pictures are made here and deleted at the end.
@@ -68,7 +68,6 @@ class PlainItems(PretrainData):
         return {
             **entry,
             "files": entry["images"],
-            "text": self.clean(entry["text"]),
             "images": view[None],
             "code_view": tvf.to_tensor(code_view),
             "patch_mask": torch.from_numpy(self.block_mask(rng.python).reshape(-1)),

@@ -167,6 +167,9 @@ RANDAUGMENT = {
 }
 
 
+SIDE_HELP = "images are not mirrored under texts with one of these; empty = English left and right"
+
+
 PRECISION_HELP = "of training (fp16: with loss scaling) and of all scores but heat maps"
 
 
@@ -193,6 +196,7 @@ SHARED = {
     ),
     "max_bad_fraction": Key(NUMBER, 0.05, "share of unreadable images that ends a run", least=0, most=1),
     "randaugment": Key(RANDAUGMENT, {}),
+    "side_words": Key(list, [], SIDE_HELP),
 }
 
 

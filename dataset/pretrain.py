@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from simla.configs.reader import weighted
 from simla.dataset.images import BadImage, open_image
-from simla.dataset.items import Collate, TrainItems, position_limit
+from simla.dataset.items import Collate, TrainItems, position_limit, warn_of_unknown_words
 from simla.dataset.loaders import train_loader
 from simla.dataset.masking import BlockMask
 from simla.dataset.mixture import Mixture
@@ -35,8 +35,9 @@ class PretrainData(TrainItems):
         block_mask: BlockMask,
         seed: int,
         flip_captions: bool,
+        side_words: Sequence[str] = (),
     ):
-        super().__init__(entries, transform, seed, flip_captions)
+        super().__init__(entries, transform, seed, flip_captions, side_words)
         self.block_mask = block_mask
 
     def __getitem__(self, key: tuple[int, ...]) -> dict:
@@ -140,7 +141,11 @@ def pretrain_loader(entries: Mixture, config: dict, tokenizer, code_res: int, se
     )
     grid_size = config["image_res"] // config["vit"]["patch_size"]
     block_mask = BlockMask(grid_size, config["num_masking_patches"], config["min_num_patches"])
-    dataset = PretrainData(entries, transform, block_mask, seed, released["flip_captions"])
+    flips = released["flip_captions"], config["side_words"]
+    dataset = PretrainData(entries, transform, block_mask, seed, *flips)
+    for each in entries.sets:
+        if not getattr(each, "is_stream", False):  # it would be fetched for it
+            warn_of_unknown_words(each, tokenizer, config["text_encoder"])
     limit, probability = position_limit(config), config["mlm_probability"]
     collate = PretrainCollate(tokenizer, config["max_tokens"], limit, probability)
     return train_loader(dataset, config["batch_size"], seed, config, collate, entries)

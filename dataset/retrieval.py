@@ -93,10 +93,11 @@ class RetrievalEvalData(EvalItems):
     """The images of a val or test file, and beside them its texts.
 
     Rows {"image", "caption": text or [text, ...]}; an image may have several. texts: all captions, cleaned,
-    in order; img2txt: the texts of each image; txt2img: the image of each text.
+    in order; img2txt: the texts of each image; txt2img: the image of each text. lower: `lowers_case` of the
+    tokenizer that will read them.
     """
 
-    def __init__(self, file: str, config: dict, max_words: int = 30):
+    def __init__(self, file: str, config: dict, lower: bool = True):
         in_files = CaptionedImages(read_captioned_images(file, config["image_root"]))
         if in_files.note:
             log.info(in_files.note)
@@ -108,7 +109,7 @@ class RetrievalEvalData(EvalItems):
         self.txt2img: list[int] = []
         for number, entry in enumerate(entries):
             first = len(self.texts)
-            self.texts += [clean_caption(caption, max_words) for caption in entry["caption"]]
+            self.texts += [clean_caption(caption, lower=lower) for caption in entry["caption"]]
             self.img2txt.append(list(range(first, len(self.texts))))
             self.txt2img += [number] * len(entry["caption"])
 

@@ -68,8 +68,12 @@ def _first_words(text: str, max_words: int) -> str:
     return printable(" ".join(text.split(" ")[:max_words]))
 
 
-def names_side(text: str) -> bool:
-    """Return whether the text says left or right, so that it would be wrong for the mirrored image."""
+def names_side(text: str, words: Sequence[str] = ()) -> bool:
+    """Return whether the text says left or right, so that it would be wrong for the mirrored image: in
+    English, or, in any case and within longer words, too, one of `words`.
+    """
+    if words:
+        return any(word.lower() in text.lower() for word in words)
     return SIDE.search(text) is not None
 
 

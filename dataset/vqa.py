@@ -17,6 +17,7 @@ from simla.dataset.items import (
     finetune_items,
     leave_out_unreadable,
     position_limit,
+    warn_of_unknown_words,
 )
 from simla.dataset.loaders import train_loader
 from simla.dataset.readers.annotations import NUMBER_OR_TEXT, TEXT, TEXTS, Mapped, item_of, read_annotations
@@ -60,9 +61,10 @@ def given_answers(entry: dict) -> list[str]:
 def vqa_loader(config: dict, tokenizer, seed: int) -> DataLoader:
     """Return training batches as `AnswerCollate` makes them."""
     entries = Mapped(read_questions(config["train_file"], config, answer=TEXTS), _with_weights)
+    items = finetune_items(entries, config, seed)
     clean = partial(clean_question, max_words=MAX_WORDS_IN_TRAINING)
-    items = finetune_items(entries, config, seed, clean=clean)
-    collate = AnswerCollate(tokenizer, position_limit(config), config["max_tokens"], config["eos"])
+    warn_of_unknown_words(entries, tokenizer, config["text_encoder"], clean)
+    collate = AnswerCollate(tokenizer, position_limit(config), config["max_tokens"], clean, config["eos"])
     return train_loader(items, config["batch_size_train"], seed, config, collate)
 
 
@@ -110,6 +112,8 @@ class VQAEvalData(EvalItems):
     questions: the entries as they are; annotations: the answers of all annotators to each question, or None.
     """
 
+    clean = partial(clean_question, max_words=MAX_WORDS_IN_EVALUATION)
+
     def __init__(self, files: str | list[str], config: dict, is_test: bool):
         fields = {"question_id": NUMBER_OR_TEXT} if is_test else {"answer": TEXTS}
         questions = read_questions(files, config, **fields)
@@ -120,8 +124,7 @@ class VQAEvalData(EvalItems):
             check_question_ids(questions)
         num_found, questions = len(questions), leave_out_unreadable(questions, config)
         items = Mapped(questions, partial(item_of, text="question"))
-        clean = partial(clean_question, max_words=MAX_WORDS_IN_EVALUATION)
-        super().__init__(items, config["image_res"], clean)
+        super().__init__(items, config["image_res"])
         self.left_out = num_found - len(questions)
         self.questions = questions
         self.annotations = list(map(given_answers, questions)) if "answer" in fields else None

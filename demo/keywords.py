@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from simla.configs.reader import read_config
 from simla.configs.schema import PRETRAIN
 from simla.dataset.images import load_image
-from simla.dataset.text import build_tokenizer, clean_caption
+from simla.dataset.text import build_tokenizer
 from simla.engine.command import run_command
 from simla.utils import import_pyplot, save_figure
 
@@ -87,10 +87,10 @@ def draw_keywords(checkpoint: str | Path, config: dict, entries: Sequence[dict],
     load_weights(model, checkpoint, "Pretrain", config)
     collate = Collate(tokenizer, model.text_encoder.bert.config.max_position_embeddings, config["max_tokens"])
 
-    def clean_first(texts: str | list[str]) -> str:
-        return clean_caption(texts if isinstance(texts, str) else texts[0])
-
-    samples = EvalItems(entries, config["image_res"], clean_first)
+    texts = [entry["text"] for entry in entries]
+    firsts = [text if isinstance(text, str) else text[0] for text in texts]
+    entries = [{**entry, "text": text} for entry, text in zip(entries, firsts, strict=True)]
+    samples = EvalItems(entries, config["image_res"])
     (batch,) = stop_at_unreadable([collate([samples[i] for i in range(len(entries))])])
     ids, mask = batch["text_ids"], batch["text_mask"]
     keywords = model.eval().keywords(normalise(batch["image"]), ids, mask)

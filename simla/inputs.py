@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from simla.dataset.deep_images import WrongRange
 from simla.dataset.images import BadImage, load_image, upright_rgb
+from simla.dataset.text import lowers_case
 from simla.dataset.transforms import EvalTransform
 from simla.utils import UserError, num_cores
 
@@ -138,6 +140,7 @@ def read_texts(
             raise UserError(
                 f"text {number}, {text!r}, is no UTF-8 at character {error.start}; save or type it as UTF-8"
             ) from error
+    clean = partial(clean, lower=lowers_case(tokenizer.backend_tokenizer))
     cleaned = [clean(text, max_words=max_words) for text in texts]
     rows = [ids[1:max_tokens] for ids in tokenizer(cleaned)["input_ids"]]
     for number, row in enumerate(rows):

@@ -7,12 +7,25 @@ bert-base-cased, bert-base-multilingual-cased and bert-base-chinese (transformer
 import json
 
 import pytest
+import torch
+from PIL import Image
+from tiny import ROOT
 from tokenizers import Tokenizer, models, normalizers
 
 from simla.checkpoint.tokenizer import tokenizer_from_text, tokenizer_text
+from simla.configs.reader import read_config
+from simla.configs.schema import TABLES
+from simla.dataset.check.tasks import Source
+from simla.dataset.check.texts import WordPieces, measured_texts
+from simla.dataset.items import Collate, TrainItems, finetune_loader, warn_of_unknown_words
 from simla.dataset.prepare.__main__ import main as prepare
 from simla.dataset.prepare.vocabulary import fit_vocabulary
-from simla.dataset.text import build_tokenizer, clean_caption, lowers_case
+from simla.dataset.pretrain import pretrain_loader, read_sets
+from simla.dataset.retrieval import RetrievalEvalData
+from simla.dataset.text import build_tokenizer, clean_caption, clean_question, lowers_case
+from simla.dataset.ve import read_ve
+from simla.dataset.vqa import vqa_loader
+from simla.inputs import read_texts
 from simla.utils import UserError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -150,3 +163,99 @@ def test_an_entry_without_a_text_is_named(entry, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"caption": "a dog"}, entry]))
     with pytest.raises(UserError, match=r"a\.json: entry 1 must have text, or texts, under caption"):
         prepare(["vocabulary", "--texts", str(tmp_path / "a.json"), "--out", str(tmp_path / "out")])
+
+
+# ---- texts are cleaned as the tokenizer reads them ----
+
+
+@pytest.fixture(scope="module")
+def cased(tmp_path_factory):
+    return vocabulary(tmp_path_factory.mktemp("cased") / "bert", [*WORDS, "Hund"], OFFICIAL)
+
+
+@pytest.fixture(scope="module")
+def uncased(tmp_path_factory):
+    return vocabulary(tmp_path_factory.mktemp("uncased") / "bert", [*WORDS, "hund"], {"do_lower_case": True})
+
+
+@pytest.mark.parametrize(
+    ("clean", "text"), [(clean_caption, "Ein  Hund, der A!"), (clean_question, "Ein Hund?")]
+)
+def test_every_reader_of_texts_keeps_capitals_for_a_cased_tokenizer_alone(
+    clean, text, cased, uncased, tmp_path
+):
+    item = {"images": torch.zeros(1, 3, 2, 2, dtype=torch.uint8), "text": text, "where": "entry 0"}
+    (tmp_path / "test.json").write_text(json.dumps([{"image": "a.jpg", "caption": [text]}]))
+    for tokenizer, expected in ((cased, clean(text, lower=False)), (uncased, clean(text))):
+        assert (expected != expected.lower()) == (tokenizer is cased)
+        batch = Collate(tokenizer, 64, clean=clean)([item])
+        assert batch["text"] == [expected]
+        assert tokenizer.unk_token_id not in batch["text_ids"]
+        assert read_texts([text], tokenizer, clean, 30, 30) == [expected]
+        source = Source("train", "a.json", clean, 30, 64, [], "", 0, None)
+        (measured,) = measured_texts(source, {"text": text}, WordPieces(tokenizer.backend_tokenizer))
+        assert measured.num_tokens == len(batch["text_ids"][0])
+        if clean is clean_caption:
+            lower = lowers_case(tokenizer.backend_tokenizer)
+            config = {"image_root": "", "image_res": 8, "skip_unreadable": False}
+            assert RetrievalEvalData(str(tmp_path / "test.json"), config, lower).texts == [expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "names"),
+    [
+        ("Ein Hund auf der Linken", ["links", "linke", "rechts", "rechte"], True),
+        ("LINKS ein Hund", ["links"], True),
+        ("左边有一只狗", ["左", "右"], True),
+        ("ein Hund", ["links"], False),
+        ("the left dog", ["links"], False),
+        ("links ein Hund", [], False),
+    ],
+)
+def test_images_are_not_mirrored_under_the_side_words_of_the_texts_language(text, words, names, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    entry = {"images": [str(tmp_path / "a.png")], "text": text, "where": "entry 0"}
+    items = TrainItems([entry], lambda image, rng, may_flip: torch.tensor(may_flip), 0, side_words=words)
+    assert items[0, 0]["images"].tolist() == [not names]
+
+
+# ---- unknown words ----
+
+
+def test_many_unknown_words_are_said_before_training(cased, caplog):
+    entries = [{"text": "ein Hund"}] * 300 + [{"text": ["Hund Katze Maus", "ein Katze"]}] * 300
+    warn_of_unknown_words(entries, cased, "my/bert")
+    (message,) = caplog.messages  # of every third entry: 100 of 2 pieces, 100 of 5 in two texts, 3 unknown
+    assert message.startswith("43% of the pieces of 300 training texts are [UNK]: text_encoder 'my/bert' ")
+    assert "words such as 'Katze', 'Maus', which" in message
+    caplog.clear()
+    warn_of_unknown_words([{"text": "ein Hund " * 15}] * 20 + [{"text": "ein Katze"}] * 20, cased, "my/bert")
+    assert not caplog.messages  # one of 32 pieces
+
+
+def test_an_entry_that_cannot_be_read_is_left_to_the_training(cased, caplog):
+    class Broken(list):
+        def __getitem__(self, index):
+            raise UserError("broken")
+
+    warn_of_unknown_words(Broken([0, 1]), cased, "my/bert")
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("task", ["Pretrain", "VE", "VQA"])
+def test_every_task_looks_for_unknown_words(task, uncased, tmp_path, caplog):
+    texts = {"caption": "Katze Maus", "sentence": "Katze Maus", "question": "Katze Maus?"}
+    entry = {"image": "a", "label": "neutral", "dataset": "vqa", "answer": ["ja"], **texts}
+    (tmp_path / "train.json").write_text(json.dumps([entry] * 64))
+    overrides = [f"train_file={tmp_path / 'train.json'}", "text_encoder=my/bert", "num_workers=0"]
+    config = read_config(str(ROOT / "configs" / f"{task}.yaml"), TABLES[task], overrides)
+    if task == "Pretrain":
+        pretrain_loader(read_sets(config["train_file"]), config, uncased, 112, 0)
+    elif task == "VQA":
+        vqa_loader(config, uncased, 0)
+    else:
+        finetune_loader(read_ve(config["train_file"], ""), config, uncased, 0)
+    assert (
+        "100% of the pieces of 64 training texts are [UNK]: text_encoder 'my/bert' has no pieces"
+        in caplog.text
+    )

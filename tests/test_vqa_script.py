@@ -143,7 +143,7 @@ def test_questions_are_cut_in_training_only(tiny, tmp_path):
     assert next(iter(vqa_loader(config, tokenizer, 0)))["text_ids"].shape == (1, 1 + 30)  # words
     config["max_tokens"] = 25
     assert next(iter(vqa_loader(config, tokenizer, 0)))["text_ids"].shape == (1, 25)  # tokens
-    batch = Collate(tokenizer, 64)([VQAEvalData(str(path), config, is_test=True)[0]])
+    batch = Collate(tokenizer, 64, clean=clean_question)([VQAEvalData(str(path), config, is_test=True)[0]])
     assert batch["text_ids"].shape == (1, 1 + 50) and batch["text"] == [clean_question(long["question"], 50)]
 
 

@@ -31,15 +31,15 @@ ProblemsAndNotes = tuple[list[str], list[str]]
 class Split:
     """A split as its script reads it.
 
-    read(file, config): the entries; text: their field that has text; clean(text, max_words): what is made of
-    it; whole(config, tokenizer, position_limit): the problems and the notes, a sentence each, of files that
-    are right entry by entry, or UserError for a problem that hides others; takes_shards: whether the script
-    reads shards, too.
+    read(file, config): the entries; text: their field that has text; clean(text, max_words, lower): what
+    is made of it; whole(config, tokenizer, position_limit): the problems and the notes, a sentence each, of
+    files that are right entry by entry, or UserError for a problem that hides others; takes_shards: whether
+    the script reads shards, too.
     """
 
     read: Callable[[str, dict], Sequence[dict]]
     text: str = "text"
-    clean: Callable[[str, int], str] = clean_caption
+    clean: Callable[[str, int, bool], str] = clean_caption
     max_words: int = 30
     whole: Callable[[dict, object, int], ProblemsAndNotes] | None = None
     takes_shards: bool = False
@@ -55,7 +55,7 @@ class Source:
 
     split: str
     name: str
-    clean: Callable[[str, int], str]
+    clean: Callable[[str, int, bool], str]
     max_words: int
     max_tokens: int
     entries: Sequence[dict]

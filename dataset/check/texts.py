@@ -12,6 +12,7 @@ from simla.dataset.check.tasks import Source
 from simla.dataset.identity import hash_of
 from simla.dataset.images import BadImage
 from simla.dataset.readers.shard_index import Picture
+from simla.dataset.text import lowers_case
 from simla.dataset.workers import Workers
 from simla.utils import UserError, with_progress
 
@@ -86,7 +87,7 @@ class Text(NamedTuple):
 def measured_texts(source: Source, entry: dict, count: "WordPieces") -> Iterator[Text]:
     """Yield each text of the entry with what cleaning and cutting leave of it."""
     for text in [entry["text"]] if isinstance(entry["text"], str) else entry["text"]:
-        words = source.clean(text, ALL_WORDS).split(" ")
+        words = source.clean(text, ALL_WORDS, count.lower).split(" ")
         num_tokens = count(" ".join(words[: source.max_words]))
         is_cut = len(words) > source.max_words or num_tokens > source.max_tokens
         flags = (Cause.EMPTY_TEXT if num_tokens <= 1 else 0) | (Cause.TEXT_IS_CUT if is_cut else 0)
@@ -97,6 +98,7 @@ class WordPieces:
     """text -> number of its tokens; a word is cut into pieces once, whatever the text."""
 
     def __init__(self, tokenizer: Tokenizer):
+        self.lower = lowers_case(tokenizer)
         self.of_word = lru_cache(1 << 20)(lambda word: len(tokenizer.encode(word, add_special_tokens=False)))
 
     @staticmethod
