@@ -18,7 +18,7 @@ from string import ascii_letters, ascii_lowercase, digits, punctuation
 
 from simla.dataset.readers.json_list import JsonList
 from simla.dataset.text import clean_caption
-from simla.utils import UserError, atomic_write, fill_in, make_output_folder
+from simla.utils import UserError, atomic_write, fill_in, log, make_output_folder
 
 TEXT_FIELDS = ("caption", "text", "sentence", "question", "answer")
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # by their ids
@@ -103,6 +103,11 @@ def fit_vocabulary(
         (" ".join([word] * times) for word, times in sorted(words.items())), trainer
     )
     vocabulary = tokenizer.get_vocab()
+    num_pieces = sum(len(tokenizer.encode(word).ids) * times for word, times in words.items())
+    num_words = words.total()
+    log.info(
+        f"{num_words:,} words, {len(words):,} different ones: {num_pieces / num_words:.2f} pieces a word"
+    )
     settings = {
         "tokenizer_class": "BertTokenizer",
         "do_lower_case": not cased,
