@@ -27,7 +27,8 @@ class Concepts:
         self.head, self.tokenizer = head, tokenizer
         left_out = {*tokenizer.all_special_tokens, *FUNCTION_WORDS}
         tokens = enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-        ids = [i for i, token in tokens if token.isalpha() and len(token) > 1 and token not in left_out]
+        words = ((i, token) for i, token in tokens if token.isalpha() and len(token) > 1)
+        ids = [i for i, token in words if not {token, token.lower()} & left_out]
         self.words = torch.tensor(ids, dtype=torch.int64, device="cpu")
 
     def best(self, features: Tensor, top: int, words: Sequence[str] | None) -> list[list[tuple[str, float]]]:
