@@ -40,25 +40,35 @@ from simla.scheduler import create_scheduler
 from simla.utils import UserError, barrier, is_main, log
 
 
-def losses(model: nn.Module, batch: dict, alpha: float, image_tokenizer: nn.Module) -> dict[str, Tensor]:
-    """Return the five losses, summed with weight 1. The visual codes are MIM's targets."""
+def losses(
+    model: nn.Module, batch: dict, alpha: float, image_tokenizer: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """Return the losses that `loss_weights` weighs, as they are. The visual codes are MIM's targets."""
     fields = {name: batch[name] for name in PretrainBatch._fields if name != "visual_codes"}
-    visual_codes = image_tokenizer(batch["code_view"])  # (B, h * w)
+    visual_codes = None if image_tokenizer is None else image_tokenizer(batch["code_view"])  # (B, h * w)
     return model(PretrainBatch(**fields, visual_codes=visual_codes), alpha)
 
 
 def chance(config: dict) -> dict[str, float]:
     """Return what even guesses have: of all words (MLM), of all codes (MIM), a half for each word (PSL)."""
-    return {
+    levels = {
         **alignment_chance(config["batch_size"] + config["queue_size"]),
         "loss_mlm": math.log(BertConfig.read(config["bert_config"]).vocab_size),
         "loss_mim": math.log(config["image_tokenizer"]["vocab_size"]),
         "loss_psl": math.log(2),
     }
+    computed = (f"loss_{name}" for name, weight in config["loss_weights"].items() if weight)
+    return {name: levels[name] for name in computed}
 
 
-def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, device: torch.device) -> nn.Module:
-    """Return the config's image tokenizer; the main rank fits a k-means codebook that is not there yet."""
+def make_image_tokenizer(
+    config: dict, entries: Mixture, code_res: int, device: torch.device
+) -> nn.Module | None:
+    """Return the config's image tokenizer; the main rank fits a k-means codebook that is not there yet. None
+    without MIM, which alone reads it.
+    """
+    if not config["loss_weights"]["mim"]:
+        return None
     settings = config["image_tokenizer"]
     if settings["kind"] == "kmeans" and is_main() and not Path(settings["path"]).is_file():
         log.info(

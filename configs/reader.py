@@ -432,6 +432,10 @@ def _check_fit(config: dict, path: str) -> None:
             f"num_masking_patches {masked} exceeds the {grid} x {grid} patches; lower it or raise image_res",
         ),
         (
+            "loss_weights" in config and not any(config["loss_weights"].values()),
+            "loss_weights are all 0, which trains nothing; leave one above 0",
+        ),
+        (
             codes["kind"] == "kmeans" and not codes["path"].endswith(".safetensors"),
             f"image_tokenizer.path of kmeans must name a .safetensors file, found {codes.get('path')!r}",
         ),

@@ -219,6 +219,18 @@ DISTILL = "soft word targets over the sequence, not the vocabulary"
 FROZEN = "captions of one image are negatives once in the queue"
 
 
+LOSS_WEIGHTS = {
+    name: Key(NUMBER, 1, f"of {what}; 0 = not computed", least=0)
+    for name, what in (
+        ("ita", "the contrast"),
+        ("itm", "matching"),
+        ("mlm", "masked words"),
+        ("mim", "masked patches"),
+        ("psl", "keywords"),
+    )
+}
+
+
 MIXTURE_HELP = "annotation files and shards, or `[{path: ..., weight: ...}, ...]`"
 
 
@@ -229,6 +241,7 @@ PRETRAIN = {
     "train_file": Key(PATHS, help=MIXTURE_HELP, items=(str, dict), root=DATA),
     "samples_per_epoch": Key(int, 0, "of all ranks together; 0 = all there are", least=0, most=10**9),
     "batch_size": Key(int, 64, "per rank", least=1),
+    "loss_weights": Key(LOSS_WEIGHTS, {}, "in the sum that is trained; the log has the losses as they are"),
     "mlm_probability": Key(NUMBER, 0.15, "share of words masked", least=0, most=1),
     "max_tokens": Key(int, 25, "captions are cut to this many tokens, [CLS] included", least=2),
     "num_masking_patches": Key(int, 75, "patches hidden from MIM, of (image_res / patch_size)²", least=1),

@@ -22,7 +22,7 @@ from simla.engine.data_parallel import set_checkpointing
 from simla.engine.launch import Run
 from simla.engine.measure import clock, peak_bytes, reset_peak
 from simla.engine.memory import Estimate, estimate
-from simla.engine.step import Losses, Step, target_weight
+from simla.engine.step import Losses, Step, target_weight, weighted_sum
 from simla.evaluation.rerank import SIZES, make_groups, score_group
 from simla.models.bert_config import BertConfig
 from simla.models.dvae import STRIDE
@@ -77,10 +77,12 @@ def dry_run(
 
 
 def build(make_model: Callable[[dict], nn.Module], config: dict) -> list[nn.Module]:
-    """Return the model in training mode and, where the config has one, the image tokenizer."""
-    model, settings = make_model(config).train(), config.get("image_tokenizer")
+    """Return the model in training mode and, where a loss of the config reads one, the image tokenizer."""
+    model = make_model(config).train()
     set_checkpointing(model, config["checkpoint_activations"])
-    return [model] + ([untrained_image_tokenizer(settings).eval()] if settings else [])
+    if not config.get("loss_weights", {}).get("mim"):
+        return [model]
+    return [model, untrained_image_tokenizer(config["image_tokenizer"]).eval()]
 
 
 def estimate_training(
@@ -90,7 +92,7 @@ def estimate_training(
 
     def loss(model: nn.Module, *others: nn.Module) -> Tensor:
         inputs = {name: v.float() if v.dtype == torch.uint8 else v.clone() for name, v in batch.items()}
-        return sum(losses(model, inputs, target_weight(config), *others).values())
+        return weighted_sum(losses(model, inputs, target_weight(config), *others), config)
 
     return estimate(lambda: build(make_model, config), loss, config["precision"])
 

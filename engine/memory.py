@@ -62,7 +62,7 @@ def estimate(
         for module in modules:
             give_sizes(module)
         parameters, weights = list(modules[0].parameters()), count.now
-        trained = [param for param in parameters if param.requires_grad and is_training]
+        trained = list(modules[0].trained_parameters().values()) if is_training else []
         for param in trained:
             param.grad = torch.empty_like(param)
         with autocast(CPU, precision):

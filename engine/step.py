@@ -51,7 +51,7 @@ class Step:
             with contextlib.nullcontext() if is_last or world_size() == 1 else self.ddp_model.no_sync():
                 with autocast(self.device, self.config["precision"]):
                     named = self.losses(self.ddp_model, to_device(batch, self.device), alpha)
-                self.scaler.scale(sum(named.values()) / len(batches)).backward()
+                self.scaler.scale(weighted_sum(named, self.config) / len(batches)).backward()
             for name, loss in named.items():
                 means[name] = means.get(name, 0.0) + loss.detach() / len(batches)
         return means, self._update(means)
@@ -70,6 +70,12 @@ class Step:
             check = FiniteCheck({**means, "gradient": norm})
             step_unless(check.bad, self.optimizer)
         return check
+
+
+def weighted_sum(named: dict[str, Tensor], config: dict) -> Tensor:
+    """Return the sum of the losses by config `loss_weights`, in which loss_NAME is NAME; others weigh 1."""
+    weights = config.get("loss_weights", {})
+    return sum(weights.get(name.removeprefix("loss_"), 1) * loss for name, loss in named.items())
 
 
 def target_weight(config: dict) -> float:

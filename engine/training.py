@@ -82,7 +82,7 @@ class Training:
         self.saver = Saver(run.output_dir, config["keep_last"], keep_epochs=best is None)
         self.run_log = RunLog(run.output_dir, run.id, config)
         self.chance_check = ChanceCheck(run.chance)
-        trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
+        trainable = sum(param.numel() for param in model.trained_parameters().values())
         log.info(f"{trainable:,} trainable parameters")
 
     # ---- train ----

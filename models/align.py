@@ -18,11 +18,11 @@ from simla.utils import all_gather_rows
 
 
 class Encoded(NamedTuple):
-    """A batch as the encoders give it; the features have unit length."""
+    """A batch as the encoders give it; the features have unit length. None: what no loss reads."""
 
-    image_embeds: Tensor  # (B, N, D)
-    image_feat: Tensor  # (B, E)
-    text_feat: Tensor  # (B, E)
+    image_embeds: Tensor | None  # (B, N, D)
+    image_feat: Tensor | None  # (B, E)
+    text_feat: Tensor | None  # (B, E)
 
 
 class Draws(NamedTuple):

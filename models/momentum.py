@@ -21,13 +21,20 @@ class MomentumModel(nn.Module):
     """A model in which every module named in `twin_names` has a momentum twin, `<name>_m`."""
 
     twin_names: tuple[str, ...] = ()
-    without_gradient: tuple[str, ...] = ("visual_encoder.mask_token",)  # prefixes; only pre-training hides
+    # Prefixes of the parameters that no loss reaches; only pre-training hides patches. They stay among the
+    # optimiser's, whose state knows its parameters by their order.
+    without_gradient: tuple[str, ...] = ("visual_encoder.mask_token",)
     momentum: float
     holds_twins = False  # while a step's further batches are read: the online weights have not moved either
 
     def twins(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return (online, momentum) pairs."""
         return [(getattr(self, name), getattr(self, name + "_m")) for name in self.twin_names]
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return by name the parameters that the losses reach."""
+        named = {name: param for name, param in self.named_parameters() if param.requires_grad}
+        return {name: param for name, param in named.items() if not name.startswith(self.without_gradient)}
 
     def copy_twins(self, names: Iterable[str] | None = None) -> None:
         """Copy the online weights to the momentum twins, after they were loaded or filled anew; of the

@@ -4,6 +4,7 @@ B batch, N image tokens incl. [CLS], T text tokens, D width, E shared embedding,
 heads, M masked words, K hidden patches. A twin's states and logits end in `_m`.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,19 @@ from simla.models.bert import BertConfig, BertForMaskedLM, CrossStates
 from simla.models.momentum import make_twin
 from simla.models.vit import VisionTransformer, vit_sizes
 from simla.utils import UserError
+
+LOSSES = ("ita", "itm", "mlm", "mim", "psl")
+MOVED_BY = {  # parameters, by the beginnings of their names, that not every loss moves
+    "temp": ("ita",),
+    "text_proj.": ("ita",),
+    "vision_proj.": ("ita", "psl"),
+    "itm_head.": ("itm",),
+    "text_encoder.cls.": ("mlm",),
+    "mim_head.": ("mim",),
+    "visual_encoder.mask_token": ("mim",),
+    "concept_head.": ("psl",),
+    "text_encoder.": ("ita", "itm", "mlm", "mim"),
+}
 
 
 class PretrainBatch(NamedTuple):
@@ -28,14 +42,15 @@ class PretrainBatch(NamedTuple):
     mlm_indices: Tensor  # (M,) of the masked words among B * T
     patch_mask: Tensor  # (B, N-1) bool, True = hidden from MIM
     mim_indices: Tensor  # (K,) of the hidden patches among B * (N-1)
-    visual_codes: Tensor  # (B, N-1) the visual token of every patch
+    visual_codes: Tensor | None  # (B, N-1) the visual token of every patch; None without MIM
 
 
 class SIMLA(AlignmentModel):
-    """State-dict names, their order and that of the parameters are the published code's."""
+    """State-dict names, their order and that of the parameters are the published code's, whichever of the
+    losses are `computed`.
+    """
 
     twin_names = ("visual_encoder", "vision_proj", "text_encoder", "text_proj", "mim_head", "concept_head")
-    without_gradient = ()
 
     def __init__(
         self,
@@ -49,6 +64,7 @@ class SIMLA(AlignmentModel):
         cls_id: int = 101,
         mlm_distill_over_sequence: bool = False,
         psl_padding: bool = False,
+        computed: Collection[str] = LOSSES,
     ):
         super().__init__()
         if vit["embed_dim"] != bert.hidden_size or bert.encoder_width != bert.hidden_size:
@@ -61,6 +77,10 @@ class SIMLA(AlignmentModel):
         self.cls_id = cls_id
         self.mlm_distill_over_sequence = mlm_distill_over_sequence
         self.psl_padding = psl_padding
+        self.computed = frozenset(computed)
+        layers = (f"text_encoder.bert.encoder.layer.{i}." for i in range(bert.num_hidden_layers))
+        moved_by = MOVED_BY | {f"{layer}crossattention.": ("itm", "mlm", "mim") for layer in layers}
+        self.without_gradient = tuple(name for name, by in moved_by.items() if self.computed.isdisjoint(by))
 
         width = vit["embed_dim"]
         self.visual_encoder = VisionTransformer(**{**vit, "mask_token": True})
@@ -103,27 +123,61 @@ class SIMLA(AlignmentModel):
             cls_id=cls_id,
             mlm_distill_over_sequence=config["released_code"]["mlm_distill_over_sequence"],
             psl_padding=config["released_code"]["psl_padding"],
+            computed=[name for name, weight in config["loss_weights"].items() if weight],
         )
 
     def forward(self, batch: PretrainBatch, alpha: float, draws: Draws | None = None) -> dict[str, Tensor]:
-        """Return the five losses of one batch, scalars; alpha is the weight of the momentum targets."""
+        """Return the computed losses of one batch, scalars, and nothing of the others; alpha is the weight of
+        the momentum targets.
+        """
         self.begin_step()
         online = self.encode(batch)
         with torch.no_grad():
             momentum = self.encode(batch, "_m")
-        size = len(batch.image)
+        size, named = len(batch.image), {}
         positives = torch.eye(size, size + self.image_queue.shape[1], device=batch.image.device)  # (B, B+Q)
-        loss_ita, sim_i2t, sim_t2i = self.ita(online, momentum, positives, alpha)
-        self.enqueue(momentum)
-        negatives = self.draw_negatives(sim_i2t, sim_t2i, positives, draws)
-        image_keys = self.text_encoder.project(online.image_embeds)  # read by ITM and by MLM
-        return {
-            "loss_ita": loss_ita,
-            "loss_itm": self.itm(image_keys, batch, negatives),
-            "loss_mlm": self.mlm(image_keys, momentum.image_embeds, batch, alpha),
-            "loss_mim": self.mim(batch, alpha),
-            "loss_psl": self.psl(online, momentum, batch, alpha),
-        }
+        if "ita" in self.computed:
+            named["loss_ita"], sim_i2t, sim_t2i = self.ita(online, momentum, positives, alpha)
+            self.enqueue(momentum)
+        elif "itm" in self.computed:
+            sim_i2t, sim_t2i = self.similarities(online, momentum)
+        if self.computes("itm", "mlm"):
+            image_keys = self.text_encoder.project(online.image_embeds)
+        if "itm" in self.computed:
+            negatives = self.draw_negatives(sim_i2t, sim_t2i, positives, draws)
+            named["loss_itm"] = self.itm(image_keys, batch, negatives)
+        if "mlm" in self.computed:
+            named["loss_mlm"] = self.mlm(image_keys, momentum.image_embeds, batch, alpha)
+        if "mim" in self.computed:
+            named["loss_mim"] = self.mim(batch, alpha)
+        if "psl" in self.computed:
+            named["loss_psl"] = self.psl(online, momentum, batch, alpha)
+        return named
+
+    def computes(self, *names: str) -> bool:
+        """Return whether any of these losses is computed."""
+        return not self.computed.isdisjoint(names)
+
+    def encode(self, batch: PretrainBatch, suffix: str = "") -> Encoded:
+        """Return states and features of a batch; None for those that no computed loss reads. ITM without ITA
+        only draws its negatives by the text features.
+        """
+        text_feat, image = None, (None, None)
+        if self.computes("ita", "itm"):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and "ita" in self.computed):
+                text_feat = self.encode_text(batch.text_ids, batch.text_mask, suffix)
+        if self.computes("ita", "itm", "mlm", "psl"):
+            image = self.encode_image(batch.image, suffix)
+        return Encoded(*image, text_feat)
+
+    @torch.no_grad()
+    def similarities(self, online: Encoded, momentum: Encoded) -> tuple[Tensor, Tensor]:
+        """Return those within the batch by which negatives are drawn, sim_i2t and sim_t2i (B, B), where no
+        contrast computes them.
+        """
+        with torch.autocast(self.temp.device.type, enabled=False):
+            sim_i2t = online.image_feat @ momentum.text_feat.T / self.temp
+            return sim_i2t, online.text_feat @ momentum.image_feat.T / self.temp
 
     def mlm(
         self, image_keys: CrossStates, image_embeds_m: Tensor, batch: PretrainBatch, alpha: float

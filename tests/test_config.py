@@ -111,6 +111,8 @@ def test_every_number_has_a_range_and_is_finite():
         ("vit.depth=1000000000000", "vit.depth must be from 1 to 1000"),
         ("samples_per_epoch=1000000000000", "samples_per_epoch must be from 0 to 1000000000"),
         ("num_workers=1000000", "num_workers must be from 0 to 1000"),
+        ("loss_weights.mim=-1", "loss_weights.mim must be at least 0"),
+        ("loss_weights={ita: 0, itm: 0, mlm: 0, mim: 0, psl: 0}", "loss_weights are all 0"),
         ("train_file=[{path: a.json}]", "train_file: entry 0 must be {path: ..., weight: ...}"),
         ("train_file=[{path: a.json, weight: 1e308}]", "weight of entry 0 must be above 0, at most"),
         (

@@ -18,13 +18,14 @@ from models_for_tests import (
     tiny_batch,
     tiny_pretrain_model,
 )
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig as HubConfig
 from transformers import BertForMaskedLM as HubBertForMaskedLM
 
 from simla.configs.reader import read_config
 from simla.configs.schema import PRETRAIN, RETRIEVAL
 from simla.models.align import Draws
-from simla.models.pretrain import SIMLA
+from simla.models.pretrain import LOSSES, SIMLA
 from simla.models.retrieval import SIMLARetrieval
 from simla.utils import UserError
 
@@ -197,6 +198,44 @@ def test_queues_take_the_momentum_features_in_and_wrap_round(model):
     losses_of(model, tiny_batch(20))  # more than the queue holds
     assert model.queue_ptr.tolist() == [(3 + 20) % 12]
     torch.testing.assert_close(model.image_queue.norm(dim=0), torch.ones(12))
+
+
+# ---- losses of weight 0 ----
+
+
+def step_with(computed: set[str]) -> tuple[SIMLA, dict[str, torch.Tensor], int]:
+    """A model after a step of these losses, their values, and the step's FLOPs."""
+    torch.manual_seed(0)  # the queues start as noise
+    model = shake(tiny_pretrain_model(computed=computed))
+    batch = tiny_batch(4)
+    torch.manual_seed(1)  # the negatives
+    with FlopCounterMode(display=False) as counter:
+        named = losses_of(model, batch if "mim" in computed else {**batch, "visual_codes": None})
+        sum(named.values()).backward()
+    return model, named, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("off", LOSSES)
+def test_a_loss_of_weight_0_is_not_computed_and_leaves_the_others_as_they_are(off):
+    _, all_five, flops = step_with(set(LOSSES))
+    model, others, fewer = step_with(set(LOSSES) - {off})
+    assert [f"loss_{name}" for name in LOSSES if name != off] == list(others)
+    assert all(torch.equal(loss, all_five[name]) for name, loss in others.items())
+    assert fewer < flops
+    assert list(model.state_dict()) == list(tiny_pretrain_model().state_dict())
+    check_gradients(model)
+
+
+@pytest.mark.parametrize("only", LOSSES)
+def test_a_loss_alone_moves_what_it_reads(only):
+    _, all_five, _ = step_with(set(LOSSES))
+    model, named, _ = step_with({only})
+    assert list(named) == [f"loss_{only}"] and torch.equal(*named.values(), all_five[f"loss_{only}"])
+    check_gradients(model)
+    trained = model.trained_parameters()
+    assert ("temp" in trained) == (only == "ita") == (model.queue_ptr.item() != 0)
+    assert ("concept_head.weight" in trained) == (only == "psl")
+    assert any("crossattention" in name for name in trained) == (only in ("itm", "mlm", "mim"))
 
 
 # ---- switches and errors ----

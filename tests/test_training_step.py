@@ -17,9 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import Pretrain
 from simla.engine.data_parallel import compile_layers
+from simla.engine.resume import resume
+from simla.engine.step import weighted_sum
 from simla.engine.training import Training
 from simla.models.align import Draws
 from simla.models.bert import Layer
+from simla.models.pretrain import LOSSES
 from simla.models.retrieval import SIMLARetrieval
 from simla.models.vqa import VQABatch
 from simla.utils import UserError, autocast, set_precision, true_indices
@@ -83,6 +86,40 @@ def test_nor_in_the_steps_of_questions_and_of_retrieval():
     with NoWaiting():
         model(batch, 0.4)["loss"].backward()
         sum(losses_of(retrieval, {**pairs, "idx": torch.arange(4), "alpha": 0.4}).values()).backward()
+
+
+def test_losses_are_weighed_where_they_are_summed_and_logged_as_they_are(tiny, tmp_path):
+    seen = []
+    for number, weights in enumerate(([], ["loss_weights.ita=0.5", "loss_weights.psl=0"])):
+        run, batches = pretraining(tiny, tmp_path / str(number), *weights)
+        torch.manual_seed(0)
+        run.model.eval()  # no dropout
+        run.one_step(batches[:1], 0.4)
+        seen.append((run.window.means(), run.model.temp.grad, run.model.concept_head.weight.grad))
+    (one, temp, concepts), (other, halved, none) = seen
+    assert concepts is not None and none is None
+    assert other == {name: mean for name, mean in one.items() if name != "loss_psl"}
+    assert torch.equal(halved, temp / 2)  # ITA alone moves it
+    named = {f"loss_{name}": torch.rand(()) for name in LOSSES}
+    assert torch.equal(weighted_sum(named, {"loss_weights": dict.fromkeys(LOSSES, 1)}), sum(named.values()))
+
+
+def test_a_run_resumes_with_other_weights(tiny, tmp_path):
+    """And without MIM no image tokenizer is made."""
+    nowhere = tmp_path / "codebook.safetensors"
+    run, batches = pretraining(
+        tiny, tmp_path / "before", "loss_weights.mim=0", f"image_tokenizer.path={nowhere}"
+    )
+    run.one_step(batches[:1], 0.4)
+    assert "loss_mim" not in run.window.means() and "loss_mim" not in run.chance_check.levels
+    assert not nowhere.exists()
+    torch.save(run.state(), tmp_path / "checkpoint.pth")
+    run, batches = pretraining(tiny, tmp_path / "after", "loss_weights.psl=0")
+    resume(run.model, run.optimizer, run.schedule, tmp_path / "checkpoint.pth")
+    before = {name: value.clone() for name, value in run.model.named_parameters()}
+    run.one_step(batches[:1], 0.4)
+    moved = {name for name, value in run.model.named_parameters() if not torch.equal(value, before[name])}
+    assert "mim_head.weight" in moved and "concept_head.weight" not in moved
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(0.25, 0.25), (1e6, None), (0, None)])

@@ -16,6 +16,7 @@ from tiny import run_forked
 from simla.dataset.loaders import EpochSampler, check_enough
 from simla.engine.data_parallel import distribute
 from simla.evaluation.rerank import NOT_SCORED
+from simla.models.pretrain import LOSSES
 from simla.utils import UserError
 
 WORKER = Path(__file__).parent / "two_rank_worker.py"
@@ -51,6 +52,14 @@ def test_a_script_may_leave_a_loss_out(results):
         for name, grad in one.items():
             assert (grad is None and other[name] is None) or torch.equal(grad, other[name]), name
         assert one["vision_proj.weight"].norm() > 0
+
+
+@pytest.mark.parametrize("off", LOSSES)
+def test_ranks_train_together_with_any_loss_off(results, off):
+    """Nothing that the other losses do not reach is waited for, and the ranks have one gradient."""
+    one, other = (results[2, rank]["a loss off"][off] for rank in range(2))
+    assert set(one["grads"]) == one["trained"] == other["trained"]
+    assert all(torch.equal(grad, other["grads"][name]) for name, grad in one["grads"].items())
 
 
 def test_buffers_that_differ_are_made_those_of_rank_0(results):

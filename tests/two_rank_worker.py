@@ -32,6 +32,7 @@ from simla.engine.metric_log import MetricLog
 from simla.engine.peers import leave_together
 from simla.evaluation.rerank import rerank
 from simla.models.align import Draws
+from simla.models.pretrain import LOSSES
 from simla.models.retrieval import SIMLARetrieval
 from simla.utils import all_gather_rows, all_gather_shares, gather_in_order, rank, world_size
 from zero_shot_retrieval import encode_texts
@@ -91,6 +92,19 @@ def steps_without_a_loss() -> list[dict]:
                 sum(named.values()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     return gradients
+
+
+def steps_with_a_loss_off() -> dict[str, dict]:
+    """For each loss that is not computed: the gradients of a step, and the names of what waits for one."""
+    steps = {}
+    for off in LOSSES:
+        torch.manual_seed(0)
+        model = tiny_pretrain_model(computed=set(LOSSES) - {off}).eval()
+        wrapped = distribute(model, CPU)
+        sum(losses_of(wrapped, tiny_batch(3, seed=rank())).values()).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        steps[off] = {"grads": grads, "trained": set(model.trained_parameters())}
+    return steps
 
 
 def retrieval_step() -> dict:
@@ -199,6 +213,7 @@ def work(this_rank: int, num_ranks: int, folder: str) -> None:
             result |= pretrain_step()
             result["retrieval"] = retrieval_step()
             result["without a loss"] = steps_without_a_loss()
+            result["a loss off"] = steps_with_a_loss_off()
     torch.save(result, Path(folder) / f"{num_ranks}_{this_rank}.pt")
     if dist.is_initialized():
         leave_together()
