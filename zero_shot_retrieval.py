@@ -28,6 +28,7 @@ from simla.dataset.text import MAX_TEXT_TOKENS, build_tokenizer, check_vocabular
 from simla.engine.dry_run import dry_run_retrieval
 from simla.engine.launch import run_script, script_arguments, start
 from simla.engine.results import record_evaluation, result_path, save_result
+from simla.evaluation.coco_captions import coco_scores, why_no_coco_scores
 from simla.evaluation.rerank import rerank
 from simla.evaluation.retrieval import retrieval_chance, retrieval_recall
 from simla.models.retrieval import SIMLARetrieval
@@ -110,12 +111,13 @@ def evaluate(
     device: torch.device,
     scores_file: Path | None = None,
 ) -> dict[str, float]:
-    """Return recall@1/5/10 in percent both ways; the main rank writes the score matrices to `scores_file`."""
+    """Return recalls in percent, and `coco_scores`; the main rank writes the matrices to `scores_file`."""
     scores_i2t, scores_t2i = score(model, data, tokenizer, config, device)
     if scores_file is not None and is_main():
         with atomic_write(scores_file) as file:
             torch.save({"scores_i2t": scores_i2t, "scores_t2i": scores_t2i}, file)
-    return retrieval_recall(scores_i2t.numpy(), scores_t2i.numpy(), data.img2txt, data.txt2img)
+    recall = retrieval_recall(scores_i2t.numpy(), scores_t2i.numpy(), data.img2txt, data.txt2img)
+    return recall | coco_scores(scores_i2t, scores_t2i, data.coco_ids, scores_file)
 
 
 def report(
@@ -133,7 +135,9 @@ def report(
     }
     log.info("retrieval: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
     for name, value in recall.items():
-        log.info(f"{name:12} {value:6.2f}   chance {chance[name]:6.2f}")
+        log.info(f"{name:12} {value:6.2f}" + (f"   chance {chance[name]:6.2f}" if name in chance else ""))
+    if reason := why_no_coco_scores(data.coco_ids):
+        log.info(f"{config['test_file']}: no ECCV Caption and CxC, {reason}")
     save_result(output_dir, "retrieval", {**protocol, **recall, "chance": chance})
 
 

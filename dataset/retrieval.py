@@ -1,5 +1,6 @@
 """Images with their captions, for retrieval fine-tuning and evaluation."""
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
@@ -15,6 +16,7 @@ from simla.dataset.text import clean_caption
 from simla.utils import log
 
 MAX_TEXT_TOKENS = 30
+COCO_NAME = re.compile(r"COCO_val2014_(\d{12})\.\w+$")  # of Karpathy's test images
 
 
 class WithIdentities(Sequence):
@@ -93,8 +95,8 @@ class RetrievalEvalData(EvalItems):
     """The images of a val or test file, and beside them its texts.
 
     Rows {"image", "caption": text or [text, ...]}; an image may have several. texts: all captions, cleaned,
-    in order; img2txt: the texts of each image; txt2img: the image of each text. lower: `lowers_case` of the
-    tokenizer that will read them.
+    in order; img2txt: the texts of each image; txt2img: the image of each text; coco_ids: see `coco_ids`.
+    lower: `lowers_case` of the tokenizer that will read them.
     """
 
     def __init__(self, file: str, config: dict, lower: bool = True):
@@ -112,6 +114,25 @@ class RetrievalEvalData(EvalItems):
             self.texts += [clean_caption(caption, lower=lower) for caption in entry["caption"]]
             self.img2txt.append(list(range(first, len(self.texts))))
             self.txt2img += [number] * len(entry["caption"])
+        self.coco_ids = coco_ids(entries)
+
+
+def coco_ids(entries: Iterable[dict]) -> list[tuple[int, list[int]]]:
+    """Return COCO's number of each image, and those of its captions, or [] where the entry does not have them
+    ("image_id", "caption_ids"); nothing where an image is not COCO's.
+    """
+    ids = []
+    for entry in entries:
+        number, numbers = entry.get("image_id"), entry.get("caption_ids")
+        name = COCO_NAME.search(entry["image"])
+        is_numbered = isinstance(numbers, list) and len(numbers) == len(entry["caption"])
+        if is_numbered and all(type(value) is int for value in (number, *numbers)):
+            ids.append((number, numbers))
+        elif name:
+            ids.append((int(name[1]), []))
+        else:
+            return []
+    return ids
 
 
 def _without_text(entry: dict) -> dict:

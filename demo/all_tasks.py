@@ -9,6 +9,8 @@ pretrain.py.
 """
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,13 +29,29 @@ from simla.demo.pretrain import (
 from simla.engine.command import GOES_ON, run_command
 
 
+def over_splits(values: dict[str, float], result: dict) -> dict:
+    """Return the mean of the splits' values over their expressions, and the number of those."""
+    num = {split: result["splits"][f"{split}_d"]["n"] for split in values}
+    total = sum(num.values())
+    return {"value": sum(values[split] * num[split] for split in num) / total, "n": total}
+
+
 def read_grounding(result: dict) -> dict:
     """Return both test splits' accuracy; chance is any object of the picture, chosen without reading."""
     splits = {split: result["splits"][f"{split}_d"] for split in ("testA", "testB")}
-    total = sum(split["n"] for split in splits.values())
-    value = sum(split["accuracy"] * split["n"] for split in splits.values()) / total
-    chance = sum(blind_guess("grounding", "by_object", name) * splits[name]["n"] for name in splits) / total
-    return {"metric": "boxes right on testA and testB (%)", "value": value, "chance": chance, "n": total}
+    right = over_splits({name: split["accuracy"] for name, split in splits.items()}, result)
+    guessed = over_splits({name: blind_guess("grounding", "by_object", name) for name in splits}, result)
+    return {"metric": "boxes right on testA and testB (%)", "chance": guessed["value"], **right}
+
+
+def read_heat_boxes(result: dict) -> dict:
+    """Return the same of the box round the heat, which needs no detector; chance is the whole picture."""
+    splits = {split: result["splits"][f"{split}_d"] for split in ("testA", "testB")}
+    right, guessed = (
+        over_splits({name: split[f"heat_{score}"] for name, split in splits.items()}, result)
+        for score in ("accuracy", "chance")
+    )
+    return {"metric": "boxes round the heat right on both (%)", "chance": guessed["value"], **right}
 
 
 def blind_guess(task: str, rule: str, split: str = "test") -> float:
@@ -54,6 +72,13 @@ def read_classes(result: dict, task: str) -> dict:
     return {"metric": "accuracy (%)", "value": test["acc"], "chance": chance, "n": test["n"]}
 
 
+def read_consistency(result: dict) -> dict:
+    """Return the share of NLVR's sentences that are right on all their pairs; chance as of their accuracy."""
+    num_sentences = len({entry["sentence"] for entry in json.loads((DATA / "nlvr_test.json").read_bytes())})
+    metric, chance = "sentences right on all their pairs (%)", blind_guess("nlvr", "consistency")
+    return {"metric": metric, "value": result["test"]["consistency"], "chance": chance, "n": num_sentences}
+
+
 GRADCAM_MODE, GRADCAM_BLOCK = "itc", 3
 GRADCAM = ("--gradcam_mode", GRADCAM_MODE, "--block_num", str(GRADCAM_BLOCK))
 read_nlvr, read_ve = partial(read_classes, task="nlvr"), partial(read_classes, task="ve")
@@ -66,6 +91,21 @@ STAGES = (  # name, script, config, the stage it starts from, result file, how t
     Stage("nlvr", "NLVR.py", "NLVR.yaml", "nlvr_pretrain", "nlvr", read_nlvr),
     Stage("ve", "VE.py", "VE.yaml", "pretrain", "ve", read_ve),
 )
+
+SECOND_SCORES = {  # stage -> key in summary.json, how the stage's result file is read for it
+    "grounding": ("grounding_heat_box", read_heat_boxes),
+    "nlvr": ("nlvr_consistency", read_consistency),
+}
+
+
+def second_score(stage: Stage, folder: Path, read: Callable[[dict], dict]) -> dict:
+    """Return the row of another score of a stage that is done; it took no seconds of its own."""
+    before, after = (
+        read(json.loads((folder / when / "result" / f"{stage.result}.json").read_bytes()))
+        for when in ("before", "after")
+    )
+    value = after.pop("value")
+    return {**after, "before": before["value"], "after": value, "seconds": 0}
 
 
 def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
@@ -127,7 +167,7 @@ def table(summary: dict) -> str:
     rows = [f"{'':22}{'chance':>8}{'before':>8}{'after':>8}{'n':>7}{'seconds':>9}  metric"]
     for name, row in summary.items():
         numbers = "".join(f"{row[key]:8.1f}" for key in ("chance", "before", "after"))
-        rows.append(f"{name:22}{numbers}{row['n']:7}{row['seconds']:9}  {row['metric']}")
+        rows.append(f"{name:22}{numbers}{row['n']:7}{row['seconds'] or '':9}  {row['metric']}")
     return "\n".join(rows)
 
 
@@ -143,6 +183,10 @@ def main() -> None:
         if stage.result:
             columns = ("metric", "chance", "before", "after", "n", "seconds")
             summary[stage.key or stage.name] = {column: record[column] for column in columns}
+        if stage.name in SECOND_SCORES:
+            key, read = SECOND_SCORES[stage.name]
+            with suppress(KeyError):  # results that an earlier version wrote do not have it
+                summary[key] = second_score(stage, out / stage.name, read)
     write_json(out / "summary.json", summary)
 
     from simla.engine.curves import plot_curves

@@ -62,7 +62,7 @@ from simla.demo.scenes import (
 from simla.engine.command import GOES_ON, run_command
 from simla.utils import UserError, atomic_write, make_output_folder, num_cores
 
-VERSION = 4  # raise it whenever the same arguments give other files
+VERSION = 5  # raise it whenever the same arguments give other files
 NUM_SCENES = {"train": 6000, "val": 500, "test": 500}
 TASKS = ("pretrain", "retrieval", "grounding", "vqa", "nlvr", "ve")
 OWN_FILES = ("images", "bert", "refcoco+", "ATTRIBUTION.md", *(f"{n}_*.json" for n in ("scenes", *TASKS)))

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import islice
 
 from simla.demo.scenes import BACKGROUNDS, KINDS, noun_phrase, related_kinds
+from simla.evaluation.classification import consistency
 from simla.evaluation.grounding import box_iou, grounding_chance
 from simla.evaluation.vqa import answer_scores, normalize_answer
 
@@ -331,15 +332,21 @@ def nlvr_pair(pool: Pool, form: str, true: bool, noun: str) -> tuple[str, list[d
 
 
 def nlvr_entries(scenes: list[dict], split: str, number: int, rng: random.Random) -> list[dict]:
-    """Return `number` statements on two scenes (fewer where a small split lacks fitting ones)."""
+    """Return `number` statements on two scenes (fewer where a small split lacks fitting ones). Identifiers
+    are as NLVR2's: split, number of the sentence, number of the pair that it is said of, and 0.
+    """
     pool, nouns, entries = Pool(scenes, rng), evenly(rng, [*KINDS, *BACKGROUNDS]), []
+    num_pairs: Counter[str] = Counter()
     forms = evenly(rng, [(form, true) for form in NLVR_FORMS for true in (True, False)])
     for form, true in islice(forms, number):
         for _ in range(TRIES):
             sentence, pair = nlvr_pair(pool, form, true, next(nouns))
             if None not in pair and pair[0] is not pair[1]:
                 entry = {"images": [scene["image"] for scene in pair], "sentence": sentence}
-                entries.append({**entry, "label": str(true), "identifier": f"{split}-{len(entries):05d}"})
+                num_pairs[sentence] += 1
+                sentence_number = list(num_pairs).index(sentence)
+                identifier = f"{split}-{sentence_number}-{num_pairs[sentence] - 1}-0"
+                entries.append({**entry, "label": str(true), "identifier": identifier})
                 break
     return entries
 
@@ -397,15 +404,20 @@ def ve_entries(scenes: list[dict], number: int, rng: random.Random) -> list[dict
 
 # --------------------------------------------------------------------------------------------- all tasks
 def sentence_chance(train: list[dict], entries: list[dict]) -> dict[str, float]:
-    """Return the accuracy of training's most frequent label, overall or of the sentence; no picture."""
+    """Return the accuracy of training's most frequent label, overall or of the sentence, without a picture;
+    and of the latter, where entries have identifiers, the consistency.
+    """
     overall, by_sentence = Counter(entry["label"] for entry in train), {}
     for entry in train:
         by_sentence.setdefault(entry["sentence"], Counter())[entry["label"]] += 1
     guesses = {text: max(labels, key=labels.get) for text, labels in by_sentence.items()}
     guess = max(overall, key=overall.get, default=None)
-    told = mean([guesses.get(entry["sentence"], guess) == entry["label"] for entry in entries])
+    told = [guesses.get(entry["sentence"], guess) == entry["label"] for entry in entries]
     plain = mean([entry["label"] == guess for entry in entries])
-    return {"overall": 100 * plain, "by_sentence": 100 * told}
+    chance = {"overall": 100 * plain, "by_sentence": 100 * mean(told)}
+    if entries and "identifier" in entries[0]:
+        chance["consistency"] = consistency([entry["identifier"] for entry in entries], told)
+    return chance
 
 
 def make_tasks(scenes: dict[str, list[dict]], seed: int) -> tuple[dict[str, list | dict], list[dict], dict]:

@@ -16,6 +16,7 @@ from simla.demo import pretrain as demo
 from simla.utils import UserError
 
 TASKS = ["zero_shot_retrieval", "retrieval", "grounding", "vqa", "nlvr", "ve"]
+ROWS = [*TASKS[:3], "grounding_heat_box", *TASKS[3:5], "nlvr_consistency", *TASKS[5:]]
 COLUMNS = {"metric", "chance", "before", "after", "n", "seconds"}
 
 
@@ -84,15 +85,21 @@ def test_the_summary(chain, capsys):
     out, run = chain
     assert run() == []  # all stages are done
     summary = json.loads((out / "summary.json").read_text())
-    assert list(summary) == TASKS
+    assert list(summary) == ROWS
     for name, row in summary.items():
         assert set(row) == COLUMNS and row["n"] > 0, name
         for column in ("chance", "before", "after"):
             assert 0 <= row[column] <= 100, (name, column)
     nlvr = json.loads((out / "nlvr" / "after" / "result" / "nlvr.json").read_text())["test"]
     assert summary["nlvr"]["after"] == nlvr["acc"] and summary["nlvr"]["n"] == nlvr["n"]
+    assert summary["nlvr_consistency"]["after"] == nlvr["consistency"]
+    splits = json.loads((out / "grounding" / "after" / "result" / "grounding.json").read_text())["splits"]
+    parts = [splits["testA_d"], splits["testB_d"]]
+    for row, score in (("grounding", "accuracy"), ("grounding_heat_box", "heat_accuracy")):
+        right = sum(round(part[score] * part["n"] / 100) for part in parts)
+        assert summary[row]["after"] == pytest.approx(100 * right / sum(part["n"] for part in parts))
     table = capsys.readouterr().out
-    assert all(name in table for name in TASKS) and "before   after" in table
+    assert all(name in table for name in ROWS) and "before   after" in table
 
 
 def test_the_stages_of_another_seed_are_not_taken_for_this_one_s(chain):

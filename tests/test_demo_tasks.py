@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from simla.dataset.grounding import read_targets
-from simla.dataset.nlvr import read_nlvr
+from simla.dataset.nlvr import official_identifiers, read_nlvr
 from simla.dataset.readers.annotations import TEXT, read_annotations
 from simla.dataset.ve import read_ve
 from simla.dataset.vqa import read_answer_list
@@ -408,7 +408,13 @@ def test_readers_accept_nlvr_and_ve(folder):
     for split in COUNTS:
         statements = load(folder / f"nlvr_{split}.json")
         assert set(statements[0]) == {"images", "sentence", "label", "identifier"}
-        assert len({entry["identifier"] for entry in statements}) == len(statements)
+        identifiers = official_identifiers(statements)
+        assert identifiers is not None  # each its own
+        sentence_of = {
+            name.rsplit("-", 2)[0]: e["sentence"] for name, e in zip(identifiers, statements, strict=True)
+        }
+        assert len(sentence_of) == len({entry["sentence"] for entry in statements})
+        assert all(sentence_of[e["identifier"].rsplit("-", 2)[0]] == e["sentence"] for e in statements)
         assert all(entry["images"][0] != entry["images"][1] for entry in statements)
         read = read_nlvr(str(folder / f"nlvr_{split}.json"), str(folder))
         assert [item["label"] for item in read] == [int(entry["label"] == "True") for entry in statements]
@@ -452,6 +458,17 @@ def test_ve_labels(made, by_image, split):
         (n, x) for n in (0, 1) for x in ("neutral", "entailment" if n else "contradiction")
     }
     assert max(claimed.values()) - min(claimed.values()) < 0.02 * sum(classes.values())
+
+
+def test_consistency_without_pictures_is_that_of_the_most_frequent_label_of_each_sentence():
+    def entry(sentence, number, label):
+        return {"sentence": sentence, "label": label, "identifier": f"test-{sentence}-{number}-0"}
+
+    train = [entry("a", 0, "True"), entry("b", 0, "False"), entry("c", 0, "True")]
+    test = [entry("a", 0, "True"), entry("a", 1, "True"), entry("b", 0, "True"), entry("b", 1, "False")]
+    chance = demo_tasks.sentence_chance(train, test)
+    assert (chance["by_sentence"], chance["consistency"]) == (75, 50)
+    assert "consistency" not in demo_tasks.sentence_chance(train, [])
 
 
 def test_the_words_alone_say_nothing(made):

@@ -47,7 +47,10 @@ def load(path: Path) -> list:
 
 
 def karpathy_image(number: int, split: str, captions: list[str], **more: object) -> dict:
-    sentences = [{"tokens": c.split(), "raw": c, "imgid": number, "sentid": number * 5} for c in captions]
+    sentences = [
+        {"tokens": c.split(), "raw": c, "imgid": number, "sentid": number * 5 + place}
+        for place, c in enumerate(captions)
+    ]
     return {"sentids": [], "imgid": number, "sentences": sentences, "split": split, **more}
 
 
@@ -83,8 +86,10 @@ def test_coco_by_karpathy_s_split(coco, capsys):
     assert load(coco / "coco_val.json") == [
         {"image": "val2014/COCO_val2014_000000000003.jpg", "caption": ["A cow.", "One cow."]}
     ]
-    assert [entry["caption"] for entry in load(coco / "coco_test.json")] == [
-        ["A hen.", "One hen.", "A bird."]
+    ids = {"image_id": 4, "caption_ids": [20, 21, 22]}  # COCO's, for scores that go by them
+    name = "val2014/COCO_val2014_000000000004.jpg"
+    assert load(coco / "coco_test.json") == [
+        {"image": name, "caption": ["A hen.", "One hen.", "A bird."], **ids}
     ]
     first = load(coco / "coco.json")[0]
     assert first == {
@@ -101,6 +106,20 @@ def test_coco_by_karpathy_s_split(coco, capsys):
     assert re.search(r"train images +2 +113,287  differs by -113,285", printed)
     assert "Karpathy, Fei-Fei, CVPR 2015" in printed
     assert f"configs/Retrieval_coco.yaml: image_root: {coco}/coco/images" in printed
+
+
+def test_the_numbers_of_captions_stay_with_them(tmp_path):
+    """A blank caption takes its number with it; a file without numbers has none written."""
+    put(tmp_path / "coco/images/train2014/1.jpg")
+    images = [coco_image(n, "test", "train2014", ["A dog.", " ", "A cat."]) for n in (1, 2)]
+    for image in images:
+        put(tmp_path / "coco/images/train2014" / image["filename"])
+    del images[1]["sentences"][0]["sentid"]
+    put(tmp_path / "coco/dataset_coco.json", {"images": images})
+    prepare("coco", tmp_path, "--only", "test")
+    first, second = load(tmp_path / "coco_test.json")
+    assert (first["caption"], first["caption_ids"]) == (["A dog.", "A cat."], [5, 7])
+    assert set(second) == {"image", "caption"}
 
 
 @pytest.mark.parametrize("split", ["karpathy", "2014"])

@@ -338,7 +338,7 @@ def write_predictions(out: Path) -> None:
 
 
 def write_scores(out: Path) -> None:
-    data = SimpleNamespace(img2txt=[[0], [1]], txt2img=[0, 1])
+    data = SimpleNamespace(img2txt=[[0], [1]], txt2img=[0, 1], coco_ids=[])
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(zero_shot_retrieval, "score", lambda *_: (torch.eye(2), torch.eye(2)))
         zero_shot_retrieval.evaluate(None, data, None, {}, None, out / "result" / "retrieval_scores.pt")

@@ -6,7 +6,8 @@ Needs below --root (the leading coco/ may be missing):
     coco/images/train2014/, val2014/    images of cocodataset.org. Karpathy's split takes train2017/ and
                                         val2017/, too: the same images by other names
 Writes coco_train.json, coco_val.json, coco_test.json (configs/Retrieval_coco.yaml; image paths relative to
-coco/images, the config's image_root) and coco.json (configs/Pretrain.yaml). Karpathy's "restval" is training.
+coco/images, the config's image_root) and coco.json (configs/Pretrain.yaml). Karpathy's "restval" is training;
+his test images have COCO's numbers of image and captions, which scores of ECCV Caption and CxC go by.
 --split 2014 writes coco2014_train.json, coco2014_val.json and coco2014.json, --split 2017 likewise. Most
 images of Karpathy's val and test are in train2017: who pre-trains on it has seen them. The pre-training file
 has one entry a caption, of training images alone.
@@ -84,7 +85,7 @@ def _karpathy(root: Path, report: Report) -> tuple[Images, Splits]:
         return next((name for name in names if name in images.files), names[0])
 
     report.source = SOURCE
-    return images, read_karpathy(file, name_of, "cocoid")
+    return images, read_karpathy(file, name_of, "cocoid", "sentid")
 
 
 def _official(root: Path, year: str, sets: list[str], report: Report) -> tuple[Images, Splits]:

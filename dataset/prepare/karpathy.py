@@ -1,7 +1,7 @@
 """Images with several captions each, in splits: read from Karpathy's files, written as retrieval files."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -25,6 +25,7 @@ class Picture(NamedTuple):
     name: str  # relative to the images' folder
     id: int
     captions: list
+    caption_ids: Sequence[int] = ()  # of the captions of a test image of COCO
 
 
 Splits = dict[str, list[Picture]]
@@ -52,13 +53,21 @@ def flickr_id(image: dict, where: str) -> int:
     return int(number)
 
 
-def read_karpathy(path: Path, name_of: Callable[[dict, str], str], id_key: str) -> Splits:
-    """Return the images by split; name_of(image, where) is the file of one below the images' folder."""
+def read_karpathy(
+    path: Path, name_of: Callable[[dict, str], str], id_key: str, caption_key: str = ""
+) -> Splits:
+    """Return the images by split; name_of(image, where) is the file of one below the images' folder. Numbers
+    of captions, under caption_key, are kept of test images that have one for each caption.
+    """
     splits: Splits = defaultdict(list)
     for where, split, image in read_images(path):
         sentences = checked(image, "sentences", list, where)
         captions = [value_of(sentence, "raw", f"{where}, sentences") for sentence in sentences]
         picture = Picture(name_of(image, where), checked(image, id_key, int, where), captions)
+        if caption_key and split == "test":
+            numbers = [sentence.get(caption_key) for sentence in sentences]
+            if all(type(number) is int for number in numbers):
+                picture = picture._replace(caption_ids=numbers)
         splits[split].append(picture)
     return splits
 
@@ -88,15 +97,23 @@ def write_retrieval(
                 for caption in picture.captions
             )
         else:
-            entries = ({"image": picture.name, "caption": picture.captions} for picture in pictures)
+            entries = map(_captioned, pictures)
         images.report.write(out / f"{stem}_{split}.json", entries)
     return splits
 
 
+def _captioned(picture: Picture) -> dict:
+    entry = {"image": picture.name, "caption": picture.captions}
+    ids = {"image_id": picture.id, "caption_ids": picture.caption_ids}
+    return {**entry, **ids} if picture.caption_ids else entry
+
+
 def _present(pictures: list[Picture], images: Images) -> Iterator[Picture]:
     for picture in filter(lambda picture: images.has(picture.name), pictures):
-        cells = (captions_in(cell, picture.name, images.report) for cell in picture.captions)
+        cells = [list(captions_in(cell, picture.name, images.report)) for cell in picture.captions]
         if captions := list(chain.from_iterable(cells)):
-            yield picture._replace(captions=captions)
+            of_cells = zip(picture.caption_ids, cells, strict=False)  # none, or one a cell
+            caption_ids = [number for number, texts in of_cells for _ in texts]
+            yield picture._replace(captions=captions, caption_ids=caption_ids)
         else:
             images.report.leave_out("images without a caption", picture.name)
