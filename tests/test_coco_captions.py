@@ -7,7 +7,6 @@ from copy import copy
 import numpy as np
 import pytest
 import torch
-from eccv_caption import Metrics
 
 import zero_shot_retrieval
 from simla.dataset.retrieval import RetrievalEvalData, coco_ids
@@ -15,10 +14,10 @@ from simla.evaluation import coco_captions
 from simla.evaluation.coco_captions import coco_rankings, package_scores, why_no_coco_scores
 from simla.evaluation.rerank import NOT_SCORED
 
-WHOLE = Metrics()
+WHOLE = coco_captions._package()
 
 
-def first_images(num_images: int) -> Metrics:
+def first_images(num_images: int):
     """The package with so many of COCO's test images and their captions as queries."""
     metrics, images = copy(WHOLE), list(WHOLE.coco_gts["i2t"])[:num_images]
     captions = [caption for image in images for caption in WHOLE.coco_gts["i2t"][image]]

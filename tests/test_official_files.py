@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from eccv_caption import Metrics
 from tiny import ROOT
 
 import NLVR
@@ -20,6 +19,7 @@ from simla.dataset.nlvr import CLASSES, read_nlvr
 from simla.dataset.prepare.nlvr2 import sentences
 from simla.dataset.vqa import VQAEvalData
 from simla.evaluation.classification import consistency
+from simla.evaluation.coco_captions import _package
 
 EXCERPTS = ROOT / "tests" / "excerpts"
 
@@ -106,6 +106,6 @@ def test_vqa_s_script_finds_our_numbers(tmp_path, answers):
 def test_coco_s_numbers_of_captions_are_the_package_s():
     """Those of annotations in cocodataset.org's files: of three images one is in Karpathy's test split."""
     excerpt = json.loads((EXCERPTS / "captions_val2017.json").read_bytes())
-    known = Metrics().coco_gts["i2t"]
+    known = _package().coco_gts["i2t"]
     (image,) = [row["id"] for row in excerpt["images"] if row["id"] in known]
     assert {row["id"] for row in excerpt["annotations"] if row["image_id"] == image} == set(known[image])
