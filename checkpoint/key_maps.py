@@ -54,6 +54,7 @@ BERT_DECODER = Row((("bert.", "bert.", _upper_half),))  # the decoder from plain
 BERT_TWO_IMAGES = Row((("", "", upper_half_twice),))  # the two-image encoder from plain BERT weights
 MIM = ("mim_head", "concept_head", "visual_encoder.mask_token", "visual_encoder_m.mask_token")
 MLM = ("text_encoder.cls.", "text_encoder_m.cls.")
+TOKEN_TYPES, POSITIONS = "embeddings.token_type_embeddings.weight", "embeddings.position_embeddings.weight"
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
 PROJECTIONS = ("temp", "vision_proj", "text_proj")
 TWINS = ("visual_encoder_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.")
@@ -61,10 +62,11 @@ TWINS = ("visual_encoder_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.
 KINDS = (  # the first whose marker begins a name of the checkpoint
     ("vqa", "text_decoder."),
     ("pretrain_nlvr", "ta_head."),
-    ("nlvr", "text_encoder.embeddings.token_type_embeddings."),
-    ("ve", "cls_head."),
     ("pretrain", "concept_head."),
-    ("retrieval", "itm_head."),
+    ("pretrain", "text_encoder.cls."),  # ALBEF's
+    ("retrieval", "itm_head."),  # before NLVR: ALBEF's have token types, too
+    ("nlvr", f"text_encoder.{TOKEN_TYPES}"),
+    ("ve", "cls_head."),
 )
 RESUME = Row(interpolate=False, may_lack_twins=False)
 TWIN = re.compile(r"[a-z_]+_m\.")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simla.checkpoint.key_maps import KINDS, QUEUES, TWIN, Row
+from simla.checkpoint.key_maps import KINDS, POSITIONS, QUEUES, TOKEN_TYPES, TWIN, Row
 from simla.checkpoint.safe_load import Inert, safe_load, to_plain
 from simla.checkpoint.tasks import TASKS
 from simla.configs.schema import BERT_CONFIG, VIT
@@ -75,11 +75,29 @@ def _layers(names: Iterable[str], part: str = "") -> set[int]:
     return {int(match[1]) for match in map(layer.match, names) if match}
 
 
+def text_layers_alone(names: Iterable[str]) -> int:
+    """Return how many layers of the text encoder, from the first on, have no cross-attention."""
+    return min(_layers(names, "crossattention"), default=0)
+
+
+def fold_token_types(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
+    """Return the state with token type 0, which every token has, added to the positions, where the file has
+    token types (ALBEF's) and the model none.
+    """
+    typed = [name.removesuffix(TOKEN_TYPES) for name in state if name.endswith(TOKEN_TYPES)]
+    if not typed or any(name.endswith(TOKEN_TYPES) for name in shapes):
+        return state
+    state = dict(state)
+    for prefix in typed:
+        state[f"{prefix}{POSITIONS}"] = state[f"{prefix}{POSITIONS}"] + state.pop(f"{prefix}{TOKEN_TYPES}")[0]
+    return state
+
+
 def match_row(
     state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], row: Row, source: str, kind: str
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Return what `map_state` does, with a given row."""
-    num_layers = len(_layers(state))
+    state, num_layers = fold_token_types(state, shapes), len(_layers(state))
     report = LoadReport(source, kind)
     no_twins = row.may_lack_twins and not any(map(TWIN.match, state))
     no_queues = row.may_lack_twins and not any(name.startswith(QUEUES) for name in state)
@@ -114,16 +132,10 @@ def match_row(
 
 
 def kind_of(state: Mapping[str, Tensor], source: str = "the checkpoint", metadata: dict | None = None) -> str:
-    """Return which task's training wrote the checkpoint. Raises UserError for ALBEF's and any other's.
+    """Return which task's training wrote the checkpoint. Raises UserError for any other's.
 
     metadata: those of an exported file, which say it; what the markers name may have been left out.
     """
-    cross = _layers(state, "crossattention")
-    if cross and 0 not in cross:
-        raise UserError(
-            f"{source} is an ALBEF checkpoint: its text encoder has cross-attention in the upper layers "
-            "only, SIMLA's in every layer. Use a SIMLA checkpoint, or pre-train without one"
-        )
     stated = (metadata or {}).get("kind")
     for kind, marker in KINDS:
         if kind == stated or (stated is None and any(name.startswith(marker) for name in state)):
@@ -153,7 +165,12 @@ def map_state(
     A file with no momentum twins at all, or no queues, leaves those of the model as built. Raises UserError
     when the checkpoint is of a kind the task cannot start from, or does not fit its row.
     """
-    kind = kind_of(state, source, metadata)
+    kind, theirs, ours = kind_of(state, source, metadata), *map(text_layers_alone, (state, shapes))
+    if theirs != ours:
+        raise UserError(
+            f"{source}: the first {theirs} layers of its text encoder have no cross-attention, the model's "
+            f"first {ours}; set bert_config.text_layers_alone={theirs} (SIMLA: 0, ALBEF: 6)"
+        )
     return match_row(state, shapes, row_of(task, kind, source), source, kind)
 
 

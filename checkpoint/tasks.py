@@ -41,7 +41,9 @@ TO_NLVR = Row(fresh=("cls_head", "visual_encoder_m.", "text_encoder_m."), unused
 TO_VE = Row(BERT, fresh=("cls_head",), unused=(*MIM, *MLM, *QUEUES, *PROJECTIONS, "itm_head"))
 
 TASKS = {  # by the script
-    "Pretrain": Task(lambda config: SIMLA.from_config(config, cls_id=0), "pretrain", {"pretrain": Row()}),
+    "Pretrain": Task(
+        lambda config: SIMLA.from_config(config, cls_id=0), "pretrain", {"pretrain": Row(fresh=MIM)}
+    ),
     "Retrieval": Task(
         SIMLARetrieval.from_config, "retrieval", {"pretrain": TO_RETRIEVAL, "retrieval": Row()}
     ),

@@ -138,11 +138,14 @@ VIT = {
 INIT_HELP = "the encoders whose weights below start training without --checkpoint: both, one, or none"
 
 
+BERT_HELP = "JSON file, or the same as a mapping; text_layers_alone: 6 in it is ALBEF's layout, see method.md"
+
+
 ENCODERS = {
     "image_res": Key(int, help="side of the square input in pixels", least=1),
     "vision_width": Key(int, 768, "width of the image encoder", least=1),
     "vit": Key(VIT, {}, "sizes of the image encoder"),
-    "bert_config": Key((str, dict), BERT_CONFIG, "JSON file, or the same as a mapping", root=OTHER),
+    "bert_config": Key((str, dict), BERT_CONFIG, BERT_HELP, root=OTHER),
     "momentum": Key(NUMBER, 0.995, "of the momentum twins", least=0, most=1),
     "alpha": Key(NUMBER, 0.4, "weight of the momentum targets", least=0, most=1),
     "init": Key(str, "pretrained", INIT_HELP, choices=("pretrained", "image", "text", "scratch")),

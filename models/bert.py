@@ -6,6 +6,9 @@
     two images    BertModel(config, two_images=True), cross=bert.project(image_embeds), first images first
     decoder       causal=True, cross=bert.project(question states, question mask)
 
+With `text_layers_alone` = n in the config the first n layers have no cross-attention, and the text mode ends
+after them; every other mode runs through all layers (ALBEF: 6 of 12).
+
 Every layer is self-attention -> cross-attention -> feed-forward, post-norm as in BERT. Parameter names are
 the published ones.
 
@@ -36,12 +39,14 @@ class KeysValues(NamedTuple):
     index: Tensor | None = None  # (B,) numbers below B'
 
 
-class CrossStates(list[KeysValues]):
-    """The other stream's keys and values for each layer: projected once, read by any number of passes."""
+class CrossStates(list[KeysValues | None]):
+    """The other stream's keys and values for each layer, None where that has no cross-attention: projected
+    once, read by any number of passes.
+    """
 
     def rows(self, index: Tensor) -> "CrossStates":
         """Return the same for queries of len(index) rows, of which row i reads row index[i]."""
-        return CrossStates(layer._replace(index=index) for layer in self)
+        return CrossStates(layer and layer._replace(index=index) for layer in self)
 
 
 def padding_mask(
@@ -167,10 +172,10 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: BertConfig, reads_other: bool = True):
         super().__init__()
         self.attention = Attention(config, config.hidden_size)
-        self.crossattention = Attention(config, config.encoder_width)
+        self.crossattention = Attention(config, config.encoder_width) if reads_other else None
         self.intermediate = Intermediate(config)
         self.output = AddNorm(config.intermediate_size, config)
 
@@ -199,8 +204,15 @@ class Encoder(nn.Module):
 
     def __init__(self, config: BertConfig, two_images: bool = False):
         super().__init__()
-        upper = range(config.num_hidden_layers // 2, config.num_hidden_layers) if two_images else range(0)
-        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers + len(upper)))
+        alone, half = config.text_layers_alone, config.num_hidden_layers // 2
+        if two_images and alone > half:
+            raise UserError(
+                f"bert_config text_layers_alone is {alone}; with two images it is at most {half}, the lower "
+                "half"
+            )
+        upper = range(half, config.num_hidden_layers) if two_images else range(0)
+        num_layers = config.num_hidden_layers + len(upper)
+        self.layer = nn.ModuleList(Layer(config, reads_other=i >= alone) for i in range(num_layers))
         for first in range(upper.start, len(self.layer), 2) if upper else ():
             one, other = (self.layer[i].crossattention.self for i in (first, first + 1))
             other.key, other.value = one.key, one.value
@@ -234,7 +246,11 @@ class BertModel(nn.Module):
         mask = None if attention_mask is None else padding_mask(attention_mask, lowest, states.dtype)
         streams = states.chunk(2) if self.two_images else [states]
         attentions = [layer.crossattention for layer in self.encoder.layer]
-        return CrossStates(a.project(streams[i % len(streams)], mask) for i, a in enumerate(attentions))
+        return CrossStates(a and a.project(streams[i % len(streams)], mask) for i, a in enumerate(attentions))
+
+    def num_layers(self, cross: CrossStates | None) -> int:
+        """Return how many layers a pass runs through: all of them, or those that read text alone."""
+        return (cross is None and self.config.text_layers_alone) or len(self.encoder.layer)
 
     def forward(
         self,
@@ -254,7 +270,7 @@ class BertModel(nn.Module):
         the position table.
         """
         hidden, mask = self.before_last(input_ids, attention_mask, cross, inputs_embeds, causal, position_ids)
-        return self.run_layer(-1, hidden, mask, cross, first_only)
+        return self.run_layer(self.num_layers(cross) - 1, hidden, mask, cross, first_only)
 
     def before_last(
         self,
@@ -268,7 +284,7 @@ class BertModel(nn.Module):
         """Return the states that the last layer reads (B, T, D), and the additive mask."""
         hidden = self.embeddings(input_ids, inputs_embeds, position_ids)
         mask = None if attention_mask is None else (causal_mask if causal else padding_mask)(attention_mask)
-        for i in range(len(self.encoder.layer) - 1):
+        for i in range(self.num_layers(cross) - 1):
             hidden = self.run_layer(i, hidden, mask, cross)
         return hidden, mask
 
@@ -293,7 +309,7 @@ class BertModel(nn.Module):
     ) -> Tensor:
         """Return the last layer's self-attention map (B, H, T, T) of tokens (B, T)."""
         hidden, mask = self.before_last(input_ids, attention_mask, cross)
-        attention = self.encoder.layer[-1].attention
+        attention = self.encoder.layer[self.num_layers(cross) - 1].attention
         return attention.attention_map(hidden, attention.project(hidden, mask))
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from simla.utils import UserError, shipped
 
-LEAST = {"pad_token_id": 0, "max_position_embeddings": 2}  # [CLS] and a word; of other sizes 1
+# Two positions: [CLS] and a word. Of other sizes 1.
+LEAST = {"pad_token_id": 0, "text_layers_alone": 0, "max_position_embeddings": 2}
 BELOW = {"num_hidden_layers": 1001}  # a float 1, another size 2**31
 
 
@@ -26,6 +27,9 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     pad_token_id: int = 0
+    # The first layers that read text alone, without cross-attention: 0 = SIMLA's single stream, half of the
+    # layers = ALBEF's two stages.
+    text_layers_alone: int = 0
 
     @classmethod
     def read(cls, source: str | dict) -> "BertConfig":
@@ -58,6 +62,11 @@ class BertConfig:
         if config.pad_token_id >= config.vocab_size:
             raise UserError(
                 f"bert_config pad_token_id {config.pad_token_id} must be below vocab_size {config.vocab_size}"
+            )
+        if config.text_layers_alone >= config.num_hidden_layers:
+            raise UserError(
+                f"bert_config text_layers_alone {config.text_layers_alone} must be below num_hidden_layers "
+                f"{config.num_hidden_layers}: some layers have to read the image"
             )
         if config.hidden_size % config.num_attention_heads:
             raise UserError(

@@ -20,27 +20,29 @@ MODES = ("itm", "itc")
 
 def default_block(model: SIMLARetrieval, mode: str) -> int:
     """Return the number of the block two thirds up the encoder that `mode` looks into, 8 of 12; never the
-    last one of several, where itm explains [CLS] alone.
+    last one of several, where itm explains [CLS] alone, unless it alone reads the image.
     """
-    num_layers = len(_layers(model, mode)[1])
-    return min(num_layers * 2 // 3, max(num_layers - 2, 0))
+    _, layers, first = _layers(model, mode)
+    return max(min(len(layers) * 2 // 3, len(layers) - 2), first)
 
 
 def check_block(model: SIMLARetrieval, mode: str, block: int) -> None:
     """Raise UserError where the encoder that `mode` looks into has no block of that number."""
-    name, layers = _layers(model, mode)
-    if not 0 <= block < len(layers):
+    name, layers, first = _layers(model, mode)
+    if not first <= block < len(layers):
+        below = f", of which the first {first} read text alone" * bool(first)
         raise UserError(
-            f"block {block}: in mode {mode} it is a layer of the {name}, which has {len(layers)}; choose 0 "
-            f"to {len(layers) - 1}"
+            f"block {block}: in mode {mode} it is a layer of the {name}, which has {len(layers)}{below}; "
+            f"choose {first} to {len(layers) - 1}"
         )
 
 
-def _layers(model: SIMLARetrieval, mode: str) -> tuple[str, nn.ModuleList]:
-    """Return the name of the encoder that `mode` looks into, and its blocks."""
+def _layers(model: SIMLARetrieval, mode: str) -> tuple[str, nn.ModuleList, int]:
+    """Return the name of the encoder that `mode` looks into, its blocks, the first that reads the image."""
     if mode == "itm":
-        return "text encoder", model.text_encoder.encoder.layer
-    return "image encoder", model.visual_encoder.blocks
+        bert = model.text_encoder
+        return "text encoder", bert.encoder.layer, bert.config.text_layers_alone
+    return "image encoder", model.visual_encoder.blocks, 0
 
 
 def grad_cam(

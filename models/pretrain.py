@@ -4,7 +4,7 @@ B batch, N image tokens incl. [CLS], T text tokens, D width, E shared embedding,
 heads, M masked words, K hidden patches. A twin's states and logits end in `_m`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -78,9 +78,12 @@ class SIMLA(AlignmentModel):
         self.mlm_distill_over_sequence = mlm_distill_over_sequence
         self.psl_padding = psl_padding
         self.computed = frozenset(computed)
-        layers = (f"text_encoder.bert.encoder.layer.{i}." for i in range(bert.num_hidden_layers))
-        moved_by = MOVED_BY | {f"{layer}crossattention.": ("itm", "mlm", "mim") for layer in layers}
-        self.without_gradient = tuple(name for name, by in moved_by.items() if self.computed.isdisjoint(by))
+        if bert.text_layers_alone and "mim" in self.computed:
+            raise UserError(
+                f"bert_config text_layers_alone is {bert.text_layers_alone}: so many layers read text alone, "
+                "but MIM runs image tokens through all layers; set one of it and loss_weights.mim to 0"
+            )
+        self.without_gradient = tuple(self._not_reached(bert))
 
         width = vit["embed_dim"]
         self.visual_encoder = VisionTransformer(**{**vit, "mask_token": True})
@@ -103,7 +106,7 @@ class SIMLA(AlignmentModel):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
         num_tokens = self.visual_encoder.pos_embed.shape[1]
-        if num_tokens > bert.max_position_embeddings:
+        if "mim" in self.computed and num_tokens > bert.max_position_embeddings:
             raise UserError(
                 f"{num_tokens} image tokens exceed the {bert.max_position_embeddings} positions of the text "
                 "encoder, which MIM runs them through; lower image_res or raise max_position_embeddings in "
@@ -153,6 +156,15 @@ class SIMLA(AlignmentModel):
         if "psl" in self.computed:
             named["loss_psl"] = self.psl(online, momentum, batch, alpha)
         return named
+
+    def _not_reached(self, bert: BertConfig) -> Iterator[str]:
+        """Yield the beginnings of the names of parameters that no computed loss moves."""
+        moved_by = dict(MOVED_BY)
+        for i in range(bert.num_hidden_layers):  # a text alone ends below the first cross-attention
+            is_above = i >= bert.text_layers_alone > 0
+            part = "" if is_above else "crossattention."
+            moved_by[f"text_encoder.bert.encoder.layer.{i}.{part}"] = ("itm", "mlm", "mim")
+        return (name for name, by in moved_by.items() if self.computed.isdisjoint(by))
 
     def computes(self, *names: str) -> bool:
         """Return whether any of these losses is computed."""

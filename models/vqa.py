@@ -54,7 +54,8 @@ class SIMLAVQA(MomentumModel):
         self.vqa_no_distill = vqa_no_distill
         self.mlm_distill_over_sequence = mlm_distill_over_sequence
         num_layers = bert.num_hidden_layers
-        answers = replace(bert, num_hidden_layers=decoder_layers or num_layers - num_layers // 2)
+        decoder_layers = decoder_layers or num_layers - num_layers // 2
+        answers = replace(bert, num_hidden_layers=decoder_layers, text_layers_alone=0)
         self.visual_encoder = VisionTransformer(**vit)
         self.text_encoder = BertModel(bert)
         self.text_decoder = BertForMaskedLM(answers)

@@ -1,13 +1,21 @@
 """Makes a model that answers from a checkpoint file: its kind, its config, its tokenizer."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from simla.checkpoint.load import config_in, kind_of, load_weights, metadata_in, tokenizer_in, weights_in
+from simla.checkpoint.load import (
+    config_in,
+    kind_of,
+    load_weights,
+    metadata_in,
+    text_layers_alone,
+    tokenizer_in,
+    weights_in,
+)
 from simla.checkpoint.safe_load import safe_load
 from simla.checkpoint.tasks import TASKS
 from simla.checkpoint.tokenizer import tokenizer_from_text
@@ -132,6 +140,8 @@ def fill_in_what_is_missing(
             f"{sizes['num_hidden_layers']} layers of width {sizes['hidden_size']}, with the published "
             f"{sizes['num_attention_heads']} heads"
         )
+    elif isinstance(path, str) and (alone := text_layers_alone(state)):  # which ALBEF's file calls otherwise
+        values["bert_config"] = asdict(replace(BertConfig.read(path), text_layers_alone=alone))
     words = _text_encoder_shapes(state).get("embeddings.word_embeddings.weight", (0,))
     is_gone = isinstance(name, str) and Path(name).is_absolute() and not Path(name).exists()
     if is_gone and words[0] == BertConfig.vocab_size:
@@ -151,7 +161,7 @@ def text_encoder_sizes(state: Mapping[str, Tensor], kind: str, source: str, path
 
     Raises UserError where the width is not the published one: the shapes do not say how many heads share it.
     """
-    shapes, layer = _text_encoder_shapes(state), "encoder.layer.0"
+    shapes, layer, alone = _text_encoder_shapes(state), "encoder.layer.0", text_layers_alone(state)
     num_layers = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layer.")})
     try:
         vocab_size, width = shapes["embeddings.word_embeddings.weight"]
@@ -162,7 +172,8 @@ def text_encoder_sizes(state: Mapping[str, Tensor], kind: str, source: str, path
             "num_hidden_layers": num_layers * 2 // 3 if kind == "nlvr" else num_layers,
             "intermediate_size": shapes[f"{layer}.intermediate.dense.weight"][0],
             "max_position_embeddings": shapes["embeddings.position_embeddings.weight"][0],
-            "encoder_width": shapes[f"{layer}.crossattention.self.key.weight"][1],
+            "encoder_width": shapes[f"encoder.layer.{alone}.crossattention.self.key.weight"][1],
+            "text_layers_alone": alone,
         }
     except (KeyError, ValueError) as error:
         raise UserError(f"{source} has no text encoder of SIMLA's: {error} is missing") from error

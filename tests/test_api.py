@@ -463,15 +463,21 @@ def test_a_published_checkpoint_whose_config_names_files_of_another_machine(
     assert ours.config["bert_config"] == asdict(BertConfig.read(PUBLISHED_SIZES))
 
 
+@pytest.mark.parametrize("alone", [0, 2])
 @pytest.mark.parametrize("kind", ["pretrain", "retrieval", "vqa", "ve", "nlvr"])
-def test_sizes_of_the_text_encoder_are_those_of_its_weights(tiny, kind):
+def test_sizes_of_the_text_encoder_are_those_of_its_weights(tiny, kind, alone):
     task = {"pretrain": "Pretrain", "retrieval": "Retrieval", "nlvr": "NLVR", "vqa": "VQA", "ve": "VE"}[kind]
-    sizes = {**PUBLISHED_SIZES, "num_hidden_layers": 4, "encoder_width": 768}
+    sizes = {**PUBLISHED_SIZES, "num_hidden_layers": 4, "encoder_width": 768, "text_layers_alone": alone}
     config = tiny.config(task) | {"bert_config": sizes, "vision_width": 768}
+    if alone and kind == "pretrain":
+        config["loss_weights"] = {**config["loss_weights"], "mim": 0}
     with torch.device("meta"):
         state = TASKS[task].build(config).state_dict()
     found = text_encoder_sizes(state, kind, "x.pth", "configs/shared_bert.json")
     assert found == asdict(BertConfig.read(sizes))
+    stored = {"bert_config": "configs/config_bert.json", "text_encoder": "bert-base-uncased"}
+    named = fill_in_what_is_missing(stored, RETRIEVAL, state, kind, "x.pth")["bert_config"]
+    assert named["text_layers_alone"] == 2 if alone else named == stored["bert_config"]
     values = {"text_encoder": "/net/disk10/data/someone/bert", "bert_config": found}
     assert fill_in_what_is_missing(values, RETRIEVAL, state, kind, "x.pth") == values  # 400 words: no BERT's
     for name in list(state):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny import full_disk
 from torch import nn
 
+from simla.checkpoint.key_maps import MIM, MLM
 from simla.checkpoint.load import check_same_build, interpolate_pos_embed, load_weights, map_state
 from simla.checkpoint.save import Saver, load_checkpoint
 from simla.checkpoint.tasks import TASKS
@@ -131,13 +132,45 @@ def test_zero_shot_takes_a_finetuned_checkpoint_and_needs_no_momentum():
     assert "unused: " in str(report)
 
 
-def test_albef_is_recognised():
-    upper = {f".layer.{i}.crossattention" for i in range(6)}
-    state = {n: v for n, v in checkpoint_state("pretrain").items() if not any(part in n for part in upper)}
-    for prefix in ("text_encoder.bert.", "text_encoder."):
-        renamed = {name.replace("text_encoder.bert.", prefix): value for name, value in state.items()}
-        with pytest.raises(UserError, match=r"ALBEF checkpoint: .* Use a SIMLA checkpoint"):
-            map_state(renamed, shapes_of("retrieval"), "Retrieval")
+def without_lower_crossattention(entries: dict) -> dict:
+    """As in github.com/salesforce/ALBEF (models/xbert.py, `fusion_layer` 6 of configs/config_bert.json)."""
+    lower = {f".layer.{i}.crossattention" for i in range(6)}
+    return {name: value for name, value in entries.items() if not any(part in name for part in lower)}
+
+
+def albef_state(kind: str) -> dict:
+    """Invented weights under ALBEF's names (models/model_pretrain.py, model_retrieval.py there): with token
+    types, without what SIMLA added.
+    """
+    state = without_lower_crossattention(checkpoint_state(kind))
+    state = {name: value for name, value in state.items() if not name.startswith(MIM)}
+    positions = [name for name in state if name.endswith("position_embeddings.weight")]
+    for name in positions:
+        types = torch.arange(2.0)[:, None] + torch.ones(2, state[name].shape[1])  # ones and twos
+        state[name.replace("position_embeddings", "token_type_embeddings")] = types
+    assert len(positions) == 2
+    return state
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "fresh"),
+    [
+        ("Retrieval", "pretrain", {"idx_queue"}),
+        ("Retrieval", "retrieval", set()),
+        ("Pretrain", "pretrain", set(MIM)),
+    ],
+)
+def test_albef_s_checkpoints_load_into_its_layout(task, kind, fresh):
+    state, model = albef_state(kind), "pretrain" if task == "Pretrain" else "retrieval"
+    tensors, report = map_state(state, without_lower_crossattention(shapes_of(model)), task)
+    assert all(name.startswith(tuple(fresh)) for name in report.fresh) and bool(report.fresh) == bool(fresh)
+    assert all(name.startswith(MLM) for name in report.unused)
+    (name,) = (name for name in tensors if name.startswith("text_encoder.") and "position_emb" in name)
+    assert torch.equal(tensors[name], state[report.loaded[name]] + 1)  # every token is of type 0
+    with pytest.raises(UserError, match=r"first 6 layers .*, the model's first 0; set .*_alone=6 "):
+        map_state(state, shapes_of(model), task)
+    with pytest.raises(UserError, match=r"first 0 layers .*, the model's first 6; set .*_alone=0 "):
+        map_state(checkpoint_state(kind), without_lower_crossattention(shapes_of(model)), task)
 
 
 def test_what_does_not_fit_is_listed_with_the_file_and_a_remedy():

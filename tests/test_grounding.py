@@ -137,7 +137,9 @@ def test_what_the_published_code_leaves_undefined():
 # ---- Grad-CAM against the slow, obvious way ----
 
 
-def small_model(grid: int = 3, vit_heads: int = 2, bert_heads: int = 3, layers: int = 3) -> SIMLARetrieval:
+def small_model(
+    grid: int = 3, vit_heads: int = 2, bert_heads: int = 3, layers: int = 3, alone: int = 0
+) -> SIMLARetrieval:
     bert = BertConfig(
         vocab_size=40,
         hidden_size=24,
@@ -146,6 +148,7 @@ def small_model(grid: int = 3, vit_heads: int = 2, bert_heads: int = 3, layers: 
         intermediate_size=32,
         max_position_embeddings=16,
         encoder_width=24,
+        text_layers_alone=alone,
     )
     vit = {"img_size": 8 * grid, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": vit_heads}
     return shake(SIMLARetrieval(vit, bert, embed_dim=8, queue_size=4))
@@ -189,9 +192,11 @@ def slow_maps(model: SIMLARetrieval, image: torch.Tensor, ids: torch.Tensor, mod
 
     def text(multimodal: bool):
         hidden = bert.embeddings(ids[None])[0]
-        for layer in bert.encoder.layer:
-            sources = [(layer.attention, None, []), (layer.crossattention, image_states, cross_maps)]
-            for attention, states, seen in sources[: 1 + multimodal]:
+        for layer in bert.encoder.layer[: None if multimodal else bert.config.text_layers_alone or None]:
+            sources = [(layer.attention, None, [])]
+            if multimodal and layer.crossattention:
+                sources.append((layer.crossattention, image_states, cross_maps))
+            for attention, states, seen in sources:
                 own = attention.self
                 states = hidden if states is None else states
                 parts = own.query(hidden), own.key(states), own.value(states)
@@ -209,19 +214,23 @@ def slow_maps(model: SIMLARetrieval, image: torch.Tensor, ids: torch.Tensor, mod
 
 
 @pytest.mark.parametrize(
-    ("grid", "vit_heads", "bert_heads"), [(3, 2, 3), (2, 3, 1), (4, 1, 4)], ids=["a", "b", "c"]
+    ("grid", "vit_heads", "bert_heads", "alone"),
+    [(3, 2, 3, 0), (2, 3, 1, 0), (4, 1, 4, 0), (3, 2, 3, 1)],
+    ids=["a", "b", "c", "two stages"],
 )
 @pytest.mark.parametrize("mode", ["itm", "itc"])
-def test_maps_are_those_of_one_pair_at_a_time_through_the_whole_model(mode, grid, vit_heads, bert_heads):
-    model = small_model(grid, vit_heads, bert_heads)
+def test_maps_are_those_of_one_pair_at_a_time_through_the_whole_model(
+    mode, grid, vit_heads, bert_heads, alone
+):
+    model = small_model(grid, vit_heads, bert_heads, alone=alone)
     lengths, width = [2, 5, 7], 9
     image, ids, mask = small_inputs(grid, lengths, width)
-    layers = {"itm": 3, "itc": 2}[mode]
-    for block in range(layers):
+    first, layers = {"itm": (alone, 3), "itc": (0, 2)}[mode]
+    for block in range(first, layers):
         maps = grad_cam(model, mode, block, image, ids, mask)
         assert maps.shape == (3, grid, grid) and (maps >= 0).all()
         for number, length in enumerate(lengths):
-            heads = slow_maps(model, image[number], ids[number, :length], mode)[block]
+            heads = slow_maps(model, image[number], ids[number, :length], mode)[block - first]
             heat = torch.zeros(grid * grid, dtype=torch.float64)
             for weights in heads:
                 weighed = weights.detach() * weights.grad.clamp(min=0)
@@ -269,13 +278,23 @@ def test_a_block_that_there_is_not(mode, count):
             grad_cam(model, mode, block, *small_inputs(3, [3], 3))
 
 
+def test_a_block_that_reads_text_alone():
+    inputs = small_inputs(3, [3], 3)
+    model = small_model(alone=2)
+    with pytest.raises(UserError, match=r"has 3, of which the first 2 read text alone; choose 2 to 2"):
+        grad_cam(model, "itm", 1, *inputs)
+    assert default_block(model, "itm") == 2 and grad_cam(model, "itm", 2, *inputs).max() > 0
+    check_block(model, "itc", 0)
+
+
 @pytest.mark.parametrize(
     ("layers", "expected"), [(1, 0), (2, 0), (3, 1), (4, 2), (6, 4), (12, 8), (18, 12), (24, 16)]
 )
 def test_the_default_block_is_two_thirds_up(layers, expected):
     """Below the last one of several, in which itm sees [CLS] alone; of the encoder that is looked into."""
+    config = SimpleNamespace(text_layers_alone=0)
     model = SimpleNamespace(
-        text_encoder=SimpleNamespace(encoder=SimpleNamespace(layer=[None] * layers)),
+        text_encoder=SimpleNamespace(encoder=SimpleNamespace(layer=[None] * layers), config=config),
         visual_encoder=SimpleNamespace(blocks=[None] * (layers + 12)),
     )
     assert default_block(model, "itm") == expected

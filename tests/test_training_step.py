@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from models_for_tests import TINY_BERT, TINY_VIT, losses_of, tiny_batch, tiny_pretrain_model
+from PIL import Image
 from test_vqa_model import tiny_batch as tiny_questions
 from test_vqa_model import tiny_model as tiny_vqa_model
 from tiny import make_tiny
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import Pretrain
+import simla
 from simla.engine.data_parallel import compile_layers
 from simla.engine.resume import resume
 from simla.engine.step import weighted_sum
@@ -120,6 +122,19 @@ def test_a_run_resumes_with_other_weights(tiny, tmp_path):
     run.one_step(batches[:1], 0.4)
     moved = {name for name, value in run.model.named_parameters() if not torch.equal(value, before[name])}
     assert "mim_head.weight" in moved and "concept_head.weight" not in moved
+
+
+def test_a_run_in_albef_s_layout_makes_a_file_that_answers(tiny, tmp_path):
+    overrides = "bert_config.text_layers_alone=1", "loss_weights.mim=0", "loss_weights.psl=0"
+    run, batches = pretraining(tiny, tmp_path, *overrides)
+    run.one_step(batches[:1], 0.4)
+    run.check_last_step()
+    assert run.num_not_finite == 0 and list(run.window.means())[:3] == ["loss_ita", "loss_itm", "loss_mlm"]
+    torch.save(run.state(), tmp_path / "checkpoint.pth")
+    model = simla.load(tmp_path / "checkpoint.pth", "cpu")
+    assert model.config["bert_config"]["text_layers_alone"] == 1
+    scores = model.match([Image.new("RGB", (32, 32))], ["a dog", "a red ball on the grass"])
+    assert scores.isfinite().all() and len(scores.flatten().unique()) == 2
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(0.25, 0.25), (1e6, None), (0, None)])
