@@ -97,7 +97,9 @@ def test_the_demo_s_data_is_clean(path, demo, tmp_path, capsys):
 
 
 def test_every_shipped_config_is_named_after_its_task():
-    for path in set(Path("configs").rglob("*.yaml")) - {Path("configs/demo/common.yaml")}:
+    for path in Path("configs").rglob("*.yaml"):
+        if path.name == "common.yaml":
+            continue
         read_config(str(path), TABLES[task_of(str(path))])
     assert task_of("output/VQA/config.yaml") is None
 
