@@ -149,7 +149,10 @@ def write_configs(out: Path, files: dict[str, str], text_encoder: str, plan: Pla
 
     text = {"text_encoder": text_encoder, "bert_config": {"vocab_size": len(build_tokenizer(text_encoder))}}
     steps = plan.pairs_an_epoch // plan.batch
-    schedule = {"warmup_epochs": WARMUP_STEPS, "warmup_step_size": max(1, min(10, steps // WARMUP_STEPS))}
+    schedule = {
+        "warmup_epochs": WARMUP_STEPS,
+        "warmup_step_size": max(1, min(10, steps // (WARMUP_STEPS + 1))),
+    }
     configs = {
         "Pretrain": {
             "train_file": files["train_file"],
