@@ -107,10 +107,10 @@ def our_scores(
 ) -> tuple[Tensor, list]:
     """What `rerank` does with the images of a rank: wanted (images, texts) -> all scores in order, groups"""
     groups = make_groups(wanted, mask.sum(1).cpu(), *SIZES[ids.device.type])
-    scores = torch.empty(int(wanted.sum()) + 1, device=ids.device)
+    scores = torch.empty(int(wanted.sum()) + 1, 2, device=ids.device)
     for group in groups:
         score_group(model, group, states, ids, mask, scores)
-    return scores[:-1], groups
+    return scores[:-1, 1], groups
 
 
 @torch.no_grad()

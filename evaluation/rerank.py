@@ -40,6 +40,11 @@ def candidate_pairs(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return for_images, for_texts
 
 
+def add_contrast(scores: Tensor, similarity: Tensor, weight: float) -> Tensor:
+    """Return scores plus `weight` times the similarity, both (Q, C), of the pairs that are scored."""
+    return torch.where(scores == NOT_SCORED, scores, scores + weight * similarity)
+
+
 @dataclass
 class Group:
     """Images that are scored together. On the host, so that nothing waits for the device.
@@ -105,12 +110,12 @@ def rerank(
     groups = make_groups(
         of_rank, text_mask.sum(1).cpu(), *(sizes or SIZES.get(similarity.device.type, SIZES["cuda"]))
     )
-    flat = torch.empty(int(of_rank.sum()) + 1, dtype=torch.float32, device=similarity.device)
+    flat = torch.empty(int(of_rank.sum()) + 1, 2, dtype=torch.float32, device=similarity.device)
     for group in progress(groups):
         score_group(model, group, image_embeds, text_ids, text_mask, flat)
     counts = [int(wanted[r :: world_size()].sum()) for r in range(world_size())]
     scores = torch.zeros(similarity.shape, dtype=torch.float32)
-    for r, rank_scores in enumerate(all_gather_shares(flat[:-1], counts)):
+    for r, rank_scores in enumerate(all_gather_shares(flat[:-1, 1], counts)):
         scores[r :: world_size()][wanted[r :: world_size()]] = rank_scores.cpu()
     scores_i2t = scores.masked_fill(~for_images, NOT_SCORED)
     scores_t2i = scores.masked_fill_(~for_texts, NOT_SCORED).T.contiguous()
@@ -125,7 +130,7 @@ def score_group(
     text_mask: Tensor,
     scores: Tensor,
 ) -> None:
-    """Write the scores of a group's pairs into `scores`, each at its number."""
+    """Write the logits of a group's pairs into `scores` (P + 1, 2), each at its number: no match, match."""
     device = scores.device
     states = torch.stack([image_embeds[image].to(device, non_blocking=True) for image in group.images])
     cross = model.text_encoder.project(states)

@@ -93,13 +93,13 @@ class SIMLARetrieval(AlignmentModel):
         return {"loss_ita": loss_ita, "loss_itm": self.itm(image_keys, batch, negatives)}
 
     def match(self, image_keys: CrossStates, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Return the "match" logit of every text with its image, (I * n,) float32.
+        """Return the logits "no match" and "match" of every text with its image, (I * n, 2) float32.
 
         image_keys: I images as `text_encoder.project` gives them; text_ids, text_mask (I * n, T): n texts for
         each in turn
         """
         hidden = self.text_encoder(text_ids, text_mask, image_keys, first_only=True)  # (I * n, 1, D)
-        return self.match_logits(hidden[:, 0])[:, 1]
+        return self.match_logits(hidden[:, 0])
 
     def match_logits(self, cls_states: Tensor) -> Tensor:
         """Return "no match" and "match" (B, 2) of states (B, D), computed in float32 in every precision: in

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simla.configs.schema import SCORES
 from simla.dataset.text import MAX_TEXT_TOKENS
 from simla.engine.command import run_command, whole_number
 from simla.folders import describe as describe_passed_over
@@ -88,7 +89,7 @@ def search(model: Simla, args: argparse.Namespace) -> dict:
         index = kept_index(model, args.folder, args.index, args.everything)
     else:
         index = model.index(args.folder, everything=args.everything)
-    hits_of_each = model.search(index, args.query, args.top, args.candidates, args.max_tokens)
+    hits_of_each = model.search(index, args.query, args.top, args.candidates, args.max_tokens, args.score)
     results = [
         {"query": query, "hits": [hit._asdict() for hit in hits]}
         for query, hits in zip(args.query, hits_of_each, strict=True)
@@ -226,6 +227,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top", type=whole_number(1), default=5, help="images for each query (default: %(default)s)")
     text = "images that are read jointly, on which the first hits depend (default: k_test, or --top if more)"
     add("--candidates", type=whole_number(1), help=text)
+    text = "what ranks: matching (itm), the features alone (itc), or both (default: the config's)"
+    add("--score", choices=SCORES, help=text)
     text = "keep what `search --index` needs of a folder of images"
     add = command("index", index, text, "folder index", everything)
     text = "of an index that is there, encode new and changed images alone, and drop those that are gone"

@@ -100,9 +100,9 @@ class Index:
 class Hit(NamedTuple):
     """An image that `Simla.search` found.
 
-    score: the matching head's logit of "match", which ranks the hits of one query; it has no bounds and is no
-    probability, which `Simla.match` gives. similarity: the cosine of the features, -1 to 1, which chose the
-    candidates.
+    score: what ranks the hits of one query, mostly the matching head's logit of "match"; it has no bounds and
+    is no probability, which `Simla.match` gives. similarity: the cosine of the features, -1 to 1, which chose
+    the candidates.
     """
 
     file: str

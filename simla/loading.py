@@ -23,10 +23,11 @@ from simla.configs.reader import check_values, read_yaml
 from simla.configs.schema import CONTRAST, ENCODERS, TABLES, Key
 from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.model import Simla
+from simla.models.bert import PredictionHead
 from simla.models.bert_config import BertConfig
 from simla.utils import PRECISIONS, UserError, check_weight, log, own_surroundings, pick_device, shipped
 
-CHOICES = ("k_test", "batch_size_test", "eos", "num_beams", "max_answer_tokens")
+CHOICES = ("k_test", "score", "score_itc_weight", "batch_size_test", "eos", "num_beams", "max_answer_tokens")
 MAY_CHANGE = ("image_res", *CHOICES, "text_encoder")
 USED_KEYS = {*ENCODERS, *CONTRAST, *CHOICES, "vit_mask_token", "decoder_layers"}
 
@@ -90,13 +91,14 @@ def _load(
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         model = TASKS[task].build(settings).float()  # torch's default dtype may be another
         concepts = _concept_head(state, source) if kind == "pretrain" else None
+        words = _word_head(state, model, source) if kind == "pretrain" else None
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
     load_weights(model, checkpoint, task, None if config is None else settings)
     if config is not None:
         _say_changes(settings, content, table, source)
     for name in model.twin_names:  # only training asks them
         delattr(model, f"{name}_m")
-    return Simla(model, tokenizer, settings, kind, source, device, precision, concepts)
+    return Simla(model, tokenizer, settings, kind, source, device, precision, concepts, words)
 
 
 def _say_changes(settings: dict, content: dict, table: dict[str, Key], source: str) -> None:
@@ -203,9 +205,23 @@ def _concept_head(state: Mapping[str, Tensor], source: str) -> nn.Linear | None:
     if "concept_head.weight" not in state:
         return None
     vocab_size, embed_dim = state["concept_head.weight"].shape
-    head = nn.Linear(embed_dim, vocab_size, dtype=torch.float32)
-    weights = {name: state[f"concept_head.{name}"] for name in ("weight", "bias")}
+    return _filled(nn.Linear(embed_dim, vocab_size, dtype=torch.float32), "concept_head.", state, source)
+
+
+def _word_head(state: Mapping[str, Tensor], model: nn.Module, source: str) -> PredictionHead | None:
+    """Return the head that tells masked words, None where the file lacks it; it shares the model's words."""
+    prefix = "text_encoder.cls.predictions."
+    if f"{prefix}bias" not in state:
+        return None
+    encoder = model.text_encoder
+    head = PredictionHead(encoder.config, encoder.embeddings.word_embeddings).float()
+    return _filled(head, prefix, state, source)
+
+
+def _filled(head: nn.Module, prefix: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
+    """Return the head with the file's weights of that prefix. Raises UserError for one that is not finite."""
+    weights = {name: state[prefix + name] for name in head.state_dict()}
     for name, value in weights.items():
-        check_weight(value, f"concept_head.{name}", source)
+        check_weight(value, prefix + name, source)
     head.load_state_dict(weights)
     return head

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from simla.answers import ranking, writing
 from simla.checkpoint.tasks import written_by
+from simla.configs.schema import SCORES
 from simla.dataset.nlvr import CLASSES as NLVR_CLASSES
 from simla.dataset.text import MAX_TEXT_TOKENS, clean_caption, clean_question, tokenize
 from simla.dataset.transforms import EVALUATION_VIEW, normalise
 from simla.dataset.ve import CLASSES as VE_CLASSES
 from simla.dataset.vqa import MAX_WORDS_IN_EVALUATION
+from simla.evaluation.alignment.rows import Row
+from simla.evaluation.alignment.scores import summarise
 from simla.evaluation.rerank import rerank
 from simla.heat import Grounding, check_boxes, grounding, heat_maps
 from simla.index import CONTENTS, UPDATE, Hit, Index, build_index, check_made_by, open_index
@@ -26,6 +29,7 @@ from simla.inputs import Images, Texts, check_count, good_pictures, listed, pair
 from simla.keywords import Concepts
 from simla.models.align import unit_features
 from simla.models.gradcam import MODES, check_block, default_block
+from simla.suites import blind_scores, score_rows
 from simla.utils import UserError, autocast, check_scores, dtype_of, own_surroundings, set_precision
 
 FEATURES = "projection to features", "pretrain", "retrieval"  # a module, and the kinds that have it
@@ -69,11 +73,13 @@ class Simla:
         device: torch.device,
         precision: str,
         concept_head: nn.Linear | None = None,
+        word_head: nn.Module | None = None,
     ):
         if device.type == "cuda":
             set_precision(device, precision)  # raises UserError where the GPU lacks it
         self.model = model.to(device).eval().requires_grad_(False)
         self.concepts = None if concept_head is None else Concepts(concept_head.to(device), tokenizer)
+        self.word_head = None if word_head is None else word_head.to(device).requires_grad_(False)
         self.tokenizer, self.config, self.kind, self.source = tokenizer, config, kind, source
         self.device, self.precision = device, precision
         self._weights_seen, self._weights_hash = None, ""
@@ -186,16 +192,23 @@ class Simla:
         top: int = 5,
         candidates: int | None = None,
         max_tokens: int = MAX_TEXT_TOKENS,
+        score: str | None = None,
+        score_itc_weight: float | None = None,
     ) -> list:
         """Return the images that match a text best: a list of Hit, best first, or one for each of many texts.
 
         The features choose `candidates` images (None: k_test of the config, or `top` if more), which the
         matching head then ranks, exactly as zero_shot_retrieval.py does. So the first hits depend on the
         number of candidates: with a `top` above k_test, give `candidates` to have the same ones for each
-        `top`. images: an index, or what `index` takes. Raises UserError where an image found is not as it was
-        when it was indexed.
+        `top`. images: an index, or what `index` takes. score: "itm", the matching logit; "itc", the cosine
+        alone, no image being read again; "itm+itc", both, the cosine with the weight `score_itc_weight`;
+        None: the config's. Raises UserError where an image found is not as it was when it was indexed.
         """
         self._need("search", *MATCHING)
+        score = self.config["score"] if score is None else score
+        weight = self.config["score_itc_weight"] if score_itc_weight is None else score_itc_weight
+        if score not in SCORES:
+            raise UserError(f"score {score!r}: expected {' or '.join(SCORES)}")
         check_count(top, "top")
         num = max(top, self.config["k_test"]) if candidates is None else check_count(candidates, "candidates")
         if num < top:
@@ -213,16 +226,20 @@ class Simla:
             query = slice(number, number + 1)
             # All of them: the order in which topk has equal ones depends on how many there are.
             rows = similarity[:, number].argsort(descending=True, stable=True)[:num]
-            cosines, states = similarity[rows, number], index.states[rows]
+            cosines = similarity[rows, number]
+            if score == "itc":
+                results.append(_hits(index, rows[:top], cosines, cosines))
+                continue
+            states = index.states[rows]
             with self._scoring():
                 features = unit_features(self.model.vision_proj, states[:, 0].to(self.device)).cpu()
                 if not (features * index.features[rows]).sum(1).gt(0.99).all():
                     raise UserError("the index is damaged: its states are not of its features; index again")
                 inputs = cosines[:, None].to(self.device), num, states, ids[query], mask[query]
                 scores = self._finite(rerank(self.model, *inputs)[1][0], "matching scores")
-            order = scores.argsort(descending=True, stable=True)[:top].tolist()
-            hits = zip(rows[order].tolist(), scores[order].tolist(), cosines[order].tolist(), strict=True)
-            results.append([Hit(index.files[row], score, cosine) for row, score, cosine in hits])
+            scores = scores if score == "itm" else scores + weight * cosines
+            order = scores.argsort(descending=True, stable=True)[:top]
+            results.append(_hits(index, rows[order], scores[order], cosines[order]))
         index.check(dict.fromkeys(hit.file for hits in results for hit in hits))
         return results[0] if is_single else results
 
@@ -257,6 +274,28 @@ class Simla:
                 digest.update(value.float().cpu().numpy().tobytes())
             self._weights_seen, self._weights_hash = seen, digest.hexdigest()
         return self._weights_hash
+
+    # ---- alignment suites ----
+
+    @_asked
+    def score_suite(self, rows: Sequence[Row], blind: "Simla | None" = None) -> dict:
+        """Return how often this model prefers the right text, or image, of an alignment suite.
+
+        rows: of `dataset.readers.suites`, or of your own, `evaluation.alignment.rows.Row`; blind: a model
+        whose head for masked words tells the likelihood of the texts alone, None = this one. ->
+        "summary": {group: {"n", "chance", score: ...}} as `evaluation.alignment.scores.summarise` has it, the
+        scores being "itc", the cosine; "itm", the log-odds of a match; "itm+itc", their sum with the config's
+        `score_itc_weight`; "blind" where there is such a head. "rows": those that were scored; "scores": of
+        each score a matrix (images, texts) for each of them. "left_out": causes -> numbers of rows, of which
+        an image could not be read.
+        """
+        self._need("score_suite", *MATCHING)
+        blind = self if blind is None else blind
+        suite = score_rows(self, list(rows))
+        if suite.rows and blind.word_head is not None and len(suite.rows[0].images) == 1:
+            suite.scores["blind"] = blind_scores(blind, suite.rows)
+        summary = summarise(suite.rows, suite.scores) if suite.rows else {}
+        return {**suite._asdict(), "summary": summary}
 
     # ---- grounding ----
 
@@ -448,6 +487,11 @@ class Simla:
             batch = texts[start : start + size]
             ids, mask = tokenize(self.tokenizer, batch, position_limit=self._position_limit)
             yield image, ids.to(self.device), mask.to(self.device)
+
+
+def _hits(index: Index, rows: Tensor, scores: Tensor, cosines: Tensor) -> list[Hit]:
+    values = zip(rows.tolist(), scores.tolist(), cosines.tolist(), strict=False)
+    return [Hit(index.files[row], score, cosine) for row, score, cosine in values]
 
 
 def _without_single_axes(values: Tensor, one_image: bool, one_text: bool) -> Tensor:

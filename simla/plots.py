@@ -17,6 +17,12 @@ BOXES = (  # the wider one is seen beneath an equal one
     {"fill": False, "label": "true box", "edgecolor": "#00c853", "linewidth": 5},
     {"fill": False, "label": "chosen box", "edgecolor": "#ff9100", "linewidth": 2},
 )
+SUITE_COLOURS = {  # score -> name, colour
+    "itc": ("contrast", "#1f77b4"),
+    "itm": ("matching", "#d62728"),
+    "itm+itc": ("both", "#9467bd"),
+    "blind": ("blind", "#dddddd"),
+}
 DPI = 110
 
 
@@ -175,4 +181,41 @@ def plot_answers(
         text, colour = (answer, GREEN) if is_right else (f"{answer} (people: {wanted})", RED)
         axis.set_xlabel(textwrap.fill(text, 34), fontsize=9, color=colour, fontweight="bold")
     figure.tight_layout()
+    save_figure(figure, out, DPI)
+
+
+def plot_suite(title: str, summary: dict[str, dict], out: str | Path | BinaryIO) -> None:
+    """Draw a suite's accuracy by kind: contrast, matching and both as points with their intervals at 95%, the
+    blind baseline as a grey bar, chance dashed; of people's ratings Kendall's tau-c.
+
+    summary: as `evaluation.alignment.scores.summarise` returns it
+    """
+    plt = import_pyplot()
+    kinds, first = list(summary), next(iter(summary.values()))
+    names, is_accuracy = [name for name in SUITE_COLOURS if name in first], "chance" in first
+    figure, axis = plt.subplots(figsize=(7.5, 0.42 * len(kinds) + 1.6), layout="constrained")
+    for row, kind in enumerate(kinds):
+        group = summary[kind]
+        chance = group["chance"] if is_accuracy else 0.0
+        axis.plot([chance] * 2, [row - 0.4, row + 0.4], "--", color="black", linewidth=1, label="chance")
+        for number, name in enumerate(names):
+            values = group[name]
+            value = values["accuracy"] if is_accuracy else 100 * (values["tau_c"] or 0.0)
+            label, colour = SUITE_COLOURS[name]
+            if name == "blind":
+                axis.barh(row, value, 0.7, color=colour, label=label, zorder=0)
+                continue
+            ends = [[value - values["low"]], [values["high"] - value]] if is_accuracy else None
+            style = {"xerr": ends, "fmt": "o", "markersize": 4, "linewidth": 1.5}
+            axis.errorbar(value, row + 0.2 * (number - 1), color=colour, label=label, **style)
+    axis.set_yticks(range(len(kinds)), [f"{kind} ({summary[kind]['n']:,})" for kind in kinds])
+    axis.invert_yaxis()
+    axis.set_xlabel("accuracy (%), with 95% interval" if is_accuracy else "Kendall's tau-c x 100")
+    if is_accuracy:
+        axis.set_xlim(0, 100)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(title)
+    handles, labels = axis.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once, loc="outside lower center", ncols=len(once), frameon=False, fontsize=9)
     save_figure(figure, out, DPI)

@@ -95,6 +95,14 @@ def test_features_matching_and_search_are_those_of_zero_shot_retrieval(tiny, mod
         assert len(order) == len(hits) == 3
         assert [hit.file for hit in hits] == [images[i] for i in order]
         assert [hit.score for hit in hits] == pytest.approx(row[order].tolist(), abs=1e-5)
+    for rule, weight in (("itc", 0), ("itm+itc", 2.0)):
+        rule_config = {**config, "score": rule, "score_itc_weight": weight}
+        _, scores_t2i = zero_shot_retrieval.score(model, data, tiny.tokenizer(), rule_config, CPU)
+        found = ours.search(images, captions, 3, 3, score=rule, score_itc_weight=weight)
+        for row, hits in zip(scores_t2i, found, strict=True):
+            order = row.argsort(descending=True, stable=True)[:3]
+            assert [hit.file for hit in hits] == [images[i] for i in order]
+            assert [hit.score for hit in hits] == pytest.approx(row[order].tolist(), abs=1e-5)
     (first,) = ours.search(images, [captions[4]], top=1, candidates=7)
     exact = ours.similarity(first[0].file, captions[4])
     assert first[0].similarity == pytest.approx(float(exact), abs=1e-5)

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "scheduler": set(),
     "configs": {"models", "optim"},
     "evaluation": {"models"},
-    "dataset": {"evaluation.vqa", "models.bert_config", "configs"},
+    "dataset": {"evaluation.vqa", "evaluation.alignment.rows", "models.bert_config", "configs"},
     "checkpoint": {"models", "configs"},
     "engine": {"models", "optim", "scheduler", "configs", "evaluation", "dataset", "checkpoint"},
     "simla": {"models", "dataset", "checkpoint", "evaluation", "configs"},

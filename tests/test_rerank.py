@@ -171,3 +171,26 @@ def test_the_evaluation_has_the_precision_of_the_config(precision, tmp_path, mon
         for row, item in zip(image_embeds, (data[i] for i in range(7)), strict=True):
             expected = model.encode_image(normalise(item["images"]))[0][0]
             torch.testing.assert_close(row.float(), expected, rtol=0, atol=1e-5 if not in_half else 0.1)
+
+
+def test_the_score_rule_chooses_what_ranks(tmp_path, monkeypatch):
+    paths = make_tiny(tmp_path)
+    config = read_config(str(paths["Retrieval"]), RETRIEVAL, ["k_test=3", "score_itc_weight=2.5"])
+    model = shake(SIMLARetrieval.from_config(config, twins=False), std=0.05)
+    data, tokenizer = RetrievalEvalData(config["test_file"], config), build_tokenizer(config["text_encoder"])
+
+    def scores(rule: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return zero_shot_retrieval.score(model, data, tokenizer, {**config, "score": rule}, CPU)
+
+    by_matching, both = scores("itm"), scores("itm+itc")
+    monkeypatch.setattr(zero_shot_retrieval, "rerank", None)  # contrast alone does not call it
+    by_contrast = scores("itc")
+    torch.testing.assert_close(by_contrast[0], by_contrast[1].T)
+    assert by_contrast[0].abs().max() <= 1 + 1e-5
+    for matching, contrast, summed in zip(by_matching, by_contrast, both, strict=True):
+        for query, row in enumerate(summed):
+            for candidate, value in enumerate(row):
+                given = matching[query, candidate]
+                expected = given if given == NOT_SCORED else given + 2.5 * contrast[query, candidate]
+                assert value == pytest.approx(float(expected), abs=1e-5)
+        assert (summed != NOT_SCORED).sum(1).tolist() == [3] * len(summed)
