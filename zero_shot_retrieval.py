@@ -29,7 +29,7 @@ from simla.engine.dry_run import dry_run_retrieval
 from simla.engine.launch import run_script, script_arguments, start
 from simla.engine.results import record_evaluation, result_path, save_result
 from simla.evaluation.coco_captions import coco_scores, why_no_coco_scores
-from simla.evaluation.rerank import add_contrast, rerank
+from simla.evaluation.rerank import rerank
 from simla.evaluation.retrieval import retrieval_chance, retrieval_recall
 from simla.models.retrieval import SIMLARetrieval
 from simla.utils import (
@@ -81,8 +81,7 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Return the score matrices of `rerank`, (I, T) and (T, I), on all ranks: contrast picks, matching ranks.
 
-    With `score: itc` contrast ranks, and nothing is read jointly; with itm+itc the weighted cosine is added
-    to the matching logit. Raises UserError for a score that is not finite.
+    Raises UserError for a score that is not finite.
     """
     model.eval()
     limit, precision = position_limit(config), config["precision"]
@@ -93,21 +92,16 @@ def score(
         text_feats = encode_texts(model, *texts, config["batch_size_test"])
     similarity = image_feats @ text_feats.T  # never in half precision
     check_scores(similarity, "similarities of images and texts", precision)
-    contrast = similarity.float().cpu(), similarity.float().T.contiguous().cpu()
-    if config["score"] == "itc":
-        return contrast
 
     def progress(groups: list):
         return with_progress(groups, len(groups), "Re-ranking", config["log_steps"])
 
     with autocast(device, precision):
-        scores = rerank(model, similarity, config["k_test"], image_embeds, *texts, progress=progress)
+        rule = {"score": config["score"], "itc_weight": config["score_itc_weight"]}
+        scores = rerank(model, similarity, config["k_test"], image_embeds, *texts, progress=progress, **rule)
     for values in scores:
         check_scores(values, "matching scores of images and texts", precision)
-    if config["score"] == "itm":
-        return scores
-    weight = config["score_itc_weight"]
-    return tuple(add_contrast(*pair, weight) for pair in zip(scores, contrast, strict=True))
+    return scores
 
 
 def evaluate(

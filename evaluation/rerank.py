@@ -40,11 +40,6 @@ def candidate_pairs(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return for_images, for_texts
 
 
-def add_contrast(scores: Tensor, similarity: Tensor, weight: float) -> Tensor:
-    """Return scores plus `weight` times the similarity, both (Q, C), of the pairs that are scored."""
-    return torch.where(scores == NOT_SCORED, scores, scores + weight * similarity)
-
-
 @dataclass
 class Group:
     """Images that are scored together. On the host, so that nothing waits for the device.
@@ -97,13 +92,20 @@ def rerank(
     text_mask: Tensor,
     sizes: tuple[int, int] | None = None,
     progress: Callable[[list[Group]], Iterable[Group]] = iter,
+    score: str = "itm",
+    itc_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Return score matrices of both directions, equal on all ranks.
+
+    score: itm, the matching logit; itm+itc, to which the similarity is added `itc_weight` times; itc, the
+    similarity of all pairs, for which none is read.
 
     similarity (images, texts) on every rank; image_embeds (n, N, D): this rank's images, anywhere (pinned
     memory is read ahead); text_ids, text_mask (texts, T); sizes: see SIZES -> scores_i2t (images, texts),
     scores_t2i (texts, images), both on the CPU
     """
+    if score == "itc":
+        return similarity.cpu(), similarity.T.contiguous().cpu()
     for_images, for_texts = (mask.cpu() for mask in candidate_pairs(similarity, k))
     wanted = for_images | for_texts
     of_rank = wanted[rank() :: world_size()]
@@ -117,6 +119,8 @@ def rerank(
     scores = torch.zeros(similarity.shape, dtype=torch.float32)
     for r, rank_scores in enumerate(all_gather_shares(flat[:-1, 1], counts)):
         scores[r :: world_size()][wanted[r :: world_size()]] = rank_scores.cpu()
+    if score == "itm+itc":
+        scores += itc_weight * similarity.cpu()
     scores_i2t = scores.masked_fill(~for_images, NOT_SCORED)
     scores_t2i = scores.masked_fill_(~for_texts, NOT_SCORED).T.contiguous()
     return scores_i2t, scores_t2i

@@ -1,13 +1,11 @@
 """Scores the rows of an alignment suite: every image is encoded once, every text once, each pair read once.
 
-I images and T texts of a row.
+I images and T texts of a row; model: a `Simla`, whose module imports this one.
 """
-
-from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +19,6 @@ from simla.evaluation.rerank import SIZES, make_groups, score_group
 from simla.inputs import OneImage, Picture, read_image, read_pictures
 from simla.utils import UserError, log, with_progress
 
-if TYPE_CHECKING:
-    from simla.model import Simla
-
 UNREADABLE = "rows with an image that cannot be read"
 LOG_STEPS = 10
 
@@ -36,7 +31,7 @@ class Scored(NamedTuple):
     left_out: dict[str, int]
 
 
-def score_rows(model: Simla, rows: list[Row]) -> Scored:
+def score_rows(model: Any, rows: list[Row]) -> Scored:
     """Return the cosine, the log-odds of a match and their weighted sum of each row's images and texts."""
     if not rows:
         raise UserError("no rows given: the list is empty")
@@ -89,7 +84,7 @@ def _key(image: OneImage, box: tuple | None) -> tuple:
     return (image if isinstance(image, str) else id(image)), box
 
 
-def _batches(model: Simla, rows: list[Row], users: dict) -> Iterator[tuple[list, list[Picture | BadImage]]]:
+def _batches(model: Any, rows: list[Row], users: dict) -> Iterator[tuple[list, list[Picture | BadImage]]]:
     """Yield keys of `users` and their images read, batch by batch."""
     size, keys = model.config["batch_size_test"], list(users)
     parts = [keys[start : start + size] for start in range(0, len(keys), size)]
@@ -118,7 +113,7 @@ def _cut(image: OneImage, box: tuple | None) -> OneImage | BadImage:
 
 
 def _score(
-    model: Simla, pictures: list[Picture], wanted: Tensor, ids: Tensor, mask: Tensor, text_feats: Tensor
+    model: Any, pictures: list[Picture], wanted: Tensor, ids: Tensor, mask: Tensor, text_feats: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return cosines and log-odds of a match, both (I, T), the latter 0 where not wanted (I, T)."""
     with model._scoring():
@@ -134,7 +129,7 @@ def _score(
     return cosines.numpy(), odds.numpy()
 
 
-def blind_scores(model: Simla, rows: list[Row]) -> list[np.ndarray]:
+def blind_scores(model: Any, rows: list[Row]) -> list[np.ndarray]:
     """Return of each row the pseudo-likelihood of its texts, the same for each of its images, (I, T)."""
     texts = list(dict.fromkeys(text for row in rows for text in row.texts))
     ids, mask = model._captions(texts, MAX_TEXT_TOKENS)

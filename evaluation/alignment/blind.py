@@ -1,4 +1,4 @@
-"""What a text alone says: its pseudo-likelihood (Salazar et al. 2020), no image being read.
+"""Tells how likely a text is when no image is read: its pseudo-likelihood (Salazar et al. 2020).
 
 T tokens, V vocabulary.
 """
