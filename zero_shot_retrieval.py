@@ -132,8 +132,7 @@ def report(
         "n": len(data),
         "left_out": data.left_out,
         "num_texts": len(data.texts),
-        "k_test": config["k_test"],
-        "score": config["score"],
+        **{key: config[key] for key in ("k_test", "score")},
     }
     log.info("retrieval: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
     for name, value in recall.items():

@@ -236,8 +236,8 @@ class Simla:
                 if not (features * index.features[rows]).sum(1).gt(0.99).all():
                     raise UserError("the index is damaged: its states are not of its features; index again")
                 inputs = cosines[:, None].to(self.device), num, states, ids[query], mask[query]
-                scores = self._finite(rerank(self.model, *inputs)[1][0], "matching scores")
-            scores = scores if score == "itm" else scores + weight * cosines
+                scores = rerank(self.model, *inputs, score=score, itc_weight=weight)[1][0]
+                self._finite(scores, "matching scores")
             order = scores.argsort(descending=True, stable=True)[:top]
             results.append(_hits(index, rows[order], scores[order], cosines[order]))
         index.check(dict.fromkeys(hit.file for hits in results for hit in hits))

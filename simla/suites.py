@@ -101,8 +101,8 @@ def _batches(model: Any, rows: list[Row], users: dict) -> Iterator[tuple[list, l
         yield part, [image if isinstance(image, BadImage) else next(good) for image in shown]
 
 
-def _cut(image: OneImage, box: tuple | None) -> OneImage | BadImage:
-    """Return the image, or the part of it in the box [x, y, width, height]."""
+def _cut(image: OneImage, box: tuple | None) -> Any:
+    """Return the image, or the part of it in the box [x, y, width, height]; BadImage if it cannot be read."""
     if box is None:
         return image
     try:
