@@ -9,6 +9,7 @@ pretrain.py.
 """
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -108,6 +109,35 @@ def second_score(stage: Stage, folder: Path, read: Callable[[dict], dict]) -> di
     return {**after, "before": before["value"], "after": value, "seconds": 0}
 
 
+def suite_row(checkpoint: str, folder: Path, seed: str) -> dict:
+    """Return the row of the alignment suite for pre-training, and write suite.json and suite.png. Before: the
+    same model with random weights.
+    """
+    file = folder / "suite.json"
+    if file.is_file():
+        return json.loads(file.read_bytes())["row"]
+    import torch
+
+    from simla.checkpoint.tasks import TASKS
+    from simla.demo.swaps import scene_rows
+    from simla.loading import load
+    from simla.plots import plot_suite
+
+    begin, model, rows = time.monotonic(), load(checkpoint), scene_rows(DATA)
+    summary = model.score_suite(rows)["summary"]
+    with torch.random.fork_rng():
+        torch.manual_seed(int(seed))
+        model.model.load_state_dict(TASKS["zero_shot_retrieval"].build(model.config).state_dict())
+    before = model.score_suite(rows)["summary"]
+    values = summary["all"]
+    row = {"metric": "right text of two by matching (%)", "chance": values["chance"], "n": values["n"]}
+    row |= {"before": before["all"]["itm"]["accuracy"], "after": values["itm"]["accuracy"]}
+    row["seconds"] = round(time.monotonic() - begin)
+    plot_suite("scenes", summary, folder / "suite.png")
+    write_json(file, {"row": row, "summary": summary})
+    return row
+
+
 def draw_heat_maps(folder: Path, num_pictures: int = 12) -> None:
     """Draw where the fine-tuned model looks for test expressions, evenly spread, and the box it chooses."""
     from simla.checkpoint.load import load_weights
@@ -187,6 +217,9 @@ def main() -> None:
             key, read = SECOND_SCORES[stage.name]
             with suppress(KeyError):  # results that an earlier version wrote do not have it
                 summary[key] = second_score(stage, out / stage.name, read)
+    suite = suite_row(checkpoints["pretrain"], out / "pretrain", args.seed)
+    summary["alignment_suite"] = suite
+    seconds += suite["seconds"]
     write_json(out / "summary.json", summary)
 
     from simla.engine.curves import plot_curves

@@ -5,12 +5,12 @@ the order of its words:
 
     object      another kind of thing, which the scene does not show
     attribute   small for large, or large for small
-    number      two for three, or three for two; "a" for "two", where the scene shows more than one
+    number      "two dogs" for "a single dog", or the other way round, each as often
     relation    left of for right of, above for below
     order       the two things of a relation change places: the same words
 
-Both texts are made by the same rules from the scene's record, so that neither sounds the better one: which
-kinds stand where is drawn evenly. What a blind reader gets beyond chance is said beside the scores.
+Both texts are made by the same rules from the scene's record, and kinds and places are drawn evenly, so that
+neither text sounds the better one. What a blind reader gets beyond chance is said beside the scores.
 """
 
 import json
@@ -44,7 +44,10 @@ def scene_rows(folder: Path, split: str = "test", seed: int = 0) -> list[Row]:
         rng = random.Random(f"{seed}/{scene['id']}")
         for kind, true, false in swaps(scene, rng):
             rows.append(Row((str(folder / scene["image"]),), (true, false), (0,), kind))
-    return rows
+    singles = [row for row in rows if row.kind == "number" and row.texts[0].startswith("a single ")]
+    pairs = sum(row.kind == "number" for row in rows) - len(singles)
+    too_many = {row.images for row in singles[pairs:]}
+    return [row for row in rows if row.kind != "number" or row.images not in too_many]
 
 
 def swaps(scene: dict, rng: random.Random) -> Iterator[tuple[str, str, str]]:
@@ -66,11 +69,10 @@ def swaps(scene: dict, rng: random.Random) -> Iterator[tuple[str, str, str]]:
         kind = rng.choice(sized)
         number, size = things[kind]
         yield "attribute", text({kind: (number, size)}), text({kind: (number, SIZES[size])})
-    several = [kind for kind in kinds if counts[kind] > 1]
-    if several:
-        kind = rng.choice(several)
-        wrong = {2: 3, 3: 2}[counts[kind]]
-        yield "number", text({kind: (counts[kind], None)}), text({kind: (wrong, None)})
+    kind = rng.choice([kind for kind in kinds if counts[kind] == max(counts.values())])
+    if counts[kind] < 3:
+        texts = f"a single {kind} {place}", f"{noun_phrase(kind, 2, None)} {place}"
+        yield "number", *(texts if counts[kind] == 1 else reversed(texts))
     related = [(a, r, b) for (a, b), names in sorted(related_kinds(scene).items()) for r in names]
     if related:
         a, relation, b = rng.choice(related)

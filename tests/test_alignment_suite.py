@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from PIL import Image
 import simla
 from simla.dataset.readers import suites
 from simla.dataset.readers.suites import OTHER_PHOTO, REFUSED, SAME_PHOTO, files_of, locate, read_suite
+from simla.demo.scenes import KINDS
+from simla.demo.swaps import scene_rows, swaps
+from simla.evaluation.alignment import __main__ as command
 from simla.evaluation.alignment.blind import pseudo_likelihood
 from simla.evaluation.alignment.kendall import kendall
 from simla.evaluation.alignment.report import table
@@ -23,6 +27,11 @@ from simla.evaluation.alignment.scores import answers, summarise, wilson
 from simla.utils import UserError
 
 EXCERPTS = Path(__file__).parent / "excerpts"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_checkpoints(tmp_path_factory.mktemp("suite"))
 
 
 # ---- intervals and correlations ----
@@ -299,12 +308,75 @@ def test_images_lie_in_whichever_folder(tmp_path):
         files_of("valse", tmp_path)
 
 
+# ---- the embedded scenes ----
+
+SCENE = {
+    "id": "test_00000",
+    "image": "images/test/00000.jpg",
+    "background": "sea",
+    "objects": [{"kind": kind, "size": size} for kind, size in (("dog", "small"), ("cat", "large"))],
+    "relations": [[0, "left of", 1], [1, "right of", 0]],
+}
+
+
+def test_swaps_of_a_scene_are_true_and_false():
+    for seed in range(20):
+        asked = {kind: (true, false) for kind, true, false in swaps(SCENE, random.Random(seed))}
+        assert list(asked) == ["object", "attribute", "number", "relation", "order"]
+        relations = {
+            ("a dog left of a cat", "a dog right of a cat"),
+            ("a cat right of a dog", "a cat left of a dog"),
+        }
+        assert asked["relation"] in relations
+        true, false = asked["order"]
+        assert sorted(true.split()) == sorted(false.split()) and true in {pair[0] for pair in relations}
+        assert asked["order"][1] in {"a cat left of a dog", "a dog right of a cat"}
+        true, false = asked["attribute"]
+        assert true.startswith(("a small dog", "a large cat")) and false.startswith(
+            ("a large dog", "a small cat")
+        )
+        assert true.split()[2:] == false.split()[2:]
+        true, false = (text.split()[1] for text in asked["object"])
+        assert true in ("dog", "cat") and false in KINDS and false not in ("dog", "cat")
+        assert asked["number"][0].startswith("a single ") and asked["number"][1].startswith("two ")
+
+
+def test_the_scenes_ask_for_both_numbers_alike(tiny):
+    rows = scene_rows(tiny.data)
+    assert {"object", "attribute", "relation", "order"} <= {row.kind for row in rows}
+    assert all(Path(row.images[0]).is_file() and row.texts[0] != row.texts[1] for row in rows)
+    assert rows == scene_rows(tiny.data)
+    numbers = [row.texts[0].startswith("a single") for row in rows if row.kind == "number"]
+    assert 2 * sum(numbers) == len(numbers)
+    with pytest.raises(UserError, match=r"make the scenes with `python -m simla.demo.data --out "):
+        scene_rows(tiny.data / "nowhere")
+
+
+def test_the_command_writes_table_json_and_picture(tiny, tmp_path, monkeypatch, capsys):
+    arguments = [
+        "--checkpoint",
+        str(tiny.checkpoints["pretrain"]),
+        "--suite",
+        "scenes",
+        "--root",
+        str(tiny.data),
+    ]
+    monkeypatch.setattr(
+        "sys.argv", ["alignment", *arguments, "--out", str(tmp_path / "out"), "--device", "cpu"]
+    )
+    command.main()
+    shown, written = capsys.readouterr().out, json.loads((tmp_path / "out" / "suite.json").read_bytes())
+    assert written["summary"]["all"]["n"] == len(written["rows"]) == len(written["scores"]["itm"])
+    for kind, group in written["summary"].items():
+        (line,) = [line for line in shown.splitlines() if line.startswith(f"{kind} ")]
+        assert f"{group['itm']['accuracy']:.1f} (" in line
+    assert Image.open(tmp_path / "out" / "suite.png").width > 400
+    monkeypatch.setattr("sys.argv", ["alignment", *arguments[:2], "--suite", "vsr"])
+    with pytest.raises(UserError, match=r"--suite vsr needs --file or --root: its official files"):
+        command.main()
+
+
 # ---- a model on a suite ----
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_checkpoints(tmp_path_factory.mktemp("suite"))
 
 
 @pytest.fixture(scope="module")

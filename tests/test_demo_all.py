@@ -16,7 +16,7 @@ from simla.demo import pretrain as demo
 from simla.utils import UserError
 
 TASKS = ["zero_shot_retrieval", "retrieval", "grounding", "vqa", "nlvr", "ve"]
-ROWS = [*TASKS[:3], "grounding_heat_box", *TASKS[3:5], "nlvr_consistency", *TASKS[5:]]
+ROWS = [*TASKS[:3], "grounding_heat_box", *TASKS[3:5], "nlvr_consistency", *TASKS[5:], "alignment_suite"]
 COLUMNS = {"metric", "chance", "before", "after", "n", "seconds"}
 
 
