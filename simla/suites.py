@@ -35,9 +35,14 @@ def score_rows(model: Any, rows: list[Row]) -> Scored:
     """Return the cosine, the log-odds of a match and their weighted sum of each row's images and texts."""
     if not rows:
         raise UserError("no rows given: the list is empty")
+    for number, row in enumerate(rows):
+        _check(row, rows[0], f"row {number}")
     texts = {text: number for number, text in enumerate(dict.fromkeys(t for row in rows for t in row.texts))}
     ids, mask = model._captions(list(texts), MAX_TEXT_TOKENS)
     text_feats = model._encode_captions(ids, mask)
+    read = {text: tuple(ids[number].tolist()) for text, number in texts.items()}
+    if alike := sum(len({read[text] for text in row.texts}) < len(row.texts) for row in rows):
+        log.warning(f"{alike} of {len(rows)} rows have texts that are read alike, so that none can be right")
     users = defaultdict(list)  # image and box -> the rows, and which of their images it is
     for row_number, row in enumerate(rows):
         for place, image in enumerate(row.images):
@@ -78,6 +83,23 @@ def score_rows(model: Any, rows: list[Row]) -> Scored:
     pairs = zip(scores["itm"], scores["itc"], strict=True)
     scores["itm+itc"] = [itm + np.float32(weight) * itc for itm, itc in pairs]
     return Scored([rows[number] for number in kept], scores, left_out)
+
+
+def _check(row: Row, first: Row, where: str) -> None:
+    """Raise UserError where a row is none, or of another shape than the first, which would be scored
+    otherwise.
+    """
+    num_images, num_texts = len(row.images), len(row.texts)
+    if not num_texts or not (num_images == 1 or num_images == num_texts == 2):
+        what = f"{num_images} images and {num_texts} texts"
+        raise UserError(f"{where} has {what}; expected one image with its texts, or two of both")
+    if len(row.right) != num_images or any(not (t is None or 0 <= t < num_texts) for t in row.right):
+        raise UserError(f"{where}: right is {row.right}; expected the number of a text for each image")
+    if num_texts > 1 and None in row.right:
+        raise UserError(f"{where} has several texts, and none that is right for an image")
+    shapes = [(len(r.images), len(r.texts) > 1, bool(r.ratings)) for r in (row, first)]
+    if shapes[0] != shapes[1] or (row.ratings and num_texts > 1):
+        raise UserError(f"{where} is not of the shape of row 0; score rows of one shape at a time")
 
 
 def _key(image: OneImage, box: tuple | None) -> tuple:

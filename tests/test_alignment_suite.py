@@ -452,3 +452,21 @@ def test_unreadable_images_are_counted(tiny, rows, tmp_path):
     assert "left out: 2 rows with an image that cannot be read" in table("mine", result)
     with pytest.raises(UserError, match="has no matching head"):
         simla.load(tiny.checkpoints["ve"], "cpu").score_suite(rows)
+
+
+def test_rows_of_another_shape_are_refused(tiny, rows, caplog):
+    model, image = simla.load(tiny.checkpoints["retrieval"], "cpu"), rows[0].images[0]
+    wrong = {
+        r"row 1 has 1 images and 0 texts": Row((image,), (), (), "k"),
+        r"row 1 has 2 images and 3 texts": Row((image, image), ("a", "b", "c"), (0, 1), "k"),
+        r"row 1: right is \(2,\)": Row((image,), ("a", "b"), (2,), "k"),
+        r"row 1 has several texts, and none that is right": Row((image,), ("a", "b"), (None,), "k"),
+        r"row 1 is not of the shape of row 0": Row((image,), ("a",), (0,), "k"),
+    }
+    for message, row in wrong.items():
+        with pytest.raises(UserError, match=message):
+            model.score_suite([rows[0], row])
+    with pytest.raises(UserError, match="no rows given"):
+        model.score_suite([])
+    model.score_suite([rows[0], Row((image,), ("two ducks", "Two  ducks"), (0,), "k")])
+    assert "1 of 2 rows have texts that are read alike" in caplog.text
