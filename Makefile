@@ -2,6 +2,7 @@
 # make demo-all    the whole chain: pre-training and every downstream task
 # make mine        a small model of your photos and captions, and a page to search them with
 #                  (make mine PHOTOS=photos CSV=captions.csv; docs/mine.md)
+# make ablation    what each loss helps: trainings without some, three seeds (some hours; docs/evidence.md)
 # make app         a web page that asks the demo's model (make app CHECKPOINT="a.pth b.pth": your own)
 # make test        the tests; those of the web page need a Chromium, which `make browser` finds or installs
 # make fault-test  kills a training run 30 times, half of them while it saves, and resumes it
@@ -37,7 +38,7 @@ UV = $(PIP) uv && $(PY) -m uv pip install --quiet --compile-bytecode --python $(
 WHAT = -r $< $(if $(LOCK),-c $(LOCK))
 INSTALL = $(if $(INDEX),$(PIP) --extra-index-url $(INDEX) $(WHAT),$(UV) $(WHAT) || $(PIP) $(WHAT))
 
-.PHONY: help demo demo-all mine app test browser fault-test bench lint format lock clean
+.PHONY: help demo demo-all ablation mine app test browser fault-test bench lint format lock clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -47,6 +48,9 @@ demo: $(call READY,demo)
 
 demo-all: $(call READY,demo)
 	$(PY) -m simla.demo.all_tasks
+
+ablation: $(call READY,demo)
+	$(PY) -m simla.demo.ablation
 
 mine: $(call READY,app)
 	$(PY) -m simla.demo.mine --photos "$(PHOTOS)" --csv "$(CSV)"

@@ -3,6 +3,7 @@
 import math
 import textwrap
 from pathlib import Path
+from statistics import mean, stdev
 from typing import BinaryIO
 
 from PIL import Image
@@ -12,7 +13,12 @@ from simla.dataset.images import load_image
 from simla.evaluation.grounding import Box, resize_heat
 from simla.utils import import_pyplot, save_figure
 
-GREEN, RED, GREY = "#1a9641", "#b2182b", "#cccccc"
+GREEN, RED, GREY, BLUE = "#1a9641", "#b2182b", "#cccccc", "#0b5fa5"
+LEVEL_STYLES = (  # of lines that scores are compared with
+    {"color": "#666666", "linestyle": ":"},
+    {"color": "#d95f02", "linestyle": "--", "linewidth": 1},
+    {"color": "#7570b3", "linestyle": "-.", "linewidth": 1},
+)
 BOXES = (  # the wider one is seen beneath an equal one
     {"fill": False, "label": "true box", "edgecolor": "#00c853", "linewidth": 5},
     {"fill": False, "label": "chosen box", "edgecolor": "#ff9100", "linewidth": 2},
@@ -155,6 +161,45 @@ def plot_word_maps(
     bar.set_label("share of the\nmap's maximum", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     save_figure(figure, out, DPI, bbox_inches="tight")  # of flat pictures the titles and labels stand out
+
+
+def plot_points(
+    rows: list[str],
+    panels: dict[str, list[list[float]]],
+    levels: dict[str, dict[str, float]],
+    out: str | Path,
+    num_columns: int = 5,
+) -> None:
+    """Draw a panel for each score, in it a row for each model: its runs as small points, above them their
+    mean, with the standard deviation as error bar.
+
+    rows (R): names of the models; panels: title -> the values of each model's runs, (R) lists; levels: title
+    -> name -> value of the lines across all rows, at most as many as LEVEL_STYLES.
+    """
+    plt = import_pyplot()
+    num_columns = min(num_columns, len(panels))
+    num_lines = math.ceil(len(panels) / num_columns)
+    size = 2.5 * num_columns + 2.4, (0.3 * len(rows) + 0.8) * num_lines + 0.4
+    grid = {"figsize": size, "squeeze": False, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(num_lines, num_columns, **grid)
+    names = list(dict.fromkeys(name for lines in levels.values() for name in lines))
+    styles, drawn = dict(zip(names, LEVEL_STYLES, strict=False)), {}
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, values) in zip(axes.flat, panels.items(), strict=False):
+        for row, runs in enumerate(values):
+            axis.plot(runs, [row + 0.25] * len(runs), ".", color="#6ea6d7", markersize=5)
+            error = stdev(runs) if len(runs) > 1 else None
+            axis.errorbar(mean(runs), row, xerr=error, fmt="o", color=BLUE, markersize=5, capsize=3)
+        for name, level in levels[title].items():
+            drawn[name] = axis.axvline(level, zorder=0, **styles[name])
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.set_yticks(range(len(rows)), rows)
+    axes[0, 0].invert_yaxis()  # the first row on top; the panels share this axis
+    where = {"loc": "outside lower center", "ncols": len(names)}
+    figure.legend(drawn.values(), drawn.keys(), frameon=False, fontsize=8, **where)
+    save_figure(figure, out, DPI)
 
 
 def plot_answers(
