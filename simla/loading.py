@@ -209,11 +209,13 @@ def _concept_head(state: Mapping[str, Tensor], source: str) -> nn.Linear | None:
 
 
 def _word_head(state: Mapping[str, Tensor], model: nn.Module, source: str) -> PredictionHead | None:
-    """Return the head that tells masked words, None where the file lacks it; it shares the model's words."""
+    """Return the head that tells masked words, which shares the model's words; None where the file lacks it,
+    and in ALBEF's layout, whose head is above the layers that read text alone.
+    """
     prefix = "text_encoder.cls.predictions."
-    if f"{prefix}bias" not in state:
-        return None
     encoder = model.text_encoder
+    if f"{prefix}bias" not in state or encoder.config.text_layers_alone:
+        return None
     head = PredictionHead(encoder.config, encoder.embeddings.word_embeddings).float()
     return _filled(head, prefix, state, source)
 

@@ -24,6 +24,7 @@ from simla.evaluation.alignment.kendall import kendall
 from simla.evaluation.alignment.report import table
 from simla.evaluation.alignment.rows import Row
 from simla.evaluation.alignment.scores import answers, summarise, wilson
+from simla.loading import _word_head
 from simla.utils import UserError
 
 EXCERPTS = Path(__file__).parent / "excerpts"
@@ -470,3 +471,11 @@ def test_rows_of_another_shape_are_refused(tiny, rows, caplog):
         model.score_suite([])
     model.score_suite([rows[0], Row((image,), ("two ducks", "Two  ducks"), (0,), "k")])
     assert "1 of 2 rows have texts that are read alike" in caplog.text
+
+
+def test_albefs_layout_has_no_blind_reader(tiny):
+    content = torch.load(tiny.checkpoints["pretrain"], weights_only=True)
+    model = simla.load(tiny.checkpoints["pretrain"], "cpu")
+    assert _word_head(content["model"], model.model, "f") is not None
+    object.__setattr__(model.model.text_encoder.config, "text_layers_alone", 1)
+    assert _word_head(content["model"], model.model, "f") is None

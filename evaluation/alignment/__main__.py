@@ -71,7 +71,9 @@ def main() -> None:
         model.config["score_itc_weight"] = args.score_itc_weight
     blind = load(args.blind_checkpoint, args.device, args.dtype) if args.blind_checkpoint else None
     if blind is not None and blind.word_head is None:
-        raise UserError(f"--blind_checkpoint {args.blind_checkpoint} has no head for masked words")
+        raise UserError(
+            f"--blind_checkpoint {args.blind_checkpoint} has no head for masked words that reads text alone"
+        )
     result = model.score_suite(rows, blind)
     result["left_out"] = {**left_out, **result["left_out"]}
     print(table(args.suite, result))
