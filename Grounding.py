@@ -87,8 +87,7 @@ def report(
         "expressions": dict(Counter(t.data_set or "boxes in the entries" for t in data.targets)),
         "weights": weights,
         "left_out": data.left_out,
-        "gradcam_mode": settings["gradcam_mode"],
-        "block_num": settings["block_num"],
+        **{key: settings[key] for key in ("gradcam_mode", "block_num")},
         "boxes": f"chosen from {settings['det_file']}" if has_detector else "from the heat map alone",
         "chance": "an even choice among the boxes" if has_detector else "the whole image as box",
     }

@@ -57,18 +57,11 @@ def chance(config: dict) -> dict[str, float]:
         "loss_mim": math.log(config["image_tokenizer"]["vocab_size"]),
         "loss_psl": math.log(2),
     }
-    computed = (f"loss_{name}" for name, weight in config["loss_weights"].items() if weight)
-    return {name: levels[name] for name in computed}
+    return {f"loss_{name}": levels[f"loss_{name}"] for name, on in config["loss_weights"].items() if on}
 
 
-def make_image_tokenizer(
-    config: dict, entries: Mixture, code_res: int, device: torch.device
-) -> nn.Module | None:
-    """Return the config's image tokenizer; the main rank fits a k-means codebook that is not there yet. None
-    without MIM, which alone reads it.
-    """
-    if not config["loss_weights"]["mim"]:
-        return None
+def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, device: torch.device) -> nn.Module:
+    """Return the config's image tokenizer; the main rank fits a k-means codebook that is not there yet."""
     settings = config["image_tokenizer"]
     if settings["kind"] == "kmeans" and is_main() and not Path(settings["path"]).is_file():
         log.info(
@@ -101,8 +94,9 @@ def main(args: argparse.Namespace, config: dict) -> None:
     check_vocabulary(tokenizer, model.text_encoder.bert.config.vocab_size)
     log.info(starting_weights(model, config, "Pretrain", run.checkpoint, run.resume, tokenizer))
     model = model.to(run.device)
-    # Last, because to fit a codebook takes minutes.
-    image_tokenizer = make_image_tokenizer(config, entries, code_res, run.device)
+    image_tokenizer = None
+    if config["loss_weights"]["mim"]:  # last, because to fit a codebook takes minutes
+        image_tokenizer = make_image_tokenizer(config, entries, code_res, run.device)
 
     def losses_of(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
         return losses(model, batch, alpha, image_tokenizer)

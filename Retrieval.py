@@ -65,9 +65,8 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 
     # data
     tokenizer = build_tokenizer(config["text_encoder"])
-    lower = lowers_case(tokenizer.backend_tokenizer)
     data = {
-        split: RetrievalEvalData(config[f"{split}_file"], config, lower)
+        split: RetrievalEvalData(config[f"{split}_file"], config, lowers_case(tokenizer.backend_tokenizer))
         for split in ("val", "test")
         if config[f"{split}_file"] and (split == "test" or not run.evaluate)
     }

@@ -81,8 +81,7 @@ def report(
 ) -> None:
     """Tell each split's scores beside those of always the most frequent class; write result/NAME.json."""
     result = {"weights": weights, "classes": classes, "sentence_only": config["sentence_only"]}
-    told = ", baseline that sees no image (sentence_only)" if config["sentence_only"] else ""
-    log.info(f"{name}{told}, weights: {weights}")
+    log.info(f"{name}, weights: {weights}" + ", blind: sentence_only" * config["sentence_only"])
     for split, items in data.items():
         counts = torch.tensor(scores[f"{split}_confusion"])
         shown = {"acc": accuracy(counts)}
