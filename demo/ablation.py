@@ -106,7 +106,9 @@ def evaluate_alignment(checkpoint: str) -> dict[str, dict]:
     scores = {}
     for name, (kind, score) in (shown | {kind: (kind, "itm") for kind in summary if kind != "all"}).items():
         group = summary[kind]
-        levels = {"chance": group["chance"], "blind": group["blind"]["accuracy"], "n": group["n"]}
+        levels = {"chance": group["chance"], "n": group["n"]}
+        if "blind" in group:  # ALBEF's layout has no blind reader
+            levels["blind"] = group["blind"]["accuracy"]
         metric = f"the right text preferred, rows of kind {kind}, by {score} (%)"
         scores[name] = {"metric": metric, "value": group[score]["accuracy"], **levels}
     return scores
