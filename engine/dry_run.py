@@ -287,7 +287,7 @@ def retrieval_work(
     ids, mask = (batch[name][rows].to(device) for name in ("text_ids", "text_mask"))
     num_images, tokens_to_a_call = SIZES.get(kind or device.type, SIZES["cuda"])
     wanted = torch.ones(num_images, k_test, dtype=torch.bool)
-    scores = torch.zeros(wanted.numel() + 1, device=device)
+    scores = torch.zeros(wanted.numel() + 1, 2, device=device)
     num_image_tokens = (config["image_res"] // config["vit"]["patch_size"]) ** 2 + 1
     shape = num_images, num_image_tokens, config["vision_width"]
     states = torch.zeros(shape, dtype=dtype_of(config["precision"]))  # on the host, as in the evaluation

@@ -22,7 +22,7 @@ from simla.dataset.check.causes import Cause
 from simla.dataset.check.images import check_image
 from simla.dataset.images import BadImage, JpegFile, image_size, load_image, open_image
 from simla.dataset.loaders import to_device
-from simla.dataset.prepare.shards import _image_file
+from simla.dataset.prepare.shards import image_file
 from simla.dataset.transforms import (
     MEAN,
     STD,
@@ -221,7 +221,7 @@ def test_a_png_with_long_texts_or_a_large_profile_is_a_whole_picture(kind, at_en
         plain.load()
     assert np.array_equal(load_image(path), image.rotate(180))
     assert np.array_equal(open_image(path.read_bytes()), image.rotate(180))
-    assert not check_image(str(path), full=True)["flags"] and _image_file(str(path), 0)[0] == "png"
+    assert not check_image(str(path), full=True)["flags"] and image_file(str(path), path.name)[0] == "png"
 
 
 TEXT_CHUNKS = {
