@@ -166,6 +166,8 @@ def test_lists_that_share_a_photo_and_lines_that_are_none(flickr8k, capsys):
         prepare("flickr8k", flickr8k)
     with pytest.raises(UserError, match=r"missing .*flickr30k_entities/train.txt .*BryanPlummer"):
         prepare("flickr8k", flickr8k, "--split", "entities")
+    with pytest.raises(UserError, match=r"--split dev: must be flickr8k, .* or the shares of train, val and"):
+        prepare("flickr8k", flickr8k, "--split", "dev")
 
 
 # ---- tables of these copies, and of one's own ----

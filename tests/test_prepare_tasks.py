@@ -699,6 +699,18 @@ def test_snli_ve_without_images_or_with_other_labels(data, capsys):
     assert "dev (looked for snli_ve/snli_ve_dev.jsonl)" in fails("snli_ve", data)
 
 
+def test_snli_ve_on_photos_of_flickr8k(data, capsys):
+    make_snli_ve(data)
+    for number in (1001, 1003, 1002):
+        (data / "flickr8k_images").mkdir(exist_ok=True)
+        (data / f"flickr30k-images/{number}.jpg").rename(data / f"flickr8k_images/{number}_0a1b.jpg")
+    write_lines(data / "snli_ve/snli_ve_test.jsonl", [ve_line(image, "neutral") for image in ("1003", "100")])
+    printed = prepare("snli_ve", data, capsys, "--images", "flickr8k_images")
+    assert {entry["image"] for entry in content(data / "ve_train.json")} == {"1001_0a1b"}
+    assert [entry["image"] for entry in content(data / "ve_test.json")] == ["1003_0a1b"]
+    assert f"1 entries whose image is not in {data}/flickr8k_images; first: 100.jpg" in printed
+
+
 # ---- images that are not there yet ----
 
 

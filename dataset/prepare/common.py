@@ -238,17 +238,18 @@ def in_parallel(function: Callable, items: Iterable, num_ahead: int) -> Iterator
 # ---- splits ----
 
 
-def split_by_shares(shares: str, seed: int) -> Callable[[str], str]:
+def split_by_shares(shares: str, seed: int, others: str = "") -> Callable[[str], str]:
     """Return the function that draws train, val or test for an image by its name, seed and nothing else.
 
-    shares: of the three in percent, "80/10/10"; raises UserError where they are none.
+    shares: of the three in percent, "80/10/10"; raises UserError where they are none, and then names `others`
+    that --split takes.
     """
     match = re.fullmatch(r"(\d+)/(\d+)/(\d+)", shares)
     train, val, test = map(int, match.groups()) if match else (0, 0, 0)
     if train + val + test != 100 or not all((train, val, test)):
         raise UserError(
-            f"--split {shares}: must be the shares of train, val and test in percent, whole numbers above 0 "
-            "that sum to 100, such as 80/10/10"
+            f"--split {shares}: must be {others}the shares of train, val and test in percent, whole "
+            "numbers above 0 that sum to 100, such as 80/10/10"
         )
 
     def split_of(name: str) -> str:

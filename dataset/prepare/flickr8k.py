@@ -154,7 +154,7 @@ def _split(root: Path, options: argparse.Namespace, names: Iterable[str], report
         wanted = {f"flickr30k_entities/{split}.txt": [f"flickr30k_entities/{split}.txt"] for split in SPLITS}
         by_number = _by_lists(list(find_all(root, ENTITIES, wanted, {}, report).values()))
     else:
-        draw = split_by_shares(options.split, options.seed)
+        draw = split_by_shares(options.split, options.seed, "flickr8k, flickr30k, entities or ")
         report.notes.append(f"split: {options.split} by --seed {options.seed}, not the authors' one")
         return {name: draw(name) for name in names}
     numbers = {name: name.partition("_")[0] for name in names}  # 1000268201_693b08cb0e.jpg

@@ -2,10 +2,11 @@
 
 Needs below --root:
     snli_ve/snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl
-    flickr30k-images/...                        the images
-Writes ve_train.json, ve_dev.json and ve_test.json with {"image": number without .jpg, "sentence", "label":
-"entailment", "neutral" or "contradiction"}; image_root is flickr30k-images. Lines without a label ("-") are
-left out.
+    flickr30k-images/...                        the images, or those of Flickr8k, which are some of them:
+                                                --images flickr8k_images
+Writes ve_train.json, ve_dev.json and ve_test.json with {"image": file's name without .jpg, "sentence",
+"label": "entailment", "neutral" or "contradiction"}; image_root is flickr30k-images. Lines without a label
+("-") are left out.
 """
 
 import argparse
@@ -37,18 +38,25 @@ IMAGE_FIELDS = ("Flickr30K_ID", "Flikr30kID")  # the two releases call it differ
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", help="folder of the images below --root; default: flickr30k-images")
     add_only(parser)
     add_without_images(parser)
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     wanted = {split: [f"snli_ve/snli_ve_{split}.jsonl"] for split in sets_to_make(options, SPLITS, report)}
-    files = find_all(root, SOURCE + OR_ONLY, wanted, {"images": IMAGE_FOLDERS}, report)
+    folders = [options.images] if options.images else IMAGE_FOLDERS
+    files = find_all(root, SOURCE + OR_ONLY, wanted, {"images": folders}, report)
     images = Images(files["images"], report)
+    # 1000268201_693b08cb0e.jpg of Flickr8k is 1000268201.jpg of Flickr30k.
+    stem_of = {
+        name.removesuffix(".jpg").partition("_")[0]: name.removesuffix(".jpg") for name in images.files
+    }
     report.source = "Xie et al. 2019 and the SNLI-VE repository"
     for split in wanted:
         official = SPLITS[split]
         entries = list(sentences(files[split], report))
+        entries = [{**entry, "image": stem_of.get(entry["image"], entry["image"])} for entry in entries]
         labels = Counter(entry["label"] for entry in entries)
         report.count(split, len(entries), sum(official))
         for label, number in zip(CLASSES, official, strict=True):
