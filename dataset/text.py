@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CLEANED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 SIDE = re.compile(r"(?<![a-z])(left|right)(s|most|wards?|sides?|hand(s|ed|ers?)?)?(?![a-z])", re.IGNORECASE)
+PERSON = re.compile("<person>", re.IGNORECASE | re.ASCII)  # a name, in Conceptual Captions
 MAX_TEXT_TOKENS = 30  # of a text in retrieval
 STRING = re.compile(r"""[uU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 # A list of strings as Python prints it, or, without commas, an array of them as numpy does.
@@ -53,7 +54,7 @@ def listed_texts(text: str) -> list[str] | None:
 
 def clean_caption(text: str, max_words: int = 30, lower: bool = True) -> str:
     """Return the caption's first words without punctuation, in lower case unless the tokenizer keeps it."""
-    text = (text.lower() if lower else text).translate(CLEANED).replace("<person>", "person")
+    text = PERSON.sub("person", (text.lower() if lower else text).translate(CLEANED))
     text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
     return _first_words(text, max_words)
 

@@ -74,12 +74,14 @@ def call(main: Callable[[list[str]], object], *words: object) -> object:
 
 def make_files(photos: Path, table: Path, out: Path, seed: str) -> None:
     """Write retrieval_{train,val,test}.json. Raises UserError where there are too few photos."""
-    rows = read_rows([table], Report("table"))
-    num_photos = len({name for name, _ in rows if os.path.isfile(photos / name)})  # noqa: PTH113, any name
+    names = dict.fromkeys(name for name, _ in read_rows([table], Report("table")))
+    missing = [name for name in names if not os.path.isfile(photos / name)]  # noqa: PTH113, any name
+    num_photos = len(names) - len(missing)
     if num_photos < MIN_PHOTOS:
         raise UserError(
             f"{table} names {num_photos} photos that are in {photos}; {MIN_PHOTOS} at least are needed, to "
             "learn from eight of ten and to score on one of ten"
+            + (f". Photos that are not there: {len(missing)}, first {missing[0]!r}" if missing else "")
         )
     names = "--root", photos, "--table", table, "--out", out, "--name", "retrieval"
     call(prepare, "simla.dataset.prepare", "table", *names, "--split", SPLIT, "--seed", seed)

@@ -135,7 +135,10 @@ def test_another_table_or_seed_is_refused(tiny_mine, photos):
 
 def test_what_cannot_be_used_is_said_in_a_sentence(photos, tmp_path, monkeypatch):
     few = tmp_path / "few.csv"
-    few.write_text("image,caption\n" + "".join(f"{number:03}.jpg,Dots.\n" for number in range(NUM_PHOTOS)))
+    rows = "".join(f"{number:03}.jpg,Dots.\n" for number in range(NUM_PHOTOS))
+    few.write_text(f"image,caption\n{rows}photos/1.jpg,Dots.\n")
+    odd = tmp_path / "odd.csv"
+    odd.write_text("photo,caption\n000.jpg,Dots.\n")
     out = str(tmp_path / "out")
     for arguments, message in (
         (["--photos", str(tmp_path / "none"), "--csv", str(few)], "--photos .*none: there is no such folder"),
@@ -144,7 +147,11 @@ def test_what_cannot_be_used_is_said_in_a_sentence(photos, tmp_path, monkeypatch
             ["--photos", str(photos), "--csv", str(tmp_path / "no.csv")],
             r"--csv .*no.csv: there is no such file",
         ),
-        (["--photos", str(photos), "--csv", str(few)], "few.csv names 40 photos .* 100 at least"),
+        (
+            ["--photos", str(photos), "--csv", str(few)],
+            "few.csv names 40 photos .* 100 at least .* not there: 1, first 'photos/1.jpg'",
+        ),
+        (["--photos", str(photos), "--csv", str(odd)], "odd.csv has no column named image, .* or rename it"),
     ):
         monkeypatch.setattr(sys, "argv", ["simla.demo.mine", "--output_dir", out, *arguments])
         with pytest.raises(UserError, match=message):

@@ -195,6 +195,8 @@ def test_the_usual_copy_of_flickr30k_is_a_table(tmp_path, capsys):
         ("t.txt", 'image|caption\n a.jpg | "Two" dogs, one; big \n', '"Two" dogs, one; big'),
         ("t.txt", 'image;caption\na.jpg;"Two dogs; one, big"\n', "Two dogs; one, big"),
         ("t.csv", '\ufeffimage;caption\r\na.jpg;"Two dogs; one, ""big"""\r\n', 'Two dogs; one, "big"'),
+        ("t.csv", 'image, caption\na.jpg, "Two dogs, one ""big"""\n', 'Two dogs, one "big"'),
+        ("t.csv", "caption, image\nTwo dogs, a.jpg\n", "Two dogs"),
         ("t.csv", "image,a;b,caption\na.jpg,x,Two dogs; one big\n", "Two dogs; one big"),
     ],
 )
@@ -203,6 +205,15 @@ def test_the_line_of_names_says_what_parts_the_cells(tmp_path, name, content, ca
     put(tmp_path / name, content)
     prepare("table", tmp_path, "--table", name, "--relative")
     assert load(tmp_path / "pairs.json") == [{"image": "a.jpg", "caption": caption}]
+
+
+def test_a_column_of_splits_is_noticed(tmp_path, capsys):
+    put(tmp_path / "a.jpg")
+    put(tmp_path / "t.csv", "image,caption,split\na.jpg,Two dogs,test\n")
+    prepare("table", tmp_path, "--table", "t.csv")
+    assert f"1  tables with a column split, which is not looked at; first: {tmp_path}/t.csv" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.fixture
@@ -246,6 +257,16 @@ def test_split_keeps_a_photo_together_whatever_the_order_of_rows(own, capsys):
     assert {split: names - {"new.jpg"} for split, names in split_images(own).items()} == first
     prepare("table", own, *FLAGS, "--split", "60/20/20", "--seed", "1")
     assert {split: names - {"new.jpg"} for split, names in split_images(own).items()} != first
+
+
+def test_split_keeps_a_photo_and_links_to_it_together(own):
+    (own / "photos/links").mkdir()
+    for number in range(60):
+        (own / f"photos/links/{number}.jpg").symlink_to(own / f"photos/{number}.jpg")
+    with (own / "t.csv").open("a") as file:
+        file.write("".join(f"\nlinks/{number}.jpg,a link {number}" for number in range(60)))
+    prepare("table", own, *FLAGS, "--split", "60/20/20")
+    assert sum(map(len, split_images(own).values())) == 60
 
 
 @pytest.mark.parametrize("shares", ["80/10", "80/10/20", "90/10/0", "0.8/0.1/0.1", "a/b/c"])

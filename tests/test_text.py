@@ -222,6 +222,10 @@ def test_what_holds_for_every_draw(num_texts, length, probability, seed):
         assert not chosen.any()
 
 
+def test_a_name_left_out_of_a_caption_is_a_person_for_a_cased_tokenizer_too():
+    assert clean_caption("<PERSON> and <person> run", lower=False) == "person and person run"
+
+
 def test_half_a_surrogate_pair_becomes_what_a_tokenizer_takes():
     assert clean_caption("A dog \ud83d runs \U0001f600") == "a dog ? runs \U0001f600"
     assert clean_question("Where\udc00") == "where?"

@@ -30,11 +30,10 @@ from simla.dataset.prepare.img2dataset import (
     write_tars,
 )
 from simla.dataset.prepare.shards import caption_file, image_file
-from simla.dataset.prepare.table import CAPTION_NAMES, IMAGE_NAMES, column_of, find_tables
+from simla.dataset.prepare.table import CAPTION_NAMES, IMAGE_NAMES, SPLIT, column_of, find_tables
 from simla.utils import UserError
 
 KINDS = {".parquet", ".arrow"}
-SPLIT = "split"  # column
 BYTES = {"binary", "large_binary", "binary_view"}
 STRUCT = re.compile(r"struct<(\w+: \w+, )*bytes: (large_)?binary\b")
 

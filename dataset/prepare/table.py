@@ -8,8 +8,8 @@ Columns are named by --image and --caption; without, the usual names are tried (
 caption, text, title, ...). Text is UTF-8, and a row is a line. Its cells are parted by what the line of names
 has: in .tsv tabs, in .csv commas or else semicolons or bars (|), in .txt any of them, looked for in the order
 tab, comma, semicolon, bar. Between commas or semicolons a cell may stand in quotation marks; between tabs or
-bars they mean nothing, and blanks round a bar are no part of a cell. A cell may hold a list of captions, in
-text files as JSON or Python writes it: ["A dog", "One dog"].
+bars they mean nothing. Blanks after a comma or semicolon, and round a bar, are no part of a cell. A cell may
+hold a list of captions, in text files as JSON or Python writes it: ["A dog", "One dog"].
 Writes {--name}.json for --task pretrain (one entry a caption), {--name}_train.json for retrieval_train (the
 same), {--name}_val.json for retrieval_val or {--name}_test.json for retrieval_test: one entry an image, with
 all of its captions. --split 80/10/10 writes all four of one table: 80% of its images are for training, 10%
@@ -48,6 +48,7 @@ IMAGE_NAMES = [
     "image_name",
 ]
 CAPTION_NAMES = ["caption", "captions", "text", "texts", "title", "sentence", "description", "comment"]
+SPLIT = "split"  # column
 NUM_AHEAD = 4096  # images looked for at a time
 NO_CELL = "captions of rows with a cell that is null, missing or one too many"
 csv.field_size_limit(1 << 30)  # the default refuses a long text
@@ -90,13 +91,14 @@ def _divided(
     entries: Iterable[dict], root: Path, folder: Path, options: argparse.Namespace, report: Report
 ) -> dict[str, list[dict]]:
     """Return the entries of each split, those of one image together; UserError where a split gets none."""
-    split_of = split_by_shares(options.split, options.seed)
+    split_of, folder = split_by_shares(options.split, options.seed), os.path.realpath(folder)
     splits: dict[str, list[dict]] = {split: [] for split in SPLITS}
     known: dict[str, str] = {}  # image -> split
     for entry in entries:
         image = entry["image"]
         if image not in known:
-            known[image] = split_of(os.path.relpath(root / image, folder))
+            # Links are followed, as by the readers: one photo under two names is in one split.
+            known[image] = split_of(os.path.relpath(os.path.realpath(root / image), folder))
         splits[known[image]].append(entry)
     num_images = Counter(known.values())
     for split, some in splits.items():
@@ -142,10 +144,13 @@ def read_rows(
             raise UserError(f"--table {path} is {what}")
         columns = None
         for where, row in reader(path):
-            columns = columns or [
-                column_of(row, image, IMAGE_NAMES, "--image", path),
-                column_of(row, caption, CAPTION_NAMES, "--caption", path),
-            ]
+            if columns is None:
+                columns = [
+                    column_of(row, image, IMAGE_NAMES, "--image", path),
+                    column_of(row, caption, CAPTION_NAMES, "--caption", path),
+                ]
+                if SPLIT in row:
+                    report.notice(f"tables with a column {SPLIT}, which is not looked at", str(path))
             name, cell = (row.get(column) for column in columns)
             captions = values_in(cell, where, report)
             report.count("captions in the table", len(captions))
@@ -176,8 +181,8 @@ def column_of(row: dict, wanted: str | None, usual: list[str], flag: str, path: 
         "mean nothing; in .txt any of them does"
     )
     raise UserError(
-        f"{path} has {told}; it has {', '.join(map(repr, names))}. Name the right one by {flag}"
-        + (hint if is_odd else "")
+        f"{path} has {told}; it has {', '.join(map(repr, names))}. Name the right one by {flag} "
+        "of python -m simla.dataset.prepare, or rename it" + (hint if is_odd else "")
     )
 
 
@@ -224,7 +229,7 @@ def _cells(line: str, separator: str) -> list[str]:
     if separator == "|":  # as in the usual copy of Flickr30k: "1.jpg| 0| A dog ."
         return [cell.strip() for cell in line.split(separator)]
     # Each line alone: with a mark left open, the rows up to the next one would become one cell.
-    return next(csv.reader([line], delimiter=separator, strict=True), [])
+    return next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True), [])
 
 
 def _read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
