@@ -29,7 +29,7 @@ from simla.utils import PRECISIONS, UserError, check_weight, log, own_surroundin
 
 CHOICES = ("k_test", "score", "score_itc_weight", "batch_size_test", "eos", "num_beams", "max_answer_tokens")
 MAY_CHANGE = ("image_res", *CHOICES, "text_encoder")
-USED_KEYS = {*ENCODERS, *CONTRAST, *CHOICES, "vit_mask_token", "decoder_layers"}
+USED_KEYS = {*ENCODERS, *CONTRAST, *CHOICES, "vit_mask_token", "decoder_layers", "sentence_only"}
 
 
 def load(

@@ -15,6 +15,7 @@ from simla.dataset.images import BadImage
 from simla.dataset.text import MAX_TEXT_TOKENS
 from simla.evaluation.alignment.blind import pseudo_likelihood
 from simla.evaluation.alignment.rows import Row
+from simla.evaluation.alignment.scores import ALL
 from simla.evaluation.rerank import SIZES, make_groups, score_group
 from simla.inputs import OneImage, Picture, read_image, read_pictures
 from simla.utils import UserError, log, with_progress
@@ -93,8 +94,11 @@ def _check(row: Row, first: Row, where: str) -> None:
     if not num_texts or not (num_images == 1 or num_images == num_texts == 2):
         what = f"{num_images} images and {num_texts} texts"
         raise UserError(f"{where} has {what}; expected one image with its texts, or two of both")
-    if len(row.right) != num_images or any(not (t is None or 0 <= t < num_texts) for t in row.right):
-        raise UserError(f"{where}: right is {row.right}; expected the number of a text for each image")
+    numbers = (None, *range(num_texts))
+    if not len(row.right) == len(set(row.right)) == num_images or any(t not in numbers for t in row.right):
+        raise UserError(f"{where}: right is {row.right}; expected for each image the number of another text")
+    if row.kind == ALL:
+        raise UserError(f"{where} is of kind {ALL!r}, as the group of all rows is called; name it otherwise")
     if num_texts > 1 and None in row.right:
         raise UserError(f"{where} has several texts, and none that is right for an image")
     shapes = [(len(r.images), len(r.texts) > 1, bool(r.ratings)) for r in (row, first)]
@@ -103,7 +107,7 @@ def _check(row: Row, first: Row, where: str) -> None:
 
 
 def _key(image: OneImage, box: tuple | None) -> tuple:
-    return (image if isinstance(image, str) else id(image)), box
+    return (image if isinstance(image, str) else id(image)), box and tuple(box)
 
 
 def _batches(model: Any, rows: list[Row], users: dict) -> Iterator[tuple[list, list[Picture | BadImage]]]:

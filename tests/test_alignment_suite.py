@@ -404,6 +404,8 @@ def test_a_suite_has_the_numbers_of_similarity_and_match(tiny, rows):
     )
     result = model.score_suite(rows)
     assert result["rows"] == rows and not result["left_out"]
+    of_json = model.score_suite([rows[-1]._replace(box=list(rows[-1].box))])  # a list is a box, too
+    np.testing.assert_allclose(of_json["scores"]["itc"][0], result["scores"]["itc"][-1], atol=1e-5)
     for number, row in enumerate(rows):
         image = row.images[0]
         if row.box:
@@ -461,6 +463,8 @@ def test_rows_of_another_shape_are_refused(tiny, rows, caplog):
         r"row 1 has 1 images and 0 texts": Row((image,), (), (), "k"),
         r"row 1 has 2 images and 3 texts": Row((image, image), ("a", "b", "c"), (0, 1), "k"),
         r"row 1: right is \(2,\)": Row((image,), ("a", "b"), (2,), "k"),
+        r"row 1: right is \(0, 0\); expected for each": Row((image, image), ("a", "b"), (0, 0), "k"),
+        r"row 1 is of kind 'all'": Row((image,), ("a", "b"), (0,), "all"),
         r"row 1 has several texts, and none that is right": Row((image,), ("a", "b"), (None,), "k"),
         r"row 1 is not of the shape of row 0": Row((image,), ("a",), (0,), "k"),
     }

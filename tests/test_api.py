@@ -359,6 +359,14 @@ def test_loading_takes_no_random_numbers_and_no_twins(tiny, kind):
     assert not any("_m." in name or "queue" in name for name in model.model.state_dict())
 
 
+def test_the_baseline_of_sentences_alone_sees_no_image_here_either(tiny, models, images, tmp_path):
+    content = torch.load(tiny.checkpoints["ve"], weights_only=True)
+    content["config"]["sentence_only"] = True
+    torch.save(content, tmp_path / "blind.pth")
+    one, other = simla.load(tmp_path / "blind.pth", "cpu").entails(images[:2], "a dog")
+    assert one == other and one != models["ve"].entails(images[0], "a dog")
+
+
 def test_published_layouts(tiny, models, images, tmp_path):
     """Weights without a config, from a DDP wrapper, in torch's old format; exported files."""
     content = torch.load(tiny.checkpoints["retrieval"], weights_only=True)

@@ -194,3 +194,10 @@ def test_the_score_rule_chooses_what_ranks(tmp_path, monkeypatch):
                 expected = given if given == NOT_SCORED else given + 2.5 * contrast[query, candidate]
                 assert value == pytest.approx(float(expected), abs=1e-5)
         assert (summed != NOT_SCORED).sum(1).tolist() == [3] * len(summed)
+
+
+def test_the_largest_weight_leaves_every_candidate_before_what_is_not_scored(small):
+    model, similarity, embeds, texts, _ = small
+    weight, opposite = RETRIEVAL["score_itc_weight"].most, torch.full_like(similarity, -1.0)
+    for scores in rerank(model, opposite, 3, embeds, *texts, score="itm+itc", itc_weight=weight):
+        assert ((scores > NOT_SCORED).sum(1) == 3).all()
