@@ -19,6 +19,8 @@ from simla.utils import UserError, check_weight, first_line, hub_answer, log
 if TYPE_CHECKING:
     from transformers import BertConfig as HubConfig
 
+SAMPLE = "Ä犬"  # every setting of BERT's tokenizer (case, accents, Chinese characters) changes how it is read
+
 
 def starting_weights(
     model: nn.Module,
@@ -52,13 +54,15 @@ def starting_weights(
 
 
 def warn_of_another_vocabulary(tokenizer, checkpoint: str, text_encoder: str) -> None:
-    """Warn where the tokenizer that the checkpoint keeps numbers words otherwise than `tokenizer` does, which
-    is of `text_encoder`: the weights would read other words.
+    """Warn where the tokenizer that the checkpoint keeps numbers words, or reads capital letters, accents or
+    Chinese characters, otherwise than `tokenizer` does, which is of `text_encoder`: the weights would read
+    other words.
     """
     stored = tokenizer_in(safe_load(checkpoint))
     if stored is None or stored == tokenizer_text(tokenizer):
         return
-    theirs, ours = tokenizer_from_text(stored, checkpoint).get_vocab(), tokenizer.get_vocab()
+    trained_with = tokenizer_from_text(stored, checkpoint)
+    theirs, ours = trained_with.get_vocab(), tokenizer.get_vocab()
     others = sorted(word for word, number in theirs.items() if ours.get(word) != number)
     others += sorted(ours.keys() - theirs.keys())
     if others:
@@ -67,6 +71,17 @@ def warn_of_another_vocabulary(tokenizer, checkpoint: str, text_encoder: str) ->
             f"{text_encoder!r} has, of {len(ours)}: {len(others)} words have another number or are in one of "
             f"them alone, such as {', '.join(others[:3])}. The weights take them for other words: name the "
             "text_encoder of that training"
+        )
+        return
+    was, now = (
+        normalizer.normalize_str(SAMPLE) if normalizer else SAMPLE
+        for normalizer in (each.backend_tokenizer.normalizer for each in (trained_with, tokenizer))
+    )
+    if was != now:
+        log.warning(
+            f"{checkpoint} was trained with a tokenizer that reads {SAMPLE!r} as {was!r}; text_encoder "
+            f"{text_encoder!r} reads {now!r}: name the text_encoder of that training, with its "
+            "tokenizer_config.json"
         )
 
 

@@ -23,7 +23,7 @@ import zero_shot_retrieval
 from simla.checkpoint import __main__ as command_line
 from simla.checkpoint import export as exporting
 from simla.checkpoint.export import export
-from simla.checkpoint.initial import starting_weights
+from simla.checkpoint.initial import starting_weights, warn_of_another_vocabulary
 from simla.checkpoint.inspect import inspect, verdict
 from simla.checkpoint.key_maps import QUEUES, TWIN
 from simla.checkpoint.load import load_weights
@@ -222,6 +222,27 @@ def test_a_task_warns_of_a_vocabulary_that_the_checkpoint_was_not_trained_with(t
     assert (
         "has, of 9: 3 words have another number or are in one of them alone, such as cat, dog, bird" in line
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "was"),
+    [
+        ({"do_lower_case": False}, "Ä 犬 "),
+        ({"do_lower_case": True, "strip_accents": False}, "ä 犬 "),
+        ({"do_lower_case": True, "tokenize_chinese_chars": False}, "a犬"),
+    ],
+)
+def test_a_task_warns_of_a_tokenizer_that_reads_texts_otherwise(tmp_path, caplog, settings, was):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"]))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    trained_with, path = build_tokenizer(str(tmp_path)), tmp_path / "source.pth"
+    torch.save({"model": {}, "tokenizer": tokenizer_text(trained_with)}, path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    warn_of_another_vocabulary(trained_with, str(path), "bert")
+    assert not caplog.messages
+    warn_of_another_vocabulary(build_tokenizer(str(tmp_path)), str(path), "bert")
+    (line,) = caplog.messages
+    assert f"a tokenizer that reads 'Ä犬' as {was!r}; text_encoder 'bert' reads 'a 犬 '" in line
 
 
 def test_one_file_is_all_that_has_to_be_passed_on(tmp_path, monkeypatch):
