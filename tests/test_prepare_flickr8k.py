@@ -207,10 +207,11 @@ def test_the_line_of_names_says_what_parts_the_cells(tmp_path, name, content, ca
     assert load(tmp_path / "pairs.json") == [{"image": "a.jpg", "caption": caption}]
 
 
-def test_a_column_of_splits_is_noticed(tmp_path, capsys):
+def test_a_column_of_splits_is_noticed_and_a_table_named_twice_is_read_once(tmp_path, capsys):
     put(tmp_path / "a.jpg")
     put(tmp_path / "t.csv", "image,caption,split\na.jpg,Two dogs,test\n")
-    prepare("table", tmp_path, "--table", "t.csv")
+    prepare("table", tmp_path, "--table", "t.csv", "*.csv")
+    assert len(load(tmp_path / "pairs.json")) == 1
     assert f"1  tables with a column split, which is not looked at; first: {tmp_path}/t.csv" in (
         capsys.readouterr().out
     )

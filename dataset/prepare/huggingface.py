@@ -50,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
-    tables = [path for pattern in options.table for path in find_tables(root, pattern)]
+    tables = find_tables(root, options.table)
     samples = {}
     for number, path in enumerate(tables):
         if path.suffix not in KINDS:

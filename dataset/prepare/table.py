@@ -72,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     folder = root / options.images
-    tables = [path for pattern in options.table for path in find_tables(root, pattern)]
+    tables = find_tables(root, options.table)
     rows = _present(read_rows(tables, report, options.image, options.caption), folder, report)
     if options.relative:
         rows = ((os.path.relpath(image, root), caption) for image, caption in rows)
@@ -112,15 +112,17 @@ def _divided(
     return splits
 
 
-def find_tables(root: Path, pattern: str) -> list[Path]:
-    """Return the files of a path or pattern below `root`; raise UserError where there is none."""
-    path = root / pattern  # an absolute one stays
-    if path.is_file():
-        return [path]
-    paths = [] if Path(pattern).is_absolute() else sorted(root.glob(pattern))
-    if not paths:
-        raise UserError(f"--table {pattern}: no such file in --root {root}")
-    return paths
+def find_tables(root: Path, patterns: Iterable[str]) -> list[Path]:
+    """Return the files of paths or patterns below `root`, each once; UserError where one names none."""
+    tables: dict[Path, None] = {}
+    for pattern in patterns:
+        path = root / pattern  # an absolute one stays
+        globbed = [] if Path(pattern).is_absolute() else sorted(root.glob(pattern))
+        paths = [path] if path.is_file() else globbed
+        if not paths:
+            raise UserError(f"--table {pattern}: no such file in --root {root}")
+        tables |= dict.fromkeys(paths)
+    return list(tables)
 
 
 # ---- rows ----
