@@ -132,7 +132,7 @@ def report(
         "n": len(data),
         "left_out": data.left_out,
         "num_texts": len(data.texts),
-        **{key: config[key] for key in ("k_test", "score")},
+        **{key: config[key] for key in ("k_test", "score", "score_itc_weight")},
     }
     log.info("retrieval: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
     for name, value in recall.items():

@@ -107,7 +107,7 @@ def evaluate_alignment(checkpoint: str) -> dict[str, dict]:
     for name, (kind, score) in (shown | {kind: (kind, "itm") for kind in summary if kind != "all"}).items():
         group = summary[kind]
         levels = {"chance": group["chance"], "n": group["n"]}
-        if "blind" in group:  # ALBEF's layout has no blind reader
+        if "blind" in group:  # ALBEF's layout, and without MLM, there is none
             levels["blind"] = group["blind"]["accuracy"]
         metric = f"the right text preferred, rows of kind {kind}, by {score} (%)"
         scores[name] = {"metric": metric, "value": group[score]["accuracy"], **levels}
@@ -121,11 +121,11 @@ def summarise(runs: dict[tuple[Variant, int], dict], plan: dict) -> dict:
     """Return what summary.json holds: what each score is, and of every variant and score the value of each
     seed, their mean and standard deviation (None of a single seed).
     """
-    scores = {name: dict(score) for name, score in next(iter(runs.values()))["scores"].items()}
     full = [run["scores"] for (variant, _), run in runs.items() if variant.name == "simla"]
+    scores = {name: dict(score) for name, score in full[0].items()}
     for name, score in scores.items():
         del score["value"]
-        if "blind" in score:  # by SIMLA's word head: some variants do not train theirs
+        if "blind" in score:  # by SIMLA's word head: some variants have none
             score["blind"] = mean(run[name]["blind"] for run in full)
     rows = {}
     for variant in dict.fromkeys(variant for variant, _ in runs):

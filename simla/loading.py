@@ -90,8 +90,12 @@ def _load(
         tokenizer = build_tokenizer(settings["text_encoder"])
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         model = TASKS[task].build(settings).float()  # torch's default dtype may be another
-        concepts = _concept_head(state, source) if kind == "pretrain" else None
-        words = _word_head(state, model, source) if kind == "pretrain" else None
+        weights = config_in(content, source).get("loss_weights")
+        weights = weights if isinstance(weights, dict) else {}
+        # The head of a loss that was not computed is as it was built.
+        trained = {loss for loss in ("mlm", "psl") if kind == "pretrain" and weights.get(loss, 1)}
+        concepts = _concept_head(state, source) if "psl" in trained else None
+        words = _word_head(state, model, source) if "mlm" in trained else None
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
     load_weights(model, checkpoint, task, None if config is None else settings)
     if config is not None:

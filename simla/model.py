@@ -404,7 +404,10 @@ class Simla:
         """
         self._need("keywords", "concept head", "pretrain")
         if self.concepts is None:
-            raise UserError(f"{self.source} was exported without its concept head; load its source instead")
+            raise UserError(
+                f"{self.source} was exported without its concept head, or trained without its loss "
+                "(loss_weights.psl 0); load another checkpoint"
+            )
         check_count(top, "top")
         words = None if words is None else listed(words, "word")[0]
         images, is_single = listed(images, "image")

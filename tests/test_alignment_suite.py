@@ -477,6 +477,16 @@ def test_rows_of_another_shape_are_refused(tiny, rows, caplog):
     assert "1 of 2 rows have texts that are read alike" in caplog.text
 
 
+def test_heads_that_no_loss_trained_are_not_asked(tiny, rows, tmp_path):
+    content = torch.load(tiny.checkpoints["pretrain"], weights_only=True)
+    content["config"]["loss_weights"] |= {"mlm": 0, "psl": 0}
+    torch.save(content, tmp_path / "two.pth")
+    model = simla.load(tmp_path / "two.pth", "cpu")
+    assert "blind" not in model.score_suite(rows)["scores"]
+    with pytest.raises(UserError, match=r"trained without its loss \(loss_weights.psl 0\)"):
+        model.keywords(rows[0].images[0])
+
+
 def test_albefs_layout_has_no_blind_reader(tiny):
     content = torch.load(tiny.checkpoints["pretrain"], weights_only=True)
     model = simla.load(tiny.checkpoints["pretrain"], "cpu")

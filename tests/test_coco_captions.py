@@ -109,7 +109,7 @@ def scored(entries: list[dict], monkeypatch, folder) -> tuple[dict, dict]:
     )
     monkeypatch.setattr(zero_shot_retrieval, "score", lambda *_: matrices)
     (folder / "coco_test.json").write_text(json.dumps(entries))
-    config = {"test_file": f"{folder}/coco_test.json", "k_test": 256, "score": "itm"}
+    config = {"test_file": f"{folder}/coco_test.json", "k_test": 256, "score": "itm", "score_itc_weight": 1}
     config |= {"image_root": "", "image_res": 32}
     data = RetrievalEvalData(config["test_file"], {**config, "skip_unreadable": False})
     (folder / "result").mkdir(parents=True)

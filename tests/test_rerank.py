@@ -1,5 +1,7 @@
 """Re-ranking in groups against one pair at a time, and what it may hold at once."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -183,6 +185,9 @@ def test_the_score_rule_chooses_what_ranks(tmp_path, monkeypatch):
         return zero_shot_retrieval.score(model, data, tokenizer, {**config, "score": rule}, CPU)
 
     by_matching, both = scores("itm"), scores("itm+itc")
+    zero_shot_retrieval.report(data, {}, "w", {**config, "score": "itm+itc"}, str(tmp_path))
+    result = json.loads((tmp_path / "result" / "retrieval.json").read_bytes())
+    assert result["score"] == "itm+itc" and result["score_itc_weight"] == 2.5
     monkeypatch.setattr(model, "match", None)  # contrast alone does not call it
     by_contrast = scores("itc")
     torch.testing.assert_close(by_contrast[0], by_contrast[1].T)
