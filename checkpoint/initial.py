@@ -211,7 +211,11 @@ def _hub_bert(name: str, what: str) -> tuple["HubConfig", dict[str, torch.Tensor
 
 def _check_sizes(theirs: "HubConfig", ours: BertConfig, what: str) -> None:
     """Raise UserError where the weights cannot fill an encoder of such sizes, or would compute otherwise."""
-    same = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    if theirs.hidden_act != "gelu":
+        raise UserError(
+            f"{what}: its hidden_act is {theirs.hidden_act!r}, this encoder's 'gelu'; name other weights"
+        )
+    same = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "layer_norm_eps")
     wrong = [size for size in same if getattr(theirs, size) != getattr(ours, size)]
     if theirs.max_position_embeddings < ours.max_position_embeddings:
         wrong.append("max_position_embeddings")

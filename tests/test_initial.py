@@ -208,6 +208,8 @@ def test_one_encoder_alone_starts_random_when_init_says_so(init, drawn, bert_fol
     ("sizes", "expected"),
     [
         ({"hidden_size": 96}, "its hidden_size is 96, bert_config's 48"),
+        ({"layer_norm_eps": 1e-5}, "its layer_norm_eps is 1e-05, bert_config's 1e-12"),
+        ({"hidden_act": "gelu_new"}, "its hidden_act is 'gelu_new', this encoder's 'gelu'"),
         ({"num_attention_heads": 8}, "its num_attention_heads is 8, bert_config's 4"),
         (
             {"vocab_size": 170, "max_position_embeddings": 32},
