@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from simla.checkpoint.key_maps import BERT_DECODER, BERT_TWO_IMAGES, Row
-from simla.checkpoint.load import interpolate_pos_embed, load_weights, tokenizer_in, weights_in
+from simla.checkpoint.load import (
+    config_in,
+    interpolate_pos_embed,
+    load_weights,
+    tokenizer_in,
+    untrained_by,
+    weights_in,
+)
 from simla.checkpoint.safe_load import safe_load, what_it_is
 from simla.checkpoint.tokenizer import tokenizer_from_text, tokenizer_text
 from simla.models.bert import BertConfig, BertForMaskedLM
@@ -43,6 +50,7 @@ def starting_weights(
         return f"resuming {checkpoint}"
     if checkpoint:
         report = load_weights(model, checkpoint, task, config)
+        warn_of_another_training(model, config, checkpoint)
         if hasattr(model, "idx_queue"):  # another data set numbers its images anew
             model.idx_queue.fill_(-100)
         if copy_twins:
@@ -51,6 +59,27 @@ def starting_weights(
         return str(report)
     load_initial_weights(model, config)
     return "no --checkpoint: the weights before any training"
+
+
+def warn_of_another_training(model: nn.Module, config: dict, checkpoint: str) -> None:
+    """Warn where scores would be of a head that no loss has trained, or where either the training of the
+    checkpoint or this config, not both, is the baseline of sentences alone (`sentence_only`).
+    """
+    stored = config_in(safe_load(checkpoint), checkpoint)
+    heads = {"ita": ("text_proj", "the projections to features"), "itm": ("itm_head", "the matching head")}
+    for loss, (name, head) in heads.items():
+        if loss in untrained_by(stored) and hasattr(model, name) and "loss_weights" not in config:
+            log.warning(
+                f"{checkpoint} was trained with loss_weights.{loss} 0: {head} is as built, and until it is "
+                "trained here, its scores mean nothing"
+            )
+    blind = stored.get("sentence_only")
+    if blind is not None and "sentence_only" in config and blind != config["sentence_only"]:
+        log.warning(
+            f"{checkpoint} was trained with sentence_only {str(blind).lower()}, and here it is "
+            f"{str(not blind).lower()}: its scores would not be those of the model that was trained. Add "
+            f"--overrides sentence_only={str(blind).lower()}"
+        )
 
 
 def warn_of_another_vocabulary(tokenizer, checkpoint: str, text_encoder: str) -> None:

@@ -252,6 +252,14 @@ def config_in(content: Mapping, source: str) -> dict:
     return stored if isinstance(stored, dict) else {}
 
 
+def untrained_by(config: Mapping) -> frozenset[str]:
+    """Return the losses that a training with this config left out: their heads are as they were built."""
+    weights = config.get("loss_weights")
+    return (
+        frozenset(loss for loss, w in weights.items() if not w) if isinstance(weights, dict) else frozenset()
+    )
+
+
 def _unseen(config: Mapping) -> dict[str, object]:
     """Return what no weight shows of the encoders of a config, by key; without bert_config's where its file
     is not on this machine. What the config leaves out, it means by default.

@@ -14,6 +14,7 @@ from simla.checkpoint.load import (
     metadata_in,
     text_layers_alone,
     tokenizer_in,
+    untrained_by,
     weights_in,
 )
 from simla.checkpoint.safe_load import safe_load
@@ -90,19 +91,17 @@ def _load(
         tokenizer = build_tokenizer(settings["text_encoder"])
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         model = TASKS[task].build(settings).float()  # torch's default dtype may be another
-        weights = config_in(content, source).get("loss_weights")
-        weights = weights if isinstance(weights, dict) else {}
-        # The head of a loss that was not computed is as it was built.
-        trained = {loss for loss in ("mlm", "psl") if kind == "pretrain" and weights.get(loss, 1)}
-        concepts = _concept_head(state, source) if "psl" in trained else None
-        words = _word_head(state, model, source) if "mlm" in trained else None
+        untrained = untrained_by(config_in(content, source)) if kind == "pretrain" else frozenset()
+        has_words, has_concepts = (kind == "pretrain" and loss not in untrained for loss in ("mlm", "psl"))
+        concepts = _concept_head(state, source) if has_concepts else None
+        words = _word_head(state, model, source) if has_words else None
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
     load_weights(model, checkpoint, task, None if config is None else settings)
     if config is not None:
         _say_changes(settings, content, table, source)
     for name in model.twin_names:  # only training asks them
         delattr(model, f"{name}_m")
-    return Simla(model, tokenizer, settings, kind, source, device, precision, concepts, words)
+    return Simla(model, tokenizer, settings, kind, source, device, precision, concepts, words, untrained)
 
 
 def _say_changes(settings: dict, content: dict, table: dict[str, Key], source: str) -> None:

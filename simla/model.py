@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,24 @@ from simla.models.gradcam import MODES, check_block, default_block
 from simla.suites import blind_scores, score_rows
 from simla.utils import UserError, autocast, check_scores, dtype_of, own_surroundings, set_precision
 
-FEATURES = "projection to features", "pretrain", "retrieval"  # a module, and the kinds that have it
-MATCHING = "matching head", "pretrain", "retrieval"
 PAIRS_AT_A_TIME = 512  # in `match`
 MAX_WORDS = {clean_caption: 30, clean_question: MAX_WORDS_IN_EVALUATION}  # as the scripts read texts
+
+
+class Head(NamedTuple):
+    """A part of a model that answers, the kinds of checkpoint that have it, the loss that pre-trains it."""
+
+    name: str
+    kinds: tuple[str, ...]
+    loss: str = ""
+
+
+FEATURES = Head("projection to features", ("pretrain", "retrieval"), "ita")
+MATCHING = Head("matching head", ("pretrain", "retrieval"), "itm")
+CONCEPTS = Head("concept head", ("pretrain",), "psl")
+ANSWERS = Head("answer decoder", ("vqa",))
+ENTAILMENT = Head("entailment head", ("ve",))
+TWO_IMAGES = Head("two-image head", ("nlvr",))
 
 
 def _asked(method: Callable) -> Callable:
@@ -60,7 +75,8 @@ class Simla:
     encoder's positions; of captions at most 30 words are read, of questions 50. What is cut is logged.
 
     kind: pretrain, retrieval (also what Grounding.py writes), vqa, ve or nlvr; source: the checkpoint file;
-    config: the sizes, and the defaults of what may be chosen.
+    config: the sizes, and the defaults of what may be chosen; untrained: losses of pre-training that had
+    weight 0, whose heads are not asked.
     """
 
     def __init__(
@@ -74,6 +90,7 @@ class Simla:
         precision: str,
         concept_head: nn.Linear | None = None,
         word_head: nn.Module | None = None,
+        untrained: frozenset[str] = frozenset(),
     ):
         if device.type == "cuda":
             set_precision(device, precision)  # raises UserError where the GPU lacks it
@@ -81,7 +98,7 @@ class Simla:
         self.concepts = None if concept_head is None else Concepts(concept_head.to(device), tokenizer)
         self.word_head = None if word_head is None else word_head.to(device).requires_grad_(False)
         self.tokenizer, self.config, self.kind, self.source = tokenizer, config, kind, source
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.untrained = device, precision, untrained
         self._weights_seen, self._weights_hash = None, ""
 
     def __repr__(self) -> str:
@@ -92,8 +109,10 @@ class Simla:
     @_asked
     def encode_image(self, images: Images) -> Tensor:
         """Return unit-length features of the images, (I, E) float32 on the CPU."""
-        self._need("encode_image", *FEATURES)
-        images, _ = listed(images, "image")
+        self._need("encode_image", FEATURES)
+        return self._encode_images(listed(images, "image")[0])
+
+    def _encode_images(self, images: Sequence) -> Tensor:
         with self._scoring():
             features = [self.model.encode_image(batch)[1].cpu() for batch in self._batches(images)]
         return self._finite(torch.cat(features), "features of images")
@@ -101,7 +120,7 @@ class Simla:
     @_asked
     def encode_text(self, texts: Texts, max_tokens: int = MAX_TEXT_TOKENS) -> Tensor:
         """Return unit-length features of the texts, (T, E) float32 on the CPU."""
-        self._need("encode_text", *FEATURES)
+        self._need("encode_text", FEATURES)
         ids, mask = self._captions(listed(texts, "text")[0], max_tokens)
         return self._encode_captions(ids, mask)
 
@@ -115,7 +134,7 @@ class Simla:
     @_asked
     def similarity(self, images: Images, texts: Texts, max_tokens: int = MAX_TEXT_TOKENS) -> Tensor:
         """Return the cosine of every image's and text's features, (I, T); a single one has no axis."""
-        self._need("similarity", *FEATURES)
+        self._need("similarity", FEATURES)
         (images, one_image), (texts, one_text) = listed(images, "image"), listed(texts, "text")
         cosines = self.encode_image(images) @ self.encode_text(texts, max_tokens).T
         return _without_single_axes(cosines, one_image, one_text)
@@ -126,7 +145,7 @@ class Simla:
         text has no axis. Every pair is read jointly, which takes longer than `similarity` and tells more
         apart.
         """
-        self._need("match", *MATCHING)
+        self._need("match", MATCHING)
         (images, one_image), (texts, one_text) = listed(images, "image"), listed(texts, "text")
         ids, mask = self._captions(texts, max_tokens)
         rows = []
@@ -162,7 +181,7 @@ class Simla:
         called and wherever they lie now. everything: of a folder also what hidden folders, thumbnails and
         waste hold. Files that cannot be read are left out and listed in the index's `unreadable`.
         """
-        self._need("index", *FEATURES)
+        self._need("index", FEATURES)
 
         def encode(pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
             with self._scoring():
@@ -181,7 +200,7 @@ class Simla:
         is now, if it has been moved or copied. Raises UserError where the index is damaged, its images have
         changed, or this model would have computed it otherwise.
         """
-        self._need("open_index", *FEATURES)
+        self._need("open_index", FEATURES)
         return open_index(folder, self.image_side, images)
 
     @_asked
@@ -204,8 +223,9 @@ class Simla:
         alone, no image being read again; "itm+itc", both, the cosine with the weight `score_itc_weight`;
         None: the config's. Raises UserError where an image found is not as it was when it was indexed.
         """
-        self._need("search", *MATCHING)
-        score = self.config["score"] if score is None else score
+        score = self.config.get("score") if score is None else score
+        for head in (FEATURES,) if score == "itc" else (MATCHING, FEATURES):
+            self._need("search", head)
         weight = self.config["score_itc_weight"] if score_itc_weight is None else score_itc_weight
         if score not in SCORES:
             raise UserError(f"score {score!r}: expected {' or '.join(SCORES)}")
@@ -285,13 +305,17 @@ class Simla:
         whose head for masked words tells the likelihood of the texts alone, None = this one. ->
         "summary": {group: {"n", "chance", score: ...}} as `evaluation.alignment.scores.summarise` has it, the
         scores being "itc", the cosine; "itm", the log-odds of a match; "itm+itc", their sum with the config's
-        `score_itc_weight`; "blind" where there is such a head. "rows": those that were scored; "scores": of
-        each score a matrix (images, texts) for each of them. "left_out": causes -> numbers of rows, of which
-        an image could not be read.
+        `score_itc_weight`; "blind"; each where its head was trained. "rows": those that were scored;
+        "scores": of each score a matrix (images, texts) for each of them. "left_out": causes -> numbers of
+        rows, of which an image could not be read.
         """
-        self._need("score_suite", *MATCHING)
+        unasked = {"ita": ("itc", "itm+itc"), "itm": ("itm", "itm+itc")}
+        self._need("score_suite", FEATURES if "itm" in self.untrained else MATCHING)
         blind = self if blind is None else blind
         suite = score_rows(self, list(rows))
+        for loss in self.untrained & unasked.keys():
+            for name in unasked[loss]:
+                suite.scores.pop(name, None)
         if suite.rows and blind.word_head is not None and len(suite.rows[0].images) == 1:
             suite.scores["blind"] = blind_scores(blind, suite.rows)
         summary = summarise(suite.rows, suite.scores) if suite.rows else {}
@@ -317,9 +341,9 @@ class Simla:
         Grounding.py). In the last layer itm only hears [CLS]: the maps of the words are empty there.
         max_tokens: by default what `match` reads; 512 is what Grounding.py does. Always in float32.
         """
-        self._need("ground", *MATCHING)
         if mode not in MODES:
             raise UserError(f"mode {mode!r}: expected {' or '.join(MODES)}")
+        self._need("ground", MATCHING if mode == "itm" else FEATURES)
         block = default_block(self.model, mode) if block is None else block
         check_block(self.model, mode, block)
         limit = self._token_limit(max_tokens)
@@ -355,7 +379,7 @@ class Simla:
         likeliest. None: free answers by beam search, num_beams of them, the probability being that of the
         words one after the other.
         """
-        self._need("answer", "answer decoder", "vqa")
+        self._need("answer", ANSWERS)
         check_count(top, "top")
         images, questions, is_single = self._pairs(images, questions, clean_question, "questions")
         context = self.model, self.tokenizer, {**self.config, "precision": self.precision}
@@ -367,7 +391,7 @@ class Simla:
     @_asked
     def entails(self, images: Images, sentences: Texts) -> dict[str, float] | list[dict[str, float]]:
         """Return {class: probability} of `dataset.ve.CLASSES` for every pair of image and sentence."""
-        self._need("entails", "entailment head", "ve")
+        self._need("entails", ENTAILMENT)
         images, sentences, is_single = self._pairs(images, sentences, clean_caption, "sentences")
         with self._scoring():
             results = [
@@ -380,7 +404,7 @@ class Simla:
     @_asked
     def compare(self, first: Images, second: Images, statements: Texts) -> float | list[float]:
         """Return the probability that a statement is true of two images, for every triple of them."""
-        self._need("compare", "two-image head", "nlvr")
+        self._need("compare", TWO_IMAGES)
         left, right, one_pair = paired(listed(first, "image"), listed(second, "image"), "images")
         couples, statements, is_single = self._pairs(
             list(zip(left, right, strict=True)), statements, clean_caption, "statements", one_image=one_pair
@@ -402,26 +426,28 @@ class Simla:
 
         words: those to choose from, single words of the vocabulary; None: all, function words left out.
         """
-        self._need("keywords", "concept head", "pretrain")
+        self._need("keywords", CONCEPTS)
         if self.concepts is None:
-            raise UserError(
-                f"{self.source} was exported without its concept head, or trained without its loss "
-                "(loss_weights.psl 0); load another checkpoint"
-            )
+            raise UserError(f"{self.source} was exported without its concept head; load its source instead")
         check_count(top, "top")
         words = None if words is None else listed(words, "word")[0]
         images, is_single = listed(images, "image")
-        features = self.encode_image(images).to(self.device)
+        features = self._encode_images(images).to(self.device)
         with torch.no_grad():
             results = self.concepts.best(features, top, words)
         return results[0] if is_single else results
 
     # ---- inputs ----
 
-    def _need(self, method: str, module: str, *kinds: str) -> None:
-        if self.kind not in kinds:
-            what = f"{self.source} is a {self.kind} checkpoint, which has no {module}"
-            raise UserError(f"{what}; {method} needs a checkpoint of {written_by(kinds)}")
+    def _need(self, method: str, head: Head) -> None:
+        needed = f"{method} needs a checkpoint of {written_by(head.kinds)}"
+        if self.kind not in head.kinds:
+            raise UserError(f"{self.source} is a {self.kind} checkpoint, which has no {head.name}; {needed}")
+        if head.loss in self.untrained:
+            what = (
+                f"{self.source} was trained without the loss of its {head.name}, loss_weights.{head.loss} 0"
+            )
+            raise UserError(f"{what}; {needed} that was trained with it")
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:

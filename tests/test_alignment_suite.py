@@ -483,8 +483,26 @@ def test_heads_that_no_loss_trained_are_not_asked(tiny, rows, tmp_path):
     torch.save(content, tmp_path / "two.pth")
     model = simla.load(tmp_path / "two.pth", "cpu")
     assert "blind" not in model.score_suite(rows)["scores"]
-    with pytest.raises(UserError, match=r"trained without its loss \(loss_weights.psl 0\)"):
-        model.keywords(rows[0].images[0])
+    image = rows[0].images[0]
+    with pytest.raises(UserError, match=r"trained without the loss of its concept head, loss_weights.psl 0"):
+        model.keywords(image)
+
+    content["config"]["loss_weights"] |= {"ita": 1, "itm": 0}
+    torch.save(content, tmp_path / "contrast.pth")
+    model = simla.load(tmp_path / "contrast.pth", "cpu")
+    assert list(model.score_suite(rows)["scores"]) == ["itc"]
+    assert model.search([image], "a dog", score="itc")
+    for ask in (model.match, model.ground, lambda *pair: model.search([image], "a dog")):
+        with pytest.raises(UserError, match=r"without the loss of its matching head, loss_weights.itm 0; "):
+            ask(image, "a dog")
+
+    content["config"]["loss_weights"] |= {"ita": 0, "itm": 1, "psl": 1}
+    torch.save(content, tmp_path / "matching.pth")
+    model = simla.load(tmp_path / "matching.pth", "cpu")
+    assert list(model.score_suite(rows)["scores"]) == ["itm"] and len(model.keywords(image)) == 5
+    for ask in (model.similarity, lambda *pair: model.search([image], "a dog")):
+        with pytest.raises(UserError, match=r"loss of its projection to features, loss_weights.ita 0; "):
+            ask(image, "a dog")
 
 
 def test_albefs_layout_has_no_blind_reader(tiny):

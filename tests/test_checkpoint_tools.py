@@ -23,7 +23,7 @@ import zero_shot_retrieval
 from simla.checkpoint import __main__ as command_line
 from simla.checkpoint import export as exporting
 from simla.checkpoint.export import export
-from simla.checkpoint.initial import starting_weights, warn_of_another_vocabulary
+from simla.checkpoint.initial import starting_weights, warn_of_another_training, warn_of_another_vocabulary
 from simla.checkpoint.inspect import inspect, verdict
 from simla.checkpoint.key_maps import QUEUES, TWIN
 from simla.checkpoint.load import load_weights
@@ -243,6 +243,23 @@ def test_a_task_warns_of_a_tokenizer_that_reads_texts_otherwise(tmp_path, caplog
     warn_of_another_vocabulary(build_tokenizer(str(tmp_path)), str(path), "bert")
     (line,) = caplog.messages
     assert f"a tokenizer that reads 'Ä犬' as {was!r}; text_encoder 'bert' reads 'a 犬 '" in line
+
+
+@pytest.mark.parametrize(
+    ("trained", "here", "message"),
+    [
+        ({"sentence_only": True}, {"sentence_only": False}, "sentence_only true, and here it is false: "),
+        ({"sentence_only": False}, {"sentence_only": True}, "Add --overrides sentence_only=false"),
+        ({"loss_weights": {"itm": 0}}, {}, "loss_weights.itm 0: the matching head is as built"),
+        ({"loss_weights": {"itm": 0}}, {"loss_weights": {"itm": 1}}, ""),  # Pretrain.py trains it
+        ({"loss_weights": {"mlm": 0}}, {"sentence_only": True}, ""),
+    ],
+)
+def test_a_task_warns_of_weights_whose_training_was_another(tmp_path, caplog, trained, here, message):
+    model = torch.nn.ModuleDict({"itm_head": torch.nn.Linear(1, 2)})
+    torch.save({"model": model.state_dict(), "config": trained}, tmp_path / "source.pth")
+    warn_of_another_training(model, here, str(tmp_path / "source.pth"))
+    assert [message in line for line in caplog.messages] == [True] * bool(message)
 
 
 def test_one_file_is_all_that_has_to_be_passed_on(tmp_path, monkeypatch):
