@@ -208,7 +208,7 @@ def parse_arguments() -> argparse.Namespace:
     add, seeds = parser.add_argument, {"type": whole_number(0), "default": [42, 43, 44]}
     add("--output_dir", type=Path, help="default: output/ablation, or output/ablation_quick")
     add("--seeds", nargs="+", **seeds, help="default: 42 43 44")
-    add("--epochs", type=whole_number(1), default=8, help="of every training; default: %(default)s")
+    add("--epochs", type=whole_number(1), default=4, help="of every training; default: %(default)s")
     add("--quick", action="store_true", help="the first seed alone")
     add("--every_seed", action="store_true", help="all seeds for the switches of released_code, too")
     args = parser.parse_args()
