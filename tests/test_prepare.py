@@ -201,6 +201,18 @@ def test_karpathy_s_split_with_the_images_of_2017(coco):
     assert load(coco / "coco_val.json")[0]["image"] == "val2017/000000000003.jpg"
 
 
+@pytest.mark.parametrize("split", ["karpathy", "2014"])
+def test_images_in_two_places_are_an_error_before_anything_is_written(coco, split):
+    for name in ("train", "val"):
+        content = {"images": [], "annotations": []}
+        put(coco / f"coco/annotations/captions_{name}2014.json", content)
+    (coco / "coco/images/val2014").rename(coco / "val2014")
+    places = f"{coco}/coco/images/train2014 and {coco}/val2014 must be in one folder, the config's image_root"
+    with pytest.raises(UserError, match=re.escape(places)):
+        prepare("coco", coco, "--split", split)
+    assert not list(coco.glob("*.json"))
+
+
 @pytest.mark.parametrize("year", ["2014", "2017"])
 def test_coco_by_the_official_split(tmp_path, capsys, year):
     for split, numbers_ in (("train", (7, 8)), ("val", (9,))):
@@ -268,6 +280,11 @@ def test_flickr30k(tmp_path, capsys):
     assert (tmp_path / "flickr30k_train.json").read_bytes() == before
     missing = f"images that are not in {tmp_path}/flickr30k-images, kept by --without_images"
     assert numbers(capsys.readouterr().out)[missing] == 3
+    for image in ("1000092795.jpg", "2.jpg", "3.jpg"):
+        put(tmp_path / "flickr30k_images/flickr30k_images" / image)  # as kaggle.com/hsankesara has them
+    prepare("flickr30k", tmp_path)
+    assert (tmp_path / "flickr30k_train.json").read_bytes() == before
+    assert f"image_root: {tmp_path}/flickr30k_images/flickr30k_images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,17 @@ def test_without_images_the_files_are_those_of_all_photos(flickr8k, capsys):
     assert found["photos with captions that the split does not name"] == 2
 
 
+def test_without_images_those_that_are_there_are_found_in_their_folder(flickr8k, capsys):
+    folder = flickr8k / "flickr8k/Flicker8k_Dataset"
+    (folder / NAMES[0]).unlink()
+    prepare("flickr8k", flickr8k, "--without_images")
+    entries = load(flickr8k / "flickr8k_pretrain.json")
+    assert [entry["image"] for entry in entries] == [str(folder / name) for name in SPLIT["train"]]
+    printed = capsys.readouterr().out
+    assert numbers(printed)[f"photos that are not in {folder}, kept by --without_images"] == 1
+    assert f"image_root: {folder}" in printed
+
+
 def test_captions_txt_of_the_usual_copies_gives_the_same(flickr8k):
     prepare("flickr8k", flickr8k, "--relative")
     before = {path.name: path.read_bytes() for path in flickr8k.glob("*.json")}
@@ -207,12 +218,13 @@ def test_the_line_of_names_says_what_parts_the_cells(tmp_path, name, content, ca
     assert load(tmp_path / "pairs.json") == [{"image": "a.jpg", "caption": caption}]
 
 
-def test_a_column_of_splits_is_noticed_and_a_table_named_twice_is_read_once(tmp_path, capsys):
+@pytest.mark.parametrize("column", ["split", "Split"])
+def test_a_column_of_splits_is_noticed_and_a_table_named_twice_is_read_once(tmp_path, capsys, column):
     put(tmp_path / "a.jpg")
-    put(tmp_path / "t.csv", "image,caption,split\na.jpg,Two dogs,test\n")
+    put(tmp_path / "t.csv", f"image,caption,{column}\na.jpg,Two dogs,test\n")
     prepare("table", tmp_path, "--table", "t.csv", "*.csv")
     assert len(load(tmp_path / "pairs.json")) == 1
-    assert f"1  tables with a column split, which is not looked at; first: {tmp_path}/t.csv" in (
+    assert f"1  tables with a column {column}, which is not looked at; first: {tmp_path}/t.csv" in (
         capsys.readouterr().out
     )
 

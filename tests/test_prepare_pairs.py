@@ -196,6 +196,9 @@ def test_without_images_all_regions_are_kept(genome, capsys):
     assert entries[0]["image"] == "visual_genome/images/VG_100K_2/1.jpg"
     missing = f"regions whose image is not in {genome}/visual_genome/images, kept by --without_images"
     assert numbers(capsys.readouterr().out)[missing] == 7
+    put(genome / "images/VG_100K/4.jpg")
+    prepare("visual_genome", genome, "--without_images", "--relative")
+    assert {entry["image"].partition("VG")[0] for entry in load(genome / "vg.json")} == {"images/"}
 
 
 def test_damaged_region_descriptions_name_their_entry(genome):
@@ -706,6 +709,27 @@ def test_rows_of_some_splits_alone(tmp_path, capsys):
     assert (tmp_path / "pairs_shards/00000.tar").read_bytes() == before
 
 
+def test_shards_of_one_set_are_not_those_of_another(tmp_path):
+    rows = [{"image": picture(), "text": split, "Split": split} for split in ("train", "test")]
+    put_table(tmp_path / "a.parquet", rows)
+    with pytest.raises(UserError, match="no image with a caption"):
+        prepare("huggingface", tmp_path, "--table", "a.parquet", "--only", "Train")
+    assert not list((tmp_path / "pairs_shards").iterdir())
+    for _ in range(2):
+        prepare("huggingface", tmp_path, "--table", "a.parquet", "--only", "train")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "pairs_shards").iterdir()}
+    message = r"pairs_shards has shards with other only, see shards.json; choose a new --name or delete it"
+    with pytest.raises(UserError, match=message):
+        prepare("huggingface", tmp_path, "--table", "a.parquet", "--only", "Train")
+    put_table(tmp_path / "b.parquet", rows[:1])
+    with pytest.raises(UserError, match="has shards with other tables, only"):
+        prepare("huggingface", tmp_path, "--table", "b.parquet")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pairs_shards").iterdir()} == before
+    (tmp_path / "pairs_shards/shards.json").unlink()  # shards of whatever
+    with pytest.raises(UserError, match="has shards with other tables, only"):
+        prepare("huggingface", tmp_path, "--table", "a.parquet", "--only", "train")
+
+
 def test_the_only_column_of_bytes_holds_the_images(tmp_path):
     put_table(tmp_path / "a.parquet", [{"content": picture(), "text": "A sea."}])
     prepare("huggingface", tmp_path, "--table", "a.parquet")
@@ -806,8 +830,8 @@ def test_without_images_all_rows_of_a_table_are_kept(own, capsys):
     assert found[missing] == 1
 
 
-def test_in_tsv_a_row_is_a_line_and_quotation_marks_mean_nothing(own, capsys):
-    captions = ['"Big dog', "a cat", 'the sign says "', '"whole"', " spaced "]
+def test_in_tsv_a_row_is_a_line_and_quotation_marks_that_part_nothing_are_letters(own, capsys):
+    captions = ['"Big dog', "a cat", 'the sign says "', '"a" and "b"', " spaced "]
     put(
         own / "t.tsv",
         "\ufeffimage\tcaption\n" + "".join(f"a.jpg\t{c}\n" for c in captions) + "\na.jpg\tx\ty\n",
@@ -815,6 +839,48 @@ def test_in_tsv_a_row_is_a_line_and_quotation_marks_mean_nothing(own, capsys):
     prepare("table", own, "--table", "t.tsv", "--images", "photos")
     assert [text for _, text in pairs(own / "pairs.json", own)] == [*captions[:4], "spaced"]
     assert numbers(capsys.readouterr().out)["captions in the table"] == 6
+
+
+@pytest.mark.parametrize(("name", "separator"), [("t.tsv", "\t"), ("t.csv", "|"), ("t.txt", ";")])
+def test_cells_that_pandas_or_r_have_quoted(own, capsys, name, separator):
+    rows = [
+        ('"image"', '"caption, German"'),
+        ('"a.jpg"', '"a ""big"" dog"'),
+        ("a.jpg", '"[""A dog"", ""it\'s one""]"'),
+    ]
+    put(own / name, "\n".join(map(separator.join, rows)))
+    prepare("table", own, "--table", name, "--images", "photos", "--caption", "caption, German")
+    texts = [text for _, text in pairs(own / "pairs.json", own)]
+    assert texts == ['a "big" dog', "A dog", "it's one"]
+    assert "left out: nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        'image\tcaption\na.jpg\tone\na.jpg\t"A dog\nruns"\n',
+        "image\tcaption\na.jpg\tone\na.jpg\t\"['A dog'\n 'runs']\"\n",
+        'caption\timage\none\ta.jpg\n"A dog\nruns"\ta.jpg\n',
+    ],
+)
+def test_in_tsv_a_quoted_cell_with_the_end_of_a_line_is_an_error(own, rows):
+    put(own / "t.tsv", rows)
+    message = r"t.tsv, line 3: a cell begins with a quotation mark that does not end .* no cell may hold"
+    with pytest.raises(UserError, match=message):
+        prepare("table", own, "--table", "t.tsv", "--images", "photos")
+    assert not (own / "pairs.json").exists()
+
+
+def test_captions_in_several_columns(own, capsys):
+    rows = ["image,caption_0,caption_1", "a.jpg,A dog,One dog", "a.jpg,A cat,", "a.jpg,A hen", "b.jpg,x,y,z"]
+    put(own / "t.csv", "\n".join(rows))
+    columns = "--caption", "caption_0", "caption_1"
+    prepare("table", own, "--table", "t.csv", "--images", "photos", *columns)
+    texts = [text for _, text in pairs(own / "pairs.json", own)]
+    assert texts == ["A dog", "One dog", "A cat", "A hen"]
+    found = numbers(capsys.readouterr().out)
+    assert found["captions in the table"] == 8 and found["pairs without a caption"] == 1
+    assert found["captions of rows with a cell that is null, missing or one too many"] == 3
 
 
 @pytest.mark.parametrize(
@@ -836,6 +902,8 @@ def test_in_tsv_a_row_is_a_line_and_quotation_marks_mean_nothing(own, capsys):
         ("(see left) a dog", ["(see left) a dog"]),
         ("-- ... --", []),
         ("\u200b\ufeff", []),
+        *((null, []) for null in ("NA", "nan", "None", "NULL", r"\N", " NaN ")),
+        ("None of them", ["None of them"]),
         (b"\xef\xbb\xbfa dog", ["a dog"]),
         ("['\\x']", ["['\\x']"]),
         ("[" * 100_000 + "]", ["[" * 100_000 + "]"]),
@@ -960,7 +1028,7 @@ def test_nulls_empty_lists_and_names_that_no_file_has_are_counted(own, capsys):
         ("t.csv", b"image,caption\na.jpg,x\tb.jpg\n", r"t.csv, line 2: a cell holds a tab, and no column"),
         ("t.csv", b"image:caption\na.jpg:x\n", r"it has 'image:caption'.* in .csv commas part the cells"),
         ("t.csv", b"image,caption,caption\na.jpg,x,y\n", r"line 1: two columns are named 'caption'"),
-        ("t.tsv", b'"image"\t"caption"\n"a.jpg"\t"x"\n', r"""it has '"image"', .*marks mean nothing"""),
+        ("t.csv", b"a;b (c, d)\na.jpg;x\n", r"it has 'a;b \(c', 'd\)'.* a name that holds one must stand in"),
         ("t.tsv", "image\tcaption\na.jpg\tx\n".encode("utf-16"), r"t.tsv is text in UTF-16 or UTF-32; save"),
         ("t.csv", b"<html><body>404</body></html>", r"t.csv is a web page"),
         ("t.csv", b"version https://git-lfs.github.com/spec/v1\n", r"t.csv is a pointer of Git LFS"),

@@ -703,12 +703,17 @@ def test_snli_ve_on_photos_of_flickr8k(data, capsys):
     make_snli_ve(data)
     for number in (1001, 1003, 1002):
         (data / "flickr8k_images").mkdir(exist_ok=True)
-        (data / f"flickr30k-images/{number}.jpg").rename(data / f"flickr8k_images/{number}_0a1b.jpg")
+        (data / f"flickr30k-images/{number}.jpg").rename(data / f"flickr8k_images/{number}_693b08cb0e.jpg")
+        (data / f"flickr8k_images/{number}_clip.jpg").write_text("features, no photo")
     write_lines(data / "snli_ve/snli_ve_test.jsonl", [ve_line(image, "neutral") for image in ("1003", "100")])
-    printed = prepare("snli_ve", data, capsys, "--images", "flickr8k_images")
-    assert {entry["image"] for entry in content(data / "ve_train.json")} == {"1001_0a1b"}
-    assert [entry["image"] for entry in content(data / "ve_test.json")] == ["1003_0a1b"]
-    assert f"1 entries whose image is not in {data}/flickr8k_images; first: 100.jpg" in printed
+    for folder in ("flickr8k_images", str(data / "flickr8k_images")):
+        printed = prepare("snli_ve", data, capsys, "--images", folder)
+        assert {entry["image"] for entry in content(data / "ve_train.json")} == {"1001_693b08cb0e"}
+        assert [entry["image"] for entry in content(data / "ve_test.json")] == ["1003_693b08cb0e"]
+        assert f"1 entries whose image is not in {data}/flickr8k_images; first: 100.jpg" in printed
+    (data / "flickr8k_images/1003.jpg").write_text("the one that is called so")
+    prepare("snli_ve", data, capsys, "--images", "flickr8k_images")
+    assert [entry["image"] for entry in content(data / "ve_test.json")] == ["1003"]
 
 
 # ---- images that are not there yet ----

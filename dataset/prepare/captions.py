@@ -6,6 +6,8 @@ from unicodedata import category
 from simla.dataset.prepare.common import Report
 from simla.dataset.text import CLEANED, listed_texts
 
+# What pandas, R and MySQL write into a table of text in place of a missing value.
+NULLS = {"NA", "N/A", "#N/A", "<NA>", "n/a", "nan", "NaN", "null", "NULL", "None", r"\N"}
 KINDS = {
     bool: "truth values",
     int: "numbers",
@@ -34,8 +36,12 @@ def values_of(cell: object) -> tuple[list[object], bool]:
 
 
 def is_missing(value: object) -> bool:
-    """Return whether it is null, not a number (a table's null), or a text without a readable letter."""
-    return value is None or value != value or (isinstance(value, str) and not is_readable(value))
+    """Return whether it is null, not a number (a table's null), a text that stands for null, or one without a
+    readable letter.
+    """
+    if isinstance(value, str):
+        return value.strip() in NULLS or not is_readable(value)
+    return value is None or value != value
 
 
 def is_readable(text: str) -> bool:

@@ -24,6 +24,7 @@ from simla.dataset.prepare.common import (
     add_only,
     add_relative,
     add_without_images,
+    find,
     find_all,
     prefix,
     read_source,
@@ -31,6 +32,7 @@ from simla.dataset.prepare.common import (
 )
 from simla.dataset.prepare.karpathy import PAGE, SOURCE, Picture, Splits, read_karpathy, write_retrieval
 from simla.dataset.readers.tables import by_id, checked, look_up, value_of
+from simla.utils import UserError
 
 OFFICIAL = {  # --split -> split -> images, captions
     "karpathy": {"train": (113_287, 566_747), "val": (5_000, 25_010), "test": (5_000, 25_010)},
@@ -75,7 +77,8 @@ def _karpathy(root: Path, report: Report) -> tuple[Images, Splits]:
     folders = [place.format(f"train{year}") for year in (2014, 2017) for place in IMAGE_PLACES]
     wanted, source = {"dataset_coco.json": SPLIT_FILES}, f"{PAGE}; images: {DOWNLOADS}"
     file, folder = find_all(root, source, wanted, {"folder of training images": folders}, report).values()
-    images = Images(folder.parent, report, IMAGES)
+    of_val = [place.format(folder.name.replace("train", "val")) for place in IMAGE_PLACES]
+    images = Images(_parent([folder, find(root, of_val) or folder]), report, IMAGES)
 
     def name_of(image: dict, where: str) -> str:
         """Return its name of 2014 or else, if that file is there, of 2017."""
@@ -96,7 +99,18 @@ def _official(root: Path, year: str, sets: list[str], report: Report) -> tuple[I
     paths = find_all(root, DOWNLOADS + OR_ONLY, wanted, folders, report)
     splits = {split: _read_captions(paths[f"captions_{name}.json"], name) for split, name in names.items()}
     report.source = f"the caption files of {DOWNLOADS}"
-    return Images(paths[names[sets[0]]].parent, report, IMAGES), splits
+    return Images(_parent([paths[name] for name in folders]), report, IMAGES), splits
+
+
+def _parent(folders: list[Path]) -> Path:
+    """Return the folder that these are in; UserError where those that exist are in two."""
+    there = [folder for folder in folders if folder.is_dir()] or folders[:1]
+    if len({folder.parent for folder in there}) > 1:
+        raise UserError(
+            f"{' and '.join(map(str, there))} must be in one folder, the config's image_root; move one of "
+            "them, or link it there"
+        )
+    return there[0].parent
 
 
 def _read_captions(path: Path, folder: str) -> list[Picture]:

@@ -131,14 +131,14 @@ def find_all(
 ) -> dict[str, Path]:
     """Return the first path that exists of each entry's patterns (relative to `root`, see Path.glob).
 
-    wanted: what it is -> where it may lie; images: likewise of the folders of images, which are the first of
-    their patterns, there or not, where the report says that images may be missing; source: where to get it.
+    wanted: what it is -> where it may lie; images: likewise of the folders of images, for which the first
+    pattern stands where none exists and the report says that images may be missing; source: where to get it.
     Raises UserError that names all that is missing, where it was looked for, and where to get it.
     """
     patterns = wanted | images
     paths = {what: find(root, patterns[what]) for what in patterns}
     if report.without_images:
-        paths |= {what: root / images[what][0] for what in images}
+        paths |= {what: paths[what] or root / images[what][0] for what in images}
     if missing := [what for what, path in paths.items() if path is None]:
         places = "; ".join(f"{what} (looked for {' and '.join(patterns[what])})" for what in missing)
         hint = "; --without_images goes on without images" if set(missing) & set(images) else ""
@@ -307,7 +307,15 @@ def add_relative(parser: argparse.ArgumentParser) -> None:
 
 def add_name(parser: argparse.ArgumentParser) -> None:
     """Add the flag of converters that name their file by it."""
-    parser.add_argument("--name", dest="stem", default="pairs", help="of the file; default: %(default)s")
+    parser.add_argument(
+        "--name", dest="stem", type=_name, default="pairs", help="of the file; default: %(default)s"
+    )
+
+
+def _name(text: str) -> str:
+    if text != Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a name alone; --out names the folder")
+    return text
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:

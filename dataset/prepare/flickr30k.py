@@ -15,7 +15,8 @@ from simla.dataset.prepare.karpathy import PAGE, SOURCE, read_karpathy, write_re
 from simla.dataset.readers.tables import checked
 
 SPLIT_FILES = ["flickr30k/dataset_flickr30k.json", "dataset_flickr30k.json"]
-IMAGE_FOLDERS = ["flickr30k-images", "flickr30k/flickr30k-images", "flickr30k/images", "flickr30k_images"]
+FOLDERS = ["flickr30k-images", "flickr30k_images"]
+IMAGE_FOLDERS = [*FOLDERS, *(f"flickr30k/{name}" for name in (*FOLDERS, "images", "Images"))]
 OFFICIAL = {"train": (29_000, 145_000), "val": (1_014, 5_070), "test": (1_000, 5_000)}
 
 
@@ -31,6 +32,12 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
         paths["dataset_flickr30k.json"], lambda image, where: checked(image, "filename", str, where), "imgid"
     )
     report.source = SOURCE
-    images = Images(paths["images"], report, "images that are")
+    images = Images(image_folder(paths["images"]), report, "images that are")
     write_retrieval(out, "flickr30k", splits, images, OFFICIAL)
     report.notes.append(f"configs/Retrieval_flickr.yaml: image_root: {images.folder}")
+
+
+def image_folder(found: Path) -> Path:
+    """Return the folder that has the photos in it: in a copy on Kaggle it is within one of the same name."""
+    inner = found / found.name
+    return inner if inner.is_dir() else found

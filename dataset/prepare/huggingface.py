@@ -29,8 +29,8 @@ from simla.dataset.prepare.img2dataset import (
     read_table,
     write_tars,
 )
-from simla.dataset.prepare.shards import caption_file, image_file
-from simla.dataset.prepare.table import CAPTION_NAMES, IMAGE_NAMES, SPLIT, column_of, find_tables
+from simla.dataset.prepare.shards import caption_file, identities, image_file
+from simla.dataset.prepare.table import CAPTION_NAMES, IMAGE_NAMES, column_of, find_tables, split_column
 from simla.utils import UserError
 
 KINDS = {".parquet", ".arrow"}
@@ -55,15 +55,23 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     for number, path in enumerate(tables):
         if path.suffix not in KINDS:
             raise UserError(f"--table {path}: must end in {' or '.join(sorted(KINDS))}")
-        image, captions, has_split = _columns(path, options)
-        if has_split and not options.only:
-            report.notice("tables with a column split, all of whose rows are taken without --only", path.name)
-        samples[f"{number:05}"] = partial(_samples, path, image, captions, options.only)
-    write_tars(out / f"{options.stem}_shards", samples, "Unpacking tables", "", report)
+        image, captions, split = _columns(path, options)
+        if split and not options.only:
+            report.notice(
+                f"tables with a column {split}, all of whose rows are taken without --only", path.name
+            )
+        samples[f"{number:05}"] = partial(_samples, path, image, captions, split, options.only)
+    settings = {
+        "tables": identities(tables),
+        "image": options.image,
+        "caption": options.caption,
+        "only": options.only,
+    }
+    write_tars(out / f"{options.stem}_shards", samples, settings, "Unpacking tables", "", report)
 
 
-def _columns(path: Path, options: argparse.Namespace) -> tuple[str, list[str], bool]:
-    """Return the columns of images and captions, and whether there is one of splits.
+def _columns(path: Path, options: argparse.Namespace) -> tuple[str, list[str], str | None]:
+    """Return the columns of images and captions, and that of splits where there is one.
 
     Raises UserError where the table has no images in it, or no splits to choose from.
     """
@@ -81,17 +89,20 @@ def _columns(path: Path, options: argparse.Namespace) -> tuple[str, list[str], b
         image = column_of(dict.fromkeys(images), options.image, IMAGE_NAMES, "--image", path)
     names, wanted = dict.fromkeys(schema.names), options.caption or [None]
     captions = [column_of(names, name, CAPTION_NAMES, "--caption", path) for name in wanted]
-    if options.only and SPLIT not in names:
-        raise UserError(f"--only: {path} has no column {SPLIT!r}; it has {', '.join(names)}")
-    return image, captions, SPLIT in names
+    split = split_column(names)
+    if options.only and not split:
+        raise UserError(f"--only: {path} has no column 'split'; it has {', '.join(names)}")
+    return image, captions, split
 
 
-def _samples(path: Path, image: str, captions: list[str], only: list[str] | None, report: Report) -> Samples:
-    columns = [image, *captions, *([SPLIT] if only else [])]
+def _samples(
+    path: Path, image: str, captions: list[str], split: str | None, only: list[str] | None, report: Report
+) -> Samples:
+    columns = [image, *captions, *([split] if split and only else [])]
     for number, row in enumerate(read_table(path, columns, BATCH_IMAGES)):
         report.count("rows")
-        if only and row[SPLIT] not in only:
-            report.leave_out(f"rows of split {row[SPLIT]!r}", f"{path.name} row {number}")
+        if only and row[split] not in only:
+            report.leave_out(f"rows of split {row[split]!r}", f"{path.name} row {number}")
             continue
         cell, where = row[image], f"{path.name} row {number}"
         if isinstance(cell, dict):

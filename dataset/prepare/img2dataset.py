@@ -27,7 +27,14 @@ from typing import TYPE_CHECKING, Any
 
 from simla.dataset.prepare.captions import captions_in, pairs
 from simla.dataset.prepare.common import Report, add_name, add_relative, in_parallel, list_folder, prefix
-from simla.dataset.prepare.shards import caption_file, write_json, write_tar
+from simla.dataset.prepare.shards import (
+    SETTINGS,
+    caption_file,
+    check_settings,
+    identities,
+    write_json,
+    write_tar,
+)
 from simla.utils import UserError, first_line, make_output_folder, with_progress
 
 if TYPE_CHECKING:
@@ -104,8 +111,9 @@ def write_output(folder: Path, path: Path, start: str, report: Report, official:
     report.count(f"{stem}{URLS}", 0, official)
     if columns:
         samples = {name: partial(_samples, folder, name, column) for name, column in columns.items()}
+        settings = {"tables": identities(folder / f"{name}.parquet" for name in columns)}
         number += write_tars(
-            path.with_name(f"{path.stem}_shards"), samples, f"Unpacking {folder}", stem, report
+            path.with_name(f"{path.stem}_shards"), samples, settings, f"Unpacking {folder}", stem, report
         )
     if not columns or len(packed) < len(shards):
         names = [name for name in shards if name not in columns]
@@ -277,12 +285,18 @@ def _image_column(table: Path) -> str | None:
 
 
 def write_tars(
-    out: Path, samples: dict[str, Callable[[Report], Samples]], header: str, stem: str, report: Report
+    out: Path,
+    samples: dict[str, Callable[[Report], Samples]],
+    settings: dict,
+    header: str,
+    stem: str,
+    report: Report,
 ) -> int:
     """Write shards, name -> what it holds (of a table, whose report is included), and return their samples'
-    number; raise UserError where it is 0.
+    number; raise UserError where it is 0, or where the folder has shards of other settings.
     """
     make_output_folder(out, "--out")
+    check_settings(out / SETTINGS, settings, "--name")
 
     def write(name: str) -> tuple[int, Report]:
         of_table = Report(name)
@@ -292,6 +306,10 @@ def write_tars(
 
     number = sum(_each_shard(write, list(samples), header, stem, report))
     if not number:
+        for name in samples:  # shards without samples; a second try may be of other settings
+            (out / f"{name}.tar").unlink()
+            (out / f"{name}_stats.json").unlink()
+        (out / SETTINGS).unlink()
         raise UserError("no image with a caption in the tables, for the causes above")
     report.written.append((out, number))
     report.notes.append(f"in the config: {train_file(out, list(samples))}")
@@ -340,7 +358,8 @@ def opened_table(path: Path) -> Iterator[tuple["Schema", Callable[..., Iterable[
                 yield file.schema_arrow, lambda num, columns: file.iter_batches(num, columns=columns)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
-            f"{path} cannot be read ({first_line(error)}); download or unpack it again"
+            f"{path} cannot be read ({first_line(error)}); download or unpack it again; an .arrow file must "
+            "be a stream, as save_to_disk writes it"
         ) from error
 
 

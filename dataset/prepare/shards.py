@@ -64,14 +64,13 @@ def prepare(_: Path, out: Path, options: argparse.Namespace, report: Report) -> 
 
     entries, res = read_pairs(options.annotations, options.root), options.image_res
     per_shard = options.samples_per_shard or fill_of(entries, options.shard_mb * 1e6, res)
-    files = {(path := Path(fill_in(file)).absolute()): path.stat() for file in options.annotations}
     settings = {
-        "annotations": [[str(path), file.st_size, file.st_mtime_ns] for path, file in files.items()],
+        "annotations": identities(Path(fill_in(file)) for file in options.annotations),
         "root": options.root,
         "samples_per_shard": per_shard,
         "image_res": res,
     }
-    _check_settings(out / SETTINGS, settings)
+    check_settings(out / SETTINGS, settings, "--out")
     numbers = range(-(-len(entries) // per_shard))
     with Workers(Job(entries, out, per_shard, res), min(options.workers, len(numbers))) as workers:
         shards = workers.map(write_shard, numbers)
@@ -88,15 +87,27 @@ def prepare(_: Path, out: Path, options: argparse.Namespace, report: Report) -> 
     report.notes.append(f"train_file: '{names}'")
 
 
-def _check_settings(path: Path, settings: dict) -> None:
-    """Note what the folder's shards are made of; raise UserError where it has shards of something else."""
+def identities(files: Iterable[Path]) -> list[list]:
+    """Return absolute path, size and time of change of each file, as JSON has them: was it this one?"""
+    return [
+        [str(path.absolute()), status.st_size, status.st_mtime_ns]
+        for path, status in ((path, path.stat()) for path in files)
+    ]
+
+
+def check_settings(path: Path, settings: dict, flag: str) -> None:
+    """Note in the file what the shards beside it are made of; raise UserError, which tells to choose another
+    `flag`, where they are made of something else, or of what nobody has noted.
+    """
     try:
         before = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        before = {} if any(path.parent.glob("*.tar")) else settings
     except (OSError, ValueError):
-        before = settings
+        before = {}
     if changed := [name for name in settings if before.get(name) != settings[name]]:
         raise UserError(
-            f"{path.parent} has shards with other {', '.join(changed)}, see {path.name}; choose a new --out "
+            f"{path.parent} has shards with other {', '.join(changed)}, see {path.name}; choose a new {flag} "
             "or delete it"
         )
     write_json(path, settings)

@@ -10,6 +10,7 @@ Writes ve_train.json, ve_dev.json and ve_test.json with {"image": file's name wi
 """
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from simla.dataset.prepare.common import (
     find_all,
     sets_to_make,
 )
-from simla.dataset.prepare.flickr30k import IMAGE_FOLDERS
+from simla.dataset.prepare.flickr30k import IMAGE_FOLDERS, image_folder
 from simla.dataset.readers.tables import checked, read_json_lines
 from simla.dataset.ve import CLASSES
 from simla.utils import UserError
@@ -34,6 +35,8 @@ SPLITS = {  # official numbers of contradictions, neutral sentences and entailme
     "dev": (5_939, 5_960, 5_959),
     "test": (5_964, 5_964, 5_973),
 }
+# 1000268201_693b08cb0e.jpg of Flickr8k is 1000268201.jpg of Flickr30k.
+PHOTO = re.compile(r"(\d+)(?:_[0-9a-f]{10})?\.jpg")
 IMAGE_FIELDS = ("Flickr30K_ID", "Flikr30kID")  # the two releases call it differently
 
 
@@ -45,13 +48,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) -> None:
     wanted = {split: [f"snli_ve/snli_ve_{split}.jsonl"] for split in sets_to_make(options, SPLITS, report)}
-    folders = [options.images] if options.images else IMAGE_FOLDERS
-    files = find_all(root, SOURCE + OR_ONLY, wanted, {"images": folders}, report)
-    images = Images(files["images"], report)
-    # 1000268201_693b08cb0e.jpg of Flickr8k is 1000268201.jpg of Flickr30k.
-    stem_of = {
-        name.removesuffix(".jpg").partition("_")[0]: name.removesuffix(".jpg") for name in images.files
-    }
+    folders = {} if options.images else {"images": IMAGE_FOLDERS}
+    files = find_all(root, SOURCE + OR_ONLY, wanted, folders, report)
+    folder = root / options.images if options.images else image_folder(files["images"])
+    images = Images(folder, report)
+    stem_of = {}
+    for name in sorted(images.files, reverse=True):  # so that the name of Flickr30k comes last
+        if match := PHOTO.fullmatch(name):
+            stem_of[match[1]] = name.removesuffix(".jpg")
     report.source = "Xie et al. 2019 and the SNLI-VE repository"
     for split in wanted:
         official = SPLITS[split]

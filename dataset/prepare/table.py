@@ -7,9 +7,9 @@ needs `pip install pyarrow`) and the images, whose paths in the table are absolu
 Columns are named by --image and --caption; without, the usual names are tried (image, file_name, path, ...;
 caption, text, title, ...). Text is UTF-8, and a row is a line. Its cells are parted by what the line of names
 has: in .tsv tabs, in .csv commas or else semicolons or bars (|), in .txt any of them, looked for in the order
-tab, comma, semicolon, bar. Between commas or semicolons a cell may stand in quotation marks; between tabs or
-bars they mean nothing. Blanks after a comma or semicolon, and round a bar, are no part of a cell. A cell may
-hold a list of captions, in text files as JSON or Python writes it: ["A dog", "One dog"].
+tab, comma, semicolon, bar. A cell may stand in quotation marks, those within it doubled; between tabs or bars
+other quotation marks are letters like all. Blanks after a comma or semicolon, and round a bar, are no part of
+a cell. A cell may hold a list of captions, in text files as JSON or Python writes it: ["A dog", "One dog"].
 Writes {--name}.json for --task pretrain (one entry a caption), {--name}_train.json for retrieval_train (the
 same), {--name}_val.json for retrieval_val or {--name}_test.json for retrieval_test: one entry an image, with
 all of its captions. --split 80/10/10 writes all four of one table: 80% of its images are for training, 10%
@@ -20,6 +20,7 @@ added or come in another order; --seed draws others.
 import argparse
 import csv
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -48,9 +49,10 @@ IMAGE_NAMES = [
     "image_name",
 ]
 CAPTION_NAMES = ["caption", "captions", "text", "texts", "title", "sentence", "description", "comment"]
-SPLIT = "split"  # column
 NUM_AHEAD = 4096  # images looked for at a time
 NO_CELL = "captions of rows with a cell that is null, missing or one too many"
+NO_LINE_END = "no cell may hold the end of a line"
+QUOTED = re.compile('"(?:[^"]|"")*"')
 csv.field_size_limit(1 << 30)  # the default refuses a long text
 
 
@@ -59,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     images_help = "what image paths are relative to; default: --root itself"
     parser.add_argument("--table", nargs="+", action="extend", required=True, help=table_help)
     parser.add_argument("--image", help="column of image paths")
-    parser.add_argument("--caption", help="column of captions")
+    parser.add_argument("--caption", nargs="+", action="extend", help="column, or columns, of captions")
     parser.add_argument("--images", default=".", help=images_help)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--task", choices=TASKS, default="pretrain", help="default: %(default)s")
@@ -129,11 +131,11 @@ def find_tables(root: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def read_rows(
-    tables: list[Path], report: Report, image: str | None = None, caption: str | None = None
+    tables: list[Path], report: Report, image: str | None = None, captions: list[str] | None = None
 ) -> Iterator[tuple[str, object]]:
     """Yield image path as it stands in the table, and caption, or what stands in its place.
 
-    image, caption: their columns; the usual ones where None.
+    image, captions: their columns; the usual ones where None.
     """
     for path in tables:
         reader = READERS.get(path.suffix.lower())
@@ -149,15 +151,23 @@ def read_rows(
             if columns is None:
                 columns = [
                     column_of(row, image, IMAGE_NAMES, "--image", path),
-                    column_of(row, caption, CAPTION_NAMES, "--caption", path),
+                    *(
+                        column_of(row, caption, CAPTION_NAMES, "--caption", path)
+                        for caption in captions or [None]
+                    ),
                 ]
-                if SPLIT in row:
-                    report.notice(f"tables with a column {SPLIT}, which is not looked at", str(path))
-            name, cell = (row.get(column) for column in columns)
-            captions = values_in(cell, where, report)
-            report.count("captions in the table", len(captions))
-            if None in (*row, cell) or is_missing(name):  # None is the key of cells beyond the last name
-                report.leave_out(NO_CELL, where, len(captions))
+                if split := split_column(row):
+                    report.notice(f"tables with a column {split}, which is not looked at", str(path))
+            name, *cells = (row.get(column) for column in columns)
+            texts = []
+            for cell in cells:
+                values = values_in(cell, where, report)
+                report.count("captions in the table", len(values))
+                if None in (*row, cell) or is_missing(name):  # None is the key of cells beyond the last name
+                    report.leave_out(NO_CELL, where, len(values))
+                else:
+                    texts += values
+            if not texts:
                 continue
             if not isinstance(name, str):
                 hint = "; python -m simla.dataset.prepare huggingface reads tables that hold the images"
@@ -165,7 +175,7 @@ def read_rows(
                     f"{where}: column {columns[0]!r} must hold the path of an image, found {name!r}"[:500]
                     + (hint if isinstance(name, bytes | dict) else "")
                 )
-            yield from ((name, text) for text in captions)
+            yield from ((name, text) for text in texts)
 
 
 def column_of(row: dict, wanted: str | None, usual: list[str], flag: str, path: Path) -> str:
@@ -177,15 +187,20 @@ def column_of(row: dict, wanted: str | None, usual: list[str], flag: str, path: 
     if wanted is None and (known := [by_lower_case[name] for name in usual if name in by_lower_case]):
         return known[0]
     told = f"no column {wanted!r}" if wanted else f"no column named {', '.join(usual)}"
-    is_odd = len(names) == 1 or any('"' in name or "\t" in name for name in names)
+    is_odd = len(names) == 1 or any(set(name) & set('"\t;|') for name in map(str, names))
     hint = (
-        "; in .csv commas part the cells (or else semicolons, or bars), in .tsv tabs do, and quotation marks "
-        "mean nothing; in .txt any of them does"
+        "; in .csv commas part the cells (or else semicolons, or bars), in .tsv tabs do, in .txt any of them "
+        "does: a name that holds one must stand in quotation marks"
     )
     raise UserError(
         f"{path} has {told}; it has {', '.join(map(repr, names))}. Name the right one by {flag} "
         "of python -m simla.dataset.prepare, or rename it" + (hint if is_odd else "")
     )
+
+
+def split_column(names: Iterable[str | None]) -> str | None:
+    """Return the name among them of a column of splits, in upper or lower case; None where there is none."""
+    return next((name for name in names if str(name).strip().lower() == "split"), None)
 
 
 def _read_text(separators: str, path: Path) -> Iterator[tuple[str, dict]]:
@@ -195,7 +210,7 @@ def _read_text(separators: str, path: Path) -> Iterator[tuple[str, dict]]:
     beyond the last name stand under None; blank lines are passed over.
     """
     header: list[str] = []
-    separator = ""
+    separator = open_cell = ""
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -204,15 +219,24 @@ def _read_text(separators: str, path: Path) -> Iterator[tuple[str, dict]]:
             raise UserError(f"{where} holds carriage returns, not line ends: save the table with those")
         try:
             text = line.decode()
-            separator = separator or next((each for each in separators if each in text), separators[0])
+            if not separator:
+                outside = re.sub('"[^"]*"', "", text)  # of quotation marks
+                separator = next((each for each in separators if each in outside), separators[0])
             cells = _cells(text, separator)
         except UnicodeDecodeError as error:
             raise UserError(f"{where} cannot be read as UTF-8 ({error}); save the table as UTF-8") from error
         except csv.Error as error:
             raise UserError(
                 f"{where} cannot be read as a row of csv ({error}): a cell with quotation marks in it must "
-                "double them and stand in quotation marks itself, and no cell may hold the end of a line"
+                f"double them and stand in quotation marks itself, and {NO_LINE_END}"
             ) from error
+        begins = separator in "\t|" and cells[-1].startswith('"') and cells[-1].count('"') % 2 == 1
+        if len(cells) < len(header) and (begins or open_cell):
+            raise UserError(
+                f"{open_cell or where}: a cell begins with a quotation mark that does not end in this line, "
+                f"and cells are missing: {NO_LINE_END}"
+            )
+        open_cell = where if begins else ""
         if not header:
             header = cells
             if twice := [name for name, times in Counter(filter(None, cells)).items() if times > 1]:
@@ -227,11 +251,16 @@ def _read_text(separators: str, path: Path) -> Iterator[tuple[str, dict]]:
 
 def _cells(line: str, separator: str) -> list[str]:
     if separator == "\t":
-        return line.split(separator)
+        return [_unquoted(cell) for cell in line.split(separator)]
     if separator == "|":  # as in the usual copy of Flickr30k: "1.jpg| 0| A dog ."
-        return [cell.strip() for cell in line.split(separator)]
+        return [_unquoted(cell.strip()) for cell in line.split(separator)]
     # Each line alone: with a mark left open, the rows up to the next one would become one cell.
     return next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True), [])
+
+
+def _unquoted(cell: str) -> str:
+    """Return what pandas or R quoted, without its marks; other cells as they are, with whatever marks."""
+    return cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell
 
 
 def _read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:

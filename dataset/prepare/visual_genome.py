@@ -59,9 +59,10 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     wanted = {
         file: [f"visual_genome/{file}", file] for file in ("region_descriptions.json", "image_data.json")
     }
-    folders = {"images": ["visual_genome/images", "visual_genome", "images"]}
+    places = ("visual_genome/images/", "visual_genome/", "images/")
+    folders = {"images": [f"{place}VG_100K*" for place in places]}
     regions, about_file, folder = find_all(root, SITE, wanted, folders, report).values()
-    images = Images(folder, report, "regions whose image is")
+    images = Images(folder.parent, report, "regions whose image is")
     about = by_id(read_source(about_file), "image_id", about_file)
     held_out = {name: _held_out(root, name, options.allow_leaks, report) for name in EVALUATED}
     report.count("images described", len(about), NUM_IMAGES)
