@@ -1,7 +1,7 @@
 # make demo        the embedded data set, pre-training and zero-shot retrieval on this machine
 # make demo-all    the whole chain: pre-training and every downstream task
 # make mine        a small model of your photos and captions, and a page to search them with
-#                  (make mine PHOTOS=photos CSV=captions.csv; docs/mine.md)
+#                  (make mine PHOTOS=photos CSV=captions.csv [OUT=output/mine]; docs/mine.md)
 # make ablation    what each loss helps: trainings without some, three seeds (some hours; docs/evidence.md)
 # make app         a web page that asks the demo's model (make app CHECKPOINT="a.pth b.pth": your own)
 # make test        the tests; those of the web page need a Chromium, which `make browser` finds or installs
@@ -22,6 +22,7 @@ LOCK = requirements.lock
 VENV ?= $(if $(LOCK),.venv,.venv-newest)
 INDEX ?=
 CHECKPOINT ?= output/demo/checkpoint_04.pth
+OUT ?= output/mine
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -53,9 +54,9 @@ ablation: $(call READY,demo)
 	$(PY) -m simla.demo.ablation
 
 mine: $(call READY,app)
-	$(PY) -m simla.demo.mine --photos "$(PHOTOS)" --csv "$(CSV)"
-	$(PY) -m simla.web --checkpoint output/mine/retrieval/checkpoint_best.pth --images "$(PHOTOS)" \
-		--index output/mine/index --demo_data output/mine/data
+	$(PY) -m simla.demo.mine --photos "$(PHOTOS)" --csv "$(CSV)" --output_dir "$(OUT)"
+	$(PY) -m simla.web --checkpoint "$(OUT)/retrieval/checkpoint_best.pth" --images "$(PHOTOS)" \
+		--index "$(OUT)/index" --demo_data "$(OUT)/data"
 
 app: $(call READY,app)
 	$(PY) -m simla.web --checkpoint $(CHECKPOINT)

@@ -60,6 +60,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     if run.dry_run:
         return dry_run(build, losses, config, run)
     select_on_test = config["released_code"]["select_on_test"]
+    save_scores = config["save_scores"] and run.evaluate  # an epoch's need not be those of the best
     if not run.evaluate and not (config["train_file"] and (config["val_file"] or select_on_test)):
         raise UserError(f"config {args.config}: fine-tuning needs train_file and val_file (or --evaluate)")
 
@@ -80,7 +81,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     model = model.to(run.device)
 
     def evaluate_splits(epoch: int = -1) -> dict[str, float]:
-        files = {"test": result_path(run.output_dir, "retrieval_scores.pt")} if config["save_scores"] else {}
+        files = {"test": result_path(run.output_dir, "retrieval_scores.pt")} if save_scores else {}
         scores = {}
         for split, items in data.items():
             recall = evaluate(model, items, tokenizer, config, run.device, files.get(split))

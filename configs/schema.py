@@ -284,7 +284,7 @@ RETRIEVAL = {
     "k_test": Key(int, 256, "candidates re-ranked for each query", least=1),
     "score": Key(str, "itm", "what ranks: matching (candidates alone), contrast, or both", choices=SCORES),
     "score_itc_weight": Key(NUMBER, 1, "of the cosine beside the match logit in itm+itc", least=0, most=50),
-    "save_scores": Key(bool, False, "write both score matrices to result/retrieval_scores.pt"),
+    "save_scores": Key(bool, False, "with --evaluate: both score matrices go to result/retrieval_scores.pt"),
     # A config that only evaluates needs neither.
     "optimizer": Key({**OPTIMIZER, "lr": replace(OPTIMIZER["lr"], default=1e-5)}, {}),
     "schedular": Key({**SCHEDULE, "epochs": replace(SCHEDULE["epochs"], default=5)}, {}),

@@ -51,7 +51,7 @@ class Steps:
             if given[name] != value:
                 raise UserError(
                     f"{file.parent} was made with {name} {value!r}, not {given[name]!r}: give another "
-                    f"--output_dir, or delete {file.parent}"
+                    f"--output_dir (make mine OUT=...), or delete {file.parent}"
                 )
 
     def do(self, name: str, sentence: str, work: Callable[..., None], *arguments: object) -> None:

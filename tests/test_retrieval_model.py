@@ -117,7 +117,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
-    done = run("Retrieval.py", "--config", tiny["Retrieval"], "--output_dir", out, num_processes=2)
+    flags = ["--config", tiny["Retrieval"], "--output_dir", out, "--overrides", "save_scores=true"]
+    done = run("Retrieval.py", *flags, num_processes=2)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -133,6 +134,9 @@ def test_the_best_checkpoint_is_chosen_on_validation(trained):
     checkpoint = torch.load(trained / "checkpoint_best.pth", weights_only=True)
     assert checkpoint["epoch"] == best["epoch"] and checkpoint["best"]["val_r_mean"] == best["val_r_mean"]
     assert torch.load(trained / "checkpoint_01.pth", weights_only=True)["epoch"] == 1
+    assert [path.name for path in (trained / "result").iterdir()] == [
+        "retrieval.json"
+    ]  # no score matrices, of whatever epoch
     result = json.loads((trained / "result" / "retrieval.json").read_text())
     assert result["r_mean"] == best["test_r_mean"] and "checkpoint_best" in result["weights"]
     for name in ("loss_ita", "loss_itm", "lr", "bad_images"):
@@ -144,8 +148,10 @@ def test_evaluation_repeats_the_training_run_s_scores_on_any_number_of_ranks(tra
     flags = ["--evaluate", "--config", tiny["Retrieval"], "--checkpoint", trained / "checkpoint_best.pth"]
     for processes in (0, 3):
         out = tmp_path / str(processes)
-        done = run("Retrieval.py", *flags, "--output_dir", out, num_processes=processes)
+        more = ["--output_dir", out, "--overrides", "save_scores=true"]
+        done = run("Retrieval.py", *flags, *more, num_processes=processes)
         assert done.returncode == 0, done.stderr
+        assert (out / "result" / "retrieval_scores.pt").is_file()
         assert records_of(out) == [{k: v for k, v in best.items() if k.startswith("test_")}]
 
 

@@ -1,4 +1,4 @@
-"""Scores a checkpoint on an alignment suite: a table, result/SUITE.json and a picture in the output folder.
+"""Scores a checkpoint on an alignment suite: a table, suite.json and a picture in the output folder.
 
     python -m simla.evaluation.alignment --checkpoint output/Pretrain/checkpoint_29.pth \\
         --suite sugar_crepe --root sugar-crepe/data --image_root coco/val2017
