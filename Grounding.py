@@ -32,7 +32,7 @@ from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import record_evaluation, save_result
+from simla.engine.results import protocol, record_evaluation, save_result
 from simla.engine.training import Training
 from simla.evaluation import grounding
 from simla.models.align import alignment_chance
@@ -82,7 +82,7 @@ def report(
 ) -> dict[str, float]:
     """Tell the protocol, and the accuracies beside chance, on the screen and in result/grounding.json."""
     scores, has_detector = evaluate(choices), bool(settings["det_file"])
-    protocol = {
+    told = {
         "test_file": settings["test_file"],
         "expressions": dict(Counter(t.data_set or "boxes in the entries" for t in data.targets)),
         "weights": weights,
@@ -91,7 +91,7 @@ def report(
         "boxes": f"chosen from {settings['det_file']}" if has_detector else "from the heat map alone",
         "chance": "an even choice among the boxes" if has_detector else "the whole image as box",
     }
-    log.info("grounding: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
+    log.info("grounding: " + ", ".join(f"{key} {value}" for key, value in told.items()))
     names = [f"{split}_{'d' if has_detector else 'h'}" for split in data.splits]
     splits = {name: grounding.summary([c for c in choices if c["score"] == name]) for name in names}
     width = max(9, *map(len, names))
@@ -105,7 +105,7 @@ def report(
         if has_detector:
             numbers = f"{split['heat_accuracy']:6.2f}   chance {split['heat_chance']:6.2f}"
             log.info(f"{'':{width}} {numbers}   with the box round the heat instead")
-    save_result(output_dir, "grounding", {**protocol, "splits": splits, "choices": choices})
+    save_result(output_dir, "grounding", {**told, "splits": splits, "choices": choices})
     return scores
 
 
@@ -152,7 +152,8 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
         schedule = create_scheduler(optimizer, config["schedular"], epoch_step="end")
 
         # resume
-        training = Training(model, optimizer, schedule, loader, losses, config, run, best=val_scores[0])
+        how = protocol({"test": data}, settings)
+        training = Training(model, optimizer, schedule, loader, losses, config, run, val_scores[0], how)
         if run.resume:
             training.resume(run.checkpoint)
 

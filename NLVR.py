@@ -27,7 +27,7 @@ from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import record_evaluation, result_path
+from simla.engine.results import protocol, record_evaluation, result_path
 from simla.engine.training import Training
 from simla.evaluation.classification import consistency
 from simla.models.nlvr import SIMLANLVR
@@ -106,7 +106,8 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float | list]:
         schedule = create_scheduler(optimizer, config["schedular"], epoch_step="end")
 
         # resume
-        training = Training(model, optimizer, schedule, loader, losses, config, run, best="val_acc")
+        how = protocol(data, config)
+        training = Training(model, optimizer, schedule, loader, losses, config, run, "val_acc", how)
         if run.resume:
             training.resume(run.checkpoint)
 

@@ -26,7 +26,7 @@ from simla.dataset.text import build_tokenizer, check_vocabulary, lowers_case
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import add_flag, run_script, script_arguments, start
-from simla.engine.results import record_evaluation, result_path
+from simla.engine.results import protocol, record_evaluation, result_path
 from simla.engine.training import Training
 from simla.models.align import alignment_chance
 from simla.models.retrieval import RetrievalBatch, SIMLARetrieval
@@ -98,7 +98,8 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 
         # resume
         best = "test_r_mean" if select_on_test else "val_r_mean"
-        training = Training(model, optimizer, schedule, loader, losses, config, run, best)
+        how = protocol(data, config)
+        training = Training(model, optimizer, schedule, loader, losses, config, run, best, how)
         if run.resume:
             training.resume(run.checkpoint)
 

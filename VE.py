@@ -28,7 +28,7 @@ from simla.dataset.ve import CLASSES, read_ve
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import record_evaluation, save_result
+from simla.engine.results import protocol, record_evaluation, save_result
 from simla.engine.training import Training
 from simla.evaluation.classification import accuracy, confusion_counts, confusion_table, majority_accuracy
 from simla.models.ve import SIMLAVE
@@ -134,7 +134,8 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float | list]:
         schedule = create_scheduler(optimizer, config["schedular"], epoch_step="end")
 
         # resume
-        training = Training(model, optimizer, schedule, loader, losses, config, run, best="val_acc")
+        how = protocol(data, config)
+        training = Training(model, optimizer, schedule, loader, losses, config, run, "val_acc", how)
         if run.resume:
             training.resume(run.checkpoint)
 

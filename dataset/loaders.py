@@ -172,7 +172,8 @@ def signatures(entries: Sequence) -> list[list]:
     parts = getattr(entries, "sets", None) or getattr(entries, "lists", None)
     if parts is not None:
         return [row for part in parts for row in signatures(part)]
-    return signatures(entries.entries) if hasattr(entries, "entries") else []
+    inner = (getattr(entries, name, None) for name in ("entries", "rows", "dataset"))
+    return next((signatures(part) for part in inner if part is not None), [])
 
 
 def data_difference(old: dict, new: dict) -> str:

@@ -185,8 +185,9 @@ def _evaluation_folder(folder: str, checkpoint: str) -> str:
 def _what_to_resume(folder: str, checkpoint: str, resume: bool) -> str:
     """Return the checkpoint that the run goes on from, "" for none.
 
-    --resume with --checkpoint: that file. --resume alone: the newest good one in the folder. Either way, and
-    without --resume, where torchrun or SLURM started the run again: its own newest good one, if it wrote any.
+    --resume with --checkpoint: that file. --resume alone: the furthest good one of the run that was last
+    started in the folder, or, where it saved none, of the run that wrote last. Either way, and without
+    --resume, where torchrun or SLURM started the run again: its own furthest good one, if it wrote any.
     """
     restarts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
     is_restart = any(count not in (None, "", "0") for count in restarts)
@@ -197,7 +198,13 @@ def _what_to_resume(folder: str, checkpoint: str, resume: bool) -> str:
         check_undamaged(checkpoint)
         return checkpoint
     if resume:
-        if newest := newest_good(folder):
+        run = previous_run(folder)
+        newest = newest_good(folder, run) if run else None
+        if newest is None and (newest := newest_good(folder)) and run:
+            log.warning(
+                f"the run that was last started in {folder} saved nothing; {newest} is of an earlier one"
+            )
+        if newest:
             return str(newest)
         raise UserError(
             f"--resume: {folder} holds no good checkpoint; leave it out to start the run, or name a file "

@@ -1,9 +1,36 @@
-"""Writes the results of a run: result/NAME.json."""
+"""Writes the results of a run, result/NAME.json, and tells whether two were scored alike."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from simla.dataset.loaders import signatures
 from simla.engine.run_record import save_config
 from simla.utils import UserError, append_log, atomic_write, is_main, json_text
+
+SCORED_BY = ("k_test", "score", "score_itc_weight", "sentence_only", "det_file", "gradcam_mode", "block_num")
+
+
+def protocol(data: Mapping[str, Sequence], settings: dict) -> dict:
+    """Return what decides scores beside the weights: of each split's items how many, and checksums of their
+    files, and the settings of SCORED_BY that a task has.
+    """
+    items = {
+        f"entries of {split}_file": [len(items), *(row[1:] for row in signatures(items))]
+        for split, items in data.items()
+    }
+    return items | {key: settings[key] for key in SCORED_BY if key in settings}
+
+
+def protocol_difference(old: dict | None, new: dict | None) -> str:
+    """Return what differs between two of `protocol`, "" where nothing does."""
+    old, new = old or {}, new or {}
+    changed = [key for key in old | new if old.get(key) != new.get(key)]
+    return ", ".join(
+        f"the {key} are others"
+        if key.startswith("entries")
+        else f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in changed
+    )
 
 
 def result_path(output_dir: str | Path, name: str) -> Path:

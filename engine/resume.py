@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from simla.checkpoint.key_maps import RESUME
-from simla.checkpoint.load import copy_into, match_row, shapes_of, weights_in
+from simla.checkpoint.load import check_same_build, copy_into, match_row, shapes_of, weights_in
 from simla.checkpoint.safe_load import safe_load, to_plain
 from simla.checkpoint.save import set_aside_later
 from simla.engine.bad_images import BadImages
@@ -78,11 +78,13 @@ def resume(
 
 def config_changes(checkpoint: dict, config: dict, seed: int, path: str) -> dict[str, tuple]:
     """Return name -> (old, new) of the values in which the config differs from the checkpoint's. Raise
-    UserError where the run cannot go on: with another seed or kind of optimiser.
+    UserError where the run cannot go on: with another seed, kind of optimiser or number of heads.
     """
     if checkpoint.get("seed", seed) != seed:
         raise UserError(f"{path} is of a run with --seed {checkpoint['seed']}; resume it with that seed")
-    changes = differences(to_plain(checkpoint.get("config", {})), config)
+    stored = to_plain(checkpoint.get("config", {}))
+    check_same_build(config, stored, path)
+    changes = differences(stored, config)
     old, new = changes.get("optimizer.opt", ("", ""))
     if old.lower() != new.lower():
         raise UserError(

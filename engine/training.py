@@ -5,13 +5,14 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from simla.checkpoint.safe_load import safe_load
 from simla.checkpoint.save import BEST, Saver, epoch_name, find_best, keep_under_own_name, step_name
 from simla.checkpoint.tokenizer import tokenizer_text
 from simla.dataset.loaders import data_account, data_difference, stop_at_unreadable
@@ -22,6 +23,7 @@ from simla.engine.launch import Run
 from simla.engine.metric_log import MetricLog, in_words
 from simla.engine.peers import add_up, agree, leave_together
 from simla.engine.random_state import random_state, set_random_state
+from simla.engine.results import protocol_difference
 from simla.engine.resume import config_changes, forget_later_lines, resume, set_aside, sums_of_ranks
 from simla.engine.run_log import RunLog
 from simla.engine.signals import Stopped, StopSignals
@@ -64,8 +66,11 @@ class Training:
         config: dict,
         run: Run,
         best: str | None = None,
+        protocol: dict | None = None,
     ):
-        """best: the score that chooses checkpoint_best.pth; None: every epoch's checkpoint is kept."""
+        """best: the score that chooses checkpoint_best.pth; None: every epoch's checkpoint is kept. protocol:
+        what decides the scores beside the weights, see `engine.results.protocol`.
+        """
         self.model, self.optimizer, self.schedule, self.loader = model, optimizer, schedule, loader
         self.config, self.run, self.best = config, run, best
         self.take_step = Step(model, optimizer, losses, config, run.device)
@@ -74,6 +79,8 @@ class Training:
         self.num_steps = 0  # of the epoch in progress, those done included
         self.kept: str = run.checkpoint
         self.kept_scores: Scores = {}
+        self.protocol, self.is_best_stale = protocol, False  # stale: scored by another protocol
+        self.best_as_saved = {"best": {}, "protocol": protocol}  # of checkpoint_best.pth, when it was written
         self.whole, self.window, self.bad_images = MetricLog(), MetricLog(), BadImages()
         self.resumed_rank: dict | None = None  # this rank's part of a state in mid-epoch, until that goes on
         self.unchecked: tuple[FiniteCheck, str, list[str]] | None = None  # the last step, where, its files
@@ -261,7 +268,7 @@ class Training:
             "step": self.step,
             "samples": self.samples,
             "total_steps": self.total_steps,
-            "best": self.kept_scores,
+            **self.best_as_saved,
             "seed": self.run.seed,
             "run": self.run.id,
             "ranks": all_gather_objects(this_rank),
@@ -288,6 +295,7 @@ class Training:
         if is_best or self.best is None:
             self.kept = str(Path(self.run.output_dir, BEST if is_best else epoch_name(self.epoch)))
             self.kept_scores = {**scores, "epoch": self.epoch} if is_best else scores
+            self.best_as_saved = {"best": self.kept_scores, "protocol": self.protocol}
         name, before_evaluation = epoch_name(self.epoch), step_name(self.epoch, self.step)
         self.epoch, self.step, self.samples = self.epoch + 1, 0, 0
         self.save(name, is_best, replaces=before_evaluation)
@@ -313,6 +321,7 @@ class Training:
         for name, (old, new) in changes.items():
             log.info(f"config differs from the checkpoint's: {name} was {old!r}, is {new!r}")
         self.kept_scores = rest.get("best", {})
+        self.best_as_saved = {"best": self.kept_scores, "protocol": rest.get("protocol", self.protocol)}
         if self.best and self.kept_scores:
             self.find_best(path)
 
@@ -372,6 +381,19 @@ class Training:
             problem = find_best(Path(path), folder, self.run.id, self.kept_scores)
         if problem := all_gather_objects(problem)[0]:
             log.warning(f"{problem}; the best epoch is looked for among those to come")
-            self.kept_scores = {}
-        else:
-            self.kept = str(folder / BEST)
+            self.kept_scores, self.best_as_saved = {}, {"best": {}, "protocol": self.protocol}
+            return
+        self.kept = str(folder / BEST)
+        if difference := protocol_difference(self.best_as_saved["protocol"], self.protocol):
+            log.warning(
+                f"the best epoch so far was scored otherwise: {difference}; {self.kept} is scored anew"
+            )
+            self.is_best_stale = True
+
+    def score_best_anew(self, evaluate: Callable[[int], Scores]) -> None:
+        """Take the scores of the best epoch so far by the protocol of now; the weights stay as they are."""
+        epoch = self.kept_scores["epoch"]
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(safe_load(self.kept)["model"])
+        self.kept_scores, self.is_best_stale = {**evaluate(epoch), "epoch": epoch}, False
+        self.model.load_state_dict(weights)

@@ -160,6 +160,27 @@ def test_a_best_checkpoint_that_is_not_there_is_not_claimed(train, tmp_path, pri
     assert load_checkpoint(other / BEST)["epoch"] == 1
 
 
+def test_another_number_of_heads_is_refused(train, tmp_path):
+    """All weights would fit."""
+    train(tmp_path, scores=(10, 20), schedular__epochs=2)
+    with pytest.raises(UserError, match=r"made with another model.*vit.num_heads 4, not 2"):
+        train(tmp_path, "--resume", schedular__epochs=3, vit__num_heads=4)
+
+
+def test_resume_takes_the_run_that_was_last_started(train, tmp_path, printed):
+    """The times of its files do not count, which a copy may have lost."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for out in (old, new):
+        train(out, scores=(10, 20), schedular__epochs=2)
+    for name in (epoch_name(0), epoch_name(1)):
+        shutil.copy(old / name, new / name.replace("_0", "_1"))
+    record = json.loads((new / "run.json").read_text())
+    assert launch._what_to_resume(str(new), "", resume=True) == str(new / epoch_name(1))
+    (new / "run.json").write_text(json.dumps({**record, "run": "another"}))
+    assert launch._what_to_resume(str(new), "", resume=True) == str(new / epoch_name(11))
+    assert f"last started in {new} saved nothing; {new / epoch_name(11)} is of an earlier one" in printed()
+
+
 def test_another_kind_of_optimiser_has_no_use_for_the_moments(train, tmp_path):
     train(tmp_path, scores=(10,), schedular__epochs=1)
     with pytest.raises(UserError, match=r"moments of the optimiser adamW, which are no use to sgd"):

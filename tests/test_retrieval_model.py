@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,6 +199,23 @@ def test_a_resumed_run_keeps_its_best_epoch_until_a_better_one_comes(monkeypatch
         assert torch.load(tmp_path / "checkpoint_01.pth", weights_only=True)["epoch"] == 1
         assert (tmp_path / "checkpoint_best.pth").read_bytes() == best
     assert [record["epoch"] for record in records_of(tmp_path)] == [0, 1]
+
+
+def test_a_best_epoch_of_another_protocol_is_scored_anew(monkeypatch, tiny, tmp_path):
+    out, alone, best = tmp_path / "run", tmp_path / "alone", tmp_path / "run" / "checkpoint_best.pth"
+    test_file = Path(read_config(str(tiny["Retrieval"]), RETRIEVAL)["test_file"])
+    fewer = test_file.with_name("fewer.json")
+    fewer.write_text(json.dumps(json.loads(test_file.read_text(encoding="utf-8"))[:4]))
+    called(monkeypatch, tiny, out, "--overrides", "schedular.epochs=1")
+    for number, epochs in enumerate((1, 2, 2)):  # at its end, going on, and after that
+        how = ["score=itc", f"test_file={fewer}"]
+        called(monkeypatch, tiny, out, "--resume", "--overrides", f"schedular.epochs={epochs}", *how)
+        result = json.loads((out / "result" / "retrieval.json").read_text())
+        flags = ["--evaluate", "--checkpoint", best, "--overrides", *how]
+        recall = called(monkeypatch, tiny, alone / str(number), *flags)
+        assert {name: result[name] for name in recall} == pytest.approx(recall)
+        assert (result["score"], result["n"]) == ("itc", 4)
+    assert torch.load(out / "checkpoint_01.pth", weights_only=True)["epoch"] == 1
 
 
 def test_the_best_checkpoint_is_on_the_disk_before_the_last_says_so(monkeypatch, tiny, tmp_path):
