@@ -24,7 +24,14 @@ from simla.configs.reader import parse
 from simla.configs.schema import VQA
 from simla.dataset.items import evaluation_batches, position_limit
 from simla.dataset.text import build_tokenizer, check_vocabulary
-from simla.dataset.vqa import AnswerList, VQAEvalData, eos_token, read_answer_list, vqa_loader
+from simla.dataset.vqa import (
+    AnswerList,
+    VQAEvalData,
+    eos_token,
+    read_answer_list,
+    vqa_loader,
+    written_answers,
+)
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
@@ -64,7 +71,7 @@ def answer(
             else:
                 lengths = config["num_beams"], config["max_answer_tokens"]
                 ids, scores = model.generate(*questions, *lengths, *ends)
-                texts = [tokenizer.batch_decode(row, skip_special_tokens=True) for row in ids[:, :top]]
+                texts = written_answers(tokenizer, ids[:, :top])
                 probabilities = scores.exp()
         check_scores(probabilities, "probabilities of answers", config["precision"])
         rows += zip(batch["index"].tolist(), texts, probabilities[:, :top].tolist(), strict=True)
@@ -148,7 +155,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
 
         # train, evaluate and save
         weights, _ = fit(training, evaluate_val if val else None)
-        epoch = config["schedular"]["epochs"] - 1
+        epoch = training.epoch - 1
 
     given = answer(model, test, candidates, tokenizer, config, run.device)
     accuracy = evaluate(test, given) if test.annotations else {}

@@ -34,6 +34,27 @@ LIST_OF_STRINGS = re.compile(rf"\[\s*{STRING.pattern}(?:(?:\s*,\s*|\s+){STRING.p
 SPECIAL_TOKENS = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
 
 
+# What a tokenizer parts at punctuation, as people write it: (pattern, replacement), in this order.
+WRITTEN = [
+    (re.compile(r" ?([-/_’]) ?"), r"\1"),  # t-shirt, yes/no
+    (re.compile(r" ?' ?(?=(?:s|t|d|m|re|ve|ll|clock)\b)"), "'"),  # it's, o'clock
+    (re.compile(r"(?<=\d) ([.,:]) (?=\d)"), r"\1"),  # 10:15
+    (re.compile(r"\b(\w) ([.&]) (?=\w\b)"), r"\1\2"),  # p.m., b&w
+    (re.compile(r" (?=[.,:;?!%'+)\]])"), ""),
+    (re.compile(r"([$€£#(\[]) "), r"\1"),
+    (re.compile(r"(?<=[\u3040-\u30ff\u3400-\u9fff]) (?=[\u3040-\u30ff\u3400-\u9fff])"), ""),
+]
+
+
+def written(pieces: str) -> str:
+    """Return a text whose words and marks stand apart, as a tokenizer decodes it, with the blanks that people
+    write; where they would not agree (St. Louis, amazon.com) a full stop is followed by one.
+    """
+    for pattern, replacement in WRITTEN:
+        pieces = pattern.sub(replacement, pieces)
+    return pieces
+
+
 def listed_texts(text: str) -> list[str] | None:
     """Return the strings of a list written as text, in JSON's or Python's way; None for any other text."""
     text = text.strip()
@@ -170,7 +191,7 @@ def tokenize(
 
     max_length: tokens to cut to, [CLS] included; None cuts nothing that fits the text encoder's
     `position_limit` positions; a text cut there is logged, by its entry of `names` where they are given.
-    padding: to the longest text of the batch, or to max_length.
+    padding: to the longest text of the batch, or to max_length, and then how many were cut is logged.
     """
     import torch  # here, as below, because converters of data clean texts alone
 
@@ -180,6 +201,12 @@ def tokenize(
     longest = max(map(len, rows), default=0)
     limit = min(max_length or position_limit, position_limit)
     width = limit if padding == "max_length" else min(longest, limit)
+
+    num_cut = sum(len(ids) > width for ids in rows)
+    if padding == "max_length" and num_cut:
+        log.info(
+            f"{num_cut} of {len(rows)} texts have more than {width} tokens, of which the rest is not read"
+        )
 
     input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)

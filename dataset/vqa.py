@@ -22,7 +22,7 @@ from simla.dataset.items import (
 from simla.dataset.loaders import train_loader
 from simla.dataset.readers.annotations import NUMBER_OR_TEXT, TEXT, TEXTS, Mapped, item_of, read_annotations
 from simla.dataset.readers.json_list import read_json
-from simla.dataset.text import clean_question, tokenize
+from simla.dataset.text import clean_question, tokenize, written
 from simla.utils import UserError, log, printable, true_indices
 
 FIELDS = {"dataset": TEXT, "image": TEXT, "question": TEXT}
@@ -53,6 +53,12 @@ def _at_its_root(entry: dict, roots: dict[str, Path]) -> dict:
 def given_answers(entry: dict) -> list[str]:
     """Return what the annotators said, one answer each."""
     return [entry["answer"]] if isinstance(entry["answer"], str) else entry["answer"]
+
+
+def written_answers(tokenizer, ids: Tensor) -> list[list[str]]:
+    """Return the texts of generated ids (B, K, L)."""
+    flags = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return [list(map(written, tokenizer.batch_decode(row, **flags))) for row in ids]
 
 
 # ---- training ----

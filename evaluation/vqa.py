@@ -93,12 +93,19 @@ def mean_by_label(scores: Sequence[float], labels: Sequence[str | None]) -> dict
 
 def best_constant(annotations: Sequence[Sequence[str]]) -> tuple[str, float]:
     """Return the answer that would score most if given to every question, and that score in percent."""
-    totals: dict[str, float] = defaultdict(float)
+    # An answer scores by its letters where all annotators agree, elsewhere by its normal form.
+    totals: dict[Callable, Counter[str]] = {_plain: Counter(), normalize_answer: Counter()}
     for answers in annotations:
-        for answer, matches in Counter(map(_rule(answers), answers)).items():
-            totals[answer] += _score(matches, len(answers))
-    answer = max(totals, key=totals.__getitem__)
-    return answer, totals[answer] / len(annotations)
+        rule = _rule(answers)
+        for answer, matches in Counter(map(rule, answers)).items():
+            totals[rule][answer] += _score(matches, len(answers))
+    given = dict.fromkeys(_plain(answer) for answers in annotations for answer in answers)
+    scores = {
+        answer: totals[_plain][answer] + totals[normalize_answer][normalize_answer(answer)]
+        for answer in [*totals[normalize_answer], *given]
+    }
+    answer = max(scores, key=scores.__getitem__)
+    return answer, scores[answer] / len(annotations)
 
 
 def _score(matches: int, num_annotators: int) -> float:

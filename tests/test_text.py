@@ -3,12 +3,14 @@
 import json
 import logging
 import pickle
+import re
 
 import pytest
 import torch
 from goldens_io import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from simla.dataset import text as text_module
 from simla.dataset.text import (
@@ -18,6 +20,7 @@ from simla.dataset.text import (
     mask_tokens,
     names_side,
     tokenize,
+    written,
 )
 from simla.utils import UserError
 
@@ -134,7 +137,7 @@ def test_a_vocabulary_that_is_not_there_is_one_clear_sentence(make, tmp_path):
     assert "vocab.txt" in str(error.value)
 
 
-def test_padding_and_truncation(tokenizer):
+def test_padding_and_truncation(tokenizer, caplog):
     ids, mask = tokenize(tokenizer, ["a man", "a man riding horses", "yes[SEP]"])
     assert ids.dtype == mask.dtype == torch.int64
     assert ids.tolist() == [
@@ -147,7 +150,9 @@ def test_padding_and_truncation(tokenizer):
     ids, mask = tokenize(tokenizer, ["a man", "a man riding horses"], max_length=4)
     assert ids.tolist() == [[CLS, A, MAN, PAD], [CLS, A, MAN, RID]]
 
-    ids, mask = tokenize(tokenizer, ["a man", "a " * 40], max_length=30, padding="max_length")
+    with caplog.at_level(logging.INFO, text_module.log.name):
+        ids, mask = tokenize(tokenizer, ["a man", "a " * 40], max_length=30, padding="max_length")
+    assert caplog.messages == ["1 of 2 texts have more than 30 tokens, of which the rest is not read"]
     assert ids.shape == (2, 30)
     assert mask.sum(1).tolist() == [3, 30]
     with pytest.raises(ValueError, match="max_length"):
@@ -229,3 +234,17 @@ def test_a_name_left_out_of_a_caption_is_a_person_for_a_cased_tokenizer_too():
 def test_half_a_surrogate_pair_becomes_what_a_tokenizer_takes():
     assert clean_caption("A dog \ud83d runs \U0001f600") == "a dog ? runs \U0001f600"
     assert clean_question("Where\udc00") == "where?"
+
+
+ANSWERS = """
+    10:15, 3.5, 1,000, 2,500,000, $5, 50%, b&w, black & white, it's, don't, #1, u.s., t-shirt, yes/no,
+    5 o'clock, coca-cola, 7:30 p.m., st. louis, mother's day, no, c++, 1/2, 红色, i don't know.
+"""
+
+
+@pytest.mark.parametrize("answer", [*re.split(r",\s+", ANSWERS.strip()), "red, white and blue"])
+def test_what_a_tokenizer_parts_is_written_as_people_do(answer):
+    """By the marks at which BERT's tokenizer parts words; Chinese characters each by itself."""
+    spaced = "".join(f" {c} " if "一" <= c <= "鿿" else c for c in answer)
+    pieces = [piece for piece, _ in BertPreTokenizer().pre_tokenize_str(spaced)]
+    assert written(" ".join(pieces)) == answer

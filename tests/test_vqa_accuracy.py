@@ -152,6 +152,16 @@ def test_nothing_is_normalised_where_all_annotators_agree_to_the_letter():
     assert best_constant([["t-shirt"] * 10, ["t-shirt"] * 10]) == ("t-shirt", 100.0)
 
 
+def test_the_best_constant_is_best_among_all_answers_given():
+    answers = [["Yes"] * 10, ["Yes"] * 9 + ["No"]], [["two"] * 10, ["2"] * 9 + ["no"], ["red"] * 10]
+    assert best_constant(answers[0]) == ("Yes", 100.0)
+    assert best_constant(answers[1]) == ("two", pytest.approx(200 / 3))
+    for annotations in answers:
+        constant, score = best_constant(annotations)
+        scores = answer_scores([constant] * len(annotations), annotations)
+        assert score == pytest.approx(sum(scores) / len(scores))
+
+
 def official_score(prediction: str, answers: list[str]) -> float:
     """min(1, matches among the others / 3), averaged over the annotator left out, however many there are."""
     num_matching = [

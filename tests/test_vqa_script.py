@@ -26,7 +26,7 @@ from simla.dataset import vqa as vqa_data
 from simla.dataset.items import Collate
 from simla.dataset.prepare.answers import main as list_answers
 from simla.dataset.text import build_tokenizer, clean_question
-from simla.dataset.vqa import VQAEvalData, read_answer_list, vqa_loader
+from simla.dataset.vqa import VQAEvalData, read_answer_list, vqa_loader, written_answers
 from simla.engine.peers import leave_together
 from simla.evaluation.vqa import answer_scores, best_constant, mean_by_label
 from simla.models.vqa import SIMLAVQA
@@ -405,6 +405,18 @@ def test_generated_answers_come_best_first(tiny, tmp_path, monkeypatch):
     for row in result(tmp_path, "vqa_top_answers"):
         assert len(row["answers"]) == 3 and row["probabilities"] == sorted(row["probabilities"], reverse=True)
         assert not any("[" in answer for answer in row["answers"])  # no special tokens
+
+
+def test_a_generated_answer_is_scored_with_the_blanks_that_people_write(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "10", ":", "15", "t", "-", "shirt"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer = build_tokenizer(str(tmp_path))
+    answers = ["10:15", "t-shirt"]
+    ids = torch.zeros(2, 1, 6, dtype=torch.long)
+    for row, answer in enumerate(answers):
+        tokens = tokenizer(answer)["input_ids"]
+        ids[row, 0, : len(tokens)] = torch.tensor(tokens)
+    assert written_answers(tokenizer, ids) == [["10:15"], ["t-shirt"]]
 
 
 def test_what_stops_a_run(tiny, tmp_path, monkeypatch):
