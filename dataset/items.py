@@ -84,6 +84,7 @@ class EvalItems(Dataset):
     """Every entry as it is, images resized."""
 
     left_out = 0  # entries of the files that are not among these
+    is_looked_through = False  # for words that the vocabulary lacks
     clean: Callable[..., str] = staticmethod(clean_caption)  # of their texts, see `Collate`
 
     def __init__(self, entries: Sequence[dict], image_res: int):
@@ -91,6 +92,10 @@ class EvalItems(Dataset):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def with_texts(self) -> Sequence[dict]:
+        return self.entries
 
     def __getitem__(self, index: int) -> dict:
         """Return the entry with images (n, 3, R, R) uint8 and `index`, its number, or only `unreadable`, the
@@ -177,7 +182,7 @@ def warn_of_unknown_words(
     if num_unknown > UNKNOWN_SHARE * num_pieces:
         shown = ", ".join(repr(word) for word, _ in unknown.most_common(3))
         log.warning(
-            f"{num_unknown / num_pieces:.0%} of the pieces of {len(texts)} training texts are "
+            f"{num_unknown / num_pieces:.0%} of the pieces of {len(texts)} texts that were looked at are "
             f"{tokenizer.unk_token}: text_encoder {text_encoder!r} has no pieces for words such as {shown}, "
             "which the model cannot tell apart. Name one of the texts' language, or fit one: "
             "python -m simla.dataset.prepare vocabulary"
@@ -211,9 +216,12 @@ def finetune_loader(
 def evaluation_batches(
     items: EvalItems, config: dict, tokenizer, device: torch.device, header: str
 ) -> Iterator[dict]:
-    """Yield this rank's share of the items in batches on the device, and log progress under the header. Raise
-    UserError for an item that cannot be read.
+    """Yield this rank's share of the items in batches on the device, and log progress under the header; the
+    first time, warn of unknown words. Raise UserError for an item that cannot be read.
     """
+    if not items.is_looked_through:
+        warn_of_unknown_words(items.with_texts, tokenizer, config["text_encoder"], items.clean)
+        items.is_looked_through = True
     collate = Collate(tokenizer, position_limit(config), clean=items.clean)
     loader = test_loader(items, config["batch_size_test"], config, collate)
     for batch in with_progress(stop_at_unreadable(loader), len(loader), header, config["log_steps"]):

@@ -15,7 +15,6 @@ from simla.dataset.readers.annotations import ANY, TEXT, TEXTS, Annotations, Map
 from simla.dataset.text import clean_caption
 from simla.utils import log
 
-MAX_TEXT_TOKENS = 30
 COCO_NAME = re.compile(r"COCO_val2014_(\d{12})\.\w+$")  # of Karpathy's test images
 
 
@@ -115,6 +114,10 @@ class RetrievalEvalData(EvalItems):
             self.img2txt.append(list(range(first, len(self.texts))))
             self.txt2img += [number] * len(entry["caption"])
         self.coco_ids = coco_ids(entries)
+
+    @property
+    def with_texts(self) -> Sequence[dict]:
+        return [{"text": text} for text in self.texts]
 
 
 def coco_ids(entries: Iterable[dict]) -> list[tuple[int, list[int]]]:

@@ -536,6 +536,12 @@ def test_wrong_entries_pass_only_where_they_are_asked_for(tmp_path):
         read_annotations(str(tmp_path / "a.json"), {"image": TEXT})
 
 
+def test_captions_are_cut_where_retrieval_s_evaluation_cuts_them(demo, tmp_path):
+    config = {"train_file": [], "val_file": [], "test_file": str(demo / "x.json"), "max_tokens": 25}
+    (source,) = open_sources(SPLITS["Retrieval"], config, 512)
+    assert source.max_tokens == 30
+
+
 def test_tokens_are_counted_as_the_tokenizer_does(tokenizer):
     raw = [
         "A big red dog, left of it: two cats!",

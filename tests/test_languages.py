@@ -17,7 +17,13 @@ from simla.configs.reader import read_config
 from simla.configs.schema import TABLES
 from simla.dataset.check.tasks import Source
 from simla.dataset.check.texts import WordPieces, measured_texts
-from simla.dataset.items import Collate, TrainItems, finetune_loader, warn_of_unknown_words
+from simla.dataset.items import (
+    Collate,
+    TrainItems,
+    evaluation_batches,
+    finetune_loader,
+    warn_of_unknown_words,
+)
 from simla.dataset.prepare.__main__ import main as prepare
 from simla.dataset.prepare.vocabulary import fit_vocabulary
 from simla.dataset.pretrain import pretrain_loader, read_sets
@@ -226,7 +232,9 @@ def test_many_unknown_words_are_said_before_training(cased, caplog):
     entries = [{"text": "ein Hund"}] * 300 + [{"text": ["Hund Katze Maus", "ein Katze"]}] * 300
     warn_of_unknown_words(entries, cased, "my/bert")
     (message,) = caplog.messages  # of every third entry: 100 of 2 pieces, 100 of 5 in two texts, 3 unknown
-    assert message.startswith("43% of the pieces of 300 training texts are [UNK]: text_encoder 'my/bert' ")
+    assert message.startswith(
+        "43% of the pieces of 300 texts that were looked at are [UNK]: text_encoder 'my/bert' "
+    )
     assert "words such as 'Katze', 'Maus', which" in message
     caplog.clear()
     warn_of_unknown_words([{"text": "ein Hund " * 15}] * 20 + [{"text": "ein Katze"}] * 20, cased, "my/bert")
@@ -240,6 +248,17 @@ def test_an_entry_that_cannot_be_read_is_left_to_the_training(cased, caplog):
 
     warn_of_unknown_words(Broken([0, 1]), cased, "my/bert")
     assert not caplog.messages
+
+
+def test_an_evaluation_looks_for_unknown_words_once(uncased, tmp_path, caplog):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "test.json").write_text(json.dumps([{"image": "a.png", "caption": ["Katze", "Maus"]}]))
+    overrides = [f"image_root={tmp_path}", "text_encoder=my/bert", "num_workers=0", "image_res=32"]
+    config = read_config(str(ROOT / "configs" / "Retrieval_flickr.yaml"), TABLES["Retrieval"], overrides)
+    data = RetrievalEvalData(str(tmp_path / "test.json"), config)
+    for _ in range(2):
+        list(evaluation_batches(data, config, uncased, torch.device("cpu"), "Images"))
+    assert caplog.text.count("100% of the pieces of 2 texts that were looked at are [UNK]") == 1
 
 
 @pytest.mark.parametrize("task", ["Pretrain", "VE", "VQA"])
@@ -256,6 +275,6 @@ def test_every_task_looks_for_unknown_words(task, uncased, tmp_path, caplog):
     else:
         finetune_loader(read_ve(config["train_file"], ""), config, uncased, 0)
     assert (
-        "100% of the pieces of 64 training texts are [UNK]: text_encoder 'my/bert' has no pieces"
+        "100% of the pieces of 64 texts that were looked at are [UNK]: text_encoder 'my/bert' has no pieces"
         in caplog.text
     )

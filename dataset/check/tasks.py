@@ -13,7 +13,7 @@ from simla.dataset.pretrain import read_pairs, read_set
 from simla.dataset.readers.annotations import NUMBER_OR_TEXT, TEXTS, Mapped, checked_late, item_of
 from simla.dataset.readers.shards import Shards, is_shards
 from simla.dataset.retrieval import CaptionedImages, read_captioned_images, read_train_pairs
-from simla.dataset.text import clean_caption, clean_question
+from simla.dataset.text import MAX_TEXT_TOKENS, clean_caption, clean_question
 from simla.dataset.ve import read_ve
 from simla.dataset.vqa import (
     MAX_WORDS_IN_EVALUATION,
@@ -34,7 +34,7 @@ class Split:
     read(file, config): the entries; text: their field that has text; clean(text, max_words, lower): what
     is made of it; whole(config, tokenizer, position_limit): the problems and the notes, a sentence each, of
     files that are right entry by entry, or UserError for a problem that hides others; takes_shards: whether
-    the script reads shards, too.
+    the script reads shards, too; max_tokens: what the script cuts texts to.
     """
 
     read: Callable[[str, dict], Sequence[dict]]
@@ -43,6 +43,7 @@ class Split:
     max_words: int = 30
     whole: Callable[[dict, object, int], ProblemsAndNotes] | None = None
     takes_shards: bool = False
+    max_tokens: int | None = None
 
 
 @dataclass
@@ -103,7 +104,8 @@ def _at_root(read: Callable[[str, str], Sequence[dict]]) -> Callable[[str, dict]
 
 
 def _captioned(key: str) -> Split:
-    return Split(_at_root(read_captioned_images), "caption", whole=partial(_check_rows, key=key))
+    whole = partial(_check_rows, key=key)
+    return Split(_at_root(read_captioned_images), "caption", whole=whole, max_tokens=MAX_TEXT_TOKENS)
 
 
 def _questions(max_words: int, whole: Callable | None = None, **fields: tuple) -> Split:
@@ -137,9 +139,8 @@ def open_sources(splits: dict[str, Split], config: dict, position_limit: int) ->
     """Return the annotation files and shards that the config names; raise UserError where it names none."""
     sources = []
     for split, spec in splits.items():
-        max_tokens = position_limit
-        if split == "train" and "max_tokens" in config:
-            max_tokens = min(max_tokens, config["max_tokens"])
+        of_config = config.get("max_tokens") if split == "train" else None
+        max_tokens = min(position_limit, spec.max_tokens or of_config or position_limit)
         for file, data_set, weight in files_of(config, split):
             problem, opened = "", [[]]
             try:
