@@ -41,12 +41,25 @@ SECONDS_A_PAIR = {"pretrain": 0.047, "retrieval": 0.03}  # on two cores of an AM
 class Steps:
     """The steps before the training; those that are done are noted in a file.
 
-    Raises UserError where they were done with other input.
+    Raises UserError where they were done with other input. Where photos have changed, they are done again, or
+    it is said, once a training has begun (`is_trained`), that it goes on with what it has.
     """
 
-    def __init__(self, file: Path, given: dict[str, str]):
-        self.file = file
-        self.record = json.loads(file.read_bytes()) if file.is_file() else {"given": given, "done": []}
+    def __init__(self, file: Path, given: dict[str, str], photos: str, is_trained: bool):
+        """photos: a checksum of their names, sizes and dates."""
+        new = {"given": given, "photos": photos, "done": []}
+        self.file, self.record = file, json.loads(file.read_bytes()) if file.is_file() else new
+        if self.record.setdefault("photos", photos) != photos:
+            print(
+                "photos of the table were added or replaced since the first call"
+                + (
+                    ", which this training knows as they were; for one with them give another --output_dir"
+                    if is_trained
+                    else ": all steps are done again"
+                ),
+                flush=True,
+            )
+            self.record |= {} if is_trained else {"photos": photos, "done": []}
         for name, value in self.record["given"].items():
             if given[name] != value:
                 raise UserError(
@@ -72,9 +85,25 @@ def call(main: Callable[[list[str]], object], *words: object) -> object:
     return main(arguments)
 
 
-def make_files(photos: Path, table: Path, out: Path, seed: str) -> None:
+def names_in(table: Path) -> list[str]:
+    """Return the photos that the table names, each once."""
+    return list(dict.fromkeys(name for name, _ in read_rows([table], Report("table"))))
+
+
+def checksum_of(photos: Path, names: list[str]) -> str:
+    """Return one that changes when a photo comes, goes or is replaced."""
+    digest = hashlib.sha256()
+    for name in names:
+        try:
+            status = (photos / name).stat()
+            digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode(errors="surrogatepass"))
+        except (OSError, ValueError):  # no such file; a name that none can have
+            continue
+    return digest.hexdigest()
+
+
+def make_files(photos: Path, table: Path, names: list[str], out: Path, seed: str) -> None:
     """Write retrieval_{train,val,test}.json. Raises UserError where there are too few photos."""
-    names = dict.fromkeys(name for name, _ in read_rows([table], Report("table")))
     missing = [name for name in names if not os.path.isfile(photos / name)]  # noqa: PTH113, any name
     num_photos = len(names) - len(missing)
     if num_photos < MIN_PHOTOS:
@@ -83,8 +112,8 @@ def make_files(photos: Path, table: Path, out: Path, seed: str) -> None:
             "learn from eight of ten and to score on one of ten"
             + (f". Photos that are not there: {len(missing)}, first {missing[0]!r}" if missing else "")
         )
-    names = "--root", photos, "--table", table, "--out", out, "--name", "retrieval"
-    call(prepare, "simla.dataset.prepare", "table", *names, "--split", SPLIT, "--seed", seed)
+    words = "--root", photos, "--table", table, "--out", out, "--name", "retrieval"
+    call(prepare, "simla.dataset.prepare", "table", *words, "--split", SPLIT, "--seed", seed)
     files = [out / f"retrieval_{split}.json" for split in SPLITS]
     used = {os.path.realpath(entry["image"]) for file in files for entry in json.loads(file.read_bytes())}
     if unused := [file for file in list_images(photos).files if os.path.realpath(file) not in used]:
@@ -236,7 +265,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--photos", required=True, help="folder of the photos")
     add("--csv", required=True, help="table with the columns image (a path below --photos) and caption")
-    add("--output_dir", default="output/mine", type=Path, help="default: %(default)s")
+    add("--output_dir", default="output/mine", help="default: %(default)s")
     add("--seed", default="42", help="of split and training; default: %(default)s")
     text = "folder with a BERT vocabulary to use in place of one made of the captions; weights are not read"
     add("--text_encoder", default="", help=text)
@@ -248,7 +277,7 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--csv {table or '(nothing)'}: there is no such file; {usage}")
     if not args.seed.isdecimal():
         raise UserError(f"--seed {args.seed}: must be a whole number, such as 42")
-    args.photos, args.csv = Path(photos), Path(table)
+    args.photos, args.csv, args.output_dir = Path(photos), Path(table), Path(fill_in(args.output_dir))
     import_pyplot()
     return args
 
@@ -259,12 +288,13 @@ def main() -> None:
     data, text_encoder = out / "data", args.text_encoder or str(out / "vocabulary")
     given = {"photos": str(photos.absolute()), "csv": str(table), "seed": args.seed}
     given |= {"table of SHA-256": hashlib.sha256(table.read_bytes()).hexdigest()}
-    steps = Steps(out / "steps.json", {**given, "text_encoder": text_encoder})
+    given["text_encoder"], names = text_encoder, names_in(table)
+    steps = Steps(out / "steps.json", given, checksum_of(photos, names), (out / "pretrain").exists())
 
     sentence = (
         f"the rows of {args.csv} become a file to learn from, one to choose by and one to score ({SPLIT})"
     )
-    steps.do("table", sentence, make_files, photos, table, data, args.seed)
+    steps.do("table", sentence, make_files, photos, table, names, data, args.seed)
     if not args.text_encoder:
         sentence = "the captions to learn from are cut into word pieces, which are the vocabulary"
         steps.do("vocabulary", sentence, make_vocabulary, data, text_encoder)

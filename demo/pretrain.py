@@ -261,18 +261,19 @@ def gallery(
     """
     import torch
 
+    from simla.dataset.retrieval import CaptionedImages, read_captioned_images
     from simla.plots import plot_gallery
 
     scores = torch.load(output_dir / "after" / "result" / "retrieval_scores.pt", weights_only=True)
     test_file = test_file or DATA / "retrieval_test.json"
-    entries = json.loads(test_file.read_bytes())
+    entries = list(CaptionedImages(read_captioned_images(str(test_file), "")))  # as they were scored
     first_texts = [0, *accumulate(len(entry["caption"]) for entry in entries)]
     chosen = spread(range(len(entries)), num_queries)
     num_results = min(num_results, len(entries))
     top = [scores["scores_t2i"][first_texts[i]].topk(num_results).indices.tolist() for i in chosen]
     plot_gallery(
         [entries[i]["caption"][0] for i in chosen],
-        [[str(test_file.parent / entries[image]["image"]) for image in images] for images in top],
+        [[entries[image]["images"][0] for image in images] for images in top],
         [[image == i for image in images] for i, images in zip(chosen, top, strict=True)],
         output_dir / "gallery.png",
         f"Text queries, top {num_results} of {len(entries)} held-out {what} (green: the right one)",

@@ -3,15 +3,19 @@
 import csv
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from ruamel.yaml import YAML
 from tiny import MODEL, ROOT, launch_here
 
+from simla import plots
 from simla.configs.reader import read_yaml
 from simla.dataset.prepare.common import SPLITS
+from simla.dataset.retrieval import RetrievalEvalData
 from simla.demo import mine
 from simla.demo import pretrain as demo
 from simla.utils import UserError
@@ -131,6 +135,52 @@ def test_another_table_or_seed_is_refused(tiny_mine, photos):
     other.write_text("image,caption\n000.jpg,A text.\n")
     with pytest.raises(UserError, match="was made with csv"):
         run(table="other.csv")
+
+
+def test_photos_that_come_later_are_taken_up_until_the_training_begins(tmp_path, capsys):
+    photos, names = tmp_path / "photos", ["a.jpg", "b.jpg"]
+    photos.mkdir()
+    done = []
+
+    def go_on(is_trained: bool = False) -> str:
+        steps = mine.Steps(
+            tmp_path / "steps.json", {}, mine.checksum_of(photos, names), is_trained=is_trained
+        )
+        steps.do("table", "it is split", done.append, len(done))
+        return capsys.readouterr().out
+
+    (photos / "a.jpg").write_bytes(b"a")
+    assert "done already" not in go_on() and "done already" in go_on()
+    (photos / "not in the table.jpg").write_bytes(b"c")
+    assert "done already" in go_on()
+    (photos / "b.jpg").write_bytes(b"b")
+    assert "all steps are done again" in go_on() and len(done) == 2
+    (photos / "a.jpg").write_bytes(b"mended")
+    for _ in range(2):
+        said = go_on(is_trained=True)
+        assert "give another --output_dir" in said and "table: done already" in said
+
+
+def test_a_photo_under_two_names_is_one_in_the_gallery(tmp_path, monkeypatch):
+    """As it is in the evaluation: the columns of the scores are photos."""
+    files = [{"image": f"{name}.png", "caption": [f"text {name}"]} for name in "abcd"]
+    for name in "abd":
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "a.png")
+    (tmp_path / "test.json").write_text(json.dumps(files))
+    data = RetrievalEvalData(
+        str(tmp_path / "test.json"), {"image_root": "", "skip_unreadable": False, "image_res": 4}
+    )
+    scores = torch.zeros(len(data.texts), len(data))
+    scores[range(len(data.texts)), data.txt2img] = 1
+    (tmp_path / "after" / "result").mkdir(parents=True)
+    torch.save({"scores_t2i": scores}, tmp_path / "after" / "result" / "retrieval_scores.pt")
+    drawn = []
+    monkeypatch.setattr(plots, "plot_gallery", lambda *given: drawn.append(given))
+    demo.gallery(tmp_path, num_results=1, test_file=tmp_path / "test.json")
+    ((texts, shown, right, _, title),) = drawn
+    assert texts == ["text a", "text b", "text d"] and all(map(all, right)) and "of 3 held-out" in title
+    assert [Path(file).name for (file,) in shown] == ["a.png", "b.png", "d.png"]
 
 
 def test_what_cannot_be_used_is_said_in_a_sentence(photos, tmp_path, monkeypatch):

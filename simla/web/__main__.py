@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from simla.dataset.text import MAX_TEXT_TOKENS
 from simla.engine.command import run_command, whole_number
-from simla.utils import ROOT, UserError, log
+from simla.utils import ROOT, UserError, fill_in, log
 
 if TYPE_CHECKING:  # torch takes seconds: what needs it is imported once the command line is read
     from simla.index import Index
@@ -112,12 +112,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m simla.web", description=__doc__.splitlines()[0])
     add = parser.add_argument
     text = "files of any tasks, one of each kind"
-    add("--checkpoint", nargs="+", action="extend", required=True, help=text)
+    add("--checkpoint", nargs="+", action="extend", required=True, type=fill_in, help=text)
     text = "a YAML file for each checkpoint, where they hold no config"
     add("--config", nargs="+", action="extend", help=text)
-    add("--images", help="folder that the search tab looks through (default: the demo's test scenes)")
-    add("--index", help="folder that keeps what was computed of --images; made when missing")
-    add("--demo_data", default=DEMO, help="the demo's data set, for examples (default: data/demo)")
+    add(
+        "--images",
+        type=fill_in,
+        help="folder that the search tab looks through (default: the demo's test scenes)",
+    )
+    add("--index", type=fill_in, help="folder that keeps what was computed of --images; made when missing")
+    add(
+        "--demo_data",
+        default=DEMO,
+        type=fill_in,
+        help="the demo's data set, for examples (default: data/demo)",
+    )
     add("--host", default=LOCAL, help="address to listen on; 0.0.0.0: all (default: %(default)s)")
     add("--port", type=whole_number(1, 65535), default=7860, help="(default: %(default)s)")
     text = "tokens of a description that are read, and at most 30 words (default: %(default)s)"
