@@ -27,7 +27,7 @@ from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import protocol, record_evaluation, result_path
+from simla.engine.results import forget_results, protocol, record_evaluation, result_path
 from simla.engine.training import Training
 from simla.evaluation.classification import consistency
 from simla.models.nlvr import SIMLANLVR
@@ -49,8 +49,9 @@ def report_predictions(
     own script takes them, or say what they need.
     """
     for split, items in data.items():
-        identifiers = official_identifiers(items.entries)
+        identifiers, name = official_identifiers(items.entries), f"nlvr_{split}_predictions.csv"
         if identifiers is None:
+            forget_results(output_dir, name)
             log.info(
                 f"{config[f'{split}_file']}: no consistency, and no file of predictions; for them every "
                 "entry needs an 'identifier' of its own like dev-850-0-0: python -m simla.dataset.prepare "
@@ -58,8 +59,7 @@ def report_predictions(
             )
         elif is_main():
             rows = zip(identifiers, predicted[split], strict=True)
-            path = result_path(output_dir, f"nlvr_{split}_predictions.csv")
-            with atomic_write(path, text=True) as file:
+            with atomic_write(result_path(output_dir, name), text=True) as file:
                 file.write("".join(f"{identifier},{CLASSES[number]}\n" for identifier, number in rows))
 
 

@@ -35,7 +35,7 @@ from simla.dataset.vqa import (
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import record_evaluation, save_result
+from simla.engine.results import forget_results, record_evaluation, save_result
 from simla.engine.training import Training
 from simla.evaluation.vqa import answer_scores, best_constant, mean_by_label
 from simla.models.answer_tree import AnswerTree
@@ -96,6 +96,7 @@ def report(
     save_result(output_dir, "vqa_top_answers", rows)
     log.info("vqa: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
     if not accuracy:
+        forget_results(output_dir, "vqa_accuracy.json")
         log.info(f"without answers in test_file only the server can score result/{name}.json")
         return
     constant, score = best_constant(data.annotations)

@@ -27,7 +27,7 @@ from simla.dataset.retrieval import RetrievalEvalData
 from simla.dataset.text import MAX_TEXT_TOKENS, build_tokenizer, check_vocabulary, lowers_case, tokenize
 from simla.engine.dry_run import dry_run_retrieval
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import record_evaluation, result_path, save_result
+from simla.engine.results import forget_results, record_evaluation, result_path, save_result
 from simla.evaluation.coco_captions import coco_scores, why_no_coco_scores
 from simla.evaluation.rerank import rerank
 from simla.evaluation.retrieval import retrieval_chance, retrieval_recall
@@ -139,6 +139,8 @@ def report(
         log.info(f"{name:12} {value:6.2f}" + (f"   chance {chance[name]:6.2f}" if name in chance else ""))
     if reason := why_no_coco_scores(data.coco_ids):
         log.info(f"{config['test_file']}: no ECCV Caption and CxC, {reason}")
+    if not config["save_scores"]:
+        forget_results(output_dir, "retrieval_scores.pt", "coco_rankings.json")
     save_result(output_dir, "retrieval", {**protocol, **recall, "chance": chance})
 
 

@@ -54,6 +54,12 @@ def save_result(output_dir: str | Path, name: str, content: dict | list) -> None
             file.write(text)
 
 
+def forget_results(output_dir: str | Path, *names: str) -> None:
+    """Remove files that an earlier evaluation left in result/ and this one does not write."""
+    for name in names if is_main() else ():
+        Path(output_dir, "result", name).unlink(missing_ok=True)
+
+
 def record_evaluation(scores: dict[str, float | list], config: dict, output_dir: str) -> None:
     """Write what an evaluation leaves beside its results: config.yaml and a line in log.txt."""
     if is_main():

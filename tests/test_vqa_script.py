@@ -388,6 +388,8 @@ def test_without_answers_there_are_results_but_no_accuracy(tiny, tmp_path, monke
     entries = json.loads((tiny["data"] / "vqa_test.json").read_text())
     entries = [{k: e[k] for k in ("dataset", "image", "question", "question_id")} for e in entries[:4]]
     flags = [f"test_file={write(tmp_path / 'test.json', entries)}", f"image_root={tiny['data']}", "k_test=99"]
+    (tmp_path / "out" / "result").mkdir(parents=True)
+    write(tmp_path / "out" / "result" / "vqa_accuracy.json", {"of": "an earlier evaluation"})
     assert vqa(monkeypatch, tiny, tmp_path / "out", "--evaluate", "--overrides", *flags) == {}
     assert len(result(tmp_path / "out", "vqa_result_epoch0")) == 4
     assert len(result(tmp_path / "out", "vqa_top_answers")[0]["answers"]) == 5  # num_top_answers of all
