@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +38,8 @@ RELEASES = {  # by the "dataset" of an entry
     "refcocog_google": Release("refcocog/refs(google).p", ("val",)),
 }
 COCO_NUMBER = re.compile(r"(\d{12})\.\w+$")  # of an image, in the name of its file
+OWN = "own"  # what boxes in entries are called beside RefCOCO+'s
+MAX_OUTSIDE = 0.25  # of a detector's boxes; right ones may leave the image by their rounding
 PUBLISHED = "refcoco+"  # of an entry that names none; the names of its scores have no prefix
 
 
@@ -131,11 +133,13 @@ class GroundingEvalData(EvalItems):
         super().__init__(_items(entries), config["image_res"])
         self.left_out = len(in_files) - len(entries)
         paths = (Path(config[key]) if config[key] else None for key in ("refcoco_data", "det_file"))
-        self.targets = read_targets(entries, *paths)
+        self.targets = own_ones_apart(read_targets(entries, *paths))
+        check_candidates(self.targets, config["det_file"])
         names: dict[str, None] = {}
         for data_set in dict.fromkeys(target.data_set for target in self.targets):
             present = {target.split for target in self.targets if target.data_set == data_set}
-            splits = RELEASES[data_set].splits if data_set else filter(present.__contains__, SPLITS)
+            is_release = data_set in RELEASES
+            splits = RELEASES[data_set].splits if is_release else filter(present.__contains__, SPLITS)
             names |= dict.fromkeys(split_name(data_set, split) for split in splits)
         self.splits = list(names)
 
@@ -161,6 +165,34 @@ def read_targets(entries: Iterable[dict], refcoco: Path | None, det_file: Path |
             references[name] = References(refcoco, name)
         targets.append(references[name].target(entry, detections))
     return targets
+
+
+def own_ones_apart(targets: list[Target]) -> list[Target]:
+    """Return the targets, those with a box in the entry as of the data set OWN where RefCOCO+'s, whose scores
+    have no prefix either, stand beside them.
+    """
+    if not {"", PUBLISHED} <= {target.data_set for target in targets}:
+        return targets
+    return [replace(target, data_set=target.data_set or OWN) for target in targets]
+
+
+def check_candidates(targets: list[Target], det_file: str) -> None:
+    """Raise UserError where too many of a detector's boxes leave their image, as corners do that are read as
+    [x, y, width, height], or are no larger than a pixel, as shares of the image are.
+    """
+    boxes = [(target, *box[:4]) for target in targets for box in target.candidates or ()]
+    wrong = [
+        (target, [x, y, w, h])
+        for target, x, y, w, h in boxes
+        if x + w > target.width + 1 or y + h > target.height + 1 or max(w, h) <= 1
+    ]
+    if len(wrong) > MAX_OUTSIDE * len(boxes):
+        target, box = wrong[0]
+        raise UserError(
+            f"det_file {det_file}: {len(wrong)} of {len(boxes)} boxes are not inside their image, such as "
+            f"{box} in one of {target.width} x {target.height} ({target.where}); boxes must be [x, y, width, "
+            "height] in pixels, not corners or shares of the image"
+        )
 
 
 class Detections:

@@ -671,7 +671,21 @@ def test_own_photos_train_and_refcoco_s_entries_may_stand_beside_them(tiny, tmp_
     both = f"test_file=[{tmp_path}/own.json, {tiny['data']}/grounding_test.json]"
     data = GroundingEvalData(config_of(tiny, both, 'det_file=""'))
     assert [target.ref_id for target in data.targets[:5]] == [None] * 4 + [1]
-    assert data.splits == ["val", "testA", "testB"]
+    assert data.splits == ["own_val", "val", "testA", "testB"]  # each for itself
+    assert [target.score_name for target in data.targets[3:5]] == ["own_val_h", "val_h"]
+
+
+@pytest.mark.parametrize(
+    "to_wrong", [lambda x, y, w, h: [x, y, x + w, y + h], lambda *box: [v / 48 for v in box]]
+)
+def test_a_detector_s_corners_or_shares_are_refused(tiny, tmp_path, to_wrong):
+    boxes = json.loads(Path(config_of(tiny)["det_file"]).read_bytes())
+    boxes = {
+        image: [[*to_wrong(*box[:4]), *box[4:]] for box in of_image] for image, of_image in boxes.items()
+    }
+    write(tmp_path / "dets.json", boxes)
+    with pytest.raises(UserError, match=r"dets.json: \d+ of \d+ boxes are not inside their image, such as"):
+        GroundingEvalData(config_of(tiny, f"det_file={tmp_path}/dets.json"))
 
 
 def test_a_box_is_in_pixels_of_the_upright_photo(tiny, tmp_path):
