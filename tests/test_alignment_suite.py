@@ -292,21 +292,40 @@ def test_flickr8k_judgements_know_the_captions_of_the_photo_itself(tmp_path):
 
 
 def test_images_lie_in_whichever_folder(tmp_path):
-    for name in ("val2017/000000000001.jpg", "vg/VG_100K/2.jpg", "vg/VG_100K_2/2.jpg"):
+    for name in ("val2017/000000000001.jpg", "vg/VG_100K/2.jpg", "vg/VG_100K_2/2.jpg", "hake/4.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     rows = [
         Row((name,), ("a", "b"), (0,), "k")
-        for name in ("COCO_val2014_000000000001.jpg", "VG_100K_2/2.jpg", "VG_100K/2.jpg", "3.jpg")
+        for name in (
+            "COCO_val2014_000000000001.jpg",
+            "VG_100K_2/2.jpg",
+            "VG_100K/2.jpg",
+            "3.jpg",
+            "2.jpg",  # of which folder?
+            "VG_100K/4.jpg",  # HAKE's is another photo
+            "4.jpg",
+        )
     ]
     left_out = Counter()
     images = [
         Path(row.images[0]).relative_to(tmp_path).as_posix() for row in locate(rows, [tmp_path], left_out)
     ]
-    assert images == ["val2017/000000000001.jpg", "vg/VG_100K_2/2.jpg", "vg/VG_100K/2.jpg"]
-    assert left_out == {suites.NO_FILE: 1}
+    assert images == ["val2017/000000000001.jpg", "vg/VG_100K_2/2.jpg", "vg/VG_100K/2.jpg", "hake/4.jpg"]
+    assert left_out == {suites.NO_FILE: 3}
     with pytest.raises(UserError, match=r"none of the files of valse there: actant-swap.json, "):
         files_of("valse", tmp_path)
+
+
+def test_files_of_a_suite_that_are_missing_or_there_twice_are_named(tmp_path, caplog):
+    for name in ("add_att", "swap_obj"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    assert [file.stem for file in files_of("sugar_crepe", tmp_path)] == ["add_att", "swap_obj"]
+    assert "sugar_crepe without add_obj.json, replace_att.json, replace_obj.json, replace_rel" in caplog.text
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "add_att.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has add_att.json twice: .*add_att.json and .*; name one by --file"):
+        files_of("sugar_crepe", tmp_path)
 
 
 # ---- the embedded scenes ----

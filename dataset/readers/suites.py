@@ -29,7 +29,7 @@ from typing import NamedTuple
 from simla.dataset.readers.json_list import read_json
 from simla.dataset.readers.tables import checked, has_area, read_json_lines, read_lines, value_of
 from simla.evaluation.alignment.rows import Row
-from simla.utils import UserError
+from simla.utils import UserError, log
 
 REFUSED = "foils that fewer than two of three annotators refused"
 NO_FILE = "rows with an image that is not there"
@@ -42,6 +42,8 @@ VALSE = (
 # COCO of 2014 calls a photo COCO_val2014_000000000042.jpg, VisDial VisualDialog_val2018_..., COCO of 2017 its
 # number alone.
 COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.jpg)")
+
+SHORT_NUMBER = re.compile(r"\d{1,11}\.\w+")
 
 Reader = Callable[[Path, Counter], Iterator[Row]]
 
@@ -65,12 +67,24 @@ def read_suite(name: str, files: Iterable[Path], left_out: Counter) -> list[Row]
 
 
 def files_of(name: str, root: Path) -> list[Path]:
-    """Return the suite's files in the folder or below it; UserError where there is none."""
+    """Return the suite's files in the folder or below it, and warn of those that are not there. UserError
+    where there is none, or one twice, whose rows would count double.
+    """
     patterns = SUITES[name].files
-    files = [file for pattern in patterns for file in sorted(root.rglob(pattern)) if file.is_file()]
-    if not files:
+    found = {
+        pattern: [path for path in sorted(root.rglob(pattern)) if path.is_file()] for pattern in patterns
+    }
+    missing = [pattern for pattern, files in found.items() if not files]
+    if len(missing) == len(patterns):
         raise UserError(f"--root {root}: none of the files of {name} there: {', '.join(patterns)}")
-    return files
+    for pattern, files in found.items():
+        if len(files) > 1 and "*" not in pattern:
+            raise UserError(
+                f"--root {root} has {pattern} twice: {files[0]} and {files[1]}; name one by --file"
+            )
+    if missing:
+        log.warning(f"{name} without {', '.join(missing)}, not below {root}: its score is that of the rest")
+    return [file for files in found.values() for file in files]
 
 
 # ---- images ----
@@ -97,13 +111,18 @@ def locate(rows: Iterable[Row], roots: Iterable[Path], left_out: Counter) -> lis
 
 
 def _look_up(name: str, paths: dict[str, list[Path]]) -> Path | None:
-    """Return the path that ends as the name does, folders included, or else the first of the file's name."""
+    """Return the path that ends as the name does, folders included, or else the first of the file's name;
+    None where there is none, or where that is a mere number, as Visual Genome's, and may be another photo's.
+    """
     parts = Path(name).parts
     candidates = paths.get(parts[-1], [])
     if not candidates and (match := COCO_2014.fullmatch(parts[-1])):
         candidates = paths.get(match[1], [])
-    whole = (path for path in candidates if path.parts[-len(parts) :] == parts)
-    return next(whole, candidates[0] if candidates else None)
+    whole = [path for path in candidates if path.parts[-len(parts) :] == parts]
+    is_clear = len(candidates) == 1 if len(parts) == 1 else bool(whole)
+    if SHORT_NUMBER.fullmatch(parts[-1]) and not is_clear:
+        return None
+    return next(iter(whole or candidates), None)
 
 
 # ---- readers ----
