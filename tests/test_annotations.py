@@ -300,11 +300,12 @@ def test_a_long_file_that_is_wrong_is_not_read_to_its_end(monkeypatch, tmp_path)
         assert file.tell() < 1000
 
 
-def test_several_files_are_one_sequence(tmp_path):
+def test_several_files_are_one_sequence(tmp_path, caplog):
     first, second = write(tmp_path / "a.json", pairs(3)), write(tmp_path / "b.json", pairs(2, "a cup"))
     empty = write(tmp_path / "c.json", [])
     entries = read_annotations([str(empty), str(first), str(second), str(empty)], FIELDS)
     assert len(entries) == 5
+    assert caplog.messages == [f"{empty} has no entries"] * 2
     assert [entry["where"] for entry in entries] == [f"{first}: entry {i}" for i in range(3)] + [
         f"{second}: entry {i}" for i in range(2)
     ]

@@ -1,4 +1,8 @@
-"""Official downloads, built small and as they are laid out on the disk, become annotation files."""
+"""Official downloads, built small and as they are laid out on the disk, become annotation files.
+
+The layouts: COCO's caption files as pycocotools reads them (excerpts of real ones: tests/excerpts), those of
+Karpathy, dataset_*.json, as imagernn/data_provider.py of github.com/karpathy/neuraltalk does.
+"""
 
 import json
 import re
@@ -108,12 +112,29 @@ def test_coco_by_karpathy_s_split(coco, capsys):
     assert f"configs/Retrieval_coco.yaml: image_root: {coco}/coco/images" in printed
 
 
+def test_karpathy_s_test_images_need_no_training_images(coco, tmp_path):
+    prepare("coco", coco, out=tmp_path / "all")
+    shutil.rmtree(coco / "coco/images/train2014")
+    prepare("coco", coco, "--only", "val", "test", out=tmp_path / "some")
+    assert sorted(path.name for path in (tmp_path / "some").iterdir()) == ["coco_test.json", "coco_val.json"]
+    for path in (tmp_path / "some").iterdir():
+        assert path.read_bytes() == (tmp_path / "all" / path.name).read_bytes()
+
+
+def test_files_that_are_replaced_by_others_are_named(coco, capsys):
+    for _ in range(2):
+        prepare("coco", coco)
+    assert "replaced, with" not in capsys.readouterr().out
+    put(coco / "coco_test.json", "[]")
+    prepare("coco", coco)
+    assert "replaced, with other entries than before: coco_test.json; a model" in capsys.readouterr().out
+
+
 def test_the_numbers_of_captions_stay_with_them(tmp_path):
     """A blank caption takes its number with it; a file without numbers has none written."""
-    put(tmp_path / "coco/images/train2014/1.jpg")
-    images = [coco_image(n, "test", "train2014", ["A dog.", " ", "A cat."]) for n in (1, 2)]
+    images = [coco_image(n, "test", "val2014", ["A dog.", " ", "A cat."]) for n in (1, 2)]
     for image in images:
-        put(tmp_path / "coco/images/train2014" / image["filename"])
+        put(tmp_path / "coco/images/val2014" / image["filename"])
     del images[1]["sentences"][0]["sentid"]
     put(tmp_path / "coco/dataset_coco.json", {"images": images})
     prepare("coco", tmp_path, "--only", "test")

@@ -1,4 +1,10 @@
-"""Pre-training files of Visual Genome, URL lists, img2dataset folders and own tables."""
+"""Pre-training files of Visual Genome, URL lists, img2dataset folders and own tables.
+
+The layouts: Visual Genome's files as visual_genome/local.py of its authors' visual_genome_python_driver reads
+them, SBU's as torchvision.datasets.SBU does, CC12M's lines as its page says, google-research-datasets/
+conceptual-12m; folders as writer.py of github.com/rom1504/img2dataset writes them, tables as Hugging Face's
+`datasets`.
+"""
 
 import io
 import json
@@ -254,6 +260,25 @@ def test_cc3m_without_one_of_its_parts(tmp_path, capsys):
     prepare("cc3m", tmp_path)
     assert not (tmp_path / "cc3m_train.json").exists() and (tmp_path / "cc3m_val.json").exists()
     assert f"cc3m_train.json: not made, no images in {tmp_path}" in capsys.readouterr().out
+
+
+def test_without_images_those_that_img2dataset_has_written_stand_under_their_names(tmp_path, capsys):
+    download(tmp_path / "cc3m/val", with_tables=False)
+    put(tmp_path / "cc3m/val.tsv", f"a thing\t{URLS[0]}\n")
+    prepare("cc3m", tmp_path)
+    before = (tmp_path / "cc3m_val.json").read_bytes()
+    prepare("cc3m", tmp_path, "--without_images")
+    assert (tmp_path / "cc3m_val.json").read_bytes() == before
+    assert "of the images that img2dataset has written to" in capsys.readouterr().out
+
+
+def test_without_images_the_folder_that_is_there_is_taken(tmp_path):
+    put(tmp_path / "cc3m/val.tsv", "".join(f"a thing\t{url}\n" for url in URLS[:2]))
+    put(tmp_path / f"cc3m/validation/{crc32(URLS[0])}")
+    prepare("cc3m", tmp_path, "--without_images")
+    assert [Path(entry["image"]).name for entry in load(tmp_path / "cc3m_val.json")] == [
+        str(crc32(url)) for url in URLS[:2]
+    ]
 
 
 def test_cc12m_has_the_url_first_and_may_have_a_header(tmp_path):
@@ -707,6 +732,13 @@ def test_rows_of_some_splits_alone(tmp_path, capsys):
     with pytest.raises(UserError, match=r"--only: .*b.parquet has no column 'split'; it has image, text"):
         prepare("huggingface", tmp_path, "--table", "a.parquet", "b.parquet", "--only", "test")
     assert (tmp_path / "pairs_shards/00000.tar").read_bytes() == before
+
+
+def test_splits_may_be_numbers(tmp_path):
+    put_table(tmp_path / "a.parquet", [{"image": picture(), "text": f"x{n}", "split": n} for n in range(2)])
+    prepare("huggingface", tmp_path, "--table", "a.parquet", "--only", "1")
+    entries = read_sets([f"{tmp_path}/pairs_shards/00000.tar"])
+    assert len(entries) == 1 and entries[0]["text"] == "x1"
 
 
 def test_shards_of_one_set_are_not_those_of_another(tmp_path):

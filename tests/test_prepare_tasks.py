@@ -1,5 +1,9 @@
 """Official downloads of RefCOCO, VQA v2, NLVR2 and SNLI-VE, made small: what they become, by the configs'
 names, as the tasks' own loaders read it; and what is said of damaged, missing and odd parts.
+
+The layouts: references and instances.json as refer.py of github.com/lichengunc/refer reads them, the lines of
+SNLI-VE as vet/tools/snli_ve_parser.py of github.com/necla-ml/SNLI-VE does; of VQA and NLVR2 real excerpts are
+read, too.
 """
 
 import json

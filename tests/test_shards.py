@@ -655,6 +655,14 @@ def test_a_list_in_a_txt_is_several_captions_and_said_once(tmp_path, caplog):
     assert caplog.text.count("0.tar: lists written as text are read as several captions") == 1
 
 
+def test_a_txt_of_several_lines_is_one_caption_which_is_said(tmp_path, caplog):
+    """Texts of web pages have ends of lines in them."""
+    members = {"0.jpg": picture(), "0.txt": b"a dog\nin the snow\n", "1.jpg": picture(), "1.txt": b"a cat\n"}
+    shards = Shards([str(write_tar(tmp_path / "0.tar", members))])
+    assert [entry["text"] for entry in shards] == ["a dog\nin the snow\n", "a cat\n"]
+    assert caplog.text.count("0.tar: texts of several lines are read as one caption each") == 1
+
+
 def test_shards_that_are_no_tar_files(tmp_path, caplog):
     (tmp_path / "0.tar").write_text("<html>404 not found</html>" * 100)
     (tmp_path / "1.tar").touch()

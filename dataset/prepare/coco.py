@@ -57,7 +57,7 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     official = OFFICIAL[options.split]
     sets = sets_to_make(options, official, report)
     if options.split == "karpathy":
-        stem, images, splits = "coco", *_karpathy(root, report)
+        stem, images, splits = "coco", *_karpathy(root, sets, report)
     else:
         stem, images, splits = f"coco{options.split}", *_official(root, options.split, sets, report)
     splits = {split: pictures for split, pictures in splits.items() if split in sets}
@@ -73,10 +73,13 @@ def prepare(root: Path, out: Path, options: argparse.Namespace, report: Report) 
     report.notes.append(f"configs/Retrieval_coco.yaml: image_root: {images.folder}")
 
 
-def _karpathy(root: Path, report: Report) -> tuple[Images, Splits]:
-    folders = [place.format(f"train{year}") for year in (2014, 2017) for place in IMAGE_PLACES]
-    wanted, source = {"dataset_coco.json": SPLIT_FILES}, f"{PAGE}; images: {DOWNLOADS}"
-    file, folder = find_all(root, source, wanted, {"folder of training images": folders}, report).values()
+def _karpathy(root: Path, sets: list[str], report: Report) -> tuple[Images, Splits]:
+    # His val and test images are in val2014, of the names of 2017 most in train2017.
+    names = ["train2014", "train2017"] if "train" in sets else ["val2014", "train2017", "val2017"]
+    folders = [place.format(name) for name in names for place in IMAGE_PLACES]
+    wanted, source = {"dataset_coco.json": SPLIT_FILES}, f"{PAGE}; images: {DOWNLOADS}{OR_ONLY}"
+    what = "folder of training images" if "train" in sets else "folder of val2014's images"
+    file, folder = find_all(root, source, wanted, {what: folders}, report).values()
     of_val = [place.format(folder.name.replace("train", "val")) for place in IMAGE_PLACES]
     images = Images(_parent([folder, find(root, of_val) or folder]), report, IMAGES)
 

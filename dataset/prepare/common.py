@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ NUM_CAUSES = 30  # shown one by one, the most frequent ones
 NUM_THREADS = 16  # that list folders; they wait for the disk, not for the processor
 LOG_FOLDERS = 1000  # between two lines of progress
 LOG_ENTRIES = 1_000_000  # likewise
+END = b"\n]\n"  # of a file of entries
 OR_ONLY = "; --only makes some of the sets, without the files of the others"
 
 
@@ -29,9 +31,9 @@ OR_ONLY = "; --only makes some of the sets, without the files of the others"
 class Report:
     """Account of a conversion; `str` makes the table that ends it.
 
-    source: paper or page of the official numbers; written: (path, number of entries) of each file; notes:
-    lines at the end, such as what to set in a config; without_images: entries are kept whose image is
-    missing.
+    source: paper or page of the official numbers; written: (path, number of entries) of each file; replaced:
+    those of them that had other entries before; notes: lines at the end, such as what to set in a config;
+    without_images: entries are kept whose image is missing.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Report:
     noticed: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     written: list[tuple[Path, int]] = field(default_factory=list)
+    replaced: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     without_images: bool = False
 
@@ -75,10 +78,12 @@ class Report:
         The file takes its name when it is complete: an earlier one stays until then. Raises UserError where
         there is no entry, or where writing fails.
         """
-        number = 0
+        number, before, now = 0, _checksum(path), 0
         with atomic_write(path) as file:
             for number, entry in enumerate(entries, 1):
-                file.write((",\n" if number > 1 else "[\n").encode() + json.dumps(entry).encode())
+                line = (",\n" if number > 1 else "[\n").encode() + json.dumps(entry).encode()
+                now = zlib.crc32(line, now)
+                file.write(line)
                 if number % LOG_ENTRIES == 0:
                     log.info(f"{path}: {number:,} entries")
             if not number:
@@ -86,8 +91,10 @@ class Report:
                 raise UserError(
                     f"no entry to write to {path}: {causes}; an earlier file of that name is unchanged"
                 )
-            file.write(b"\n]\n")
+            file.write(END)
         self.written.append((path, number))
+        if before not in (None, zlib.crc32(END, now)):
+            self.replaced.append(path)
         return number
 
     def _show(self, what: str, examples: list[str]) -> None:
@@ -113,6 +120,12 @@ class Report:
         lines += ["left out:" + ("" if self.left_out else " nothing"), *self._table(self.left_out)]
         lines.append("written:" + ("" if self.written else " nothing"))
         lines += [f"  {number:>12,}  entries in {path}" for path, number in self.written]
+        if self.replaced:
+            names = ", ".join(path.name for path in self.replaced)
+            lines.append(
+                f"replaced, with other entries than before: {names}; a model that was trained by the old "
+                "files may have seen test images of the new ones"
+            )
         return "\n".join([*lines, *self.notes])
 
     def _table(self, counter: Counter[str]) -> Iterator[str]:
@@ -121,6 +134,18 @@ class Report:
             yield f"  {number:>12,}  {cause}; first: {', '.join(self.examples[cause])}"
         if rest := causes[NUM_CAUSES:]:
             yield f"  {sum(number for _, number in rest):>12,}  for {len(rest)} rarer causes"
+
+
+def _checksum(path: Path) -> int | None:
+    """Return that of the file's bytes, None where there is no file."""
+    value = 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                value = zlib.crc32(block, value)
+    except OSError:
+        return None
+    return value
 
 
 # ---- the downloads ----

@@ -101,7 +101,7 @@ def _samples(
     columns = [image, *captions, *([split] if split and only else [])]
     for number, row in enumerate(read_table(path, columns, BATCH_IMAGES)):
         report.count("rows")
-        if only and row[split] not in only:
+        if only and str(row[split]) not in only:
             report.leave_out(f"rows of split {row[split]!r}", f"{path.name} row {number}")
             continue
         cell, where = row[image], f"{path.name} row {number}"

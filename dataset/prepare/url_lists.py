@@ -128,11 +128,13 @@ def _write(url_list: UrlList, root: Path, out: Path, options: argparse.Namespace
     """Write the pre-training file of a list; return whether its images and the list are there."""
     stem, path = url_list.stem, out / f"{url_list.stem}.json"
     folder, listed = find(root, url_list.images), find(root, url_list.lists)
-    if report.without_images:
-        folder = root / url_list.images[0]
-    elif folder is not None and is_output(folder):
+    if folder is not None and is_output(folder):
         write_output(folder, path, prefix(folder, root, options), report, url_list.num_lines)
+        if report.without_images:
+            report.notes.append(f"{path.name}: of the images that img2dataset has written to {folder} alone")
         return True
+    if folder is None and report.without_images:
+        folder = root / url_list.images[0]
     if folder is None or listed is None:
         report.notes.append(f"{path.name}: not made, {'no list' if folder else 'no images'} in {root}")
         return False

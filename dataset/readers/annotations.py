@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from simla.dataset.readers.json_list import JsonList
-from simla.utils import UserError, fill_in
+from simla.utils import UserError, fill_in, log
 
 TEXT = (str,)
 TEXTS = (str, list)
@@ -112,6 +112,9 @@ def read_annotations(
         raise UserError(
             f"no entries in {files}; an annotation file is a JSON list (or lines) of {_example(fields)}"
         )
+    for path, entries in zip(paths, lists, strict=True):
+        if not len(entries):
+            log.warning(f"{path} has no entries")
     roots = [(Path(fill_in(image_root)) if image_root else path.parent).absolute() for path in paths]
     return Annotations(lists, roots, "images" in fields, suffix, check_entry if is_late else None)
 

@@ -156,8 +156,10 @@ def _caption(name: str, content: bytes, kind: int) -> str | list[str]:
                 raise BadImage(name, f"no caption: no field 'caption', found {found}"[:200])
             caption = fields["caption"]
         elif listed := listed_texts(caption):
-            _say_listed_in(name.partition(": ")[0])
+            _say_once(f"{name.partition(': ')[0]}: lists written as text are read as several captions")
             caption = listed
+        elif "\n" in caption.strip():
+            _say_once(f"{name.partition(': ')[0]}: texts of several lines are read as one caption each")
     except ValueError as error:
         raise BadImage(name, f"no caption: {first_line(error)}") from error
     texts = caption if isinstance(caption, list) and caption else [caption]
@@ -167,8 +169,8 @@ def _caption(name: str, content: bytes, kind: int) -> str | list[str]:
 
 
 @cache  # once per process and shard
-def _say_listed_in(shard: str) -> None:
-    log.warning(f"{shard}: lists written as text are read as several captions")
+def _say_once(message: str) -> None:
+    log.warning(message)
 
 
 # ---- which members make a sample ----
