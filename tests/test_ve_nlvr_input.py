@@ -120,6 +120,7 @@ def test_nlvr_takes_two_images(tmp_path, number):
         (Pretrain_NLVR, [ve_entry()], "entry 0 has no 'caption'"),
         (VE, [{"image": "a.jpg", "caption": ["b"]}], "entry 0 has no 'sentence'"),
         (VE, [ve_entry(label=2)], "entry 0: 'label' must be text, found 2"),
+        (VE, [ve_entry(label=None)], "entry 0: 'label' must be text, found None"),
         (VE, [{"image": "a", "sentence": "b"}], "entry 0 has no 'label'"),
         (NLVR, [nlvr_entry(images="a.jpg")], "entry 0: 'images' must be a non-empty list of texts"),
         (NLVR, [nlvr_entry(sentence=["a"])], "entry 0: 'sentence' must be text"),
