@@ -45,6 +45,8 @@ from simla.utils import (
     world_size,
 )
 
+SCORE_FILES = "retrieval_scores.pt", "coco_rankings.json"  # in result/, with config save_scores
+
 
 def encode_images(
     model: SIMLARetrieval, data: RetrievalEvalData, tokenizer, config: dict, device: torch.device
@@ -139,8 +141,6 @@ def report(
         log.info(f"{name:12} {value:6.2f}" + (f"   chance {chance[name]:6.2f}" if name in chance else ""))
     if reason := why_no_coco_scores(data.coco_ids):
         log.info(f"{config['test_file']}: no ECCV Caption and CxC, {reason}")
-    if not config["save_scores"]:
-        forget_results(output_dir, "retrieval_scores.pt", "coco_rankings.json")
     save_result(output_dir, "retrieval", {**protocol, **recall, "chance": chance})
 
 
@@ -163,7 +163,8 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     model = model.to(run.device)
 
     # evaluate and save
-    scores_file = result_path(run.output_dir, "retrieval_scores.pt") if config["save_scores"] else None
+    forget_results(run.output_dir, *SCORE_FILES)
+    scores_file = result_path(run.output_dir, SCORE_FILES[0]) if config["save_scores"] else None
     recall = evaluate(model, data, tokenizer, config, run.device, scores_file)
     record_evaluation({f"test_{name}": value for name, value in recall.items()}, config, run.output_dir)
 

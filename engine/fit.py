@@ -20,9 +20,9 @@ def fit(training: Training, evaluate: Callable[[int], Scores] | None = None) -> 
     if is_main():
         save_config(training.config, training.run.output_dir)
     with StopSignals(grace_seconds) as signals, training.run_log, training.saver:
-        if training.is_best_stale:
+        if why := training.why_best_is_stale():
             with signals.stopping_at_once():
-                training.score_best_anew(evaluate)
+                training.score_best_anew(evaluate, why)
         for epoch in range(first_epoch, epochs):
             # Saved before a long evaluation, so that a kill during it costs no training.
             stats = training.train_one_epoch(signals, save_last=evaluate is not None)

@@ -33,6 +33,7 @@ from simla.engine.run_record import (
     previous_run,
     release_folder,
     set_aside_logs,
+    this_job,
 )
 from simla.engine.signals import Stopped, StopSignals
 from simla.utils import (
@@ -191,7 +192,7 @@ def _what_to_resume(folder: str, checkpoint: str, resume: bool) -> str:
     """
     restarts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
     is_restart = any(count not in (None, "", "0") for count in restarts)
-    if is_restart and (run := previous_run(folder)) and (newest := newest_good(folder, run)):
+    if is_restart and (run := previous_run(folder, this_job())) and (newest := newest_good(folder, run)):
         log.info(f"started again: going on from {newest}")
         return str(newest)
     if resume and checkpoint:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from simla.dataset.loaders import signatures
 from simla.engine.run_record import save_config
-from simla.utils import UserError, append_log, atomic_write, is_main, json_text
+from simla.utils import UserError, append_log, atomic_write, is_main, json_text, log
 
 SCORED_BY = ("k_test", "score", "score_itc_weight", "sentence_only", "det_file", "gradcam_mode", "block_num")
 
@@ -22,8 +22,11 @@ def protocol(data: Mapping[str, Sequence], settings: dict) -> dict:
 
 
 def protocol_difference(old: dict | None, new: dict | None) -> str:
-    """Return what differs between two of `protocol`, "" where nothing does."""
-    old, new = old or {}, new or {}
+    """Return what differs between two of `protocol`, "" where nothing does; old: None where none is known."""
+    if new is None:
+        return ""
+    if old is None:
+        return "by which files and settings is not known"
     changed = [key for key in old | new if old.get(key) != new.get(key)]
     return ", ".join(
         f"the {key} are others"
@@ -55,9 +58,11 @@ def save_result(output_dir: str | Path, name: str, content: dict | list) -> None
 
 
 def forget_results(output_dir: str | Path, *names: str) -> None:
-    """Remove files that an earlier evaluation left in result/ and this one does not write."""
-    for name in names if is_main() else ():
-        Path(output_dir, "result", name).unlink(missing_ok=True)
+    """Remove files that an earlier evaluation left in result/ and that this one may not write."""
+    for path in (Path(output_dir, "result", name) for name in names):
+        if is_main() and path.exists():
+            path.unlink()
+            log.info(f"removed {path}, of an earlier evaluation")
 
 
 def record_evaluation(scores: dict[str, float | list], config: dict, output_dir: str) -> None:

@@ -70,9 +70,18 @@ def read_record(path: Path) -> dict:
         return {}
 
 
-def previous_run(output_dir: str) -> str:
-    """Return the id of the run that was last started in the folder, "" where none can be read."""
-    return read_record(Path(output_dir, "run.json")).get("run", "")
+def previous_run(output_dir: str, job: str = "") -> str:
+    """Return the id of the run that was last started in the folder, "" where none can be read, or where that
+    was not of the `job`.
+    """
+    record = read_record(Path(output_dir, "run.json"))
+    return "" if job and record.get("job", job) != job else record.get("run", "")
+
+
+def this_job() -> str:
+    """Return what a process has in common with one that SLURM or torchrun starts in its place."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"SLURM {job}" if job else f"{socket.gethostname()} {os.getppid()}"
 
 
 def holds_training(output_dir: str) -> bool:
@@ -156,6 +165,7 @@ class RunRecord:
             "status": "running",
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "resumed_from": resumed_from,
+            "job": this_job(),
             "code_revision": code_revision() if is_main() else "",
             "versions": versions() if is_main() else {},
             "num_hosts": len(set(all_gather_objects(socket.gethostname()))),

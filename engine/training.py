@@ -79,8 +79,11 @@ class Training:
         self.num_steps = 0  # of the epoch in progress, those done included
         self.kept: str = run.checkpoint
         self.kept_scores: Scores = {}
-        self.protocol, self.is_best_stale = protocol, False  # stale: scored by another protocol
-        self.best_as_saved = {"best": {}, "protocol": protocol}  # of checkpoint_best.pth, when it was written
+        self.protocol = all_gather_objects(protocol)[0]
+        self.best_as_saved = {
+            "best": {},
+            "protocol": self.protocol,
+        }  # of checkpoint_best.pth as it was written
         self.whole, self.window, self.bad_images = MetricLog(), MetricLog(), BadImages()
         self.resumed_rank: dict | None = None  # this rank's part of a state in mid-epoch, until that goes on
         self.unchecked: tuple[FiniteCheck, str, list[str]] | None = None  # the last step, where, its files
@@ -321,7 +324,7 @@ class Training:
         for name, (old, new) in changes.items():
             log.info(f"config differs from the checkpoint's: {name} was {old!r}, is {new!r}")
         self.kept_scores = rest.get("best", {})
-        self.best_as_saved = {"best": self.kept_scores, "protocol": rest.get("protocol", self.protocol)}
+        self.best_as_saved = {"best": self.kept_scores, "protocol": rest.get("protocol")}
         if self.best and self.kept_scores:
             self.find_best(path)
 
@@ -384,16 +387,20 @@ class Training:
             self.kept_scores, self.best_as_saved = {}, {"best": {}, "protocol": self.protocol}
             return
         self.kept = str(folder / BEST)
-        if difference := protocol_difference(self.best_as_saved["protocol"], self.protocol):
-            log.warning(
-                f"the best epoch so far was scored otherwise: {difference}; {self.kept} is scored anew"
-            )
-            self.is_best_stale = True
 
-    def score_best_anew(self, evaluate: Callable[[int], Scores]) -> None:
+    def why_best_is_stale(self) -> str:
+        """Return why the scores of the best epoch before a resume are none of now, "" where they are."""
+        if not (self.best and self.kept_scores):
+            return ""
+        if self.best not in self.kept_scores:
+            return f"it has no {self.best}"
+        return protocol_difference(self.best_as_saved["protocol"], self.protocol)
+
+    def score_best_anew(self, evaluate: Callable[[int], Scores], why: str) -> None:
         """Take the scores of the best epoch so far by the protocol of now; the weights stay as they are."""
+        log.warning(f"the best epoch so far was scored otherwise: {why}; {self.kept} is scored anew")
         epoch = self.kept_scores["epoch"]
         weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(safe_load(self.kept)["model"])
-        self.kept_scores, self.is_best_stale = {**evaluate(epoch), "epoch": epoch}, False
+        self.kept_scores = {**evaluate(epoch), "epoch": epoch}
         self.model.load_state_dict(weights)

@@ -26,6 +26,7 @@ import Pretrain
 from simla.checkpoint.save import load_checkpoint
 from simla.dataset import loaders
 from simla.dataset.loaders import loader_problem
+from simla.engine import launch, run_record
 from simla.engine.exit import RESUMABLE
 from simla.engine.launch import run_script, script_arguments, start
 from simla.engine.signals import StopSignals
@@ -375,7 +376,7 @@ def restarted(monkeypatch, tmp_path) -> Iterator:
 
     def choose(restarts: str, *flags: str) -> tuple[str, bool, str]:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-        (tmp_path / "run.json").write_text(json.dumps({"run": "this"}))
+        (tmp_path / "run.json").write_text(json.dumps({"run": "this", "job": run_record.this_job()}))
         args = script_arguments("x", "c", str(tmp_path)).parse_args(["--device", "cpu", *flags])
         run = start(args, {"precision": "fp32", "wandb": {}})
         return Path(run.checkpoint).name, run.resume, run.id
@@ -389,6 +390,15 @@ def test_a_restart_does_not_take_an_earlier_runs_checkpoint_for_its_own(restarte
     torch.save({"run": "this"}, tmp_path / "checkpoint_00_000002.pth")  # nearer to its start
     assert restarted("1") == ("checkpoint_00_000002.pth", True, "this")
     assert restarted("0")[:2] == ("", False)  # the first start
+
+
+def test_a_restart_before_the_run_has_said_what_it_is_takes_no_other_s_checkpoint(
+    restarted, tmp_path, monkeypatch
+):
+    torch.save({"run": "this"}, tmp_path / "checkpoint_00_000002.pth")
+    assert restarted("1") == ("checkpoint_00_000002.pth", True, "this")
+    monkeypatch.setattr(launch, "this_job", lambda: "that of yesterday")
+    assert restarted("1")[:2] == ("", False)
 
 
 def test_a_restart_of_a_resumed_run_goes_on_from_its_own_last_checkpoint(restarted, tmp_path):
