@@ -117,7 +117,7 @@ def read_config(
     overrides = [re.sub(r"^scheduler(?=[.=])", "schedular", override) for override in overrides or []]
     for override in overrides:
         _override(values, override)
-    given = {override.partition("=")[0] for override in overrides}
+    given = {name for override in overrides for name in _names(override)}
     config = check_values(values, table, path, hint=hint, files=files | dict.fromkeys(given, path))
     _check_fit(config, path)
     for name, key in flat(table).items():
@@ -126,7 +126,13 @@ def read_config(
     notes += _notes_on_rates(config, files | dict.fromkeys(given, "--overrides"))
     if config["data_root"]:  # absolute, so that the copy beside the results can be read again
         config["data_root"] = str(Path(fill_in(config["data_root"])).absolute())
+    unmoved = _resolve(config, Key(table), "")
     config = _resolve(config, Key(table), config["data_root"])
+    if "data_root" in given and config["image_root"] and config == unmoved:
+        raise UserError(
+            f"--overrides data_root has no effect: all paths of data in {path} are absolute, such as "
+            f"image_root {config['image_root']}"
+        )
     config["image_root"] = config["image_root"] or config["data_root"]
     return config
 
@@ -189,7 +195,8 @@ def _lay_over(values: dict, layer: dict, file: str, files: dict[str, str], secti
             before = values.get(name)
             if name == "bert_config" and isinstance(before, str):
                 before = _read_bert_config(before)
-            values[name] = dict(before) if isinstance(before, dict) else {}
+            is_emptied = name == "wandb" and not value  # of keys that are not ours
+            values[name] = dict(before) if isinstance(before, dict) and not is_emptied else {}
             _lay_over(values[name], value, file, files, f"{section}{name}.")
         else:
             values[name] = value
@@ -278,9 +285,19 @@ def _override(values: dict, text: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"--overrides {text}: {parent} is a value, not a section")
     try:
-        values[leaf] = YAML(typ="safe", pure=True).load(value)
+        value = YAML(typ="safe", pure=True).load(value)
     except YAMLError as error:
         raise UserError(f"--overrides {text}: {value!r} is not valid YAML") from error
+    _lay_over(values, {leaf: value}, "--overrides", {})  # of a section the keys named alone
+
+
+def _names(override: str) -> Iterator[str]:
+    """Yield the names that an override sets: of a section also those in it."""
+    name, _, text = override.partition("=")
+    yield name
+    value = YAML(typ="safe", pure=True).load(text)
+    if isinstance(value, dict):
+        yield from (f"{name}.{inner}" for inner in value)
 
 
 def _read_bert_config(path: str) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 from simla.utils import UserError, shipped
@@ -35,8 +36,8 @@ class BertConfig:
     def read(cls, source: str | dict) -> "BertConfig":
         """Return the sizes in a JSON file or a mapping; BERT keys that have no meaning here are passed over.
 
-        Raises UserError for a missing or broken file, for values that are no sizes and for sizes that do not
-        fit together.
+        Raises UserError for a missing or broken file, for a key that is nearly one that counts, for values
+        that are no sizes and for sizes that do not fit together.
         """
         if not isinstance(source, dict):
             path = shipped(source)
@@ -49,6 +50,9 @@ class BertConfig:
         if source.get("hidden_act", "gelu") != "gelu":
             raise UserError(f"bert_config hidden_act is {source['hidden_act']!r}; only 'gelu' is supported")
         known = {field.name for field in fields(cls)}
+        for key in source.keys() - known:
+            if near := get_close_matches(key, known, n=1, cutoff=0.9):
+                raise UserError(f"bert_config has {key}, which means nothing here; is {near[0]} meant?")
         config = cls(**{key: value for key, value in source.items() if key in known})
         for field in fields(cls):
             value, least = getattr(config, field.name), LEAST.get(field.name, int(field.type is int))

@@ -137,10 +137,12 @@ def test_what_cannot_be_meant_is_refused_with_the_range(override, expected):
         ("num_hidden_layers=1000000000000", "expected int, at least 1 and below 1001"),
         ("num_hidden_layers=true", "num_hidden_layers is True; expected int, at least 1"),
         ("encoder_width=64", "encoder_width 64 of bert_config must be vision_width 128"),
+        ("={num_hidden_layer: 3}", "bert_config has num_hidden_layer, .*; is num_hidden_layers meant"),
     ],
 )
 def test_sizes_of_the_text_encoder(override, expected, monkeypatch, tmp_path):
-    flags = ["--config", SHIPPED["VE"], "--output_dir", tmp_path, "--overrides", f"bert_config.{override}"]
+    override = f"bert_config{'.' * (override[0] != '=')}{override}"
+    flags = ["--config", SHIPPED["VE"], "--output_dir", tmp_path, "--overrides", override]
     monkeypatch.setattr(sys, "argv", ["VE.py", *map(str, flags)])
     with pytest.raises(UserError, match=expected):
         parse(script_arguments("x", "", ""), TABLES["VE"])
@@ -288,6 +290,30 @@ def test_an_override_of_one_default_of_a_section_keeps_the_others(tmp_path):
     assert (config["schedular"]["min_lr"], config["schedular"]["epochs"]) == (0, 5)
 
 
+def test_an_overridden_section_keeps_the_keys_that_are_not_named(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"base: {SHIPPED['Pretrain']}\nloss_weights: {{mim: 0}}\noptimizer: {{weight_decay: 0.1}}\n"
+    )
+    config = read(
+        ["loss_weights={mlm: 0}", "optimizer={lr: 2e-4}", "bert_config={num_hidden_layers: 3}"], str(path)
+    )
+    assert (config["loss_weights"]["mim"], config["loss_weights"]["mlm"]) == (0, 0)
+    assert (config["optimizer"]["weight_decay"], config["optimizer"]["lr"]) == (0.1, 2e-4)
+    assert config["bert_config"]["num_hidden_layers"] == 3
+    assert "--overrides schedular.lr has no effect" in refusal("schedular={epochs: 3, lr: 1e-3}")
+
+
+def test_another_data_root_moves_paths_or_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("image_res: 384\ntest_file: a.json\ndata_root: /one\n")
+    config = read(["data_root=/two"], str(path), "Retrieval")
+    assert (config["test_file"], config["image_root"]) == ("/two/a.json", "/two")
+    path.write_text("image_res: 384\ntest_file: /one/a.json\nimage_root: /one\ndata_root: /one\n")
+    with pytest.raises(UserError, match=r"--overrides data_root has no effect: all paths of data in .* /one"):
+        read(["data_root=/two"], str(path), "Retrieval")
+
+
 # ---- variants ----
 
 
@@ -322,6 +348,8 @@ def test_a_variant_overrides_single_keys_of_its_base_and_of_that_one_s(write, tm
     assert found == plain and "base" not in found
     assert found["optimizer"]["lr"] == 1e-4 and found["wandb"] == {"project": "p", "name": "c"}
     assert read(["wandb.name=d"], path)["wandb"] == {"project": "p", "name": "d"}
+    without = write("d.yaml", f"base: {path}\nwandb: {{}}\n")
+    assert read([], without)["wandb"] == {}
 
 
 @pytest.mark.parametrize(
