@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from torch import Tensor
 
 from simla.checkpoint.load import (
+    check_same_build,
     config_in,
     kind_of,
     map_state,
@@ -53,13 +54,15 @@ def verdict(
     config: str,
     overrides: list[str],
     source: str,
-    metadata: dict,
+    content: dict,
 ) -> str:
     """Return what the task's model of that config would take from the file, or why it would refuse it."""
+    settings = read_config(config, TABLES[task], overrides)
     with torch.device("meta"):
-        model = TASKS[task].build(read_config(config, TABLES[task], overrides))
+        model = TASKS[task].build(settings)
     try:
-        _, report = map_state(state, shapes_of(model), task, source, metadata)
+        check_same_build(settings, config_in(content, source), source)
+        _, report = map_state(state, shapes_of(model), task, source, metadata_in(content))
     except UserError as error:
         return f"{task} with {config} would refuse it: {error}"
     lists = {label: getattr(report, label) for label in ("interpolated", "fresh", "unused")}
@@ -103,7 +106,7 @@ def inspect(path: str, task: str | None = None, config: str = "", overrides: lis
     yaml.dump(config_in(content, path), text)
     lines.append(f"config:\n{text.getvalue().rstrip()}")
     if task:
-        lines.append(verdict(state, task, config, overrides or [], path, metadata))
+        lines.append(verdict(state, task, config, overrides or [], path, content))
     return "\n".join(lines)
 
 

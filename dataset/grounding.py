@@ -15,7 +15,7 @@ from simla.dataset.items import EvalItems, finetune_loader, leave_out_unreadable
 from simla.dataset.readers.annotations import TEXT, Annotations, Mapped, item_of, read_annotations
 from simla.dataset.readers.json_list import read_json
 from simla.dataset.readers.plain_pickle import read_plain_pickle
-from simla.dataset.readers.tables import by_id, checked, is_box, look_up
+from simla.dataset.readers.tables import MAX_MISPLACED, by_id, checked, is_box, is_placed, look_up
 from simla.dataset.retrieval import WithIdentities
 from simla.utils import UserError
 
@@ -39,7 +39,6 @@ RELEASES = {  # by the "dataset" of an entry
 }
 COCO_NUMBER = re.compile(r"(\d{12})\.\w+$")  # of an image, in the name of its file
 OWN = "own"  # what boxes in entries are called beside RefCOCO+'s
-MAX_OUTSIDE = 0.25  # of a detector's boxes; right ones may leave the image by their rounding
 PUBLISHED = "refcoco+"  # of an entry that names none; the names of its scores have no prefix
 
 
@@ -180,13 +179,9 @@ def check_candidates(targets: list[Target], det_file: str) -> None:
     """Raise UserError where too many of a detector's boxes leave their image, as corners do that are read as
     [x, y, width, height], or are no larger than a pixel, as shares of the image are.
     """
-    boxes = [(target, *box[:4]) for target in targets for box in target.candidates or ()]
-    wrong = [
-        (target, [x, y, w, h])
-        for target, x, y, w, h in boxes
-        if x + w > target.width + 1 or y + h > target.height + 1 or max(w, h) <= 1
-    ]
-    if len(wrong) > MAX_OUTSIDE * len(boxes):
+    boxes = [(target, box[:4]) for target in targets for box in target.candidates or ()]
+    wrong = [(target, box) for target, box in boxes if not is_placed(box, target.width, target.height)]
+    if len(wrong) > MAX_MISPLACED * len(boxes):
         target, box = wrong[0]
         raise UserError(
             f"det_file {det_file}: {len(wrong)} of {len(boxes)} boxes are not inside their image, such as "

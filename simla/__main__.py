@@ -170,6 +170,9 @@ def describe(result: dict) -> str:
             lines.append(f"{value:10.4f}  {name}")
     if "num_images" in result and "results" not in result:
         lines.append(f"{result['num_images']} images")
+    if unreadable := result.get("unreadable"):
+        (file, cause), number = next(iter(unreadable.items())), len(unreadable)
+        lines.append(f"{number} image{'s' * (number > 1)} cannot be read, the first: {file} ({cause})")
     if note := describe_passed_over(result.get("passed_over", {})):
         lines.append(note)
     if "shape" in result:

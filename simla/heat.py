@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from simla.dataset.readers.tables import has_area
+from simla.dataset.readers.tables import MAX_MISPLACED, has_area, is_placed
 from simla.dataset.text import tokenize
 from simla.evaluation.grounding import box_score, heat_box, resize_heat
 from simla.models.gradcam import grad_cam, itm_token_maps
@@ -114,10 +114,18 @@ def grounding(
     width: int,
     boxes: list[list[float]],
 ) -> Grounding:
-    """Return the maps with what they say of boxes, by the rules of Grounding.py."""
+    """Return the maps with what they say of boxes, by the rules of Grounding.py. Raises UserError where more
+    than a few of the boxes are not in the image.
+    """
     full = resize_heat(heat, height, width)
     box = heat_box(full)
     if box is not None and box[2] * box[3] >= EVERYWHERE * height * width:
         box = None
+    wrong = [each for each in boxes if not is_placed(each, width, height)]
+    if len(wrong) > MAX_MISPLACED * len(boxes):
+        raise UserError(
+            f"{len(wrong)} of {len(boxes)} boxes are not inside the image of {width} x {height}, such as "
+            f"{wrong[0]}; they must be [x, y, width, height] in pixels, not corners or shares of the image"
+        )
     ranked = sorted(((box, box_score(full, box)) for box in boxes), key=lambda pair: -pair[1])
     return Grounding(text, heat, words, height, width, box, ranked)

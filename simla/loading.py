@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from simla.checkpoint.initial import warn_of_another_vocabulary
 from simla.checkpoint.load import (
     config_in,
     kind_of,
@@ -29,7 +30,7 @@ from simla.models.bert_config import BertConfig
 from simla.utils import PRECISIONS, UserError, check_weight, log, own_surroundings, pick_device, shipped
 
 CHOICES = ("k_test", "score", "score_itc_weight", "batch_size_test", "eos", "num_beams", "max_answer_tokens")
-MAY_CHANGE = ("image_res", *CHOICES, "text_encoder")
+MAY_CHANGE = ("image_res", *CHOICES, "text_encoder", "sentence_only")
 USED_KEYS = {*ENCODERS, *CONTRAST, *CHOICES, "vit_mask_token", "decoder_layers", "sentence_only"}
 
 
@@ -87,6 +88,7 @@ def _load(
     settings["vit_mask_token"] = kind != "pretrain" and "visual_encoder.mask_token" in state
     if (stored := tokenizer_in(content)) and not text_encoder:
         tokenizer = tokenizer_from_text(stored, source)
+        settings["text_encoder"] = config_in(content, source).get("text_encoder", settings["text_encoder"])
     else:
         tokenizer = build_tokenizer(settings["text_encoder"])
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
@@ -97,6 +99,10 @@ def _load(
         words = _word_head(state, model, source) if has_words else None
     check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
     load_weights(model, checkpoint, task, None if config is None else settings)
+    if text_encoder:
+        warn_of_another_vocabulary(tokenizer, source, text_encoder)
+    if settings.get("sentence_only"):
+        log.warning(f"{source} was trained with sentence_only: what it says does not depend on the image")
     if config is not None:
         _say_changes(settings, content, table, source)
     for name in model.twin_names:  # only training asks them

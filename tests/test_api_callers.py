@@ -339,6 +339,24 @@ def test_what_a_config_may_change_is_said(tiny, images, caplog):
     assert not caplog.text
 
 
+def test_what_the_scripts_warn_of_is_said_of_a_loaded_model(tiny, tmp_path, caplog):
+    content = torch.load(tiny.checkpoints["ve"], weights_only=True)
+    content["config"]["sentence_only"] = True
+    torch.save(content, tmp_path / "blind.pth")
+    simla.load(tmp_path / "blind.pth", "cpu")
+    assert "was trained with sentence_only: what it says does not depend on the image" in caplog.text
+    caplog.clear()
+    simla.load(tmp_path / "blind.pth", "cpu", config=tiny.config("VE"))
+    assert "the config given changes sentence_only False instead of True" in caplog.text
+    caplog.clear()
+    content["tokenizer"] = tokenizer_text(tiny.tokenizer())
+    torch.save(content, tmp_path / "ve.pth")
+    words = tiny.tokenizer().convert_ids_to_tokens(range(len(tiny.tokenizer())))
+    (tmp_path / "vocab.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]))
+    simla.load(tmp_path / "ve.pth", "cpu", text_encoder=str(tmp_path))
+    assert "was trained with another vocabulary" in caplog.text
+
+
 def test_sizes_that_are_gone_are_not_compared(tiny, tmp_path, caplog):
     content = torch.load(tiny.checkpoints["ve"], weights_only=True)
     content["config"]["bert_config"] = "/gone/bert.json"

@@ -334,6 +334,9 @@ sys.exit(str(resident() - before) if resident() - before > 64 * 1024 else 0)
 
 def test_inspect_says_whether_a_task_would_take_the_file(tmp_path):
     source = str(checkpoint_of("pretrain", tmp_path))
+    sizes = {key: MODEL[key] for key in ("image_res", "vit", "bert_config")}
+    torch.save({**load_checkpoint(source), "config": sizes}, tmp_path / "whole.pth")
+    source = str(tmp_path / "whole.pth")
     text = inspect(source, "Retrieval", str(config_of("Retrieval", tmp_path)))
     assert "Retrieval with" in text and "tensors; fresh: idx_queue" in text and "mim_head.weight" in text
     text = inspect(source, "Retrieval", str(config_of("Retrieval", tmp_path)), ["queue_size=8"])
@@ -342,6 +345,8 @@ def test_inspect_says_whether_a_task_would_take_the_file(tmp_path):
     assert "would refuse it" in text and "NLVR starts from a pretrain_nlvr or nlvr checkpoint" in text
     text = inspect(source, "Pretrain", str(config_of("Pretrain", tmp_path)))
     assert text.endswith("all of the file")
+    text = inspect(source, "Pretrain", str(config_of("Pretrain", tmp_path)), ["vit.num_heads=1"])
+    assert "would refuse it" in text and "vit.num_heads 1, not" in text
     text = inspect(source, "zero_shot_retrieval", str(config_of("zero_shot_retrieval", tmp_path)))
     num_twins = sum(name.startswith("text_encoder_m.") for name in load_checkpoint(source)["model"])
     assert f"text_encoder_m.* ({num_twins} tensors)" in text and max(map(len, text.splitlines())) < 600

@@ -9,6 +9,7 @@ from typing import Any
 from simla.dataset.files import other_file
 from simla.utils import UserError
 
+MAX_MISPLACED = 0.25  # share of a detector's boxes; right ones may leave the image by their rounding
 MAX_PIXEL, MIN_SIDE = 1e9, 1e-9  # of a box: within them its area is neither infinite nor 0
 WANTED = {int: "a whole number", str: "text", list: "a list"}
 
@@ -85,6 +86,15 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
 def is_box(box: object) -> bool:
     """Return whether it is [x, y, width, height, ...] in pixels with an area."""
     return isinstance(box, list) and all(type(side) in (int, float) for side in box[:4]) and has_area(box)
+
+
+def is_placed(box: list[float], width: int, height: int) -> bool:
+    """Return whether [x, y, width, height, ...] can be in pixels of an image of that size: it is inside, up
+    to a tenth of the sides, as corners are not, and more than a pixel wide or high, as shares are not.
+    """
+    x, y, w, h = box[:4]
+    is_inside = x >= -0.1 * width and y >= -0.1 * height and x + w <= 1.1 * width and y + h <= 1.1 * height
+    return is_inside and max(w, h) > 1
 
 
 def has_area(box: list[float]) -> bool:
