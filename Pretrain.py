@@ -17,7 +17,6 @@ import math
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from simla.checkpoint.image_tokenizers import build_image_tokenizer, fit_kmeans_codebook
@@ -29,7 +28,7 @@ from simla.dataset.pretrain import code_views, pretrain_loader, read_sets
 from simla.dataset.text import build_tokenizer, check_vocabulary
 from simla.engine.dry_run import CLS, dry_run
 from simla.engine.fit import fit
-from simla.engine.launch import run_script, script_arguments, start
+from simla.engine.launch import Run, run_script, script_arguments, start
 from simla.engine.training import Training
 from simla.models.align import alignment_chance
 from simla.models.bert_config import BertConfig
@@ -60,17 +59,28 @@ def chance(config: dict) -> dict[str, float]:
     return {f"loss_{name}": levels[f"loss_{name}"] for name, on in config["loss_weights"].items() if on}
 
 
-def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, device: torch.device) -> nn.Module:
-    """Return the config's image tokenizer; the main rank fits a k-means codebook that is not there yet."""
+def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, run: Run) -> nn.Module:
+    """Return the config's image tokenizer; the main rank fits a k-means codebook that is not there yet.
+
+    Raises UserError where a resumed run has lost it: the codes of another one would mean something else.
+    """
     settings = config["image_tokenizer"]
-    if settings["kind"] == "kmeans" and is_main() and not Path(settings["path"]).is_file():
+    is_missing = settings["kind"] == "kmeans" and not Path(settings["path"]).is_file()
+    if is_missing and run.resume:
+        raise UserError(
+            f"image_tokenizer.path {settings['path']}: the codebook of the training of {run.checkpoint} "
+            "is not there; copy it there, or name it"
+        )
+    if settings["kind"] == "kmeans" and not is_missing:
+        log.info(f"visual tokens are those of {settings['path']}")
+    if is_missing and is_main():
         log.info(
             f"fitting {settings['vocab_size']} visual tokens on the training images -> {settings['path']}"
         )
         views = code_views(entries, code_res, num_images=2000)
         fit_kmeans_codebook(settings["path"], views, settings["vocab_size"])
     barrier()
-    return build_image_tokenizer(settings).to(device).eval()
+    return build_image_tokenizer(settings).to(run.device).eval()
 
 
 def main(args: argparse.Namespace, config: dict) -> None:
@@ -96,7 +106,7 @@ def main(args: argparse.Namespace, config: dict) -> None:
     model = model.to(run.device)
     image_tokenizer = None
     if config["loss_weights"]["mim"]:  # last, because to fit a codebook takes minutes
-        image_tokenizer = make_image_tokenizer(config, entries, code_res, run.device)
+        image_tokenizer = make_image_tokenizer(config, entries, code_res, run)
 
     def losses_of(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
         return losses(model, batch, alpha, image_tokenizer)

@@ -79,10 +79,11 @@ def run_variant(variant: Variant, folder: Path, seed: str, epochs: int) -> dict:
     {"seconds", "training_seconds", "scores": {name: {"metric", "value", "chance", "n", ...}}}.
     """
     file, model = folder / "scores.json", (*SIZES, *variant.layout)
+    flags = ("--overrides", *model, *variant.overrides, f"schedular.epochs={epochs}")
+    # Also where all is done: it says whether the folder is of this variant.
+    record = run_stage(Stage(variant.name, "Pretrain.py", "Pretrain.yaml", flags=flags), folder, seed)
     if file.is_file():
         return json.loads(file.read_bytes())
-    flags = ("--overrides", *model, *variant.overrides, f"schedular.epochs={epochs}")
-    record = run_stage(Stage(variant.name, "Pretrain.py", "Pretrain.yaml", flags=flags), folder, seed)
     begin, scores = time.monotonic(), {}
     for test in TESTS:
         test = test._replace(flags=(*test.flags, "--overrides", *model))

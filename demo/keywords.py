@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simla.configs.reader import read_config
+from simla.configs.reader import read_config, weighted
 from simla.configs.schema import PRETRAIN
 from simla.dataset.images import load_image
 from simla.dataset.text import build_tokenizer
@@ -112,7 +113,8 @@ def main() -> None:
     from simla.dataset.pretrain import read_pairs
 
     config = read_config(args.config or str(Path(args.checkpoint).with_name("config.yaml")), PRETRAIN)
-    pairs = read_pairs(args.file or config["train_file"])
+    files = args.file or list(chain(*weighted(config["train_file"])[0]))
+    pairs = read_pairs(files, config["image_root"])
     num = min(args.num, len(pairs))
     draw_keywords(args.checkpoint, config, [pairs[i * len(pairs) // num] for i in range(num)], args.out)
 

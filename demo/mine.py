@@ -49,9 +49,15 @@ class Steps:
         """photos: a checksum of their names, sizes and dates."""
         new = {"given": given, "photos": photos, "done": []}
         self.file, self.record = file, json.loads(file.read_bytes()) if file.is_file() else new
+        for name, value in self.record["given"].items():
+            if given[name] != value:
+                raise UserError(
+                    f"{file.parent} was made with {name} {value!r}, not {given[name]!r}: give another "
+                    f"--output_dir (make mine OUT=...), or delete {file.parent}"
+                )
         if self.record.setdefault("photos", photos) != photos:
             print(
-                "photos of the table were added or replaced since the first call"
+                "photos of the table were added, removed or replaced since the first call"
                 + (
                     ", which this training knows as they were; for one with them give another --output_dir"
                     if is_trained
@@ -60,12 +66,6 @@ class Steps:
                 flush=True,
             )
             self.record |= {} if is_trained else {"photos": photos, "done": []}
-        for name, value in self.record["given"].items():
-            if given[name] != value:
-                raise UserError(
-                    f"{file.parent} was made with {name} {value!r}, not {given[name]!r}: give another "
-                    f"--output_dir (make mine OUT=...), or delete {file.parent}"
-                )
 
     def do(self, name: str, sentence: str, work: Callable[..., None], *arguments: object) -> None:
         """Do the step and note it, or say that it was done."""

@@ -7,6 +7,7 @@ imports torch is imported where it is needed: the processes that draw the scenes
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from simla.configs.reader import read_yaml
 from simla.demo.data import NUM_WORKERS, make_demo, without_interrupts, write_json
 from simla.engine.command import GOES_ON, run_command
 from simla.utils import UserError, free_port, import_pyplot, num_cores
@@ -164,13 +166,20 @@ PRETRAINING = Stage(
 def run_stage(stage: Stage, folder: Path, seed: str, start: str = "") -> dict:
     """Evaluate, train and evaluate again, going on where an earlier call stopped; start: a checkpoint.
 
-    Returns what stage.json holds: {"seed", "seconds" (of all calls), "checkpoint"}, and for a stage with a
-    score {"metric", "chance", "before", "after", "n"}. Raises UserError for a folder of another seed.
+    Returns what stage.json holds: {"seed", "seconds" (of all calls), "made_of", "checkpoint"}, and for a
+    stage with a score {"metric", "chance", "before", "after", "n"}. Raises UserError for a folder of another
+    seed, config or start.
     """
-    file = folder / "stage.json"
+    file, made_of = folder / "stage.json", made_of_what(stage, start)
     record = json.loads(file.read_bytes()) if file.is_file() else {"seed": seed, "seconds": 0}
     if record["seed"] != seed:
         raise UserError(f"{file} is of seed {record['seed']}; give seed {seed} another --output_dir")
+    before = record.setdefault("made_of", made_of)
+    if others := [name for name in made_of if before.get(name) != made_of[name]]:
+        raise UserError(
+            f"{folder} was made with {' and '.join(f'another {name}' for name in others)} than there is now; "
+            "delete it to run this stage again"
+        )
     if ("after" if stage.result else "checkpoint") in record:
         print(f"\n{stage.name}: done already; delete {folder} to run it again", flush=True)
         return record
@@ -195,6 +204,17 @@ def run_stage(stage: Stage, folder: Path, seed: str, start: str = "") -> dict:
     finally:
         keep()
     return record
+
+
+def made_of_what(stage: Stage, start: str) -> dict[str, str]:
+    """Return what a stage's result depends on beside the seed: the run whose checkpoint it starts from, and a
+    checksum of its config and flags.
+    """
+    from simla.checkpoint.save import load_checkpoint
+
+    config = json.dumps([read_yaml(CONFIGS / stage.config), stage.flags], sort_keys=True)
+    run = load_checkpoint(start).get("run", "") if start else ""
+    return {"config": hashlib.sha256(config.encode()).hexdigest(), "starting checkpoint": run}
 
 
 def evaluate(stage: Stage, folder: Path, checkpoint: str, seed: str) -> dict:
