@@ -38,21 +38,22 @@ SPECIAL_TOKENS = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
 WRITTEN = [
     (re.compile(r" ?([-/_’]) ?"), r"\1"),  # t-shirt, yes/no
     (re.compile(r" ?' ?(?=(?:s|t|d|m|re|ve|ll|clock)\b)"), "'"),  # it's, o'clock
-    (re.compile(r"(?<=\d) ([.,:]) (?=\d)"), r"\1"),  # 10:15
-    (re.compile(r"\b(\w) ([.&]) (?=\w\b)"), r"\1\2"),  # p.m., b&w
+    (re.compile(r"(?<=\d) ([.:]|,(?= \d{3}\b)) (?=\d)"), r"\1"),  # 10:15, 1,000
+    (re.compile(r"\b([^\W\d]) ([.&]) (?=[^\W\d]\b)"), r"\1\2"),  # p.m., b&w
     (re.compile(r" (?=[.,:;?!%'+)\]])"), ""),
     (re.compile(r"([$€£#(\[]) "), r"\1"),
     (re.compile(r"(?<=[\u3040-\u30ff\u3400-\u9fff]) (?=[\u3040-\u30ff\u3400-\u9fff])"), ""),
 ]
 
 
-def written(pieces: str) -> str:
-    """Return a text whose words and marks stand apart, as a tokenizer decodes it, with the blanks that people
-    write; where they would not agree (St. Louis, amazon.com) a full stop is followed by one.
+def written(tokens: Iterable[str]) -> str:
+    """Return the text of word pieces with the blanks that people write between words and marks; where they
+    would not agree (St. Louis, amazon.com) a full stop is followed by one.
     """
+    text = " ".join(tokens).replace(" ##", "")
     for pattern, replacement in WRITTEN:
-        pieces = pattern.sub(replacement, pieces)
-    return pieces
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def listed_texts(text: str) -> list[str] | None:

@@ -56,9 +56,10 @@ def given_answers(entry: dict) -> list[str]:
 
 
 def written_answers(tokenizer, ids: Tensor) -> list[list[str]]:
-    """Return the texts of generated ids (B, K, L)."""
-    flags = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    return [list(map(written, tokenizer.batch_decode(row, **flags))) for row in ids]
+    """Return the texts of generated ids (B, K, L), without special tokens."""
+    tokens = partial(tokenizer.convert_ids_to_tokens, skip_special_tokens=True)
+    # An untrained head may name rows of the embedding that the vocabulary has no word for.
+    return [[written(filter(None, tokens(answer))) for answer in answers] for answers in ids.tolist()]
 
 
 # ---- training ----

@@ -312,7 +312,9 @@ def test_images_lie_in_whichever_folder(tmp_path):
         Path(row.images[0]).relative_to(tmp_path).as_posix() for row in locate(rows, [tmp_path], left_out)
     ]
     assert images == ["val2017/000000000001.jpg", "vg/VG_100K_2/2.jpg", "vg/VG_100K/2.jpg", "hake/4.jpg"]
-    assert left_out == {suites.NO_FILE: 3}
+    assert left_out == {suites.NO_FILE: 1, suites.UNCLEAR: 2}
+    (row,) = locate(rows[-1:], [tmp_path, tmp_path / "hake"], left_out)  # one photo, found twice
+    assert Path(row.images[0]) == tmp_path / "hake" / "4.jpg"
     with pytest.raises(UserError, match=r"none of the files of valse there: actant-swap.json, "):
         files_of("valse", tmp_path)
 
@@ -324,7 +326,7 @@ def test_files_of_a_suite_that_are_missing_or_there_twice_are_named(tmp_path, ca
     assert "sugar_crepe without add_obj.json, replace_att.json, replace_obj.json, replace_rel" in caplog.text
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "add_att.json").write_text("{}")
-    with pytest.raises(UserError, match=r"has add_att.json twice: .*add_att.json and .*; name one by --file"):
+    with pytest.raises(UserError, match=r"has add_att.json twice: .*add_att.json and .*; name a folder"):
         files_of("sugar_crepe", tmp_path)
 
 

@@ -466,6 +466,17 @@ def test_a_second_check_looks_at_what_has_changed(copy_of_demo, tmp_path, looked
     assert not looked_at
 
 
+def test_a_second_check_looks_again_at_what_could_not_be_decoded(copy_of_demo, tmp_path, looked_at):
+    """Another version of a library may be able to."""
+    config = demo_config("Pretrain", copy_of_demo, tmp_path)
+    damaged = min((copy_of_demo / "images" / "train").glob("*.jpg"))
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    for _ in range(2):
+        code, _ = check(config, tmp_path / "out")
+        assert code == 1 and looked_at.count(damaged.name) == 1
+        looked_at.clear()
+
+
 def test_a_check_that_was_stopped_goes_on(demo, tmp_path, looked_at, monkeypatch):
     config, out = demo_config("Pretrain", demo, tmp_path), tmp_path / "out"
     look = images._look_at

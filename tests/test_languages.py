@@ -142,6 +142,17 @@ def test_a_vocabulary_of_one_s_own_texts_reads_all_of_them(flags, pieces, tmp_pa
     assert lowers_case(tokenizer.backend_tokenizer) == ("--cased" not in flags)
 
 
+def test_words_too_long_for_the_tokenizer_are_named(tmp_path, caplog):
+    """As whole sentences are, in languages that are written without spaces."""
+    (tmp_path / "v").mkdir()
+    fit_vocabulary(["ab " * 3 + "ab" * 60, "ab " + "ab" * 50], 60 + 70, tmp_path / "v")
+    assert (
+        "1 words have more than 100 letters, such as abababababababababab..., and each is [UNK]"
+        in caplog.text
+    )
+    assert build_tokenizer(str(tmp_path / "v")).tokenize("ab" * 60) == ["[UNK]"]
+
+
 def test_equally_frequent_pieces_are_chosen_alike(tmp_path):
     """The library alone chooses among them by a random order."""
     words = [f"{a}{b}{c}" for a in "abcde" for b in "fghij" for c in "klmno"]

@@ -281,6 +281,13 @@ def test_without_images_the_folder_that_is_there_is_taken(tmp_path):
     ]
 
 
+def test_without_images_the_folder_of_the_list_is_not_that_of_images(tmp_path):
+    put(tmp_path / "cc12m/cc12m.tsv", f"{URLS[0]}\tthing\n")
+    prepare("cc12m", tmp_path, "--without_images")
+    (entry,) = load(tmp_path / "cc12m.json")
+    assert entry["image"] == str(tmp_path / f"cc12m/images/0_{crc32(URLS[0])}")
+
+
 def test_cc12m_has_the_url_first_and_may_have_a_header(tmp_path):
     lines = ["url\tcaption\n", *(f"{url}\tthing {number}\n" for number, url in enumerate(URLS))]
     put(tmp_path / "cc12m.tsv", "".join(lines))

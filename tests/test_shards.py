@@ -652,7 +652,14 @@ def test_a_list_in_a_txt_is_several_captions_and_said_once(tmp_path, caplog):
     shards = Shards([str(write_tar(tmp_path / "0.tar", members))])
     found = [entry["text"] for entry in shards]
     assert found == [["a dog", "one dog"], ["a cat"], "[a cow]", "['a', None]"]
-    assert caplog.text.count("0.tar: lists written as text are read as several captions") == 1
+    assert caplog.text.count(f"shards in {tmp_path}: lists written as text are read as several captions") == 1
+
+
+def test_a_list_written_as_text_in_a_json_is_several_captions(tmp_path, caplog):
+    fields = json.dumps({"caption": "['a dog', 'one dog']"}).encode()
+    shards = Shards([str(write_tar(tmp_path / "0.tar", {"0.jpg": picture(), "0.json": fields}))])
+    assert [entry["text"] for entry in shards] == [["a dog", "one dog"]]
+    assert f"shards in {tmp_path}: lists written as text are read as several captions" in caplog.text
 
 
 def test_a_txt_of_several_lines_is_one_caption_which_is_said(tmp_path, caplog):
@@ -660,7 +667,9 @@ def test_a_txt_of_several_lines_is_one_caption_which_is_said(tmp_path, caplog):
     members = {"0.jpg": picture(), "0.txt": b"a dog\nin the snow\n", "1.jpg": picture(), "1.txt": b"a cat\n"}
     shards = Shards([str(write_tar(tmp_path / "0.tar", members))])
     assert [entry["text"] for entry in shards] == ["a dog\nin the snow\n", "a cat\n"]
-    assert caplog.text.count("0.tar: texts of several lines are read as one caption each") == 1
+    assert (
+        caplog.text.count(f"shards in {tmp_path}: texts of several lines are read as one caption each") == 1
+    )
 
 
 def test_shards_that_are_no_tar_files(tmp_path, caplog):

@@ -143,8 +143,8 @@ def check_image(image: str | Picture, full: bool, known: np.void | None = None) 
             record["size"], record["changed"] = status.st_size, status.st_mtime_ns
         same = ("path", "size", "content" if in_shard else "changed")
         is_same = known is not None and all(known[key] == record[key] for key in same)
-        if is_same and known["full"] >= full and not known["flags"] & Cause.IMAGE_CANNOT_BE_READ:
-            return known
+        if is_same and known["full"] >= full and not known["flags"] & NO_PIXELS:
+            return known  # what could not be read may be readable now, by another version of a library
         content = content if in_shard else Path(image).read_bytes()
     except FileNotFoundError:
         record["flags"] = Cause.NO_SUCH_IMAGE

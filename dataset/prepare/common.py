@@ -1,10 +1,10 @@
 """Shared by all converters: finding the downloads, listing images, writing entries, the closing report."""
 
 import argparse
+import filecmp
 import json
 import os
 import re
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,6 @@ NUM_CAUSES = 30  # shown one by one, the most frequent ones
 NUM_THREADS = 16  # that list folders; they wait for the disk, not for the processor
 LOG_FOLDERS = 1000  # between two lines of progress
 LOG_ENTRIES = 1_000_000  # likewise
-END = b"\n]\n"  # of a file of entries
 OR_ONLY = "; --only makes some of the sets, without the files of the others"
 
 
@@ -78,12 +77,10 @@ class Report:
         The file takes its name when it is complete: an earlier one stays until then. Raises UserError where
         there is no entry, or where writing fails.
         """
-        number, before, now = 0, _checksum(path), 0
+        number = 0
         with atomic_write(path) as file:
             for number, entry in enumerate(entries, 1):
-                line = (",\n" if number > 1 else "[\n").encode() + json.dumps(entry).encode()
-                now = zlib.crc32(line, now)
-                file.write(line)
+                file.write((",\n" if number > 1 else "[\n").encode() + json.dumps(entry).encode())
                 if number % LOG_ENTRIES == 0:
                     log.info(f"{path}: {number:,} entries")
             if not number:
@@ -91,10 +88,11 @@ class Report:
                 raise UserError(
                     f"no entry to write to {path}: {causes}; an earlier file of that name is unchanged"
                 )
-            file.write(END)
+            file.write(b"\n]\n")
+            file.flush()
+            if path.exists() and not filecmp.cmp(file.name, path, shallow=False):
+                self.replaced.append(path)
         self.written.append((path, number))
-        if before not in (None, zlib.crc32(END, now)):
-            self.replaced.append(path)
         return number
 
     def _show(self, what: str, examples: list[str]) -> None:
@@ -122,10 +120,9 @@ class Report:
         lines += [f"  {number:>12,}  entries in {path}" for path, number in self.written]
         if self.replaced:
             names = ", ".join(path.name for path in self.replaced)
-            lines.append(
-                f"replaced, with other entries than before: {names}; a model that was trained by the old "
-                "files may have seen test images of the new ones"
-            )
+            is_scored = any(path.stem.endswith(("_val", "_test")) for path in self.replaced)
+            leak = "; a model that was trained by the old files may have seen images of the new val and test"
+            lines.append(f"replaced, with other entries than before: {names}" + leak * is_scored)
         return "\n".join([*lines, *self.notes])
 
     def _table(self, counter: Counter[str]) -> Iterator[str]:
@@ -134,18 +131,6 @@ class Report:
             yield f"  {number:>12,}  {cause}; first: {', '.join(self.examples[cause])}"
         if rest := causes[NUM_CAUSES:]:
             yield f"  {sum(number for _, number in rest):>12,}  for {len(rest)} rarer causes"
-
-
-def _checksum(path: Path) -> int | None:
-    """Return that of the file's bytes, None where there is no file."""
-    value = 0
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                value = zlib.crc32(block, value)
-    except OSError:
-        return None
-    return value
 
 
 # ---- the downloads ----

@@ -20,6 +20,8 @@ from simla.dataset.readers.json_list import JsonList
 from simla.dataset.text import clean_caption
 from simla.utils import UserError, atomic_write, fill_in, log, make_output_folder
 
+MAX_LETTERS = 100  # of a word that BERT's tokenizer takes apart
+
 TEXT_FIELDS = ("caption", "text", "sentence", "question", "answer")
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # by their ids
 LEAST_TIMES = 2  # that neighbouring pieces have to be seen to be joined
@@ -87,6 +89,12 @@ def fit_vocabulary(
     if size < (least := len(SPECIAL_TOKENS) + len(alphabet) + len(inner)):
         raise UserError(
             f"no vocabulary of {size} pieces: single characters alone are {least}; raise the size"
+        )
+    if long := [word for word in words if len(word) > MAX_LETTERS]:
+        log.warning(
+            f"{sum(words[word] for word in long):,} words have more than {MAX_LETTERS} letters, such as "
+            f"{long[0][:20]}..., and each is [UNK] as a whole: in a language that is written without spaces "
+            "put some between words"
         )
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

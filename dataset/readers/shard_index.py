@@ -155,11 +155,11 @@ def _caption(name: str, content: bytes, kind: int) -> str | list[str]:
                 found = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
                 raise BadImage(name, f"no caption: no field 'caption', found {found}"[:200])
             caption = fields["caption"]
-        elif listed := listed_texts(caption):
-            _say_once(f"{name.partition(': ')[0]}: lists written as text are read as several captions")
+        if isinstance(caption, str) and (listed := listed_texts(caption)):
+            _say_once(_folder_of(name), "lists written as text are read as several captions")
             caption = listed
-        elif "\n" in caption.strip():
-            _say_once(f"{name.partition(': ')[0]}: texts of several lines are read as one caption each")
+        elif kind != JSON and "\n" in caption.strip():
+            _say_once(_folder_of(name), "texts of several lines are read as one caption each")
     except ValueError as error:
         raise BadImage(name, f"no caption: {first_line(error)}") from error
     texts = caption if isinstance(caption, list) and caption else [caption]
@@ -168,9 +168,14 @@ def _caption(name: str, content: bytes, kind: int) -> str | list[str]:
     return caption
 
 
-@cache  # once per process and shard
-def _say_once(message: str) -> None:
-    log.warning(message)
+def _folder_of(name: str) -> str:
+    """Return where the shard of a sample called SHARD: KEY is."""
+    return name.partition(": ")[0].rpartition("/")[0] or "."
+
+
+@cache  # once per process and folder
+def _say_once(folder: str, message: str) -> None:
+    log.warning(f"shards in {folder}: {message}")
 
 
 # ---- which members make a sample ----

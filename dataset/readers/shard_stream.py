@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
+from pathlib import Path
 from shutil import copyfileobj
 from threading import Thread
 from typing import BinaryIO
@@ -92,13 +93,22 @@ def _download(name: str) -> BinaryIO:
 
 def count_samples(names: list[str]) -> list[int]:
     """Return how many samples each shard has that is not local: as img2dataset and dataset.prepare say in the
-    NAME_stats.json beside it, or else by fetching it once. Kept in the user's cache folder, by the names.
+    NAME_stats.json beside it, or else by fetching it once. Kept in the user's cache folder, by the names, and
+    where there are commands by the folder in which they run.
     """
-    digest, counts_file, kept = blake2b("\n".join(names).encode(), digest_size=16).hexdigest(), None, None
+    where = [str(Path.cwd())] if any(name.startswith("pipe:") for name in names) else []
+    digest, counts_file, kept = (
+        blake2b("\n".join(names + where).encode(), digest_size=16).hexdigest(),
+        None,
+        None,
+    )
     with suppress(OSError, ValueError, RuntimeError):  # where there is no home nothing is kept
         counts_file = cache_folder() / f"shards-{digest}.json"
         kept = json.loads(counts_file.read_bytes())
     if (known := all_gather_objects(kept)[0]) is not None:
+        log.info(
+            f"{len(names)} shards have {sum(known)} samples, says {counts_file}; delete it if they changed"
+        )
         return known
     names_of_rank = names[rank() :: world_size()]
     log.info(f"{len(names)} shards are being counted, once; see docs/shards.md")

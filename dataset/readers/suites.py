@@ -20,6 +20,7 @@ Judgements on Flickr8k have two kinds: a caption of the photo itself, by its wor
 The protocol of SPICE and CLIPScore reports the second kind of flickr8k_expert, and all of flickr8k_cf.
 """
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ from simla.utils import UserError, log
 
 REFUSED = "foils that fewer than two of three annotators refused"
 NO_FILE = "rows with an image that is not there"
+UNCLEAR = "rows whose image is a number, in a folder that is not there or in several"
 OTHER_PHOTO, SAME_PHOTO = "captions of other photos", "captions of the photo itself"
 SUGAR_CREPE = "add_att add_obj replace_att replace_obj replace_rel swap_att swap_obj"
 VALSE = (
@@ -80,7 +82,8 @@ def files_of(name: str, root: Path) -> list[Path]:
     for pattern, files in found.items():
         if len(files) > 1 and "*" not in pattern:
             raise UserError(
-                f"--root {root} has {pattern} twice: {files[0]} and {files[1]}; name one by --file"
+                f"--root {root} has {pattern} twice: {files[0]} and {files[1]}; name a folder that has it "
+                "once, or all files by --file"
             )
     if missing:
         log.warning(f"{name} without {', '.join(missing)}, not below {root}: its score is that of the rest")
@@ -103,26 +106,27 @@ def locate(rows: Iterable[Row], roots: Iterable[Path], left_out: Counter) -> lis
     located = []
     for row in rows:
         found = [_look_up(name, paths) for name in row.images]
-        if None in found:
-            left_out[NO_FILE] += 1
+        if causes := [cause for cause in found if isinstance(cause, str)]:
+            left_out[causes[0]] += 1
         else:
             located.append(row._replace(images=tuple(map(str, found))))
     return located
 
 
-def _look_up(name: str, paths: dict[str, list[Path]]) -> Path | None:
-    """Return the path that ends as the name does, folders included, or else the first of the file's name;
-    None where there is none, or where that is a mere number, as Visual Genome's, and may be another photo's.
+def _look_up(name: str, paths: dict[str, list[Path]]) -> Path | str:
+    """Return the path that ends as the name does, folders included, or else the first of the file's name; why
+    there is none. A mere number, as Visual Genome's names are, may be another data set's photo.
     """
     parts = Path(name).parts
     candidates = paths.get(parts[-1], [])
     if not candidates and (match := COCO_2014.fullmatch(parts[-1])):
         candidates = paths.get(match[1], [])
+    if not candidates:
+        return NO_FILE
     whole = [path for path in candidates if path.parts[-len(parts) :] == parts]
-    is_clear = len(candidates) == 1 if len(parts) == 1 else bool(whole)
-    if SHORT_NUMBER.fullmatch(parts[-1]) and not is_clear:
-        return None
-    return next(iter(whole or candidates), None)
+    if SHORT_NUMBER.fullmatch(parts[-1]) and len({os.path.realpath(path) for path in whole}) != 1:
+        return UNCLEAR
+    return (whole or candidates)[0]
 
 
 # ---- readers ----
