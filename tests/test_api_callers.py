@@ -186,6 +186,12 @@ def test_a_map_shows_no_word_that_was_not_read(models, images, mode):
     assert len(cut.words) == 1 and "word0".startswith(cut.text) and cut.words[0][0] == cut.text != "word0"
 
 
+@pytest.mark.parametrize("boxes", [[[70, 70, 90, 90], [60, 66, 90, 92]], [[0.2, 0.2, 0.5, 0.5]]])
+def test_corners_and_shares_are_no_boxes(models, images, boxes):
+    with pytest.raises(UserError, match=r"boxes are not inside the image of .* not corners or shares"):
+        models["retrieval"].ground(images[0], "a thing", boxes)
+
+
 def test_512_tokens_are_what_grounding_reads(tiny, models, tmp_path):
     model, config = tiny.script_model("Grounding", "retrieval")
     entries = [{**entry, "text": f"{LONG} {entry['text']}"} for entry in tiny.entries("grounding_test")[:2]]

@@ -81,6 +81,22 @@ def test_a_failing_stage_stops_the_chain_and_the_next_call_resumes_it(chain):
     assert "--resume" in resumed and "--checkpoint" not in resumed and "--evaluate" in started[1]
 
 
+def test_a_stage_of_another_start_or_config_is_not_taken_for_done(chain, monkeypatch):
+    out, _ = chain
+    monkeypatch.setattr(demo, "CONFIGS", out.parent / "configs")
+    monkeypatch.setattr(demo, "launch", None)
+    stage = next(stage for stage in demo_all.STAGES if stage.name == "vqa")
+    start = json.loads((out / "pretrain" / "stage.json").read_bytes())["checkpoint"]
+    assert "after" in demo.run_stage(stage, out / "vqa", "42", start)
+    other = json.loads((out / "retrieval" / "stage.json").read_bytes())["checkpoint"]
+    with pytest.raises(
+        UserError, match="vqa was made with another starting checkpoint than there is now; delete"
+    ):
+        demo.run_stage(stage, out / "vqa", "42", other)
+    with pytest.raises(UserError, match="vqa was made with another config than there is now"):
+        demo.run_stage(stage._replace(flags=("--overrides", "k_test=1")), out / "vqa", "42", start)
+
+
 def test_the_summary(chain, capsys):
     out, run = chain
     assert run() == []  # all stages are done

@@ -1,6 +1,7 @@
 """The task scripts run for real: every launch mode, outputs, resume, one rank against several."""
 
 import json
+import sys
 from multiprocessing.pool import ThreadPool
 
 import pytest
@@ -14,7 +15,7 @@ from simla.configs.reader import read_config
 from simla.configs.schema import PRETRAIN
 from simla.engine.launch import script_arguments
 from simla.models.pretrain import SIMLA
-from simla.utils import free_port
+from simla.utils import UserError, free_port
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,33 @@ def test_resume_continues_at_the_next_epoch(pretrained, tiny, tmp_path):
     assert again["optimizer"]["param_groups"] == whole["optimizer"]["param_groups"]
     for name, value in whole["model"].items():  # dropout and negatives are drawn anew each epoch: bit for bit
         assert torch.equal(again["model"][name], value), name
+
+
+def test_a_resumed_run_without_its_codebook_is_refused(pretrained, tiny, tmp_path, monkeypatch):
+    """One fitted anew would number the patches otherwise."""
+    out, _ = pretrained
+    argv = [
+        "Pretrain.py",
+        "--device",
+        "cpu",
+        "--config",
+        tiny["Pretrain"],
+        "--output_dir",
+        tmp_path / "out",
+        "--resume",
+    ]
+    argv += [
+        "--checkpoint",
+        out / "checkpoint_00.pth",
+        "--overrides",
+        f"image_tokenizer.path={tmp_path}/c.safetensors",
+    ]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    with pytest.raises(
+        UserError, match=r"c.safetensors: the codebook of the training of .*checkpoint_00.pth is not"
+    ):
+        Pretrain.parse_and_run()
+    assert not (tmp_path / "c.safetensors").exists()
 
 
 def test_every_rank_count_and_launch_mode_gives_the_same_retrieval_scores(pretrained, tiny, tmp_path):
