@@ -80,10 +80,8 @@ class Training:
         self.kept: str = run.checkpoint
         self.kept_scores: Scores = {}
         self.protocol = all_gather_objects(protocol)[0]
-        self.best_as_saved = {
-            "best": {},
-            "protocol": self.protocol,
-        }  # of checkpoint_best.pth as it was written
+        # Of checkpoint_best.pth, as it was written: by these scores it is told from another.
+        self.best_as_saved = {"best": {}, "protocol": self.protocol}
         self.whole, self.window, self.bad_images = MetricLog(), MetricLog(), BadImages()
         self.resumed_rank: dict | None = None  # this rank's part of a state in mid-epoch, until that goes on
         self.unchecked: tuple[FiniteCheck, str, list[str]] | None = None  # the last step, where, its files
@@ -399,8 +397,8 @@ class Training:
     def score_best_anew(self, evaluate: Callable[[int], Scores], why: str) -> None:
         """Take the scores of the best epoch so far by the protocol of now; the weights stay as they are."""
         log.warning(f"the best epoch so far was scored otherwise: {why}; {self.kept} is scored anew")
-        epoch = self.kept_scores["epoch"]
-        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(safe_load(self.kept)["model"])
+        best, weights = safe_load(self.kept), {k: v.clone() for k, v in self.model.state_dict().items()}
+        epoch = best["epoch"]
+        self.model.load_state_dict(best["model"])
         self.kept_scores = {**evaluate(epoch), "epoch": epoch}
         self.model.load_state_dict(weights)
