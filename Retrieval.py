@@ -26,14 +26,14 @@ from simla.dataset.text import build_tokenizer, check_vocabulary, lowers_case
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import add_flag, run_script, script_arguments, start
-from simla.engine.results import forget_results, protocol, record_evaluation, result_path
+from simla.engine.results import protocol, record_evaluation, scores_path
 from simla.engine.training import Training
 from simla.models.align import alignment_chance
 from simla.models.retrieval import RetrievalBatch, SIMLARetrieval
 from simla.optim import create_optimizer
 from simla.scheduler import create_scheduler
 from simla.utils import UserError, log
-from zero_shot_retrieval import SCORE_FILES, evaluate, report
+from zero_shot_retrieval import evaluate, report
 
 
 def losses(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
@@ -60,7 +60,6 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     if run.dry_run:
         return dry_run(build, losses, config, run)
     select_on_test = config["released_code"]["select_on_test"]
-    save_scores = config["save_scores"] and run.evaluate  # an epoch's need not be those of the best
     if not run.evaluate and not (config["train_file"] and (config["val_file"] or select_on_test)):
         raise UserError(f"config {args.config}: fine-tuning needs train_file and val_file (or --evaluate)")
 
@@ -81,7 +80,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     model = model.to(run.device)
 
     def evaluate_splits(epoch: int = -1) -> dict[str, float]:
-        files = {"test": result_path(run.output_dir, SCORE_FILES[0])} if save_scores else {}
+        files = {"test": scores_path(run.output_dir, config["save_scores"])} if run.evaluate else {}
         scores = {}
         for split, items in data.items():
             recall = evaluate(model, items, tokenizer, config, run.device, files.get(split))
@@ -89,7 +88,6 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
         return scores
 
     if run.evaluate:
-        forget_results(run.output_dir, *SCORE_FILES)
         scores = evaluate_splits()
         record_evaluation(scores, config, run.output_dir)
     else:

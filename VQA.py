@@ -24,14 +24,7 @@ from simla.configs.reader import parse
 from simla.configs.schema import VQA
 from simla.dataset.items import evaluation_batches, position_limit
 from simla.dataset.text import build_tokenizer, check_vocabulary
-from simla.dataset.vqa import (
-    AnswerList,
-    VQAEvalData,
-    eos_token,
-    read_answer_list,
-    vqa_loader,
-    written_answers,
-)
+from simla.dataset.vqa import AnswerList, VQAEvalData, answer_texts, eos_token, read_answer_list, vqa_loader
 from simla.engine.dry_run import dry_run
 from simla.engine.fit import fit
 from simla.engine.launch import run_script, script_arguments, start
@@ -71,7 +64,7 @@ def answer(
             else:
                 lengths = config["num_beams"], config["max_answer_tokens"]
                 ids, scores = model.generate(*questions, *lengths, *ends)
-                texts = written_answers(tokenizer, ids[:, :top])
+                texts = answer_texts(tokenizer, ids[:, :top])
                 probabilities = scores.exp()
         check_scores(probabilities, "probabilities of answers", config["precision"])
         rows += zip(batch["index"].tolist(), texts, probabilities[:, :top].tolist(), strict=True)

@@ -27,7 +27,7 @@ from simla.dataset.retrieval import RetrievalEvalData
 from simla.dataset.text import MAX_TEXT_TOKENS, build_tokenizer, check_vocabulary, lowers_case, tokenize
 from simla.engine.dry_run import dry_run_retrieval
 from simla.engine.launch import run_script, script_arguments, start
-from simla.engine.results import forget_results, record_evaluation, result_path, save_result
+from simla.engine.results import record_evaluation, save_result, scores_path
 from simla.evaluation.coco_captions import coco_scores, why_no_coco_scores
 from simla.evaluation.rerank import rerank
 from simla.evaluation.retrieval import retrieval_chance, retrieval_recall
@@ -44,8 +44,6 @@ from simla.utils import (
     with_progress,
     world_size,
 )
-
-SCORE_FILES = "retrieval_scores.pt", "coco_rankings.json"  # in result/, with config save_scores
 
 
 def encode_images(
@@ -163,8 +161,7 @@ def main(args: argparse.Namespace, config: dict) -> dict[str, float]:
     model = model.to(run.device)
 
     # evaluate and save
-    forget_results(run.output_dir, *SCORE_FILES)
-    scores_file = result_path(run.output_dir, SCORE_FILES[0]) if config["save_scores"] else None
+    scores_file = scores_path(run.output_dir, config["save_scores"])
     recall = evaluate(model, data, tokenizer, config, run.device, scores_file)
     record_evaluation({f"test_{name}": value for name, value in recall.items()}, config, run.output_dir)
 

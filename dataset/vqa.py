@@ -55,7 +55,7 @@ def given_answers(entry: dict) -> list[str]:
     return [entry["answer"]] if isinstance(entry["answer"], str) else entry["answer"]
 
 
-def written_answers(tokenizer, ids: Tensor) -> list[list[str]]:
+def answer_texts(tokenizer, ids: Tensor) -> list[list[str]]:
     """Return the texts of generated ids (B, K, L), without special tokens."""
     tokens = partial(tokenizer.convert_ids_to_tokens, skip_special_tokens=True)
     # An untrained head may name rows of the embedding that the vocabulary has no word for.

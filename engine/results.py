@@ -65,6 +65,14 @@ def forget_results(output_dir: str | Path, *names: str) -> None:
             log.info(f"removed {path}, of an earlier evaluation")
 
 
+def scores_path(output_dir: str | Path, are_kept: bool) -> Path | None:
+    """Return where an evaluation keeps its score matrices, None where it does not. Those of an earlier one,
+    with the rankings made of them, go.
+    """
+    forget_results(output_dir, "retrieval_scores.pt", "coco_rankings.json")
+    return result_path(output_dir, "retrieval_scores.pt") if are_kept else None
+
+
 def record_evaluation(scores: dict[str, float | list], config: dict, output_dir: str) -> None:
     """Write what an evaluation leaves beside its results: config.yaml and a line in log.txt."""
     if is_main():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from simla.dataset.vqa import eos_token, make_answer_list, read_answer_list, written_answers
+from simla.dataset.vqa import answer_texts, eos_token, make_answer_list, read_answer_list
 from simla.models.answer_tree import AnswerTree
 from simla.models.vqa import SIMLAVQA
 from simla.utils import UserError, check_scores, log
@@ -70,7 +70,7 @@ def writing(model: SIMLAVQA, tokenizer, config: dict) -> Callable[[Questions], A
 
     def write(questions: Questions) -> Answers:
         ids, scores = model.generate(*questions, config["num_beams"], config["max_answer_tokens"], *ends)
-        return _pairs(written_answers(tokenizer, ids), scores.exp(), config["precision"])
+        return _pairs(answer_texts(tokenizer, ids), scores.exp(), config["precision"])
 
     return write
 

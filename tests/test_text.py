@@ -20,7 +20,7 @@ from simla.dataset.text import (
     names_side,
     tokenize,
 )
-from simla.dataset.vqa import written_answers
+from simla.dataset.vqa import answer_texts
 from simla.utils import UserError
 
 WORDS = [
@@ -251,4 +251,4 @@ def test_what_a_tokenizer_parts_is_written_as_people_do(answer, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     tokenizer = build_tokenizer(str(tmp_path))
     ids = torch.tensor(tokenizer(answer)["input_ids"])
-    assert written_answers(tokenizer, ids[None, None]) == [[answer]]
+    assert answer_texts(tokenizer, ids[None, None]) == [[answer]]

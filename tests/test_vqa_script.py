@@ -26,7 +26,7 @@ from simla.dataset import vqa as vqa_data
 from simla.dataset.items import Collate
 from simla.dataset.prepare.answers import main as list_answers
 from simla.dataset.text import build_tokenizer, clean_question
-from simla.dataset.vqa import VQAEvalData, read_answer_list, vqa_loader, written_answers
+from simla.dataset.vqa import VQAEvalData, answer_texts, read_answer_list, vqa_loader
 from simla.engine.peers import leave_together
 from simla.evaluation.vqa import answer_scores, best_constant, mean_by_label
 from simla.models.vqa import SIMLAVQA
@@ -418,7 +418,7 @@ def test_a_generated_answer_is_scored_with_the_blanks_that_people_write(tmp_path
     for row, answer in enumerate(answers):
         tokens = tokenizer(answer)["input_ids"]
         ids[row, 0, : len(tokens)] = torch.tensor(tokens)
-    assert written_answers(tokenizer, ids) == [["10:15"], ["t-shirt"]]
+    assert answer_texts(tokenizer, ids) == [["10:15"], ["t-shirt"]]
 
 
 def test_what_stops_a_run(tiny, tmp_path, monkeypatch):
