@@ -144,6 +144,11 @@ def test_index_and_its_update(images, ask, tmp_path):
         ask("retrieval", *command)
     assert "9 images" in ask("retrieval", "index", folder, index, "--update", "--everything")
     assert ask("retrieval", *command, "--json")["num_images"] == 9
+    (folder / "broken.jpg").write_bytes(b"no photo")
+    text = ask("retrieval", "index", folder, index, "--update", "--everything").splitlines()
+    assert text[1] == f"1 image cannot be read, the first: {folder / 'broken.jpg'} (not an image)"
+    (folder / "broken.jpg").unlink()
+    ask("retrieval", "index", folder, index, "--update")
     moved = folder.rename(tmp_path / "moved")
     hits = ask("retrieval", "search", moved, "a cup", "--index", index, "--json")["results"][0]["hits"]
     assert all(hit["file"].startswith(str(moved)) for hit in hits)

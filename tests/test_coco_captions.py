@@ -10,6 +10,7 @@ import torch
 
 import zero_shot_retrieval
 from simla.dataset.retrieval import RetrievalEvalData, coco_ids
+from simla.engine.results import scores_path
 from simla.evaluation import coco_captions
 from simla.evaluation.coco_captions import coco_rankings, package_scores, why_no_coco_scores
 from simla.evaluation.rerank import NOT_SCORED
@@ -163,6 +164,16 @@ def test_what_is_missing_is_said_in_a_sentence(few, monkeypatch, tmp_path, caplo
     recall, _ = scored(few, monkeypatch, tmp_path)
     assert reason in caplog.text and not any("cxc" in name for name in recall)
     assert (tmp_path / "result" / "coco_rankings.json").exists() == (change != "numbers")
+
+
+def test_those_of_an_earlier_evaluation_do_not_stay(tmp_path):
+    (tmp_path / "result").mkdir()
+    kept = [tmp_path / "result" / name for name in ("coco_rankings.json", "retrieval_scores.pt")]
+    for are_kept in (False, True):
+        for path in kept:
+            path.write_text("of an earlier checkpoint")
+        assert scores_path(tmp_path, are_kept) == (kept[1] if are_kept else None)
+        assert not any(path.exists() for path in kept)
 
 
 def test_other_images_are_none_of_coco_s():

@@ -51,6 +51,19 @@ def test_nlvr2_s_script_finds_our_numbers(tmp_path, wrong):
     assert 100 * official["consistency"] == consistency([item["identifier"] for item in items], right)
 
 
+def test_predictions_of_an_earlier_evaluation_do_not_stay(tmp_path):
+    """Those of the test set stay, which this one writes anew; dev has no identifiers, so its file goes."""
+    (tmp_path / "dev.json").write_text(json.dumps(list(sentences(EXCERPTS / "nlvr2_dev.json"))))
+    items, config = read_nlvr(str(tmp_path / "dev.json"), ""), {"val_file": "dev.json"}
+    data = {split: SimpleNamespace(entries=items) for split in ("val", "test")}
+    files = [tmp_path / "result" / f"nlvr_{split}_predictions.csv" for split in data]
+    NLVR.report_predictions(data, {"val": [0] * 8, "test": [0] * 8}, config, str(tmp_path))
+    assert all(file.exists() for file in files)
+    data["val"] = SimpleNamespace(entries=[{**item, "identifier": ""} for item in items])
+    NLVR.report_predictions(data, {"val": [1] * 8, "test": [1] * 8}, config, str(tmp_path))
+    assert not files[0].exists() and "True" in files[1].read_text() and "False" not in files[1].read_text()
+
+
 def official_vqa_accuracy(result_file: Path, annotation_file: Path) -> dict:
     """A row for each question, and no other; min(1, others who agree / 3), averaged over the annotators."""
     rows = json.loads(result_file.read_bytes())

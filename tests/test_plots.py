@@ -1,6 +1,8 @@
 """The pictures are written, and show what they say."""
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +77,16 @@ def test_keywords_of_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", command)
     keywords.main()
     assert np.asarray(Image.open(tmp_path / "k.png")).std() > 5
+    pairs = json.loads((paths["data"] / "pretrain_train.json").read_bytes())
+    names = [{**pair, "image": Path(pair["image"]).name} for pair in pairs]
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    config["image_root"] = str(paths["data"] / Path(pairs[0]["image"]).parent)
+    config["train_file"] = [{"path": str(tmp_path / "names.json"), "weight": 1}]
+    with (tmp_path / "config.yaml").open("w") as file:
+        YAML(typ="safe", pure=True).dump(config, file)
+    (tmp_path / "k.png").unlink()
+    keywords.main()  # of the photos in image_root, and of a list with weights
+    assert (tmp_path / "k.png").exists()
     monkeypatch.setattr(sys, "argv", [*command, "--file", str(tmp_path / "none.json")])
     with pytest.raises(UserError, match=r"none\.json"):
         keywords.main()

@@ -701,6 +701,16 @@ def test_a_shard_that_vanishes_is_replaced(tmp_path):
     assert len(bad) >= 4 and set(bad) == {(f"{tmp_path}/0.tar", "No such file or directory")}
 
 
+def test_commands_are_counted_by_the_folder_they_run_in(tmp_path, monkeypatch):
+    """`cat 0.tar` is another shard elsewhere, and its number of samples is not that of the first folder."""
+    for folder, number in (("a", 3), ("b", 5), ("a", 3)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        write_tar(tmp_path / folder / "0.tar", samples(number, 0))
+        monkeypatch.chdir(tmp_path / folder)
+        assert shard_stream.count_samples(["pipe:cat 0.tar"]) == [number]
+    assert len(list((tmp_path / "cache").rglob("shards-*.json"))) == 2
+
+
 def test_a_url_is_tried_again_and_then_replaced(tmp_path, made):
     """By samples of the shards after it, of which few are fetched."""
     tar, tried = made.folder / "00000.tar", tmp_path / "tried"
