@@ -75,6 +75,16 @@ def test_the_authors_split(flickr8k, capsys):
     assert re.search(r"train images +2 +6,000 ", printed) and f"image_root: {folder}" in printed
 
 
+def test_a_photo_of_the_split_that_is_missing_is_counted_and_named(flickr8k, capsys):
+    (flickr8k / "flickr8k/Flicker8k_Dataset" / SPLIT["train"][0]).unlink()
+    prepare("flickr8k", flickr8k)
+    kept = {entry["image"] for entry in load(flickr8k / "flickr8k_train.json")}
+    assert kept == {SPLIT["train"][1]} and len(load(flickr8k / "flickr8k_pretrain.json")) == 1
+    printed = capsys.readouterr().out
+    (line,) = (line for line in printed.splitlines() if "photos that are not in" in line)
+    assert line.split()[0] == "2" and SPLIT["train"][0] in line and GONE in line
+
+
 def test_without_images_the_files_are_those_of_all_photos(flickr8k, capsys):
     prepare("flickr8k", flickr8k)
     before = {path.name: path.read_bytes() for path in flickr8k.glob("flickr8k_t*.json")}

@@ -338,6 +338,18 @@ def test_every_config_builds_its_model_with_the_published_names(name):
     assert model.visual_encoder.pos_embed.shape == (1, tokens, config["vision_width"])
 
 
+def test_the_small_model_has_the_size_that_its_page_says():
+    """As it is, and 384 wide as docs/flickr8k.md starts it from MiniLM's weights."""
+    page = (ROOT / "docs" / "flickr8k.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^torchrun [^`]*?init=text[^`]*", page, re.M)
+    wider = re.findall(r"\b(?:vision_width|vit\.\w+|bert_config\.\w+)=\d+", command)
+    for overrides, millions in (([], 15), (wider, 33)):
+        config = read_config(str(ROOT / "configs/small/Pretrain.yaml"), PRETRAIN, overrides)
+        trained = sum(param.numel() for param in build(config).parameters() if param.requires_grad)
+        assert f"{millions} M" in page and round(trained / 1e6) == millions
+    assert config["vision_width"] == 384
+
+
 def test_names_at_the_recorded_depth_are_the_recorded_names():
     for task in ("pretrain", "retrieval"):
         recorded = [name for name, _, _ in golden(f"{task}_structure")["state_dict"]]

@@ -130,8 +130,10 @@ def test_nlvr_takes_two_images(tmp_path, number):
 def test_empty_files_and_files_of_another_task(monkeypatch, tiny, tmp_path, script, content, words):
     path = write(tmp_path, content)
     flags = ["--config", tiny[script.__name__], "--output_dir", tmp_path / "out"]
-    message = fails(monkeypatch, script, *flags, "--overrides", f"train_file={path}")
-    assert path in message and words in message
+    blind = ["sentence_only=true"] if script is VE else []
+    for more in ([], blind):
+        message = fails(monkeypatch, script, *flags, "--overrides", f"train_file={path}", *more)
+        assert path in message and words in message
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
 
 

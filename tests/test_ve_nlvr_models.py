@@ -1,6 +1,7 @@
 """Visual entailment, NLVR and text assignment on tiny models: slots, draws, padding, gradients, twins."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import TINY_BERT, TINY_VIT, check_gradients, shake, tiny_texts
 from test_initial import SIZES, bert_folder, deit_file  # noqa: F401 (fixtures)
+from tiny import ROOT
 from torch import nn
 from transformers import BertForMaskedLM as HubBert
 
@@ -366,20 +368,33 @@ def test_before_token_types_are_trained_the_encoder_computes_without_them():
 # ---- configs ----
 
 
-@pytest.mark.parametrize("folder", ["configs", "configs/demo"])
-@pytest.mark.parametrize(("name", "table"), [("VE", VE), ("NLVR", NLVR), ("NLVR_Pretrain", PRETRAIN_NLVR)])
-def test_every_config_builds_its_model(folder, name, table):
-    config = read_config(f"{folder}/{name}.yaml", table)
-    model_class = {"VE": SIMLAVE, "NLVR": SIMLANLVR, "NLVR_Pretrain": SIMLAPretrainNLVR}[name]
+TASKS = {
+    "VE": (VE, SIMLAVE),
+    "NLVR": (NLVR, SIMLANLVR),
+    "NLVR_Pretrain": (PRETRAIN_NLVR, SIMLAPretrainNLVR),
+}
+
+
+def configs_of_these_tasks() -> list[tuple[str, str]]:
+    """Folder and name of every config, with its task."""
+    files = [path.relative_to(ROOT) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+    tasks = {file: re.sub(r"_\d+gb$", "", file.stem) for file in files}
+    return [(str(file), task) for file, task in tasks.items() if task in TASKS]
+
+
+@pytest.mark.parametrize(("path", "task"), configs_of_these_tasks())
+def test_every_config_builds_its_model(path, task):
+    table, model_class = TASKS[task]
+    config = read_config(path, table)
     with torch.device("meta"):
         model = model_class.from_config(config)
     layers = model.text_encoder.config.num_hidden_layers
-    expected = layers if name == "VE" else layers + (layers + 1) // 2
+    expected = layers if task == "VE" else layers + (layers + 1) // 2
     assert len(model.text_encoder.encoder.layer) == expected
     tokens = (config["image_res"] // config["vit"]["patch_size"]) ** 2 + 1
     assert model.visual_encoder.pos_embed.shape == (1, tokens, config["vision_width"])
-    if folder == "configs":
-        published = golden("schedules")[f"{name}.yaml"]
+    if path == f"configs/{task}.yaml":
+        published = golden("schedules")[f"{task}.yaml"]
         for section in ("optimizer", "schedular"):
             assert {key: config[section][key] for key in published[section]} == published[section]
 
