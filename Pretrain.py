@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from simla.checkpoint.image_tokenizers import build_image_tokenizer, fit_kmeans_codebook
 from simla.checkpoint.initial import starting_weights
+from simla.checkpoint.load import untrained_by
+from simla.checkpoint.save import load_checkpoint
 from simla.configs.reader import check_batch, parse
 from simla.configs.schema import PRETRAIN
 from simla.dataset.mixture import Mixture
@@ -62,11 +64,11 @@ def chance(config: dict) -> dict[str, float]:
 def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, run: Run) -> nn.Module:
     """Return the config's image tokenizer; the main rank fits a k-means codebook that is not there yet.
 
-    Raises UserError where a resumed run has lost it: the codes of another one would mean something else.
+    Raises UserError where a resumed run has lost that of its MIM: the codes of another mean something else.
     """
     settings = config["image_tokenizer"]
     is_missing = settings["kind"] == "kmeans" and not Path(settings["path"]).is_file()
-    if is_missing and run.resume:
+    if is_missing and run.resume and "mim" not in untrained_by(load_checkpoint(run.checkpoint)["config"]):
         raise UserError(
             f"image_tokenizer.path {settings['path']}: the codebook of the training of {run.checkpoint} "
             "is not there; copy it there, or name it"

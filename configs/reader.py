@@ -114,6 +114,7 @@ def read_config(
     hint = _other_task(read_yaml(path), table, path)
     for file, layer in _read_layers(path):
         _lay_over(values, _from_published(layer, table, file, notes), file, files)
+    own_root = values.get("data_root")
     overrides = [re.sub(r"^scheduler(?=[.=])", "schedular", override) for override in overrides or []]
     for override in overrides:
         _override(values, override)
@@ -128,7 +129,8 @@ def read_config(
         config["data_root"] = str(Path(fill_in(config["data_root"])).absolute())
     unmoved = _resolve(config, Key(table), "")
     config = _resolve(config, Key(table), config["data_root"])
-    if "data_root" in given and config["image_root"] and config == unmoved:
+    is_moved = "data_root" in given and values["data_root"] not in ("", own_root)
+    if is_moved and config["image_root"] and config == unmoved:
         raise UserError(
             f"--overrides data_root has no effect: all paths of data in {path} are absolute, such as "
             f"image_root {config['image_root']}"
@@ -271,9 +273,13 @@ def _override(values: dict, text: str) -> None:
     name, separator, value = text.partition("=")
     if not separator or not all(name.split(".")):
         raise UserError(f"--overrides {text}: expected key=value, for example schedular.epochs=10")
-    if name.startswith("bert_config."):
-        known = [*BertConfig.__dataclass_fields__, "hidden_act"]
-        if (size := name.removeprefix("bert_config.")) not in known:  # one in the file is passed over
+    try:
+        value = YAML(typ="safe", pure=True).load(value)
+    except YAMLError as error:
+        raise UserError(f"--overrides {text}: {value!r} is not valid YAML") from error
+    known = [*BertConfig.__dataclass_fields__, "hidden_act"]
+    for size in (key.removeprefix("bert_config.") for key in _names(text) if key.startswith("bert_config.")):
+        if size not in known:  # one in the file is passed over
             hint = _nearest(size, known, "bert_config.") or f"sizes that count: {', '.join(known)}"
             raise UserError(f"--overrides {text} has no effect; {hint}")
         if isinstance(sizes := values.get("bert_config", BERT_CONFIG), str):
@@ -284,10 +290,6 @@ def _override(values: dict, text: str) -> None:
         values = values[parent]
         if not isinstance(values, dict):
             raise UserError(f"--overrides {text}: {parent} is a value, not a section")
-    try:
-        value = YAML(typ="safe", pure=True).load(value)
-    except YAMLError as error:
-        raise UserError(f"--overrides {text}: {value!r} is not valid YAML") from error
     _lay_over(values, {leaf: value}, "--overrides", {})  # of a section the keys named alone
 
 

@@ -34,15 +34,19 @@ LIST_OF_STRINGS = re.compile(rf"\[\s*{STRING.pattern}(?:(?:\s*,\s*|\s+){STRING.p
 SPECIAL_TOKENS = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
 
 
+CJK = r"\u3000-\u30ff\u3400-\u9fff\uff00-\uff65"  # with its punctuation
 # What a tokenizer parts at punctuation, as people write it: (pattern, replacement), in this order.
 WRITTEN = [
-    (re.compile(r" ?([-/_’]) ?"), r"\1"),  # t-shirt, yes/no
-    (re.compile(r" ?' ?(?=(?:s|t|d|m|re|ve|ll|clock)\b)"), "'"),  # it's, o'clock
+    (re.compile(r" ?([-/_]) ?"), r"\1"),  # t-shirt, yes/no
+    (re.compile(r" ?(['’]) ?(?=(?:s|t|d|m|re|ve|ll|clock)\b)"), r"\1"),  # it's, o'clock
+    (re.compile(r"\b([cdjlmnost]|\w*qu|aujourd) (['’]) (?=[^\W\d])"), r"\1\2"),  # l'eau, o'neill
+    (re.compile(r"(?<=\d) (['’]) (?=\d)"), r"\1"),  # 5'10
     (re.compile(r"(?<=\d) ([.:]|,(?= \d{3}\b)) (?=\d)"), r"\1"),  # 10:15, 1,000
     (re.compile(r"\b([^\W\d]) ([.&]) (?=[^\W\d]\b)"), r"\1\2"),  # p.m., b&w
-    (re.compile(r" (?=[.,:;?!%'+)\]])"), ""),
-    (re.compile(r"([$€£#(\[]) "), r"\1"),
-    (re.compile(r"(?<=[\u3040-\u30ff\u3400-\u9fff]) (?=[\u3040-\u30ff\u3400-\u9fff])"), ""),
+    (re.compile(r" (?=[.,:;?!%'’”)\]])"), ""),
+    (re.compile(r" (?=\+(?: \+|$))"), ""),  # 50+, c++
+    (re.compile(r"([$€£#(\[‘“]) "), r"\1"),
+    (re.compile(rf"(?<=[{CJK}]) (?=[{CJK}\d])|(?<=\d) (?=[{CJK}])"), ""),
 ]
 
 

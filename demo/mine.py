@@ -46,7 +46,7 @@ class Steps:
     """
 
     def __init__(self, file: Path, given: dict[str, str], photos: str, is_trained: bool):
-        """photos: a checksum of their names, sizes and dates."""
+        """photos: a checksum of their names and sizes."""
         new = {"given": given, "photos": photos, "done": []}
         self.file, self.record = file, json.loads(file.read_bytes()) if file.is_file() else new
         for name, value in self.record["given"].items():
@@ -91,12 +91,14 @@ def names_in(table: Path) -> list[str]:
 
 
 def checksum_of(photos: Path, names: list[str]) -> str:
-    """Return one that changes when a photo comes, goes or is replaced."""
+    """Return one that changes when a photo comes, goes or is replaced by one of another size; dates do not
+    count, which a copy may not keep.
+    """
     digest = hashlib.sha256()
     for name in names:
         try:
             status = (photos / name).stat()
-            digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode(errors="surrogatepass"))
+            digest.update(repr((name, status.st_size)).encode(errors="surrogatepass"))
         except (OSError, ValueError):  # no such file; a name that none can have
             continue
     return digest.hexdigest()

@@ -174,6 +174,7 @@ def run_stage(stage: Stage, folder: Path, seed: str, start: str = "") -> dict:
     record = json.loads(file.read_bytes()) if file.is_file() else {"seed": seed, "seconds": 0}
     if record["seed"] != seed:
         raise UserError(f"{file} is of seed {record['seed']}; give seed {seed} another --output_dir")
+    is_noted = "made_of" in record
     before = record.setdefault("made_of", made_of)
     if others := [name for name in made_of if before.get(name) != made_of[name]]:
         raise UserError(
@@ -182,6 +183,8 @@ def run_stage(stage: Stage, folder: Path, seed: str, start: str = "") -> dict:
         )
     if ("after" if stage.result else "checkpoint") in record:
         print(f"\n{stage.name}: done already; delete {folder} to run it again", flush=True)
+        if not is_noted:
+            write_json(file, record)
         return record
     folder.mkdir(parents=True, exist_ok=True)
     begin, seconds_before = time.monotonic(), record["seconds"]
@@ -208,12 +211,13 @@ def run_stage(stage: Stage, folder: Path, seed: str, start: str = "") -> dict:
 
 def made_of_what(stage: Stage, start: str) -> dict[str, str]:
     """Return what a stage's result depends on beside the seed: the run whose checkpoint it starts from, and a
-    checksum of its config and flags.
+    checksum of its configs and flags.
     """
-    from simla.checkpoint.save import load_checkpoint
+    from simla.engine.run_record import previous_run
 
-    config = json.dumps([read_yaml(CONFIGS / stage.config), stage.flags], sort_keys=True)
-    run = load_checkpoint(start).get("run", "") if start else ""
+    files = [stage.config, *(stage.evaluation or ())[1:]]
+    config = json.dumps([*(read_yaml(CONFIGS / file) for file in files), stage.flags], sort_keys=True)
+    run = previous_run(Path(start).parent) if start else ""  # not of the file, which may be deleted by now
     return {"config": hashlib.sha256(config.encode()).hexdigest(), "starting checkpoint": run}
 
 

@@ -7,7 +7,10 @@ from simla.dataset.loaders import signatures
 from simla.engine.run_record import save_config
 from simla.utils import UserError, append_log, atomic_write, is_main, json_text, log
 
-SCORED_BY = ("k_test", "score", "score_itc_weight", "sentence_only", "det_file", "gradcam_mode", "block_num")
+SCORED_BY = (
+    *("k_test", "score", "score_itc_weight", "sentence_only"),
+    *("refcoco_data", "det_file", "gradcam_mode", "block_num"),
+)
 
 
 def protocol(data: Mapping[str, Sequence], settings: dict) -> dict:

@@ -79,9 +79,13 @@ def previous_run(output_dir: str, job: str = "") -> str:
 
 
 def this_job() -> str:
-    """Return what a process has in common with one that SLURM or torchrun starts in its place."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return f"SLURM {job}" if job else f"{socket.gethostname()} {os.getppid()}"
+    """Return what a process has in common with one that SLURM or torchrun starts in its place, and with none
+    of another job: SLURM's number of the job, torchrun's folder for this call, or else the parent process.
+    """
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"SLURM {job}"
+    of_torchrun = os.environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition("/attempt_")[0]
+    return f"{socket.gethostname()} {of_torchrun or os.getppid()}"
 
 
 def holds_training(output_dir: str) -> bool:

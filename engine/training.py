@@ -396,7 +396,9 @@ class Training:
 
     def score_best_anew(self, evaluate: Callable[[int], Scores], why: str) -> None:
         """Take the scores of the best epoch so far by the protocol of now; the weights stay as they are."""
-        log.warning(f"the best epoch so far was scored otherwise: {why}; {self.kept} is scored anew")
+        log.warning(
+            f"the best epoch so far may have been scored otherwise: {why}; {self.kept} is scored anew"
+        )
         best, weights = safe_load(self.kept), {k: v.clone() for k, v in self.model.state_dict().items()}
         epoch = best["epoch"]
         self.model.load_state_dict(best["model"])

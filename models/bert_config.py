@@ -51,7 +51,7 @@ class BertConfig:
             raise UserError(f"bert_config hidden_act is {source['hidden_act']!r}; only 'gelu' is supported")
         known = {field.name for field in fields(cls)}
         for key in source.keys() - known:
-            if near := get_close_matches(key, known, n=1, cutoff=0.9):
+            if near := get_close_matches(str(key), known, n=1, cutoff=0.9):
                 raise UserError(f"bert_config has {key}, which means nothing here; is {near[0]} meant?")
         config = cls(**{key: value for key, value in source.items() if key in known})
         for field in fields(cls):

@@ -115,7 +115,7 @@ def grounding(
     boxes: list[list[float]],
 ) -> Grounding:
     """Return the maps with what they say of boxes, by the rules of Grounding.py. Raises UserError where more
-    than a few of the boxes are not in the image.
+    than a quarter of the boxes are not in the image.
     """
     full = resize_heat(heat, height, width)
     box = heat_box(full)
@@ -124,8 +124,8 @@ def grounding(
     wrong = [each for each in boxes if not is_placed(each, width, height)]
     if len(wrong) > MAX_MISPLACED * len(boxes):
         raise UserError(
-            f"{len(wrong)} of {len(boxes)} boxes are not inside the image of {width} x {height}, such as "
-            f"{wrong[0]}; they must be [x, y, width, height] in pixels, not corners or shares of the image"
+            f"{len(wrong)} of {len(boxes)} boxes for {text!r} are not inside the image, {width} x {height}, "
+            f"such as {wrong[0]}; they must be [x, y, width, height] in pixels, no corners or shares"
         )
     ranked = sorted(((box, box_score(full, box)) for box in boxes), key=lambda pair: -pair[1])
     return Grounding(text, heat, words, height, width, box, ranked)

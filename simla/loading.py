@@ -88,7 +88,8 @@ def _load(
     settings["vit_mask_token"] = kind != "pretrain" and "visual_encoder.mask_token" in state
     if (stored := tokenizer_in(content)) and not text_encoder:
         tokenizer = tokenizer_from_text(stored, source)
-        settings["text_encoder"] = config_in(content, source).get("text_encoder", settings["text_encoder"])
+        stored_name = config_in(content, source).get("text_encoder", settings["text_encoder"])
+        settings["text_encoder"] = shipped(stored_name)
     else:
         tokenizer = build_tokenizer(settings["text_encoder"])
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
@@ -102,7 +103,7 @@ def _load(
     if text_encoder:
         warn_of_another_vocabulary(tokenizer, source, text_encoder)
     if settings.get("sentence_only"):
-        log.warning(f"{source} was trained with sentence_only: what it says does not depend on the image")
+        log.warning(f"sentence_only: what {source} says does not depend on the image")
     if config is not None:
         _say_changes(settings, content, table, source)
     for name in model.twin_names:  # only training asks them

@@ -188,7 +188,7 @@ def test_a_map_shows_no_word_that_was_not_read(models, images, mode):
 
 @pytest.mark.parametrize("boxes", [[[70, 70, 90, 90], [60, 66, 90, 92]], [[0.2, 0.2, 0.5, 0.5]]])
 def test_corners_and_shares_are_no_boxes(models, images, boxes):
-    with pytest.raises(UserError, match=r"boxes are not inside the image of .* not corners or shares"):
+    with pytest.raises(UserError, match=r"boxes for '.*' are not inside the image, .* no corners or shares"):
         models["retrieval"].ground(images[0], "a thing", boxes)
 
 
@@ -335,7 +335,7 @@ def test_every_script_warns_of_another_vocabulary_and_says_where_one_is_missing(
     assert simla.load(path, "cpu").tokenizer.convert_ids_to_tokens(len(words) - 1) == words[-2]
 
 
-def test_what_a_config_may_change_is_said(tiny, images, caplog):
+def test_what_a_config_may_change_is_said(tiny, images, tmp_path, monkeypatch, caplog):
     config = tiny.config("Retrieval")
     model = simla.load(tiny.checkpoints["retrieval"], "cpu", config={**config, "image_res": 48, "k_test": 5})
     assert "the config given changes image_res 48 instead of 32, k_test 5 instead of 3" in caplog.text
@@ -343,6 +343,13 @@ def test_what_a_config_may_change_is_said(tiny, images, caplog):
     caplog.clear()
     simla.load(tiny.checkpoints["retrieval"], "cpu", config=config)
     assert not caplog.text
+    content = torch.load(tiny.checkpoints["retrieval"], weights_only=True)
+    content["config"]["text_encoder"] = "tests/tiny.py"  # a file of this code, named as from its own folder
+    content["tokenizer"] = tokenizer_text(tiny.tokenizer())
+    torch.save(content, tmp_path / "r.pth")
+    monkeypatch.chdir(tmp_path)
+    simla.load(tmp_path / "r.pth", "cpu", config=content["config"])
+    assert "text_encoder" not in caplog.text
 
 
 def test_what_the_scripts_warn_of_is_said_of_a_loaded_model(tiny, tmp_path, caplog):
@@ -350,7 +357,7 @@ def test_what_the_scripts_warn_of_is_said_of_a_loaded_model(tiny, tmp_path, capl
     content["config"]["sentence_only"] = True
     torch.save(content, tmp_path / "blind.pth")
     simla.load(tmp_path / "blind.pth", "cpu")
-    assert "was trained with sentence_only: what it says does not depend on the image" in caplog.text
+    assert "blind.pth says does not depend on the image" in caplog.text
     caplog.clear()
     simla.load(tmp_path / "blind.pth", "cpu", config=tiny.config("VE"))
     assert "the config given changes sentence_only False instead of True" in caplog.text

@@ -1,6 +1,7 @@
 """What a config may say: types, ranges, spellings, other people's configs, and what has no effect."""
 
 import argparse
+import json
 import logging
 import re
 import shutil
@@ -25,6 +26,7 @@ from simla.dataset.check.__main__ import main as check_main
 from simla.dataset.check.tasks import SPLITS
 from simla.dataset.text import build_tokenizer
 from simla.engine.launch import script_arguments
+from simla.models.bert_config import BertConfig
 from simla.scheduler import WarmupCosine
 from simla.utils import UserError
 
@@ -119,6 +121,7 @@ def test_every_number_has_a_range_and_is_finite():
             "bert_config.hiden_dropout_prob=0.2",
             "has no effect; did you mean bert_config.hidden_dropout_prob?",
         ),
+        ("bert_config={1: 2}", "has no effect; sizes that count: vocab_size"),
         ("bert_config.classifier=2", "has no effect; sizes that count: vocab_size"),
     ],
 )
@@ -137,7 +140,7 @@ def test_what_cannot_be_meant_is_refused_with_the_range(override, expected):
         ("num_hidden_layers=1000000000000", "expected int, at least 1 and below 1001"),
         ("num_hidden_layers=true", "num_hidden_layers is True; expected int, at least 1"),
         ("encoder_width=64", "encoder_width 64 of bert_config must be vision_width 128"),
-        ("={num_hidden_layer: 3}", "bert_config has num_hidden_layer, .*; is num_hidden_layers meant"),
+        ("={num_hidden_layer: 3}", "has no effect; did you mean bert_config.num_hidden_layers?"),
     ],
 )
 def test_sizes_of_the_text_encoder(override, expected, monkeypatch, tmp_path):
@@ -146,6 +149,16 @@ def test_sizes_of_the_text_encoder(override, expected, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["VE.py", *map(str, flags)])
     with pytest.raises(UserError, match=expected):
         parse(script_arguments("x", "", ""), TABLES["VE"])
+
+
+def test_a_file_of_sizes_with_a_misspelt_one_is_refused(tmp_path):
+    """Other keys, which BERT's own files have, are passed over."""
+    sizes = json.loads((ROOT / "configs" / "config_bert.json").read_bytes())
+    (tmp_path / "sizes.json").write_text(json.dumps({**sizes, "num_hidden_layer": 3}))
+    with pytest.raises(UserError, match=r"bert_config has num_hidden_layer, .*; is num_hidden_layers meant"):
+        BertConfig.read(str(tmp_path / "sizes.json"))
+    (tmp_path / "sizes.json").write_text(json.dumps({**sizes, "classifier": 3}))
+    assert BertConfig.read(str(tmp_path / "sizes.json")).hidden_size == 768
 
 
 def test_shipped_files_are_found_from_any_working_folder(monkeypatch, tmp_path):
@@ -312,6 +325,10 @@ def test_another_data_root_moves_paths_or_is_refused(tmp_path):
     path.write_text("image_res: 384\ntest_file: /one/a.json\nimage_root: /one\ndata_root: /one\n")
     with pytest.raises(UserError, match=r"--overrides data_root has no effect: all paths of data in .* /one"):
         read(["data_root=/two"], str(path), "Retrieval")
+    assert read(["data_root=/one"], str(path), "Retrieval")["image_root"] == "/one"  # as it was
+    path.write_text("image_res: 384\ntest_file: a.json\nimage_root: images\ndata_root: /one\n")
+    config = read(["data_root=''"], str(path), "Retrieval")  # back to the folder of the command
+    assert (config["test_file"], config["image_root"]) == ("a.json", "images")
 
 
 # ---- variants ----

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +96,12 @@ def test_a_stage_of_another_start_or_config_is_not_taken_for_done(chain, monkeyp
         demo.run_stage(stage, out / "vqa", "42", other)
     with pytest.raises(UserError, match="vqa was made with another config than there is now"):
         demo.run_stage(stage._replace(flags=("--overrides", "k_test=1")), out / "vqa", "42", start)
+    gone = str(Path(start).with_name("checkpoint_99.pth"))  # the run is known though its file was deleted
+    record = json.loads((out / "vqa" / "stage.json").read_bytes())
+    made_of = record.pop("made_of")
+    (out / "vqa" / "stage.json").write_text(json.dumps(record))  # as an earlier version wrote it
+    demo.run_stage(stage, out / "vqa", "42", gone)
+    assert json.loads((out / "vqa" / "stage.json").read_bytes())["made_of"] == made_of
 
 
 def test_the_summary(chain, capsys):

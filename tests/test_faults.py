@@ -401,6 +401,22 @@ def test_a_restart_before_the_run_has_said_what_it_is_takes_no_other_s_checkpoin
     assert restarted("1")[:2] == ("", False)
 
 
+def test_a_job_is_the_same_over_restarts_whatever_program_lies_between(monkeypatch):
+    """torchrun has a folder for each call, and in it one for each attempt; a wrapper is another process."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    jobs = []
+    for call, attempt, parent in (("a", 0, 1), ("a", 1, 2), ("b", 1, 3)):
+        file = f"/tmp/torchelastic_x/none_{call}/attempt_{attempt}/0/error.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
+        monkeypatch.setattr(os, "getppid", lambda parent=parent: parent)
+        jobs.append(run_record.this_job())
+    assert jobs[0] == jobs[1] != jobs[2]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
+    assert run_record.this_job().endswith(" 3")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert run_record.this_job() == "SLURM 7"
+
+
 def test_a_restart_of_a_resumed_run_goes_on_from_its_own_last_checkpoint(restarted, tmp_path):
     flags = ["--resume", "--checkpoint", str(tmp_path / "checkpoint_07.pth")]
     assert restarted("1", *flags) == ("checkpoint_07.pth", True, "earlier")  # nothing of its own yet

@@ -337,6 +337,11 @@ def test_sbu_by_its_json_and_by_its_two_texts(tmp_path):
     texts = put(tmp_path / "sbu/dataset/SBU_captioned_photo_dataset_captions.txt", "\n".join(captions))
     prepare("sbu", tmp_path)
     assert pairs(tmp_path / "sbu.json", tmp_path) == expected
+    shutil.rmtree(tmp_path / "sbu/images")
+    prepare("sbu", tmp_path, "--without_images")  # in the folder of --help, not in that of the list
+    entries = json.loads((tmp_path / "sbu.json").read_bytes())
+    assert {str(Path(entry["image"]).parent) for entry in entries} == {str(tmp_path / "sbu/images")}
+    assert [entry["caption"] for entry in entries] == captions
     texts.write_text("\n".join(captions[:2]))
     with pytest.raises(UserError, match="3 URLs but 2 captions; download the files again"):
         prepare("sbu", tmp_path)

@@ -129,6 +129,13 @@ def test_a_resumed_run_without_its_codebook_is_refused(pretrained, tiny, tmp_pat
     ):
         Pretrain.parse_and_run()
     assert not (tmp_path / "c.safetensors").exists()
+    checkpoint = torch.load(out / "checkpoint_00.pth", weights_only=True)
+    checkpoint["config"]["loss_weights"]["mim"] = 0.0  # it had none: MIM begins now
+    torch.save(checkpoint, tmp_path / "checkpoint_00.pth")
+    argv[argv.index(out / "checkpoint_00.pth")] = tmp_path / "checkpoint_00.pth"
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    Pretrain.parse_and_run()
+    assert (tmp_path / "c.safetensors").exists()
 
 
 def test_every_rank_count_and_launch_mode_gives_the_same_retrieval_scores(pretrained, tiny, tmp_path):

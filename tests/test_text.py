@@ -237,7 +237,9 @@ def test_half_a_surrogate_pair_becomes_what_a_tokenizer_takes():
 
 ANSWERS = """
     10:15, 3.5, 1,000, 2,500,000, $5, 50%, b&w, black & white, it's, don't, #1, u.s., t-shirt, yes/no,
-    5 o'clock, coca-cola, 7:30 p.m., st. louis, mother's day, no, c++, 1/2, 红色, i don't know.
+    5 o'clock, coca-cola, 7:30 p.m., st. louis, mother's day, no, c++, 1/2, 红色, 3个, 红，白。, 50+,
+    2 + 3 = 5, i don't know., girls' room, girls’ room, ‘stop’ sign, it’s, l'eau, aujourd'hui, qu'il,
+    o'neill, 5'10
 """
 
 

@@ -133,7 +133,7 @@ def _write(url_list: UrlList, root: Path, out: Path, options: argparse.Namespace
         if report.without_images:
             report.notes.append(f"{path.name}: of the images that img2dataset has written to {folder} alone")
         return True
-    if report.without_images and (folder is None or (listed and folder == listed.parent)):
+    if report.without_images and (folder is None or (listed and folder in listed.parents)):
         folder = root / url_list.images[0]
     if folder is None or listed is None:
         report.notes.append(f"{path.name}: not made, {'no list' if folder else 'no images'} in {root}")

@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "files of any tasks, one of each kind"
     add("--checkpoint", nargs="+", action="extend", required=True, type=fill_in, help=text)
     text = "a YAML file for each checkpoint, where they hold no config"
-    add("--config", nargs="+", action="extend", help=text)
+    add("--config", nargs="+", action="extend", type=fill_in, help=text)
     add(
         "--images",
         type=fill_in,
