@@ -68,7 +68,8 @@ def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, run: Run
     """
     settings = config["image_tokenizer"]
     is_missing = settings["kind"] == "kmeans" and not Path(settings["path"]).is_file()
-    if is_missing and run.resume and "mim" not in untrained_by(load_checkpoint(run.checkpoint)["config"]):
+    trained = load_checkpoint(run.checkpoint).get("config", {}) if run.resume else {}
+    if is_missing and run.resume and "mim" not in untrained_by(trained):
         raise UserError(
             f"image_tokenizer.path {settings['path']}: the codebook of the training of {run.checkpoint} "
             "is not there; copy it there, or name it"
