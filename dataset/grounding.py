@@ -17,7 +17,7 @@ from simla.dataset.readers.json_list import read_json
 from simla.dataset.readers.plain_pickle import read_plain_pickle
 from simla.dataset.readers.tables import MAX_MISPLACED, by_id, checked, is_box, is_placed, look_up
 from simla.dataset.retrieval import WithIdentities
-from simla.utils import UserError
+from simla.utils import UserError, log
 
 FIELDS = {"image": TEXT, "text": TEXT}
 SPLITS = ("val", "testA", "testB", "test")  # of evaluation
@@ -134,6 +134,7 @@ class GroundingEvalData(EvalItems):
         paths = (Path(config[key]) if config[key] else None for key in ("refcoco_data", "det_file"))
         self.targets = own_ones_apart(read_targets(entries, *paths))
         check_candidates(self.targets, config["det_file"])
+        check_frames(entries, self.targets)
         names: dict[str, None] = {}
         for data_set in dict.fromkeys(target.data_set for target in self.targets):
             present = {target.split for target in self.targets if target.data_set == data_set}
@@ -188,6 +189,42 @@ def check_candidates(targets: list[Target], det_file: str) -> None:
             f"{box} in one of {target.width} x {target.height} ({target.where}); boxes must be [x, y, width, "
             "height] in pixels, not corners or shares of the image"
         )
+
+
+def check_frames(entries: Iterable[dict], targets: Iterable[Target]) -> None:
+    """Raise UserError for a photo that lies on its side beside the one in which the RefCOCO family measured
+    its box, and warn of those of another shape. Photos that cannot be read are passed over.
+    """
+    of_release = {
+        entry["images"][0]: target
+        for entry, target in zip(entries, targets, strict=True)
+        if target.data_set in RELEASES
+    }
+    others = []
+    for file, target in of_release.items():
+        try:
+            width, height = image_size(file)
+        except BadImage:
+            continue
+        if _has_shape(width, height, target.width, target.height):
+            continue
+        if _has_shape(width, height, target.height, target.width):
+            raise UserError(
+                f"{target.where}: {file} is {width} x {height} as it is shown, and its box was measured in "
+                f"one of {target.width} x {target.height}: it was turned; take COCO's own file"
+            )
+        others.append(f"{file} ({width} x {height}, not {target.width} x {target.height})")
+    if others:
+        log.warning(
+            f"{len(others)} of {len(of_release)} photos have another shape than those in which their boxes "
+            f"were measured; if parts were cut off, their scores are wrong; the first: {others[0]}"
+        )
+
+
+def _has_shape(width: int, height: int, other_width: int, other_height: int) -> bool:
+    """Return whether a picture may be one of the other size made larger or smaller, but for rounding."""
+    sides = width, height, other_width, other_height
+    return abs(width * other_height - height * other_width) <= max(sides)
 
 
 class Detections:

@@ -94,8 +94,12 @@ def rerank(
     progress: Callable[[list[Group]], Iterable[Group]] = iter,
     score: str = "itm",
     itc_weight: float = 1.0,
+    rank_and_size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return score matrices of both directions, equal on all ranks.
+
+    rank_and_size: this process's among those that share the images; (0, 1) where one has them all, also in a
+    program of several.
 
     score: itm, the matching logit; itm+itc, to which the similarity is added `itc_weight` times; itc, the
     similarity of all pairs, for which none is read.
@@ -108,17 +112,19 @@ def rerank(
         return similarity.cpu(), similarity.T.contiguous().cpu()
     for_images, for_texts = (mask.cpu() for mask in candidate_pairs(similarity, k))
     wanted = for_images | for_texts
-    of_rank = wanted[rank() :: world_size()]
+    this_rank, num_ranks = rank_and_size or (rank(), world_size())
+    of_rank = wanted[this_rank::num_ranks]
     groups = make_groups(
         of_rank, text_mask.sum(1).cpu(), *(sizes or SIZES.get(similarity.device.type, SIZES["cuda"]))
     )
     flat = torch.empty(int(of_rank.sum()) + 1, 2, dtype=torch.float32, device=similarity.device)
     for group in progress(groups):
         score_group(model, group, image_embeds, text_ids, text_mask, flat)
-    counts = [int(wanted[r :: world_size()].sum()) for r in range(world_size())]
+    counts = [int(wanted[r::num_ranks].sum()) for r in range(num_ranks)]
+    shares = all_gather_shares(flat[:-1, 1], counts) if num_ranks > 1 else [flat[:-1, 1]]
     scores = torch.zeros(similarity.shape, dtype=torch.float32)
-    for r, rank_scores in enumerate(all_gather_shares(flat[:-1, 1], counts)):
-        scores[r :: world_size()][wanted[r :: world_size()]] = rank_scores.cpu()
+    for r, rank_scores in enumerate(shares):
+        scores[r::num_ranks][wanted[r::num_ranks]] = rank_scores.cpu()
     if score == "itm+itc":
         scores += itc_weight * similarity.cpu()
     scores_i2t = scores.masked_fill(~for_images, NOT_SCORED)

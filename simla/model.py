@@ -256,7 +256,8 @@ class Simla:
                 if not (features * index.features[rows]).sum(1).gt(0.99).all():
                     raise UserError("the index is damaged: its states are not of its features; index again")
                 inputs = cosines[:, None].to(self.device), num, states, ids[query], mask[query]
-                scores = rerank(self.model, *inputs, score=score, itc_weight=weight)[1][0]
+                rule = {"score": score, "itc_weight": weight, "rank_and_size": (0, 1)}
+                scores = rerank(self.model, *inputs, **rule)[1][0]
                 self._finite(scores, "matching scores")
             order = scores.argsort(descending=True, stable=True)[:top]
             results.append(_hits(index, rows[order], scores[order], cosines[order]))

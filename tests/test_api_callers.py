@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 import Grounding
 import simla
+from simla import utils
 from simla.answers import check_no_file
 from simla.checkpoint.tokenizer import tokenizer_text
 from simla.dataset import transforms
@@ -184,6 +185,13 @@ def test_a_map_shows_no_word_that_was_not_read(models, images, mode):
     torch.testing.assert_close(found.heat, whole.heat)
     cut = model.ground(images[0], "word0 word1", mode=mode, block=0, max_tokens=3)
     assert len(cut.words) == 1 and "word0".startswith(cut.text) and cut.words[0][0] == cut.text != "word0"
+
+
+def test_a_search_is_the_same_in_a_program_of_several_processes(models, images, monkeypatch):
+    """Each process asks with images of its own: no other one shares the work."""
+    alone = models["retrieval"].search(images, ["two dogs", "a cup"], top=3)
+    monkeypatch.setattr(utils, "_rank_and_size", lambda: (1, 2))
+    assert models["retrieval"].search(images, ["two dogs", "a cup"], top=3) == alone
 
 
 @pytest.mark.parametrize("boxes", [[[70, 70, 90, 90], [60, 66, 90, 92]], [[0.2, 0.2, 0.5, 0.5]]])

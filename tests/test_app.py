@@ -281,6 +281,30 @@ def test_questions_keywords_statements_and_entailment(page, models, images):
     tab.shows(*percent(models["ve"].entails(images[0], "there is a cake").items()))
 
 
+def test_an_answer_written_in_two_ways_has_its_larger_probability(models, images, monkeypatch):
+    rows = [("yes", 0.3), ("no", 0.25), ("yes", 0.01)]
+    monkeypatch.setattr(type(models["vqa"]), "answer", lambda *_: rows)
+    asked = {}
+    monkeypatch.setattr(page_module, "_wire", lambda function, *_: asked.setdefault("answer", function))
+    build_page({"vqa": models["vqa"]}, None, {})
+    assert asked["answer"](images[0], "is it?", "") == {"yes": 0.3, "no": 0.25}
+
+
+def test_words_are_asked_for_as_they_are_written(models, images, monkeypatch):
+    """A cased vocabulary has Essen and essen; the tokenizer lowers what it should."""
+    given = []
+    monkeypatch.setattr(
+        type(models["pretrain"]), "keywords", lambda _, image, top, words: given.append(words) or []
+    )
+    asked = {}
+    monkeypatch.setattr(
+        page_module, "_wire", lambda function, *_: asked.update({function.__name__: function})
+    )
+    build_page({"pretrain": models["pretrain"]}, None, {})
+    asked["keywords"](images[0], "Essen beach")
+    assert given == [["Essen", "beach"]]
+
+
 def test_examples_fill_the_inputs(page, models, tiny):
     examples = demo_examples(tiny.data)
     assert {tab: len(rows) for tab, rows in examples.items()} == dict.fromkeys(examples, NUM_EXAMPLES)

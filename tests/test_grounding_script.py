@@ -618,6 +618,34 @@ def test_entries_of_another_data_set_are_not_taken_for_refcoco_s(tiny, tmp_path,
     assert GroundingEvalData(config_of(tiny, *flags)).targets[0].width == 64
 
 
+@pytest.mark.parametrize(
+    ("size", "orientation", "said"),
+    [
+        ((64, 48), 1, ""),
+        ((32, 24), 1, ""),  # made smaller
+        ((48, 64), 1, "turned"),
+        ((64, 48), 6, "turned"),  # by its EXIF tag, as it is shown
+        ((48, 48), 1, "1 of 1 photos have another shape than those in which their boxes were measured"),
+    ],
+)
+def test_photos_that_were_turned_or_cut_do_not_fit_refcoco_s_boxes(
+    tiny, tmp_path, caplog, size, orientation, said
+):
+    write(tmp_path / "test.json", [{**ENTRY, "image": "photo.jpg"}])
+    write(tmp_path / "refcoco+" / "refs(unc).p", [REF])
+    write(tmp_path / "refcoco+" / "instances.json", INSTANCES)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", size).save(tmp_path / "photo.jpg", exif=exif)
+    config = config_of(tiny, f"test_file={tmp_path}/test.json", f"refcoco_data={tmp_path}", 'det_file=""')
+    if said == "turned":
+        with pytest.raises(UserError, match=r"photo.jpg is 48 x 64 as it is shown, .* in one of 64 x 48"):
+            GroundingEvalData(config)
+        return
+    GroundingEvalData(config)
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
 # ---- boxes in the entries ----
 
 

@@ -186,7 +186,8 @@ def _answer(model: Simla, examples: list[list]) -> None:
     def answer(image: str | None, question: str, answers: str) -> dict[str, float]:
         image, question = checked_image(image), checked_text(question, "a question")
         choices = [answer.strip() for answer in bounded(answers).split(",") if answer.strip()]
-        return dict(model.answer(image, question, choices or None, TOP))
+        # Two ways of writing the same answer have rows of their own, the likelier one first.
+        return dict(reversed(model.answer(image, question, choices or None, TOP)))
 
     with gr.Row():
         with gr.Column():
@@ -202,7 +203,7 @@ def _answer(model: Simla, examples: list[list]) -> None:
 
 def _keywords(model: Simla, examples: list[list]) -> None:
     def keywords(image: str | None, words: str) -> dict[str, float]:
-        return dict(model.keywords(checked_image(image), 2 * TOP, bounded(words).lower().split() or None))
+        return dict(model.keywords(checked_image(image), 2 * TOP, bounded(words).split() or None))
 
     with gr.Row():
         with gr.Column():
