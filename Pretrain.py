@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from simla.checkpoint.image_tokenizers import build_image_tokenizer, fit_kmeans_codebook
+from simla.checkpoint.image_tokenizers import build_image_tokenizer, fingerprint, fit_kmeans_codebook
 from simla.checkpoint.initial import starting_weights
 from simla.checkpoint.load import untrained_by
 from simla.checkpoint.save import load_checkpoint
@@ -64,12 +64,14 @@ def chance(config: dict) -> dict[str, float]:
 def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, run: Run) -> nn.Module:
     """Return the config's image tokenizer; the main rank fits a k-means codebook that is not there yet.
 
-    Raises UserError where a resumed run has lost that of its MIM: the codes of another mean something else.
+    Raises UserError where a resumed run has lost that of its MIM, or has another one: its codes mean
+    something else. Of a checkpoint that is only started from that is warned of.
     """
     settings = config["image_tokenizer"]
+    start = load_checkpoint(run.checkpoint) if run.checkpoint else {}
+    had_mim = "mim" not in untrained_by(start.get("config", {}))
     is_missing = settings["kind"] == "kmeans" and not Path(settings["path"]).is_file()
-    trained = load_checkpoint(run.checkpoint).get("config", {}) if run.resume else {}
-    if is_missing and run.resume and "mim" not in untrained_by(trained):
+    if is_missing and run.resume and had_mim:
         raise UserError(
             f"image_tokenizer.path {settings['path']}: the codebook of the training of {run.checkpoint} "
             "is not there; copy it there, or name it"
@@ -83,7 +85,14 @@ def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, run: Run
         views = code_views(entries, code_res, num_images=2000)
         fit_kmeans_codebook(settings["path"], views, settings["vocab_size"])
     barrier()
-    return build_image_tokenizer(settings).to(run.device).eval()
+    tokenizer = build_image_tokenizer(settings)
+    ours = fingerprint(tokenizer)
+    if start.get("image_tokenizer", ours) != ours:
+        others = f"the visual tokens of image_tokenizer are not those that {run.checkpoint} was trained on"
+        if run.resume:
+            raise UserError(f"{others}; name the file that they are in")
+        log.warning(f"{others}: MIM learns them anew")
+    return tokenizer.to(run.device).eval()
 
 
 def main(args: argparse.Namespace, config: dict) -> None:
@@ -107,9 +116,10 @@ def main(args: argparse.Namespace, config: dict) -> None:
     check_vocabulary(tokenizer, model.text_encoder.bert.config.vocab_size)
     log.info(starting_weights(model, config, "Pretrain", run.checkpoint, run.resume, tokenizer))
     model = model.to(run.device)
-    image_tokenizer = None
+    image_tokenizer, also_saved = None, {}
     if config["loss_weights"]["mim"]:  # last, because to fit a codebook takes minutes
         image_tokenizer = make_image_tokenizer(config, entries, code_res, run)
+        also_saved = {"image_tokenizer": fingerprint(image_tokenizer)}
 
     def losses_of(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
         return losses(model, batch, alpha, image_tokenizer)
@@ -119,7 +129,7 @@ def main(args: argparse.Namespace, config: dict) -> None:
     schedule = create_scheduler(optimizer, config["schedular"], epoch_step="start")
 
     # resume
-    training = Training(model, optimizer, schedule, loader, losses_of, config, run)
+    training = Training(model, optimizer, schedule, loader, losses_of, config, run, also_saved=also_saved)
     if run.resume:
         training.resume(run.checkpoint)
 

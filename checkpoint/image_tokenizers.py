@@ -1,11 +1,12 @@
 """Image tokenizers from their files: DALL-E's encoder, FLAVA's, a k-means codebook."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simla.checkpoint.load import weights_in
 from simla.checkpoint.safe_load import Inert, safe_load
@@ -113,6 +114,15 @@ def fit_kmeans_codebook(
     codebook = KMeansCodebook(vocab_size).fit(code_views, **fit_options)
     save_codebook(codebook, path)
     return codebook
+
+
+def fingerprint(tokenizer: nn.Module) -> str:
+    """Return a checksum of the weights: equal codes mean the same only where it is equal."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tokenizer.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def untrained_image_tokenizer(config: dict) -> DalleEncoder | KMeansCodebook:

@@ -70,6 +70,8 @@ class TrainItems(Dataset):
         """Return the entry with images (n, 3, R, R) uint8, their `files`, and one text."""
         images = [open_image(file) for file in entry["images"]]
         text = entry["text"] if isinstance(entry["text"], str) else rng.python.choice(entry["text"])
+        if not text.strip():
+            raise BadImage(str(getattr(entry["images"][0], "name", entry["images"][0])), "its text is empty")
         texts = [text, *entry.get("answers", [])]
         may_flip = self.flip_captions or not any(names_side(each, self.side_words) for each in texts)
         files = [getattr(file, "name", file) for file in entry["images"]]

@@ -108,12 +108,19 @@ def read_sets(train_file: str | list, samples_per_epoch: int = 0, image_root: st
     samples_per_epoch 0: as many as there are. Raises UserError for files that cannot be used.
     """
     listed, weights = weighted(train_file)
-    sets, set_weights = [], []
+    sets, set_weights, names = [], [], []
     for paths, weight in zip(listed, weights, strict=True):
         new = read_set(paths, image_root, samples_per_epoch == 0)
         set_weights += [weight * len(each) / sum(map(len, new)) for each in new]
+        names += [", ".join(paths)] * len(new)
         sets += new
-    return Mixture(sets, set_weights, samples_per_epoch)
+    mixture = Mixture(sets, set_weights, samples_per_epoch)
+    if never := [name for name, share in zip(names, mixture.shares, strict=True) if not share]:
+        raise UserError(
+            f"of {mixture.samples_per_epoch} samples an epoch none would be of {never[0]}, by its weight or "
+            "size: raise samples_per_epoch or its weight, or leave it out of train_file"
+        )
+    return mixture
 
 
 def read_set(paths: list[str], image_root: str, must_count: bool) -> list[Sequence]:

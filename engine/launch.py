@@ -197,6 +197,11 @@ def _what_to_resume(folder: str, checkpoint: str, resume: bool) -> str:
         return str(newest)
     if resume and checkpoint:
         check_undamaged(checkpoint)
+        if run_checkpoints(folder) and Path(checkpoint).parent.resolve() != Path(folder).resolve():
+            log.warning(
+                f"--resume goes on from --checkpoint {checkpoint}; without --checkpoint it would go on from "
+                f"what {folder} holds"
+            )
         return checkpoint
     if resume:
         run = previous_run(folder)

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -18,6 +17,8 @@ from simla.engine.bad_images import BadImages
 from simla.engine.metric_log import MetricLog
 from simla.scheduler import WarmupCosine
 from simla.utils import LOG, STEPS_LOG, UserError, atomic_write, check_weight, is_main
+
+COUNTERS = ("step", "lookahead_step")  # of LAMB, Adan and Lookahead, which keep them among their settings
 
 
 def _optimizer_state(optimizer: Optimizer, saved: dict, source: str) -> dict:
@@ -42,9 +43,13 @@ def _optimizer_state(optimizer: Optimizer, saved: dict, source: str) -> dict:
         for key, value in state.items():
             if isinstance(value, Tensor):
                 check_weight(value, f"optimizer.state.{number}.{key}", source)
-                value = value.to(param.device, copy=True)
-            moments.setdefault(number, {})[key] = torch.tensor(float(value)) if key == "step" else value
-    return {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+                value = value.to("cpu" if key == "step" else param.device, copy=True)
+            moments.setdefault(number, {})[key] = value
+    settings = [
+        group | {key: old[key] for key in COUNTERS if key in old}
+        for group, old in zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
+    ]
+    return {"state": moments, "param_groups": settings}
 
 
 def resume(

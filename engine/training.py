@@ -67,12 +67,14 @@ class Training:
         run: Run,
         best: str | None = None,
         protocol: dict | None = None,
+        also_saved: dict | None = None,
     ):
         """best: the score that chooses checkpoint_best.pth; None: every epoch's checkpoint is kept. protocol:
-        what decides the scores beside the weights, see `engine.results.protocol`.
+        what decides the scores beside the weights, see `engine.results.protocol`. also_saved: what else
+        every checkpoint holds.
         """
         self.model, self.optimizer, self.schedule, self.loader = model, optimizer, schedule, loader
-        self.config, self.run, self.best = config, run, best
+        self.config, self.run, self.best, self.also_saved = config, run, best, also_saved or {}
         self.take_step = Step(model, optimizer, losses, config, run.device)
         self.data = all_gather_objects(data_account(loader))[0]
         self.epoch, self.step, self.samples, self.total_steps = 0, 0, 0, 0
@@ -270,6 +272,7 @@ class Training:
             "samples": self.samples,
             "total_steps": self.total_steps,
             **self.best_as_saved,
+            **self.also_saved,
             "seed": self.run.seed,
             "run": self.run.id,
             "ranks": all_gather_objects(this_rank),

@@ -21,8 +21,9 @@ import zero_shot_retrieval
 from simla.checkpoint.image_tokenizers import save_codebook
 from simla.configs.reader import read_config
 from simla.configs.schema import PRETRAIN, TABLES
+from simla.dataset.items import TrainItems
 from simla.dataset.loaders import train_loader
-from simla.dataset.pretrain import pretrain_loader, read_sets
+from simla.dataset.pretrain import pretrain_loader, read_pairs, read_sets
 from simla.dataset.readers.annotations import TEXT, TEXTS, read_annotations
 from simla.dataset.text import build_tokenizer
 from simla.engine.bad_images import BadImages
@@ -174,6 +175,16 @@ def test_image_paths_are_absolute_or_relative_to_the_root_or_the_file(tmp_path, 
 
 
 # ---- images ----
+
+
+def test_an_empty_caption_is_no_text_to_train_on(tiny, tmp_path):
+    """Of a pair without words the text would be [CLS] alone; shards count it, too."""
+    image = str(next((tiny["data"] / "images" / "train").iterdir()))
+    data = tmp_path / "pairs.json"
+    data.write_text(json.dumps([{"image": image, "caption": text} for text in (" ", "a dog")]))
+    items = TrainItems(read_pairs(str(data)), lambda image, rng, may_flip: torch.zeros(3, 8, 8), 0)
+    item = items[0, 0]
+    assert item["text"] == "a dog" and {*item["bad"]} == {(image, "its text is empty")}
 
 
 def loader_with_bad_images(tiny, folder, num_good: int, num_bad: int):

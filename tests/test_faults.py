@@ -424,6 +424,17 @@ def test_a_restart_of_a_resumed_run_goes_on_from_its_own_last_checkpoint(restart
     assert restarted("1", *flags) == ("checkpoint_08.pth", True, "this")
 
 
+def test_a_file_of_elsewhere_to_resume_is_said_where_the_folder_has_its_own(restarted, tmp_path, capsys):
+    """Whoever starts a fine-tuning by a command with --checkpoint must not add --resume to that."""
+    (tmp_path / "pretraining").mkdir()
+    torch.save({"run": "earlier"}, tmp_path / "pretraining" / "checkpoint_15.pth")
+    own, other = tmp_path / "checkpoint_07.pth", tmp_path / "pretraining" / "checkpoint_15.pth"
+    for file, is_said in ((own, False), (other, True)):
+        assert restarted("0", "--resume", "--checkpoint", str(file))[0] == file.name
+        said = "".join(capsys.readouterr())
+        assert (f"without --checkpoint it would go on from what {tmp_path} holds" in said) == is_said
+
+
 if __name__ == "__main__":
     if "RANK" in os.environ:
         this_rank = int(os.environ["RANK"])

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import make_tiny
 
 import Pretrain
 from simla.engine import curves
+from simla.engine import step as engine_step
 from simla.engine.finite import FiniteCheck, gradient_norm
 from simla.engine.launch import script_arguments
 from simla.engine.metric_log import MetricLog
@@ -123,6 +125,18 @@ def test_a_gradient_that_is_not_finite_counts_too(tiny, tmp_path, capsys):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
     assert line.startswith("gradient not finite in epoch 0, step 1")
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint["model"].values())
+
+
+def test_with_fp16_it_counts_once_the_scale_is_not_to_blame(tiny, tmp_path, monkeypatch, capsys):
+    """The first overflows only lower the scale of the loss, here from 2."""
+    monkeypatch.setattr(engine_step, "GradScaler", partial(engine_step.GradScaler, init_scale=2.0))
+
+    def spoil(step, named, batch):
+        return {**named, "loss_psl": named["loss_psl"] + (named["loss_psl"] * 0).sqrt()}
+
+    with pytest.raises(UserError, match=r"^3 step\(s\) in a row .*max_nonfinite_steps.*epoch 0, step 4"):
+        pretrain(tiny, tmp_path, spoil, "precision=fp16", "max_nonfinite_steps=3")
+    assert "gradient not finite in epoch 0, step 2" in capsys.readouterr().out
 
 
 def test_too_many_in_a_row_end_the_run_and_nothing_is_saved_over_a_good_checkpoint(tiny, tmp_path):

@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 from goldens_io import golden
 from torch import nn
 
+from simla.engine.resume import _optimizer_state
 from simla.optim import create_optimizer, param_groups
 from simla.utils import UserError
 
@@ -59,3 +62,33 @@ def test_an_unknown_optimiser_is_answered_with_the_known_ones():
         create_optimizer(nn.Linear(3, 2), {"opt": "adamv", "lr": 1e-4, "weight_decay": 0.02})
     with pytest.raises(UserError, match="adamw does not take"):
         create_optimizer(nn.Linear(3, 2), {"opt": "adamw", "lr": -1.0, "weight_decay": 0.02})
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lamb", "adan", "lookahead_adamw", "adamp"])
+def test_a_resumed_optimiser_goes_on_with_its_counters(opt):
+    """Of 16 steps the last 8, after a stop, move the weights as without one, at the config's rate."""
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        betas = {"betas": (0.98, 0.92, 0.99)} if opt == "adan" else {}
+        return model, create_optimizer(model, {"opt": opt, "lr": 1e-2, "weight_decay": 0.02, **betas})
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            values = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+            model(values).square().mean().backward()
+            optimizer.step()
+
+    whole, stopped = made(), made()
+    run(*whole, range(16))
+    run(*stopped, range(8))
+    saved = copy.deepcopy([part.state_dict() for part in stopped])
+    model, optimizer = made()
+    model.load_state_dict(saved[0])
+    saved[1]["param_groups"][0]["lr"] = 7.0  # of another config
+    optimizer.load_state_dict(_optimizer_state(optimizer, saved[1], "here"))
+    run(model, optimizer, range(8, 16))
+    for ours, theirs in zip(model.parameters(), whole[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)

@@ -3,10 +3,12 @@
 import json
 import sys
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import pytest
 import torch
 from ruamel.yaml import YAML
+from safetensors.torch import load_file, save_file
 from timm.scheduler import CosineLRScheduler
 from tiny import make_tiny, run, run_forked
 
@@ -104,38 +106,36 @@ def test_resume_continues_at_the_next_epoch(pretrained, tiny, tmp_path):
         assert torch.equal(again["model"][name], value), name
 
 
-def test_a_resumed_run_without_its_codebook_is_refused(pretrained, tiny, tmp_path, monkeypatch):
-    """One fitted anew would number the patches otherwise."""
-    out, _ = pretrained
-    argv = [
-        "Pretrain.py",
-        "--device",
-        "cpu",
-        "--config",
-        tiny["Pretrain"],
-        "--output_dir",
-        tmp_path / "out",
-        "--resume",
-    ]
-    argv += [
-        "--checkpoint",
-        out / "checkpoint_00.pth",
-        "--overrides",
-        f"image_tokenizer.path={tmp_path}/c.safetensors",
-    ]
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    with pytest.raises(
-        UserError, match=r"c.safetensors: the codebook of the training of .*checkpoint_00.pth is not"
-    ):
+def test_a_run_goes_on_with_the_codebook_that_it_began_with(pretrained, tiny, tmp_path, monkeypatch, capfd):
+    """Any other one numbers the patches otherwise."""
+    out, codebook = pretrained[0], tmp_path / "c.safetensors"
+
+    def pretrain(checkpoint: Path, folder: str, *flags: str) -> None:
+        files = "--config", tiny["Pretrain"], "--output_dir", tmp_path / folder, "--checkpoint", checkpoint
+        overrides = "--overrides", f"image_tokenizer.path={codebook}", "schedular.epochs=2"
+        monkeypatch.setattr(
+            sys, "argv", ["Pretrain.py", "--device", "cpu", *map(str, files), *flags, *overrides]
+        )
         Pretrain.parse_and_run()
-    assert not (tmp_path / "c.safetensors").exists()
-    checkpoint = torch.load(out / "checkpoint_00.pth", weights_only=True)
-    checkpoint["config"]["loss_weights"]["mim"] = 0.0  # it had none: MIM begins now
-    torch.save(checkpoint, tmp_path / "checkpoint_00.pth")
-    argv[argv.index(out / "checkpoint_00.pth")] = tmp_path / "checkpoint_00.pth"
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    Pretrain.parse_and_run()
-    assert (tmp_path / "c.safetensors").exists()
+
+    first, without_mim = out / "checkpoint_00.pth", tmp_path / "checkpoint_00.pth"
+    with pytest.raises(UserError, match=r"c.safetensors: the codebook of the training of .*_00.pth is not"):
+        pretrain(first, "out", "--resume")
+    assert not codebook.exists()
+    centres = load_file(tiny["Pretrain"].with_name("codebook.safetensors"))["centres"]
+    save_file({"centres": centres.flip(0).contiguous()}, codebook)
+    with pytest.raises(UserError, match=r"visual tokens .* not those that .*_00.pth was trained on"):
+        pretrain(first, "out", "--resume")
+    pretrain(first, "started from it")
+    assert "checkpoint_00.pth was trained on: MIM learns them anew" in "".join(capfd.readouterr())
+
+    codebook.unlink()
+    checkpoint = torch.load(first, weights_only=True)
+    checkpoint["config"]["loss_weights"]["mim"] = 0.0  # MIM begins on resume
+    del checkpoint["image_tokenizer"]
+    torch.save(checkpoint, without_mim)
+    pretrain(without_mim, "out", "--resume")
+    assert codebook.exists()
 
 
 def test_every_rank_count_and_launch_mode_gives_the_same_retrieval_scores(pretrained, tiny, tmp_path):

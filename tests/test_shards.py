@@ -257,6 +257,13 @@ def test_a_train_file_that_is_no_use_is_refused(train_file, problem):
         read_sets(train_file)
 
 
+def test_a_set_of_which_an_epoch_would_have_nothing_is_named(made):
+    sets = [{"path": made.file, "weight": 1}, {"path": made.names, "weight": 3000}]
+    with pytest.raises(UserError, match=rf"of 1000 samples an epoch none would be of {made.file}, by its"):
+        read_sets(sets, 1000)
+    assert read_sets(sets, 10_000).shares == [3, 9997]
+
+
 def test_patterns():
     assert expand_names(["a/{08..11}.tar"]) == ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar"]
     assert expand_names(["{a,b}/{0..1}.tar"]) == ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]
