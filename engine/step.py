@@ -63,8 +63,8 @@ class Step:
         if self.config["clip_grad_norm"]:
             clip_grads_with_norm_(self.model.parameters(), self.config["clip_grad_norm"], norm)
         if self.scaler.is_enabled():  # it sees to the gradients itself: with fp16 some overflow
-            is_scaled_up = self.scaler.get_scale() >= 1  # else it is not the scale that makes them overflow
-            check = FiniteCheck(means if is_scaled_up else {**means, "gradient": norm})
+            scale = self.scaler.scale(torch.ones_like(norm))  # below 1 it is not what makes them overflow
+            check = FiniteCheck({**means, "gradient": torch.where(scale < 1, norm, 0.0)})
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
