@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from simla.checkpoint.image_tokenizers import build_image_tokenizer, fingerprint, fit_kmeans_codebook
 from simla.checkpoint.initial import starting_weights
-from simla.checkpoint.load import untrained_by
+from simla.checkpoint.load import config_in, untrained_by
 from simla.checkpoint.save import load_checkpoint
 from simla.configs.reader import check_batch, parse
 from simla.configs.schema import PRETRAIN
@@ -69,7 +69,7 @@ def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, run: Run
     """
     settings = config["image_tokenizer"]
     start = load_checkpoint(run.checkpoint) if run.checkpoint else {}
-    had_mim = "mim" not in untrained_by(start.get("config", {}))
+    had_mim = "mim" not in untrained_by(config_in(start, run.checkpoint))
     is_missing = settings["kind"] == "kmeans" and not Path(settings["path"]).is_file()
     if is_missing and run.resume and had_mim:
         raise UserError(
