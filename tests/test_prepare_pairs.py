@@ -6,6 +6,7 @@ conceptual-12m; folders as writer.py of github.com/rom1504/img2dataset writes th
 `datasets`.
 """
 
+import csv
 import io
 import json
 import os
@@ -915,6 +916,32 @@ def test_in_tsv_a_quoted_cell_with_the_end_of_a_line_is_an_error(own, rows):
     assert not (own / "pairs.json").exists()
 
 
+def test_in_csv_a_cell_may_go_over_some_lines(own, caplog):
+    """So pandas writes captions of COCO, some of which end with the end of a line."""
+    caplog.set_level("INFO")
+    captions = ["A dog", "A dog\n", 'A "big" dog,\nwhich runs\r\nfast', "A cat"]
+    with (own / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *(("a.jpg", text) for text in captions)])
+    prepare("table", own, "--table", "t.csv", "--images", "photos")
+    texts = [text for _, text in pairs(own / "pairs.json", own)]
+    assert texts == ["A dog", "A dog", 'A "big" dog, which runs fast', "A cat"]
+    (line,) = (line for line in caplog.text.splitlines() if "several lines" in line)
+    assert "rows that go over several lines: 2; the first: " in line and line.endswith("t.csv, line 3")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ['a.jpg,"A dog\n' + "a.jpg,A cat\n" * 9, 'a.jpg,"A dog\nb,c",d\n', 'a.jpg,"A dog\na.jpg,"A cat"\n'],
+)
+def test_a_mark_left_open_in_csv_makes_no_caption_of_many_rows(own, rows):
+    put(own / "t.csv", f"image,caption\n{rows}")
+    with pytest.raises(
+        UserError, match=r"t.csv, line 2 cannot be read as a row of csv .* within a few lines"
+    ):
+        prepare("table", own, "--table", "t.csv", "--images", "photos")
+    assert not (own / "pairs.json").exists()
+
+
 def test_captions_in_several_columns(own, capsys):
     rows = ["image,caption_0,caption_1", "a.jpg,A dog,One dog", "a.jpg,A cat,", "a.jpg,A hen", "b.jpg,x,y,z"]
     put(own / "t.csv", "\n".join(rows))
@@ -1068,7 +1095,7 @@ def test_nulls_empty_lists_and_names_that_no_file_has_are_counted(own, capsys):
         ("t.csv", b"image,caption\na.jpg,caf\xe9\n", r"t.csv, line 2 cannot be read as UTF-8"),
         ("t.csv", b'image,caption\na.jpg,"open\n', r"t.csv, line 2 cannot be read as a row of csv \(unexp"),
         ("t.csv", b'image,caption\na.jpg,"open\nb.jpg,x\nc.jpg,says ""\n', r"t.csv, line 2 cannot be read"),
-        ("t.csv", b'image,caption\na.jpg,x\nb.jpg,"two\nlines"\n', r"line 3 .*hold the end of a line"),
+        ("t.csv", b'image,caption\na.jpg,x\nb.jpg,"two\nlines\n', r"line 3 .*end within a few lines"),
         ("t.csv", b"image,caption\na.jpg,x\tb.jpg\n", r"t.csv, line 2: a cell holds a tab, and no column"),
         ("t.csv", b"image:caption\na.jpg:x\n", r"it has 'image:caption'.* in .csv commas part the cells"),
         ("t.csv", b"image,caption,caption\na.jpg,x,y\n", r"line 1: two columns are named 'caption'"),

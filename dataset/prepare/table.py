@@ -24,8 +24,9 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from simla.dataset.files import other_file
@@ -42,7 +43,7 @@ from simla.dataset.prepare.common import (
 )
 from simla.dataset.prepare.img2dataset import read_table
 from simla.dataset.readers.tables import read_json_lines, read_lines
-from simla.utils import UserError
+from simla.utils import UserError, log
 
 IMAGE_NAMES = [
     *("image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "file", "img"),
@@ -52,6 +53,7 @@ CAPTION_NAMES = ["caption", "captions", "text", "texts", "title", "sentence", "d
 NUM_AHEAD = 4096  # images looked for at a time
 NO_CELL = "captions of rows with a cell that is null, missing or one too many"
 NO_LINE_END = "no cell may hold the end of a line"
+MAX_ROW_LINES = 5  # a mark left open longer is a mistake, which would make one caption of many rows
 QUOTED = re.compile('"(?:[^"]|"")*"')
 csv.field_size_limit(1 << 30)  # the default refuses a long text
 
@@ -211,7 +213,8 @@ def _read_text(separators: str, path: Path) -> Iterator[tuple[str, dict]]:
     """
     header: list[str] = []
     separator = open_cell = ""
-    for number, line in read_lines(path):
+    lines, over_lines = read_lines(path), []
+    for number, line in lines:
         where = f"{path}, line {number}"
         if not line.strip():
             continue
@@ -226,10 +229,13 @@ def _read_text(separators: str, path: Path) -> Iterator[tuple[str, dict]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{where} cannot be read as UTF-8 ({error}); save the table as UTF-8") from error
         except csv.Error as error:
-            raise UserError(
-                f"{where} cannot be read as a row of csv ({error}): a cell with quotation marks in it must "
-                f"double them and stand in quotation marks itself, and {NO_LINE_END}"
-            ) from error
+            cells = _cells_over_lines(text, separator, lines, len(header))
+            if not cells:
+                raise UserError(
+                    f"{where} cannot be read as a row of csv ({error}): a cell with quotation marks in it "
+                    "must double them and stand in quotation marks itself, and end within a few lines"
+                ) from error
+            over_lines.append(where)
         begins = separator in "\t|" and cells[-1].startswith('"') and cells[-1].count('"') % 2 == 1
         if len(cells) < len(header) and (begins or open_cell):
             raise UserError(
@@ -247,6 +253,8 @@ def _read_text(separators: str, path: Path) -> Iterator[tuple[str, dict]]:
                 f"{where}: a cell holds a tab, and no column's name does; are these rows of a .tsv?"
             )
         yield where, dict(zip_longest(header, cells))
+    if over_lines:
+        log.info(f"rows that go over several lines: {len(over_lines)}; the first: {over_lines[0]}")
 
 
 def _cells(line: str, separator: str) -> list[str]:
@@ -256,6 +264,20 @@ def _cells(line: str, separator: str) -> list[str]:
         return [_unquoted(cell.strip()) for cell in line.split(separator)]
     # Each line alone: with a mark left open, the rows up to the next one would become one cell.
     return next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True), [])
+
+
+def _cells_over_lines(
+    text: str, separator: str, lines: Iterator[tuple[int, bytes]], num_cells: int
+) -> list[str]:
+    """Return the cells of a row of csv whose last mark is left open in `text`, with blanks for the ends of
+    lines; [] where it is not closed within MAX_ROW_LINES lines, or the row has not `num_cells` cells then.
+    """
+    for _, line in islice(lines, MAX_ROW_LINES - 1):
+        with suppress(csv.Error, UnicodeDecodeError):
+            text += f" {line.decode()}"
+            cells = _cells(text, separator)
+            return [cell.strip() for cell in cells] if len(cells) == num_cells else []
+    return []
 
 
 def _unquoted(cell: str) -> str:
