@@ -61,15 +61,16 @@ def chance(config: dict) -> dict[str, float]:
     return {f"loss_{name}": levels[f"loss_{name}"] for name, on in config["loss_weights"].items() if on}
 
 
-def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, run: Run) -> nn.Module:
-    """Return the config's image tokenizer; the main rank fits a k-means codebook that is not there yet.
+def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, run: Run) -> tuple[nn.Module, str]:
+    """Return the config's image tokenizer and its fingerprint; the main rank fits a k-means codebook that is
+    not there yet.
 
     Raises UserError where a resumed run has lost that of its MIM, or has another one: its codes mean
     something else. Of a checkpoint that is only started from that is warned of.
     """
     settings = config["image_tokenizer"]
-    start = load_checkpoint(run.checkpoint) if run.checkpoint else {}
-    had_mim = "mim" not in untrained_by(config_in(start, run.checkpoint))
+    trained = load_checkpoint(run.checkpoint) if run.checkpoint else {}
+    had_mim = "mim" not in untrained_by(config_in(trained, run.checkpoint))
     is_missing = settings["kind"] == "kmeans" and not Path(settings["path"]).is_file()
     if is_missing and run.resume and had_mim:
         raise UserError(
@@ -87,12 +88,12 @@ def make_image_tokenizer(config: dict, entries: Mixture, code_res: int, run: Run
     barrier()
     tokenizer = build_image_tokenizer(settings)
     ours = fingerprint(tokenizer)
-    if start.get("image_tokenizer", ours) != ours:
+    if trained.get("image_tokenizer", ours) != ours:
         others = f"the visual tokens of image_tokenizer are not those that {run.checkpoint} was trained on"
         if run.resume:
             raise UserError(f"{others}; name the file that they are in")
         log.warning(f"{others}: MIM learns them anew")
-    return tokenizer.to(run.device).eval()
+    return tokenizer.to(run.device).eval(), ours
 
 
 def main(args: argparse.Namespace, config: dict) -> None:
@@ -118,8 +119,7 @@ def main(args: argparse.Namespace, config: dict) -> None:
     model = model.to(run.device)
     image_tokenizer, also_saved = None, {}
     if config["loss_weights"]["mim"]:  # last, because to fit a codebook takes minutes
-        image_tokenizer = make_image_tokenizer(config, entries, code_res, run)
-        also_saved = {"image_tokenizer": fingerprint(image_tokenizer)}
+        image_tokenizer, also_saved["image_tokenizer"] = make_image_tokenizer(config, entries, code_res, run)
 
     def losses_of(model: nn.Module, batch: dict, alpha: float) -> dict[str, Tensor]:
         return losses(model, batch, alpha, image_tokenizer)

@@ -1096,6 +1096,7 @@ def test_nulls_empty_lists_and_names_that_no_file_has_are_counted(own, capsys):
         ("t.csv", b'image,caption\na.jpg,"open\n', r"t.csv, line 2 cannot be read as a row of csv \(unexp"),
         ("t.csv", b'image,caption\na.jpg,"open\nb.jpg,x\nc.jpg,says ""\n', r"t.csv, line 2 cannot be read"),
         ("t.csv", b'image,caption\na.jpg,x\nb.jpg,"two\nlines\n', r"line 3 .*end within a few lines"),
+        ("t.csv", b'image,caption\nb.jpg,"two\nl\xe9nes\n"\n', r"line 2 .*end within a few lines"),
         ("t.csv", b"image,caption\na.jpg,x\tb.jpg\n", r"t.csv, line 2: a cell holds a tab, and no column"),
         ("t.csv", b"image:caption\na.jpg:x\n", r"it has 'image:caption'.* in .csv commas part the cells"),
         ("t.csv", b"image,caption,caption\na.jpg,x,y\n", r"line 1: two columns are named 'caption'"),

@@ -270,11 +270,14 @@ def _cells_over_lines(
     text: str, separator: str, lines: Iterator[tuple[int, bytes]], num_cells: int
 ) -> list[str]:
     """Return the cells of a row of csv whose last mark is left open in `text`, with blanks for the ends of
-    lines; [] where it is not closed within MAX_ROW_LINES lines, or the row has not `num_cells` cells then.
+    lines; [] where MAX_ROW_LINES lines of UTF-8 do not close it, or the row has not `num_cells` cells then.
     """
     for _, line in islice(lines, MAX_ROW_LINES - 1):
-        with suppress(csv.Error, UnicodeDecodeError):
+        try:
             text += f" {line.decode()}"
+        except UnicodeDecodeError:
+            return []
+        with suppress(csv.Error):
             cells = _cells(text, separator)
             return [cell.strip() for cell in cells] if len(cells) == num_cells else []
     return []
